@@ -1,0 +1,36 @@
+"""dop-search: find and run operation-pruning strategies for multimodal LLMs (arXiv 2507.02909)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dop_search.cost import Budget
+    from dop_search.data.validation import validation_set
+    from dop_search.models.loading import load
+    from dop_search.profiling import Profile, profile
+    from dop_search.pruning import prune_, pruned
+    from dop_search.strategy import Strategy
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Strategy": "dop_search.strategy",
+    "pruned": "dop_search.pruning",
+    "prune_": "dop_search.pruning",
+    "load": "dop_search.models.loading",
+    "validation_set": "dop_search.data.validation",
+    "profile": "dop_search.profiling",
+    "Profile": "dop_search.profiling",
+    "Budget": "dop_search.cost",
+}
+
+__all__ = ["Budget", "Profile", "Strategy", "load", "profile", "prune_", "pruned", "validation_set"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that ``import dop_search`` stays quick."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dop_search' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,37 @@
+"""The configuration: a pydantic tree, and the only place that sees a Hydra ``DictConfig``. Imports no torch."""
+
+from dop_search.config.parse import CONFIG_NAME, config_dir, parse_config
+from dop_search.config.schema import (
+    AdditiveExactConfig,
+    AdditiveOptunaConfig,
+    BudgetConfig,
+    DataConfig,
+    EvalConfig,
+    ExactOptunaConfig,
+    ExhaustiveConfig,
+    ModelConfig,
+    SearchConfig,
+    SelectorConfig,
+    SolverConfig,
+    SpaceConfig,
+    TrackingConfig,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "AdditiveExactConfig",
+    "AdditiveOptunaConfig",
+    "BudgetConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ExactOptunaConfig",
+    "ExhaustiveConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "SelectorConfig",
+    "SolverConfig",
+    "SpaceConfig",
+    "TrackingConfig",
+    "config_dir",
+    "parse_config",
+]

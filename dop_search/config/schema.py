@@ -1,0 +1,260 @@
+"""What can be configured: one frozen pydantic model per Hydra group, unknown keys forbidden."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
+"""The Optuna samplers on offer."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict about types and about unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Which model to prune and how to load it."""
+
+    name_or_path: str = Field(default="pocket", min_length=1)
+    """``pocket`` (bundled), a local directory in HF format, or a hub id."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
+    device_map: str | None = None
+    """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> ModelConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"`device` and `device_map` exclude each other, but got (device={self.device!r}, "
+                f"device_map={self.device_map!r}); set one of them to its default (auto, null)"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
+
+    name: str = Field(default="pocket", min_length=1)
+    """``pocket`` (rendered by this project) or ``jsonl`` (a file of your own)."""
+    path: str | None = None
+    """The file of ``name=jsonl``."""
+    num_samples: PositiveInt = 96
+    """Samples of the search set: curves and re-ranking see only these."""
+    num_heldout: PositiveInt = 192
+    """Samples that confirm the chosen strategy; the search never sees them."""
+    num_test: NonNegativeInt = 400
+    """Samples with ground-truth answers for the task accuracy."""
+    families: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Kinds of question to use; ``null``: all."""
+    answers: Literal["teacher", "ground_truth"] = "teacher"
+    """Whose answer is teacher-forced: the full model's greedy one (label-free), or the annotation."""
+    max_new_tokens: PositiveInt = 16
+    averaging: Literal["per_sample", "per_token"] = "per_sample"
+    """Mean of the KL: over answer positions first and samples then, or over all positions at once."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _file_given(self) -> DataConfig:
+        if self.name == "jsonl" and self.path is None:
+            raise ValueError("`name=jsonl` needs a file; set data.path=FILE.jsonl")
+        return self
+
+
+class SelectorConfig(Section):
+    """Which visual tokens come first when not all enter the decoder."""
+
+    name: str = Field(default="cls_attention", min_length=1)
+    options: dict[str, Any] = {}
+    """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
+
+
+class SpaceConfig(Section):
+    """Which strategies are searched: exit depths per module and group, and the number of visual tokens."""
+
+    name: Literal["dop", "dop_split", "dop_groups", "uniform"] = "dop_split"
+    shares: Annotated[tuple[float, ...], Field(strict=False)] = (1.0,)
+    """Share of the kept visual tokens per group, best-ranked first; sums to 1."""
+    num_depth_levels: Annotated[int, Field(ge=2)] | None = None
+    """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
+    num_token_levels: int = Field(default=12, ge=2)
+    """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> SpaceConfig:
+        if any(share <= 0.0 for share in self.shares) or abs(sum(self.shares) - 1.0) > 1e-6:
+            raise ValueError(f"`shares` must be positive and sum to 1, but got {list(self.shares)}")
+        if self.name == "dop_groups" and len(self.shares) < 2:
+            raise ValueError(f"`name=dop_groups` needs 2 or more `shares`, but got {list(self.shares)}")
+        if self.name != "dop_groups" and len(self.shares) > 1:
+            raise ValueError(f"`name={self.name}` has one group of tokens, but got shares={list(self.shares)}")
+        return self
+
+
+class BudgetConfig(Section):
+    """What a strategy may cost at prefill; exactly one of the fields is given."""
+
+    flops_ratio: float | None = None
+    """Share of the full model's prefill FLOPs (text included), in (0, 1]."""
+    kv_ratio: float | None = None
+    """Share of the full model's KV-cache bytes, in (0, 1]."""
+    flops: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute prefill FLOPs per sample (1 MAC = 2 FLOPs)."""
+    kv_bytes: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute bytes of the KV cache per sample."""
+
+    @field_validator("flops_ratio", "kv_ratio")
+    @classmethod
+    def _is_ratio(cls, value: float | None) -> float | None:
+        if value is not None and not 0.0 < value <= 1.0:
+            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value <= 100.0 else ""
+            raise ValueError(f"`0 < ratio <= 1` must hold, but got {value:g}{hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetConfig:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget needs exactly one of flops_ratio, kv_ratio, flops, kv_bytes, but got {given or 'none'}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The cost that is limited."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def value(self) -> float:
+        """The limit, in the unit of :attr:`name`."""
+        return float(getattr(self, self.name))
+
+    @property
+    def plain(self) -> float | dict[str, float]:
+        """As in records: a number for a FLOPs ratio, ``{name: value}`` for anything else."""
+        return self.value if self.name == "flops_ratio" else {self.name: self.value}
+
+
+class AdditiveExactConfig(Section):
+    """The provable optimum of the additive surrogate, then the best few by exact KL."""
+
+    solver: Literal["additive_exact"] = "additive_exact"
+    num_rerank: PositiveInt = 16
+    """Candidates near the additive optimum whose exact KL decides (uniform reduction is always among them)."""
+
+
+class AdditiveOptunaConfig(Section):
+    """An Optuna sampler on the additive surrogate."""
+
+    solver: Literal["additive_optuna"] = "additive_optuna"
+    sampler: Sampler = "tpe"
+    num_trials: PositiveInt = 2000
+    num_rerank: PositiveInt = 16
+    seed: NonNegativeInt = 0
+
+
+class ExactOptunaConfig(Section):
+    """An Optuna sampler on real validation runs, warm-started from the additive front."""
+
+    solver: Literal["exact_optuna"] = "exact_optuna"
+    sampler: Sampler = "tpe"
+    num_trials: PositiveInt = 200
+    """Trials per budget, over all workers that share the study."""
+    num_warm_start: NonNegativeInt = 16
+    """Points of the additive front that are tried first; 0: none."""
+    pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
+    """Stops a trial after part of the samples."""
+    storage: str | None = None
+    """``null``: a journal file in ``cache_dir``; or an RDB URL such as ``sqlite:///study.db``."""
+    study_name: str | None = None
+    """Same name and storage: several processes work on one study. ``null``: from the fingerprints."""
+    worker: NonNegativeInt = 0
+    """Number of this process among those that share the study; start 0 first, it queues the warm start."""
+    seed: NonNegativeInt = 0
+
+
+class ExhaustiveConfig(Section):
+    """Every strategy of a coarse grid by exact KL: ground truth for small spaces."""
+
+    solver: Literal["exhaustive"] = "exhaustive"
+    num_levels: int = Field(default=4, ge=2)
+    """Levels per parameter, evenly spread."""
+    max_strategies: PositiveInt = 20_000
+    """A larger grid is an error, before anything runs."""
+
+
+SolverConfig = Annotated[
+    AdditiveExactConfig | AdditiveOptunaConfig | ExactOptunaConfig | ExhaustiveConfig,
+    Field(discriminator="solver"),
+]
+"""One of the solvers; the key ``solver`` says which."""
+
+
+class EvalConfig(Section):
+    """How the found strategies are judged beyond KL."""
+
+    name: Literal["none", "accuracy"] = "accuracy"
+    """``accuracy``: task accuracy on ``data.num_test`` samples; ``none``: skip it."""
+
+
+class TrackingConfig(Section):
+    """Where the search is logged."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking store; a relative SQLite path is taken from the working directory."""
+    artifact_location: str | None = None
+    """``null``: the folder ``mlartifacts`` beside the SQLite file, or the server's own."""
+    experiment: str = Field(default="dop-search", min_length=1)
+    run_name: str | None = None
+
+
+class SearchConfig(Section):
+    """Everything that one search depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    selector: SelectorConfig = SelectorConfig()
+    space: SpaceConfig = SpaceConfig()
+    budget: Annotated[tuple[BudgetConfig, ...], Field(strict=False)] = (
+        BudgetConfig(flops_ratio=0.5),
+        BudgetConfig(flops_ratio=0.3),
+        BudgetConfig(flops_ratio=0.15),
+    )
+    """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` limits another cost; a list searches each."""
+    search: SolverConfig = AdditiveExactConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    batch_size: PositiveInt = 16
+    cache_dir: str = Field(default=".cache/dop_search", min_length=1)
+    """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
+    seed: NonNegativeInt = 0
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; ``null``: torch's default."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_list_of_mappings(cls, value: Any) -> Any:
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        return [{"flops_ratio": x} if isinstance(x, (int, float, str, bool)) else x for x in items]
+
+    @field_validator("budget", mode="after")
+    @classmethod
+    def _all_different(cls, budgets: tuple[BudgetConfig, ...]) -> tuple[BudgetConfig, ...]:
+        plain = [budget.plain for budget in budgets]
+        if not plain:
+            raise ValueError("at least one budget is needed, e.g. budget=0.3, but got []")
+        if any(plain.count(item) > 1 for item in plain):
+            raise ValueError(f"the budgets must differ, but got {plain}")
+        return budgets

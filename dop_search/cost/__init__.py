@@ -1,0 +1,24 @@
+"""What strategies cost: FLOPs, KV-cache bytes, budgets. Numbers only, no torch."""
+
+from dop_search.cost.budget import Budget
+from dop_search.cost.conventions import CONVENTIONS, Convention, convention
+from dop_search.cost.flops import CostCoefficients, full_flops, layer_counts, layer_flops, strategy_flops
+from dop_search.cost.kv_cache import full_kv_bytes, strategy_kv_bytes
+from dop_search.cost.model import CostKind, CostModel, TokenMoments
+
+__all__ = [
+    "CONVENTIONS",
+    "Budget",
+    "Convention",
+    "CostCoefficients",
+    "CostKind",
+    "CostModel",
+    "TokenMoments",
+    "convention",
+    "full_flops",
+    "full_kv_bytes",
+    "layer_counts",
+    "layer_flops",
+    "strategy_flops",
+    "strategy_kv_bytes",
+]

@@ -1,0 +1,1 @@
+"""Validation sets: rendered by this project, or read from files."""

@@ -1,0 +1,106 @@
+"""Samples and validation sets: what every stage of a search reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+
+__all__ = ["Sample", "ValidationSet", "score_answer"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with one question.
+
+    Attributes:
+        id: stable and unique, e.g. ``"pocket/search/0/000123"``.
+        image: RGB image.
+        question: the user's text including the benchmark's format suffix, without the chat template.
+        answers: accepted answers; the first is canonical.
+        family: question family, e.g. ``"count"``.
+
+    Raises:
+        ValueError: no answer, or an image that is not RGB.
+    """
+
+    id: str
+    image: Image.Image
+    question: str
+    answers: tuple[str, ...]
+    family: str
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            raise ValueError(f"a sample needs at least one accepted answer, but {self.id!r} has none")
+        if self.image.mode != "RGB":
+            raise ValueError(
+                f"sample images must be RGB, but {self.id!r} has mode {self.image.mode!r}; "
+                'convert it with image.convert("RGB")'
+            )
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A named, ordered, non-empty set of samples.
+
+    Raises:
+        ValueError: no samples, or sample ids that are not unique.
+    """
+
+    name: str
+    split: str
+    seed: int
+    samples: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError(
+                f"validation set {self.name!r} (split {self.split!r}) is empty; ask for num_samples >= 1, "
+                "and check that the split and the chosen families select something"
+            )
+        ids = [sample.id for sample in self.samples]
+        if len(set(ids)) != len(ids):
+            repeated = sorted({i for i in ids if ids.count(i) > 1})
+            raise ValueError(f"sample ids must be unique in {self.name!r}, but these repeat: {repeated[:5]}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids, in order."""
+        return tuple(sample.id for sample in self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 over name, split, ids, questions, answers and image bytes."""
+        digest = hashlib.sha256()
+        for part in (self.name, self.split):
+            _update(digest, part.encode())
+        for sample in self.samples:
+            for text in (sample.id, sample.question, *sample.answers):
+                _update(digest, text.encode())
+            _update(digest, repr(sample.image.size).encode())
+            _update(digest, sample.image.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def score_answer(prediction: str, sample: Sample) -> bool:
+    """Whether ``prediction`` equals an accepted answer, after stripping, lower-casing and dropping final dots."""
+    return _normalized(prediction) in {_normalized(answer) for answer in sample.answers}
+
+
+def _normalized(text: str) -> str:
+    return text.strip().lower().rstrip(".").rstrip()
+
+
+def _update(digest: hashlib._Hash, part: bytes) -> None:
+    digest.update(len(part).to_bytes(8, "little"))  # length prefix: ("ab", "c") differs from ("a", "bc")
+    digest.update(part)

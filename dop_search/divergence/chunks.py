@@ -1,0 +1,152 @@
+"""Validation samples packed for scoring: a chunk of samples, and its layouts per way of cutting the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.divergence.encoding import rotary
+from dop_search.divergence.teacher import TeacherSample
+from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.layer import ForwardTables, run_layer
+from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
+from dop_search.pruning.steps import LayerStep
+from dop_search.strategy import Strategy
+
+NO_GROUPS: frozenset[int] = frozenset()
+
+
+class PrefixKeys:
+    """Keys and values of the text before the first image, which no strategy can change.
+
+    Causal attention hides the image from these tokens, so their states are the full model's under every strategy.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], num_samples: int) -> None:
+        self.keys, self.values, self.num_samples = keys, values, num_samples
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Prepend the prefix to a layer's keys and values (``[num_samples, kv_heads, length, head_dim]``)."""
+        past_key, past_value = self.keys[layer_idx], self.values[layer_idx]
+        shape = (self.num_samples, -1, -1, -1)
+        keys = torch.cat([past_key.expand(shape), key_states], dim=2)
+        return keys, torch.cat([past_value.expand(shape), value_states], dim=2)
+
+
+class _Recorder:
+    """Remembers what each layer's keys and values were."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        assert layer_idx == len(self.keys)
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        return key_states, value_states
+
+
+class PackedChunk:
+    """Some validation samples as packed rows, with the full model's hidden state before every layer.
+
+    Rows hold the tokens from the first image on; the text before it is kept as keys and values only.
+
+    Args:
+        adapter: the model.
+        samples: teacher samples; similar lengths waste least.
+        keep_hidden: keep the full model's hidden states of all layers (``layers × tokens × hidden_size``), so that a
+            strategy starts at its first changed layer; otherwise they are recomputed for each batch of strategies.
+        keep_prefix: leave the text before the image to its cached keys and values.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        samples: Sequence[TeacherSample],
+        keep_hidden: bool = True,
+        keep_prefix: bool = True,
+    ) -> None:
+        self.adapter = adapter
+        self.samples = tuple(samples)
+        self.keep_hidden = keep_hidden
+        visual = [sample.encoded.visual.cpu().numpy() for sample in samples]
+        first = [int(mask.argmax()) if mask.any() else 0 for mask in visual]
+        read_from = [sample.encoded.prompt_length - 1 for sample in samples]
+        self.num_past = min(*first, *read_from) if keep_prefix else 0
+        ropes = [rotary(adapter, sample.encoded) for sample in samples]
+        self.cos = torch.cat([cos[self.num_past :] for cos, _ in ropes])
+        self.sin = torch.cat([sin[self.num_past :] for _, sin in ropes])
+        self.embeds = torch.cat([sample.encoded.embeds[self.num_past :] for sample in samples])
+        self.offsets = np.concatenate([[0], np.cumsum([s.encoded.length - self.num_past for s in samples])])
+        self.num_answer_tokens = [len(sample.answer_ids) for sample in samples]
+        self.log_probs = torch.cat([sample.log_probs for sample in samples])
+        self._visual = [mask[self.num_past :] for mask in visual]
+        self._hidden: list[Tensor] = [self.embeds]
+        self.prefix = self._prefix(ropes) if self.num_past else None
+
+    def _prefix(self, ropes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKeys:
+        embeds = torch.stack([sample.encoded.embeds[: self.num_past] for sample in self.samples])
+        if all(torch.equal(embeds[0], other) for other in embeds[1:]):
+            embeds = embeds[:1]  # the same system prompt everywhere: once is enough
+        count, length = embeds.shape[:2]
+        text = [np.full(length, TEXT)] * count
+        layout, _ = pack(text, [np.arange(length)] * count, embeds.device)
+        tables = ForwardTables(
+            torch.cat([cos[: self.num_past] for cos, _ in ropes[:count]]),
+            torch.cat([sin[: self.num_past] for _, sin in ropes[:count]]),
+        )
+        cache, hidden = _Recorder(), embeds.flatten(0, 1)
+        step = LayerStep(NO_GROUPS, NO_GROUPS, NO_GROUPS, NO_GROUPS)
+        for layer in self.adapter.layers:
+            hidden = run_layer(layer, hidden, NO_GROUPS, step, layout, tables, cache)
+        return PrefixKeys(cache.keys, cache.values, len(self.samples))
+
+    def layout(self, strategy: Strategy) -> tuple[Layout, ForwardTables, Tensor | None]:
+        """Layout for the strategy's kept tokens and groups, its rotary embeddings, and the rows that enter it."""
+        groups = [
+            assign_groups(visual, sample.encoded.ranking, strategy)
+            for visual, sample in zip(self._visual, self.samples, strict=True)
+        ]
+        layout, kept = pack(
+            groups,
+            [np.arange(len(group)) for group in groups],
+            self.embeds.device,
+            read=[sample.encoded.read[self.num_past :] for sample in self.samples],
+            num_past=self.num_past,
+        )
+        if not any((group == DROPPED).any() for group in groups):
+            return layout, ForwardTables(self.cos, self.sin), None
+        entry = layout.tensor(np.concatenate([o + k for o, k in zip(self.offsets[:-1], kept, strict=True)]))
+        return layout, ForwardTables(self.cos.index_select(0, entry), self.sin.index_select(0, entry)), entry
+
+    def full_hidden(self, layer: int) -> Tensor:
+        """The full model's hidden states before ``layer``: ``[rows, hidden_size]``."""
+        if layer < len(self._hidden):
+            return self._hidden[layer]
+        layout, tables, _ = self.layout(Strategy.full(self.adapter.dims.num_layers))
+        everything = frozenset({0})
+        step = LayerStep(everything, everything, everything, everything)
+        hidden = self._hidden[-1]
+        for index in range(len(self._hidden) - 1, layer):
+            hidden = run_layer(self.adapter.layers[index], hidden, everything, step, layout, tables, self.prefix)
+            self._hidden.append(hidden)
+        return hidden
+
+    def release_hidden(self) -> None:
+        """Forget the hidden states unless they are to be kept."""
+        if not self.keep_hidden:
+            del self._hidden[1:]
+
+    def hidden_bytes(self) -> int:
+        """Memory that keeping all hidden states takes."""
+        return self.embeds.numel() * self.embeds.element_size() * self.adapter.dims.num_layers
+
+
+def chunks_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in chunks of at most ``batch_size`` of similar length."""
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,0 +1,114 @@
+"""What the decoder receives for each sample, captured once so that the vision tower never runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.ranking import RankingSource, visual_counts
+from dop_search.selectors import Selector
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as the decoder sees it.
+
+    Attributes:
+        embeds: ``[length, hidden_size]`` text and projected visual tokens, prompt and teacher-forced answer.
+        position_ids: ``[axes, length]``; one axis for RoPE, more for multimodal RoPE.
+        visual: ``[length]`` boolean.
+        prompt_length: tokens of the prompt; the answer's first token is predicted at ``prompt_length - 1``.
+        ranking: visual tokens, best first.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    visual: Tensor
+    prompt_length: int
+    ranking: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens in the decoder."""
+        return self.embeds.shape[0]
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens."""
+        return int(self.visual.sum())
+
+    @property
+    def full_position_ids(self) -> Tensor:
+        """``position_ids`` as the decoder takes them for a batch of one."""
+        return self.position_ids if self.position_ids.shape[0] == 1 else self.position_ids[:, None]
+
+    @property
+    def read(self) -> np.ndarray:
+        """``[length]`` boolean: positions whose logits predict an answer token."""
+        positions = np.arange(self.length)
+        return positions >= self.prompt_length - 1
+
+
+class _DecoderReached(BaseException):
+    """Carries the decoder's arguments out of the forward that was about to call it."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self.kwargs = kwargs
+
+
+def _intercept(*args: Any, **kwargs: Any) -> None:
+    raise _DecoderReached(kwargs)
+
+
+@torch.inference_mode()
+def encode(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], answer_ids: Sequence[int], selector: Selector
+) -> EncodedSample:
+    """Run one sample (batch of one, no padding) up to the decoder's door.
+
+    Args:
+        adapter: the model.
+        inputs: prompt with its images.
+        answer_ids: teacher-forced answer; its last token is not fed, since nothing reads its output.
+        selector: ranks the visual tokens from what the vision tower shows on the way.
+    """
+    answer = torch.tensor([list(answer_ids[:-1])], dtype=inputs["input_ids"].dtype, device=inputs["input_ids"].device)
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    extended = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text_model = adapter.text_model
+    previous = text_model.__dict__.get("forward")
+    source = RankingSource(adapter, selector)
+    text_model.forward = _intercept
+    try:
+        adapter.multimodal(**extended)
+    except _DecoderReached as reached:
+        kwargs = reached.kwargs
+    finally:
+        source.close()
+        if previous is None:
+            del text_model.__dict__["forward"]
+        else:
+            text_model.forward = previous
+    visual = adapter.visual_token_mask(ids)
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    return EncodedSample(
+        embeds=kwargs["inputs_embeds"][0],
+        position_ids=position_ids.reshape(-1, ids.shape[1]),
+        visual=visual[0],
+        prompt_length=inputs["input_ids"].shape[1],
+        ranking=source.rank(visual_counts(visual))[0],
+    )
+
+
+def rotary(adapter: ModelAdapter, sample: EncodedSample) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the sample's positions, each ``[length, head_dim]``."""
+    cos, sin = adapter.rotary(sample.embeds[None], sample.full_position_ids)
+    return cos[0], sin[0]

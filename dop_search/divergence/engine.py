@@ -1,0 +1,265 @@
+"""Exact KL of many strategies at once: shared prefixes computed once, from cached features, at answer positions only.
+
+Where the time goes compared with a full forward of the model per strategy:
+
+* vision tower and projector never run again (their output is in the teacher);
+* a strategy starts at the first layer that it changes, from the full model's cached hidden state;
+* strategies that agree up to some layer share it (depth-first walk over a trie of layer steps);
+* the text before the image, which no strategy can change, is kept as keys and values;
+* dead operations are never computed, and the last layer only computes what is read;
+* ``lm_head`` runs at answer positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.divergence.chunks import NO_GROUPS, PackedChunk, chunks_by_length
+from dop_search.divergence.teacher import Teacher
+from dop_search.errors import DopError, NumericalError
+from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.layer import ForwardTables, run_layer
+from dop_search.pruning.layout import Groups, Layout
+from dop_search.pruning.steps import LayerStep, layer_steps
+from dop_search.strategy import Strategy
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class WorkCounter:
+    """How many layer forwards were asked for, and how many were computed after sharing and early start."""
+
+    layers_asked: int = 0
+    layers_computed: int = 0
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    index: int
+    steps: tuple[LayerStep, ...]
+
+
+@dataclass
+class _Walk:
+    """One batch of strategies with the same kept tokens and groups, on one chunk."""
+
+    chunk: PackedChunk
+    layout: Layout
+    tables: ForwardTables
+    entry: Tensor | None
+    all_groups: Groups
+    share: bool
+    early_start: bool
+    results: dict[int, Tensor] = field(default_factory=dict)
+
+
+class DivergenceEngine:
+    """Scores strategies on a validation set.
+
+    Args:
+        adapter: the model, unpruned.
+        teacher: the full model's view of the validation samples.
+        batch_size: samples that are computed together.
+        averaging: ``"per_sample"`` averages over a sample's answer positions first, ``"per_token"`` weighs every
+            answer token the same (the mean over the returned samples is then the mean over tokens).
+        keep_hidden: keep the full model's hidden states (more memory, no recomputation).
+        share_prefixes, early_start, keep_prefix: switches for benchmarks; the numbers do not depend on them.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        teacher: Teacher,
+        batch_size: int = 16,
+        averaging: str = "per_sample",
+        keep_hidden: bool = True,
+        share_prefixes: bool = True,
+        early_start: bool = True,
+        keep_prefix: bool = True,
+    ) -> None:
+        if averaging not in {"per_sample", "per_token"}:
+            raise DopError(f"`averaging` must be per_sample or per_token, but got {averaging!r}")
+        self.adapter, self.teacher, self.batch_size = adapter, teacher, batch_size
+        self.averaging = averaging
+        self.keep_hidden, self.share_prefixes, self.early_start = keep_hidden, share_prefixes, early_start
+        self.keep_prefix = keep_prefix
+        self.work = WorkCounter()
+        self._chunks: dict[tuple[int, ...], PackedChunk] = {}
+
+    @property
+    def num_samples(self) -> int:
+        """Validation samples."""
+        return len(self.teacher.samples)
+
+    def __call__(self, strategies: Sequence[Strategy], sample_indices: Sequence[int] | None = None) -> np.ndarray:
+        """Same as :meth:`evaluate`; the form that solvers take."""
+        return self.evaluate(strategies, sample_indices)
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        strategies: Sequence[Strategy],
+        sample_indices: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> np.ndarray:
+        """KL(full ‖ strategy) in nats, averaged over each sample's answer positions.
+
+        Args:
+            strategies: what to score; each must be for the model's number of layers.
+            sample_indices: validation samples to score on; all by default.
+            on_progress: called with (done, total) chunks.
+
+        Returns:
+            ``[num_strategies, num_samples]`` float64, in the order asked for.
+
+        Raises:
+            NumericalError: if a strategy's logits are not finite.
+        """
+        for strategy in strategies:
+            if strategy.num_layers != self.adapter.dims.num_layers:
+                raise DopError(
+                    f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
+                    f"{self.adapter.dims.num_layers}"
+                )
+        indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)
+        place = {sample: position for position, sample in enumerate(indices)}
+        result = np.zeros((len(strategies), len(indices)))
+        chunks = self._chunks_of(indices)
+        for done, (members, chunk) in enumerate(chunks, start=1):
+            scores = self._score_chunk(chunk, strategies)
+            chunk.release_hidden()
+            result[:, [place[member] for member in members]] = scores
+            if on_progress is not None:
+                on_progress(done, len(chunks))
+        return result * self._weights(indices)
+
+    def _weights(self, indices: Sequence[int]) -> np.ndarray:
+        counts = np.array([len(self.teacher.samples[index].answer_ids) for index in indices], dtype=np.float64)
+        return np.ones_like(counts) if self.averaging == "per_sample" else counts / counts.mean()
+
+    def _chunks_of(self, indices: Sequence[int]) -> list[tuple[list[int], PackedChunk]]:
+        lengths = [self.teacher.samples[index].encoded.length for index in indices]
+        result = []
+        everything = len(indices) == self.num_samples
+        for part in chunks_by_length(lengths, self.batch_size):
+            members = [indices[position] for position in part]
+            key = tuple(members)
+            chunk = self._chunks.get(key)
+            if chunk is None:
+                chunk = PackedChunk(
+                    self.adapter,
+                    [self.teacher.samples[member] for member in members],
+                    keep_hidden=self.keep_hidden and everything,
+                    keep_prefix=self.keep_prefix,
+                )
+                if everything:
+                    self._chunks[key] = chunk
+            result.append((members, chunk))
+        return result
+
+    # -- one chunk --------------------------------------------------------------------------------
+
+    def _score_chunk(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> np.ndarray:
+        scores = np.zeros((len(strategies), len(chunk.samples)))
+        for bucket in _buckets(strategies):
+            first = strategies[bucket[0]]
+            layout, tables, entry = chunk.layout(first)
+            walk = _Walk(
+                chunk, layout, tables, entry, frozenset(range(len(first.groups))), self.share_prefixes, self.early_start
+            )
+            candidates = [
+                _Candidate(index, layer_steps(strategies[index]))
+                for index in bucket
+                if entry is not None or not strategies[index].is_empty
+            ]
+            self.work.layers_asked += len(bucket) * self.adapter.dims.num_layers
+            groups = [[candidate] for candidate in candidates] if not self.share_prefixes else [candidates]
+            for group in groups:
+                if group:
+                    self._descend(walk, group, 0, None, walk.all_groups)
+            for index, hidden in walk.results.items():
+                scores[index] = self._divergence(chunk, hidden, strategies[index])
+        return scores
+
+    def _descend(
+        self, walk: _Walk, candidates: Sequence[_Candidate], layer: int, hidden: Tensor | None, before: Groups
+    ) -> None:
+        """Walk the trie below one node. ``hidden`` is ``None`` while the full model's own states are still right."""
+        num_layers = self.adapter.dims.num_layers
+        if layer == num_layers:
+            assert hidden is not None
+            read = walk.layout.relative(NO_GROUPS, before, read_only=True)
+            for candidate in candidates:
+                walk.results[candidate.index] = hidden if read is None else hidden.index_select(0, read)
+            return
+        for part in _partition(candidates, layer):
+            step = part[0].steps[layer]
+            alive = frozenset().union(*(candidate.steps[layer].alive for candidate in part))
+            step = LayerStep(alive, step.q, step.kv, step.mlp)
+            full = step.q == step.kv == step.mlp == walk.all_groups
+            if hidden is None and full and walk.early_start and walk.entry is None and layer < num_layers - 1:
+                self._descend(walk, part, layer + 1, None, walk.all_groups)
+                continue
+            start = self._entry_hidden(walk, layer) if hidden is None else hidden
+            self.work.layers_computed += 1
+            after = run_layer(
+                self.adapter.layers[layer],
+                start,
+                before,
+                step,
+                walk.layout,
+                walk.tables,
+                walk.chunk.prefix,
+                read_only=layer == num_layers - 1,
+            )
+            self._descend(walk, part, layer + 1, after, alive)
+
+    def _entry_hidden(self, walk: _Walk, layer: int) -> Tensor:
+        if walk.entry is None:
+            return walk.chunk.full_hidden(layer)
+        assert layer == 0
+        return walk.chunk.embeds.index_select(0, walk.entry)
+
+    def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> np.ndarray:
+        logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()
+        kl = kl_divergence(chunk.log_probs, logits.log_softmax(dim=-1))
+        values = kl.cpu().numpy()
+        if not np.isfinite(values).all():
+            at = np.repeat(np.arange(len(chunk.samples)), chunk.num_answer_tokens)[~np.isfinite(values)][0]
+            raise NumericalError(
+                f"the pruned model's logits are not finite for sample {chunk.samples[at].id!r} under "
+                f"{strategy.describe()!r} (dtype {self.adapter.model.dtype}); use dtype=float32 or bfloat16"
+            )
+        ends = np.cumsum(chunk.num_answer_tokens)
+        parts = np.split(values.astype(np.float64), ends[:-1])
+        return np.array([part.mean() for part in parts])
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p ‖ q)`` in nats over the last axis; zero where ``p`` is zero, never below zero."""
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
+    return terms.sum(dim=-1).clamp_min(0.0)
+
+
+def _buckets(strategies: Sequence[Strategy]) -> Iterable[list[int]]:
+    """Strategies that keep the same tokens and cut them into the same groups."""
+    buckets: dict[tuple[object, ...], list[int]] = {}
+    for index, strategy in enumerate(strategies):
+        key = (strategy.num_visual_tokens, tuple(policy.group.share for policy in strategy.groups))
+        buckets.setdefault(key, []).append(index)
+    return buckets.values()
+
+
+def _partition(candidates: Sequence[_Candidate], layer: int) -> Iterable[list[_Candidate]]:
+    """Candidates that do the same in this layer."""
+    parts: dict[tuple[Groups, Groups, Groups], list[_Candidate]] = {}
+    for candidate in candidates:
+        step = candidate.steps[layer]
+        parts.setdefault((step.q, step.kv, step.mlp), []).append(candidate)
+    return parts.values()

@@ -1,0 +1,212 @@
+"""What the full model said: its greedy answers and its log-probabilities where it said them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dop_search.data.samples import Sample, ValidationSet
+from dop_search.divergence.encoding import EncodedSample, encode
+from dop_search.errors import CacheError, NumericalError
+from dop_search.files import write_atomic
+from dop_search.models.loading import LoadedModel
+from dop_search.models.prompts import model_inputs
+from dop_search.selectors import Selector
+
+FORMAT = "dop_search.teacher"
+VERSION = 1
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TeacherSample:
+    """One sample with the full model's view of its answer.
+
+    Attributes:
+        id: the sample's id.
+        encoded: what the decoder receives.
+        answer_ids: teacher-forced answer tokens, end-of-sequence included where the model said it.
+        log_probs: ``[num_answer_tokens, vocab_size]`` float32 log-probabilities of the full model.
+    """
+
+    id: str
+    encoded: EncodedSample
+    answer_ids: tuple[int, ...]
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The full model on a validation set."""
+
+    samples: tuple[TeacherSample, ...]
+    fingerprint: str
+
+
+def teacher_fingerprint(
+    loaded: LoadedModel, data: ValidationSet, selector: Selector, max_new_tokens: int, answers: str
+) -> str:
+    """Names everything that the teacher depends on."""
+    parts = [
+        FORMAT,
+        VERSION,
+        loaded.weights_fingerprint,
+        data.fingerprint,
+        repr(selector),
+        max_new_tokens,
+        answers,
+        torch.__version__.split("+")[0],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def make_teacher(
+    loaded: LoadedModel,
+    data: ValidationSet,
+    selector: Selector,
+    *,
+    max_new_tokens: int = 16,
+    answers: str = "teacher",
+    batch_size: int = 16,
+    cache_dir: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Teacher:
+    """Ask the full model, or read its answers from the cache.
+
+    Args:
+        loaded: the full model.
+        data: validation samples.
+        selector: ranks the visual tokens.
+        max_new_tokens: longest answer, in tokens.
+        answers: ``"teacher"`` (the model's own greedy answers, label-free) or ``"ground_truth"``.
+        batch_size: samples per generation call.
+        cache_dir: where the teacher is kept by fingerprint; ``None`` keeps nothing.
+        on_progress: called with (done, total) samples.
+
+    Raises:
+        CacheError: if the cached file is corrupt or foreign.
+        NumericalError: if the full model's logits are not finite.
+    """
+    fingerprint = teacher_fingerprint(loaded, data, selector, max_new_tokens, answers)
+    path = None if cache_dir is None else cache_dir / f"teacher-{fingerprint}.safetensors"
+    if path is not None and path.exists():
+        return _read(path, fingerprint, data, loaded.adapter.device)
+    samples: list[TeacherSample] = []
+    for start in range(0, len(data), batch_size):
+        batch = data.samples[start : start + batch_size]
+        ids = _answer_ids(loaded, batch, max_new_tokens, answers)
+        for sample, answer in zip(batch, ids, strict=True):
+            samples.append(_observe(loaded, sample, answer, selector))
+            if on_progress is not None:
+                on_progress(len(samples), len(data))
+    teacher = Teacher(tuple(samples), fingerprint)
+    if path is not None:
+        write_atomic(path, lambda temporary: _write(temporary, teacher))
+    return teacher
+
+
+def _answer_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, answers: str) -> list[list[int]]:
+    end = _end_tokens(loaded)
+    if answers == "ground_truth":
+        tokenizer = loaded.processor.tokenizer
+        return [
+            [*tokenizer(" " + sample.answers[0], add_special_tokens=False)["input_ids"][:max_new_tokens], end[0]]
+            for sample in batch
+        ]
+    return [cut_at_end(row, end) for row in generate_ids(loaded, batch, max_new_tokens)]
+
+
+@torch.inference_mode()
+def generate_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+    """Greedy answers of the model as it is, without the prompt; may end in padding."""
+    inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
+    pad = loaded.processor.tokenizer.pad_token_id
+    model: Any = loaded.model
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad)
+    rows: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return rows
+
+
+def _end_tokens(loaded: LoadedModel) -> list[int]:
+    end = loaded.model.generation_config.eos_token_id
+    if end is None:
+        end = loaded.processor.tokenizer.eos_token_id
+    return list(end) if isinstance(end, (list, tuple)) else [end]
+
+
+def cut_at_end(ids: Sequence[int], end: Sequence[int]) -> list[int]:
+    """The answer up to and including its first end-of-sequence token."""
+    for index, token in enumerate(ids):
+        if token in end:
+            return list(ids[: index + 1])
+    return list(ids)
+
+
+@torch.inference_mode()
+def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: Selector) -> TeacherSample:
+    inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
+    encoded = encode(loaded.adapter, inputs, answer, selector)
+    hidden = loaded.adapter.text_model(
+        inputs_embeds=encoded.embeds[None],
+        position_ids=encoded.full_position_ids,
+        use_cache=False,
+    ).last_hidden_state[0, encoded.prompt_length - 1 :]
+    logits = loaded.adapter.lm_head(hidden).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalError(
+            f"the full model's logits for sample {sample.id!r} are not finite (dtype {loaded.model.dtype}); "
+            "load the model with dtype=bfloat16 or float32"
+        )
+    return TeacherSample(sample.id, encoded, tuple(answer), logits.log_softmax(dim=-1))
+
+
+def _write(path: Path, teacher: Teacher) -> None:
+    tensors: dict[str, Tensor] = {}
+    facts: list[dict[str, Any]] = []
+    for index, sample in enumerate(teacher.samples):
+        encoded = sample.encoded
+        tensors[f"{index}.embeds"] = encoded.embeds.contiguous()
+        tensors[f"{index}.position_ids"] = encoded.position_ids.contiguous()
+        tensors[f"{index}.visual"] = encoded.visual.contiguous()
+        tensors[f"{index}.ranking"] = torch.from_numpy(np.ascontiguousarray(encoded.ranking))
+        tensors[f"{index}.log_probs"] = sample.log_probs.contiguous()
+        facts.append({"id": sample.id, "answer_ids": sample.answer_ids, "prompt_length": encoded.prompt_length})
+    metadata = {"format": FORMAT, "fingerprint": teacher.fingerprint, "samples": json.dumps(facts)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def _read(path: Path, fingerprint: str, data: ValidationSet, device: torch.device) -> Teacher:
+    remedy = "delete it, or choose another cache_dir, and run again"
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
+                raise CacheError(f"{str(path)!r} belongs to another model, data set or version; {remedy}")
+            facts = json.loads(metadata["samples"])
+            if tuple(fact["id"] for fact in facts) != data.ids:
+                raise CacheError(f"{str(path)!r} holds other samples than the validation set; {remedy}")
+            samples = tuple(_read_sample(file, index, fact) for index, fact in enumerate(facts))
+    except SafetensorError as error:
+        raise CacheError(f"{str(path)!r} is corrupt ({error}); {remedy}") from error
+    return Teacher(samples, fingerprint)
+
+
+def _read_sample(file: Any, index: int, fact: dict[str, Any]) -> TeacherSample:
+    encoded = EncodedSample(
+        embeds=file.get_tensor(f"{index}.embeds"),
+        position_ids=file.get_tensor(f"{index}.position_ids"),
+        visual=file.get_tensor(f"{index}.visual"),
+        prompt_length=fact["prompt_length"],
+        ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
+    )
+    return TeacherSample(fact["id"], encoded, tuple(fact["answer_ids"]), file.get_tensor(f"{index}.log_probs"))

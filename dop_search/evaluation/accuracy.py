@@ -1,0 +1,49 @@
+"""Task accuracy: greedy answers of a model under a strategy, compared with the annotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dop_search.data.samples import Sample, score_answer
+from dop_search.divergence.teacher import generate_ids
+from dop_search.models.loading import LoadedModel
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+
+
+def answer_questions(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    strategy: Strategy | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy answers, one per sample, through ``generate()`` of the (pruned) model.
+
+    Args:
+        loaded: the model.
+        samples: questions with their images.
+        strategy: what runs; ``None``: everything.
+        batch_size: samples per call.
+        max_new_tokens: longest answer.
+        on_progress: called with (done, total) samples.
+    """
+    strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
+    answers: list[str] = []
+    with pruned(loaded.model, strategy):
+        for start in range(0, len(samples), batch_size):
+            ids = generate_ids(loaded, samples[start : start + batch_size], max_new_tokens)
+            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
+            answers.extend(text.strip() for text in texts)
+            if on_progress is not None:
+                on_progress(len(answers), len(samples))
+    return answers
+
+
+def correct_answers(answers: Sequence[str], samples: Sequence[Sample]) -> np.ndarray:
+    """Boolean ``[num_samples]``: whether each answer is accepted; its mean is the accuracy."""
+    return np.array([score_answer(text, sample) for text, sample in zip(answers, samples, strict=True)], dtype=np.bool_)

@@ -1,0 +1,124 @@
+"""Load a checkpoint with its processor: the bundled model, a hub id or a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from dop_search.errors import DopError
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.families import adapter_for
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes:
+        name: what the user asked for.
+        model: the Hugging Face model, in evaluation mode.
+        processor: tokenizer, image processor and chat template.
+        adapter: what the framework knows about the family.
+        weights_fingerprint: hash of architecture, dtype and a sample of every weight; names caches.
+    """
+
+    name: str
+    model: PreTrainedModel
+    processor: Any
+    adapter: ModelAdapter = field(repr=False)
+    weights_fingerprint: str
+
+
+def load(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and its processor.
+
+    Args:
+        name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), a hub id or a local folder.
+        revision: hub revision to pin.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
+            (half precision is slow there).
+        device: ``cpu``, ``cuda``, ``cuda:0`` …, or ``auto``: the first accelerator, else the CPU.
+        device_map: passed on to transformers instead of ``device``.
+        attn_implementation: attention backend of the decoder.
+        trust_remote_code: run code that comes with a hub checkpoint; off unless asked for.
+
+    Raises:
+        DopError: if the checkpoint cannot be found; says how to point to a local copy.
+        UnsupportedModelError: if no adapter covers the model's class.
+    """
+    if dtype not in {"auto", *DTYPES}:
+        raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
+    source = _source(name_or_path)
+    target = _device(device)
+    torch_dtype: Any = DTYPES.get(dtype, torch.float32 if target.type == "cpu" and device_map is None else "auto")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **options
+        )
+    except OSError as error:
+        raise DopError(
+            f"cannot load {name_or_path!r}: {str(error).splitlines()[0]}\n"
+            "Without network access, point to a local copy: model.name_or_path=/path/to/checkpoint "
+            "(a folder with config.json, weights and the processor's files), or use the bundled one: model=pocket"
+        ) from error
+    if device_map is None:
+        model.to(target)
+    model.eval()
+    if getattr(processor, "tokenizer", None) is not None:
+        processor.tokenizer.padding_side = "left"
+    return LoadedModel(name_or_path, model, processor, adapter_for(model), weights_fingerprint(model))
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of the architecture, the dtype and up to 64 evenly spaced values of every parameter."""
+    digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _source(name_or_path: str) -> str:
+    name, _, variant = name_or_path.partition("/")
+    if name != "pocket":
+        return name_or_path
+    from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
+
+    for known in POCKET_VARIANTS:
+        if variant in ("", known):
+            return str(pocket_path(known))
+    raise DopError(f"the bundled model has no variant {variant!r}; there are {', '.join(POCKET_VARIANTS)}")
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise DopError(f"`device` must be auto, cpu or cuda[:index], but got {device!r}") from error
+
+
+def is_local(name_or_path: str) -> bool:
+    """Whether loading needs no network."""
+    return name_or_path.partition("/")[0] == "pocket" or Path(name_or_path).is_dir()

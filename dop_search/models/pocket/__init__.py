@@ -1,0 +1,32 @@
+"""The bundled models: small LLaVA models trained by ``experiments/pocket/`` on rendered images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+__all__ = ["POCKET_VARIANTS", "PocketVariant", "pocket_path"]
+
+PocketVariant = Literal["deep", "shallow"]
+POCKET_VARIANTS: tuple[PocketVariant, ...] = get_args(PocketVariant)
+"""``deep`` and ``shallow`` differ in training alone: auxiliary losses read the text states after decoder layers 6 and 9
+in ``deep``, after 2 and 5 in ``shallow``. That decides in which layers text reads the image, so what differs between
+the two is planted and says nothing about large models (``experiments/pocket/README.md``)."""
+
+
+def pocket_path(variant: PocketVariant = "deep") -> Path:
+    """Directory of a bundled model, for ``from_pretrained``.
+
+    Raises:
+        ValueError: an unknown variant.
+        FileNotFoundError: the package was installed without its assets.
+    """
+    if variant not in POCKET_VARIANTS:
+        raise ValueError(f"variant must be one of {POCKET_VARIANTS}, but got {variant!r}")
+    path = Path(__file__).parent / variant
+    if not (path / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{path} has no model.safetensors; reinstall dop-search with its package data, "
+            "or train the model with experiments/pocket/train.py"
+        )
+    return path

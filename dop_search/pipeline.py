@@ -1,0 +1,390 @@
+"""The straight line: configuration → model and data → curves → strategies → confirmation → record."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dop_search.config import SearchConfig
+from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
+from dop_search.cost import Budget, CostModel
+from dop_search.data.samples import ValidationSet
+from dop_search.data.validation import Split, validation_set
+from dop_search.divergence import Teacher, make_teacher
+from dop_search.evaluation import answer_questions, correct_answers
+from dop_search.models.loading import LoadedModel, load
+from dop_search.profiling import Profile, evaluation_store, make_space, profile
+from dop_search.progress import Notify, Progress, watch
+from dop_search.record import (
+    CURVES_FILE,
+    RECORD_FILE,
+    Candidate,
+    DataInfo,
+    ModelInfo,
+    Named,
+    Provenance,
+    Record,
+    Result,
+    UniformResult,
+)
+from dop_search.report import write_report
+from dop_search.search import (
+    CurveGrid,
+    EvaluationStore,
+    Problem,
+    Solution,
+    pareto_front,
+    rerank_all,
+    solve,
+    uniform_assignment,
+)
+from dop_search.selectors import Selector, make_selector
+from dop_search.statistics import bootstrap_ci95
+from dop_search.strategy import Strategy
+from dop_search.tracking import log_search
+
+MAX_FRONT_POINTS = 200
+PACKAGES = ("dop-search", "torch", "transformers", "optuna", "numpy")
+
+
+@dataclass
+class SearchRun:
+    """What the stages of one search share."""
+
+    config: SearchConfig
+    progress: Progress
+    loaded: LoadedModel
+    data: dict[Split, ValidationSet]
+    selector: Selector
+    profile: Profile
+    heldout: EvaluationStore
+    timings: dict[str, float]
+    correct: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per strategy key which test answers were right; the full model's under ``""``."""
+
+
+def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
+    """Search a strategy for every budget of ``config`` and confirm it on samples that the search never saw.
+
+    Writes ``strategy-<budget>.json``, ``curves.parquet``, ``record.json`` and the report to ``run_dir``, and logs to
+    MLflow. What is measured is kept in ``config.cache_dir`` by content, so that the same configuration continues where
+    it stopped.
+
+    Raises:
+        DopError: on anything a user can mend; the message says how.
+    """
+    started, start = datetime.now(UTC), time.perf_counter()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    state = prepare(config, progress)
+    results = [_solve_budget(state, budget) for budget in config.budget]
+    record = _record(state, results, started, time.perf_counter() - start)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    state.profile.curves.save(run_dir / CURVES_FILE)
+    for result in record.results:
+        result.strategy.save(run_dir / f"strategy-{result.budget_text.replace(' ', '-')}.json")
+    record.save(run_dir / RECORD_FILE)
+    with progress.task("report"):
+        write_report(record, state.profile.curves, run_dir)
+    if config.tracking.backend != "none":
+        with progress.task("log to MLflow"):
+            log_search(config.tracking, record, run_dir)
+    return record
+
+
+# -- model, data, curves --------------------------------------------------------------------------
+
+
+def prepare(config: SearchConfig, progress: Progress) -> SearchRun:
+    """Load the model and the data, ask the full model, measure the curves."""
+    timings: dict[str, float] = {}
+    cache = Path(config.cache_dir)
+    selector = make_selector(config.selector.name, config.selector.options)
+    with stage(timings, "load"), progress.task(f"load {config.model.name_or_path}"):
+        loaded = load(**config.model.model_dump())
+    with stage(timings, "data"), progress.task(f"data: {config.data.name}"):
+        data = _load_data(config)
+    teachers: dict[str, Teacher] = {}
+    for split in ("search", "heldout"):
+        with stage(timings, f"teacher_{split}"), watch(progress) as notify:
+            teachers[split] = make_teacher(
+                loaded,
+                data[split],
+                selector,
+                max_new_tokens=config.data.max_new_tokens,
+                answers=config.data.answers,
+                batch_size=config.batch_size,
+                cache_dir=cache,
+                on_progress=partial(notify, what=f"full model on the {split} set"),
+            )
+    with stage(timings, "curves"), watch(progress) as notify:
+        measured = profile(
+            loaded,
+            data["search"],
+            selector,
+            space=config.space.name,
+            shares=config.space.shares,
+            grid=_grid(config),
+            teacher=teachers["search"],
+            averaging=config.data.averaging,
+            batch_size=config.batch_size,
+            cache_dir=cache,
+            on_progress=notify,
+        )
+    heldout = evaluation_store(
+        loaded,
+        teachers["heldout"],
+        batch_size=config.batch_size,
+        averaging=config.data.averaging,
+        cache_dir=cache,
+        keep_hidden=False,
+    )
+    return SearchRun(config, progress, loaded, data, selector, measured, heldout, timings)
+
+
+def _load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
+    sizes: dict[Split, int] = {"search": config.data.num_samples, "heldout": config.data.num_heldout}
+    if config.eval.name == "accuracy" and config.data.num_test:
+        sizes["test"] = config.data.num_test
+    return {
+        split: validation_set(
+            config.data.name, size, config.data.seed, split, path=config.data.path, families=config.data.families
+        )
+        for split, size in sizes.items()
+    }
+
+
+def _grid(config: SearchConfig) -> CurveGrid:
+    tokens = config.space.num_token_levels
+    if config.space.num_depth_levels is None:
+        return CurveGrid(max_all_depths=10_000, num_token_levels=tokens)
+    return CurveGrid(max_all_depths=0, num_depths=config.space.num_depth_levels, num_token_levels=tokens)
+
+
+# -- one budget -----------------------------------------------------------------------------------
+
+
+def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
+    start = time.perf_counter()
+    budget = Budget(**limit.model_dump(exclude_none=True))
+    problem = state.profile.problem(budget)
+    with stage(state.timings, "solve"), watch(state.progress, f"budget {limit.name}={limit.value:g}: ") as notify:
+        ranked = _candidates(state, problem, budget, limit, notify)
+    best = ranked[0]
+    uniform = _uniform_strategy(problem, budget)
+    strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
+    with stage(state.timings, "confirm"), watch(state.progress, f"budget {limit.name}={limit.value:g}: ") as notify:
+        heldout = state.heldout.evaluate(strategies, on_progress=notify, what="held-out set")
+        correct = [_correct(state, strategy, notify) for strategy in (None, *strategies)]
+    flops = CostModel(state.profile.dims, state.profile.counts, "flops")
+    cache = CostModel(state.profile.dims, state.profile.counts, "kv_cache")
+    store, seed = state.profile.store, state.config.seed
+    assert store is not None
+    search = store.evaluate(strategies)
+    strategy = replace(
+        best.strategy,
+        provenance={
+            **state.profile.facts,
+            "budget": {limit.name: limit.value},
+            "space": state.config.space.name,
+            "solver": state.config.search.solver,
+            "kl_search_nats": float(search[0].mean()),
+            "kl_heldout_nats": float(heldout[0].mean()),
+        },
+    )
+    return Result(
+        budget=limit.plain,
+        strategy=strategy,
+        flops_ratio=flops.ratio(strategy),
+        kv_ratio=cache.ratio(strategy),
+        kl_additive=best.divergence_additive,
+        kl_search=float(search[0].mean()),
+        kl_search_ci95=bootstrap_ci95(search[0], seed),
+        kl_heldout=float(heldout[0].mean()),
+        kl_heldout_ci95=bootstrap_ci95(heldout[0], seed),
+        accuracy_full=_mean(correct[0]),
+        accuracy_pruned=_mean(correct[1]),
+        uniform=None
+        if uniform is None
+        else UniformResult(
+            num_visual_tokens=uniform.num_kept(state.profile.space.tokens.full),
+            flops_ratio=flops.ratio(uniform),
+            kv_ratio=cache.ratio(uniform),
+            kl_heldout=float(heldout[1].mean()),
+            kl_heldout_ci95=bootstrap_ci95(heldout[1], seed),
+            kl_search=float(search[1].mean()),
+            accuracy=_mean(correct[2]),
+        ),
+        kl_heldout_difference_ci95=None if uniform is None else bootstrap_ci95(heldout[0] - heldout[1], seed),
+        num_validation_runs=state.profile.curves.num_validation_runs + best.num_validation_runs,
+        seconds=time.perf_counter() - start,
+        candidates=[
+            Candidate(
+                describe=item.strategy.describe(),
+                flops_ratio=flops.ratio(item.strategy),
+                kl_search=item.divergence_exact,
+                kl_additive=item.divergence_additive,
+                is_uniform=uniform is not None and item.strategy.key() == uniform.key(),
+            )
+            for item in ranked
+            if item.divergence_exact is not None
+        ],
+    )
+
+
+def _candidates(
+    state: SearchRun, problem: Problem, budget: Budget, limit: BudgetConfig, notify: Notify
+) -> list[Solution]:
+    """The solver's solution and what it was compared with, least exact divergence first."""
+    search = state.config.search
+    options = search.model_dump(exclude={"solver", "num_rerank", "storage", "study_name"})
+    if isinstance(search, AdditiveExactConfig):
+        return rerank_all(problem, budget, search.num_rerank, on_progress=notify)
+    if isinstance(search, AdditiveOptunaConfig):
+        found = solve("additive_optuna", problem, budget, on_progress=notify, **options)
+        ranked = rerank_all(problem, budget, search.num_rerank, on_progress=notify)
+        return _with_exact(problem, [found], ranked)
+    if isinstance(search, ExactOptunaConfig):
+        name = search.study_name or f"{state.profile.facts['teacher']}-{problem.space.name}-{search.sampler}"
+        storage = search.storage or str(Path(state.config.cache_dir) / f"study-{name}.journal")
+        options |= {"storage": storage, "study_name": f"{name}-{limit.name}-{limit.value:g}"}
+    found = solve(search.solver, problem, budget, on_progress=notify, **options)
+    return _with_exact(problem, [found], [])
+
+
+def _with_exact(problem: Problem, found: list[Solution], others: list[Solution]) -> list[Solution]:
+    """Give the solutions of a solver their exact divergence, and sort them among ``others``."""
+    store = problem.need_store("pipeline")
+    values = store.evaluate([item.strategy for item in found])
+    exact = [
+        replace(item, divergence_exact=float(row.mean()), per_sample_nats=row)
+        for item, row in zip(found, values, strict=True)
+    ]
+    runs = sum(item.num_validation_runs for item in found) + (others[0].num_validation_runs if others else 0)
+    ranked = sorted([*exact, *others], key=lambda item: (item.divergence_exact or 0.0, item.cost_ratio))
+    return [replace(item, num_validation_runs=runs) for item in ranked]
+
+
+def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:
+    """Uniform token reduction under the budget; ``None`` if not even one visual token fits."""
+    assignment = uniform_assignment(problem, budget)
+    return None if assignment is None else problem.space.strategy(assignment)
+
+
+def _correct(state: SearchRun, strategy: Strategy | None, notify: Notify) -> np.ndarray | None:
+    """Which answers on the test set are right; remembered, since budgets share strategies."""
+    if "test" not in state.data:
+        return None
+    key = "" if strategy is None else strategy.key()
+    if key not in state.correct:
+        samples = state.data["test"].samples
+        what = "accuracy of the full model" if strategy is None else f"accuracy of {strategy.describe()}"
+        answers = answer_questions(
+            state.loaded,
+            samples,
+            strategy,
+            batch_size=state.config.batch_size,
+            max_new_tokens=state.config.data.max_new_tokens,
+            on_progress=partial(notify, what=what),
+        )
+        state.correct[key] = correct_answers(answers, samples)
+    return state.correct[key]
+
+
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+# -- the record -----------------------------------------------------------------------------------
+
+
+def _record(state: SearchRun, results: list[Result], started: datetime, seconds: float) -> Record:
+    config, loaded, counts = state.config, state.loaded, state.profile.counts
+    problem = state.profile.problem()
+    uniform = make_space("uniform", state.profile.dims.num_layers, state.profile.space.tokens.full)
+    store = state.profile.store
+    assert store is not None
+    return Record(
+        model=ModelInfo(
+            name=loaded.name,
+            fingerprint=loaded.adapter.fingerprint,
+            num_layers=state.profile.dims.num_layers,
+            num_visual_tokens=float(np.mean([item.visual for item in counts])),
+            num_text_tokens=float(np.mean([item.text for item in counts])),
+            num_parameters=loaded.model.num_parameters(),
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            device=str(loaded.adapter.device),
+            attn_implementation=loaded.adapter.text_config._attn_implementation,
+        ),
+        data=DataInfo(
+            name=config.data.name,
+            num_samples=len(state.data["search"]),
+            num_heldout=len(state.data["heldout"]),
+            num_test=len(state.data["test"]) if "test" in state.data else 0,
+            seed=config.data.seed,
+            answers=config.data.answers,
+            averaging=config.data.averaging,
+            fingerprints={split: data.fingerprint for split, data in state.data.items()},
+        ),
+        selector=Named(name=state.selector.name, options=config.selector.options),
+        space=Named(name=config.space.name, options=config.space.model_dump(mode="json", exclude={"name"})),
+        solver=Named(name=config.search.solver, options=config.search.model_dump(mode="json", exclude={"solver"})),
+        results=results,
+        floor_ratio=problem.cost_model.floor_ratio,
+        front=_front_points(problem),
+        uniform_front=_front_points(Problem(uniform, problem.cost_model, state.profile.curves.surrogate(uniform))),
+        num_validation_runs=store.num_validation_runs,
+        seconds=seconds,
+        timings=state.timings,
+        provenance=Provenance(
+            started_at=started.isoformat(timespec="seconds"),
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            git_commit=git_commit(),
+            command=" ".join(["dop-search", *sys.argv[1:]]),
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+            config=config.model_dump(mode="json"),
+        ),
+    )
+
+
+def _front_points(problem: Problem) -> list[tuple[float, float]]:
+    """At most ``MAX_FRONT_POINTS`` points of the surrogate's Pareto front, spread over it."""
+    front = pareto_front(problem)
+    rows = np.unique(np.linspace(0, len(front) - 1, min(len(front), MAX_FRONT_POINTS)).round().astype(int))
+    return [(float(front.cost_ratio[row]), float(front.divergence_nats[row])) for row in rows]
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, if it is one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+# -- time and progress ----------------------------------------------------------------------------
+
+
+@contextmanager
+def stage(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds spent inside to ``timings[name]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[name] = timings.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,169 @@
+"""What is being done and how far it is: bars on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichBars
+
+Advance = Callable[..., None]
+"""``advance()`` or ``advance(n)``: so many more steps are done."""
+
+
+class Progress(ABC):
+    """Reports tasks; tasks can be nested.
+
+    ::
+
+        with progress.task("curve: mlp depth", total=9) as advance:
+            for level in levels:
+                measure(level)
+                advance()
+    """
+
+    @abstractmethod
+    def note(self, message: str) -> None:
+        """A line that stays."""
+
+    @abstractmethod
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """Something that takes a while, in ``total`` steps if their number is known."""
+        raise NotImplementedError
+        yield
+
+
+class SilentProgress(Progress):
+    """Says nothing."""
+
+    def note(self, message: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """Nothing."""
+        yield lambda steps=1: None
+
+
+class PlainProgress(Progress):
+    """One line when a task ends, with its seconds, and one every ``interval_s`` while it runs; for logs."""
+
+    def __init__(self, stream: IO[str], interval_s: float = 10.0) -> None:
+        self._stream = stream
+        self._interval_s = interval_s
+        self._start = time.monotonic()
+
+    def note(self, message: str) -> None:
+        """A line with the seconds since the start."""
+        print(f"[{time.monotonic() - self._start:6.1f} s] {message}", file=self._stream, flush=True)
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """Report the task when it ends, also by an exception, and now and then before."""
+        start = last = time.monotonic()
+        done = 0
+
+        def text() -> str:
+            steps = "" if total is None and not done else f" {done}/{'?' if total is None else total}"
+            return f"{description}{steps}"
+
+        def advance(steps: int = 1) -> None:
+            nonlocal done, last
+            done += steps
+            if time.monotonic() - last >= self._interval_s:
+                last = time.monotonic()
+                self.note(text())
+
+        try:
+            yield advance
+        except BaseException:
+            self.note(f"{text()} stopped after {time.monotonic() - start:.1f} s")
+            raise
+        self.note(f"{text()} in {time.monotonic() - start:.1f} s")
+
+
+class BarProgress(Progress):
+    """Bars on a terminal; a finished task leaves one line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: RichBars | None = None
+
+    def note(self, message: str) -> None:
+        """A line above the bars."""
+        self._console.print(message, markup=False, highlight=False)
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """A bar while the task runs, a line with its seconds when it is done."""
+        outermost = self._bars is None
+        bars = self._bars or RichBars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        if outermost:
+            self._bars = bars
+            bars.start()
+        identifier = bars.add_task(description, total=total)
+        start = time.monotonic()
+        try:
+            yield lambda steps=1: bars.advance(identifier, steps)
+        finally:
+            bars.remove_task(identifier)
+            if outermost:
+                bars.stop()
+                self._bars = None
+        self._console.print(
+            f"[green]✓[/green] {escape(description)} [dim]{time.monotonic() - start:.1f} s[/dim]", highlight=False
+        )
+
+
+def default_progress(console: Console | None = None) -> Progress:
+    """Bars if ``console`` (default: standard error) is a terminal, plain lines if it is not."""
+    console = console or Console(stderr=True)
+    return BarProgress(console) if console.is_terminal else PlainProgress(console.file)
+
+
+class Notify:
+    """Turns ``(done, total, what)`` callbacks into tasks: one per ``what``, opened when it is first heard of."""
+
+    def __init__(self, progress: Progress, prefix: str = "") -> None:
+        self._progress, self._prefix = progress, prefix
+        self._stack = ExitStack()
+        self._what: str | None = None
+        self._advance: Advance = lambda steps=1: None
+        self._done = 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """So many steps of ``what`` are done."""
+        if what != self._what:
+            self.close()
+            self._what, self._done = what, 0
+            self._advance = self._stack.enter_context(self._progress.task(self._prefix + what, total))
+        if done > self._done:
+            self._advance(done - self._done)
+            self._done = done
+
+    def close(self) -> None:
+        """End the task that is open."""
+        self._stack.close()
+
+
+@contextmanager
+def watch(progress: Progress, prefix: str = "") -> Iterator[Notify]:
+    """A :class:`Notify` whose last task ends with the context."""
+    notify = Notify(progress, prefix)
+    with notify._stack:
+        yield notify

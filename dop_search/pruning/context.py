@@ -1,0 +1,123 @@
+"""The verb: ``with pruned(model, strategy):``, and its in-place form ``prune_``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from dop_search.errors import DopError, StrategyError
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.families import adapter_for
+from dop_search.pruning.ranking import RankingSource
+from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
+from dop_search.selectors import make_selector
+from dop_search.strategy import Strategy
+
+_pruned_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class PruneHandle:
+    """Undoes a :func:`prune_`. Restoring twice is harmless."""
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._sources: list[RankingSource] = []
+        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._model: nn.Module | None = None
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for source in self._sources:
+            source.close()
+        for module, previous in reversed(self._replaced):
+            if previous is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = previous
+        if self._model is not None:
+            _pruned_models.discard(self._model)
+        self._hooks, self._sources, self._replaced, self._model = [], [], [], None
+
+
+def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
+    """Refuse a strategy that was made for another model.
+
+    Raises:
+        StrategyError: naming both sides and how to move a strategy.
+    """
+    num_layers = adapter.dims.num_layers
+    if strategy.num_layers != num_layers:
+        raise StrategyError(
+            f"the strategy is for {strategy.num_layers} decoder layers, but the model has {num_layers}; "
+            f"`strategy.for_num_layers({num_layers})` moves it by its depth ratios"
+        )
+    if strategy.model_fingerprint not in (None, adapter.fingerprint):
+        raise StrategyError(
+            f"the strategy was searched on {strategy.model_fingerprint!r}, but the model is {adapter.fingerprint!r}; "
+            "search again, or use `dataclasses.replace(strategy, model_fingerprint=None)` to apply it all the same"
+        )
+
+
+def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.ndarray] | None = None) -> PruneHandle:
+    """Make ``model`` skip operations from now on, in place.
+
+    Skipped operations are never computed: rows are gathered before the projections, and keys and values of skipped
+    tokens never enter the cache. Text positions get the logits of the strategy; logits at visual positions mean
+    nothing. The empty strategy leaves the model untouched.
+
+    Args:
+        model: a supported Hugging Face model.
+        strategy: what runs.
+        rankings: per sample of the batch the indices of its visual tokens, best first, instead of the strategy's
+            selector.
+
+    Returns:
+        A handle whose ``restore()`` undoes it.
+
+    Raises:
+        StrategyError: if the strategy does not fit the model.
+        UnsupportedModelError: if the model's class has no adapter, or lacks what the selector needs.
+        DopError: if the model is already pruned.
+    """
+    adapter = adapter_for(model)
+    check_strategy(adapter, strategy)
+    if model in _pruned_models:
+        raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
+    handle = PruneHandle()
+    if strategy.is_empty:
+        return handle
+    selector = None if rankings is not None else make_selector(strategy.selector, strategy.selector_options)
+    source = RankingSource(adapter, selector, explicit_rankings(rankings))
+    decoder = PrunedDecoder(adapter, strategy, source)
+    text_model = adapter.text_model
+    handle._sources.append(source)
+    handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))
+    handle._replaced.append((text_model, text_model.__dict__.get("forward")))
+    handle._model = model
+    text_model.forward = decoder.forward
+    _pruned_models.add(model)
+    return handle
+
+
+@contextmanager
+def pruned(
+    model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.ndarray] | None = None
+) -> Iterator[PreTrainedModel]:
+    """Within the context ``model`` skips operations; on exit, also by an exception, it is what it was.
+
+    See :func:`prune_` for arguments and errors.
+    """
+    handle = prune_(model, strategy, rankings)
+    try:
+        yield model
+    finally:
+        handle.restore()

@@ -1,0 +1,267 @@
+"""Which token stands where: the packed rows of a batch, and the index sets of its token groups.
+
+A decoder call on a batch is laid out as one sequence of *rows*, sample after sample, without padding and without
+the visual tokens that never enter the decoder. Every set of rows that a layer needs is "the text tokens and some
+groups of visual tokens", so the indices between any two such sets are computed once and kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dop_search.errors import DopError
+from dop_search.strategy import Strategy
+
+Groups = frozenset[int]
+"""Groups of visual tokens that take part; text tokens always do."""
+
+TEXT = -1
+DROPPED = -2
+MAX_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries ``[start, stop)`` that see the keys ``[0, num_keys)``, causal from the bottom right."""
+
+    start: int
+    stop: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the rows of one attention call are arranged as ``[sample, position]``.
+
+    Attributes:
+        num_samples, num_queries, num_keys: the padded shape; ``num_keys`` leaves out the keys that came before.
+        num_past: keys of every sample that came before this layout and that all of its queries see.
+        query_pad, key_pad: row of each padded place (``[num_samples * num_queries]``), ``None`` without padding.
+        query_unpad: padded place of each row, ``None`` if no padding is needed.
+        key_valid: ``[num_samples, num_keys]`` boolean, ``None`` if all keys are real.
+        mask: ``[num_samples, 1, num_queries, num_past + num_keys]`` boolean, ``None`` if ``segments`` say it all.
+        segments: runs of queries for which plain causal attention is right.
+        query_rows: rows of the layout that issue a query (``[n]``), in packed order.
+        key_rows: rows of the layout that are keys.
+    """
+
+    num_samples: int
+    num_queries: int
+    num_keys: int
+    num_past: int
+    query_pad: Tensor | None
+    key_pad: Tensor | None
+    query_unpad: Tensor | None
+    key_valid: Tensor | None
+    mask: Tensor | None
+    segments: tuple[Segment, ...] | None
+    query_rows: Tensor
+    key_rows: Tensor
+
+
+def assign_groups(visual: np.ndarray, ranking: np.ndarray, strategy: Strategy) -> np.ndarray:
+    """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
+
+    Args:
+        visual: ``[num_tokens]`` boolean.
+        ranking: indices into the sample's visual tokens, best first (``[num_visual]``).
+        strategy: says how many tokens are kept and how the ranks are cut.
+
+    Raises:
+        DopError: if the ranking is not a permutation of the sample's visual tokens.
+    """
+    positions = np.flatnonzero(visual)
+    if len(ranking) != len(positions) or not np.array_equal(np.sort(ranking), np.arange(len(positions))):
+        raise DopError(
+            f"a ranking must be a permutation of the sample's {len(positions)} visual tokens, "
+            f"but got {len(ranking)} entries"
+        )
+    groups = np.full(len(visual), TEXT, dtype=np.int64)
+    groups[positions] = DROPPED
+    start = 0
+    for group, size in enumerate(strategy.group_sizes(len(positions))):
+        groups[positions[ranking[start : start + size]]] = group
+        start += size
+    return groups
+
+
+class Layout:
+    """The packed rows of one batch and every index set that its layers need, made once and kept.
+
+    Args:
+        sample, column, group: per row: which sample, which place in its sequence, which group (``TEXT`` or ``0..G-1``).
+            Rows are ordered by sample, then by column.
+        num_samples: batch size.
+        device: where index tensors live.
+        read: per row: whether its output logits are needed (``None``: all). In the last layer only such rows
+            issue queries and go through the MLP.
+        num_past: keys of every sample that are already there and come before all rows.
+    """
+
+    def __init__(
+        self,
+        sample: np.ndarray,
+        column: np.ndarray,
+        group: np.ndarray,
+        num_samples: int,
+        device: torch.device,
+        read: np.ndarray | None = None,
+        num_past: int = 0,
+    ) -> None:
+        self.sample, self.column, self.group = sample, column, group
+        self.num_samples = num_samples
+        self.device = device
+        self.read = read
+        self.num_past = num_past
+        self._rows: dict[tuple[Groups, bool], np.ndarray] = {}
+        self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
+        self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
+        self.sample_index, self.column_index = self.tensor(sample), self.tensor(column)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens in the decoder, text and visual, over all samples."""
+        return len(self.sample)
+
+    def rows(self, groups: Groups, read_only: bool = False) -> np.ndarray:
+        """Sorted rows of the text tokens and of ``groups``; with ``read_only`` the text rows that are read."""
+        key = (groups, read_only)
+        if key not in self._rows:
+            member = (self.group == TEXT) | np.isin(self.group, list(groups))
+            if read_only and self.read is not None:
+                member &= self.read
+            self._rows[key] = np.flatnonzero(member)
+        return self._rows[key]
+
+    def relative(self, inner: Groups, outer: Groups, read_only: bool = False) -> Tensor | None:
+        """Where the rows of ``inner`` stand among the rows of ``outer``; ``None`` when they are the same rows."""
+        key = (inner, outer, read_only)
+        if key not in self._relative:
+            inside, around = self.rows(inner, read_only), self.rows(outer)
+            same = len(inside) == len(around)
+            self._relative[key] = None if same else self.tensor(np.searchsorted(around, inside))
+        return self._relative[key]
+
+    def attention(self, query_groups: Groups, key_groups: Groups, read_only: bool = False) -> AttentionPlan:
+        """The arrangement of one attention call between these queries and keys."""
+        key = (query_groups, key_groups, read_only)
+        if key not in self._attention:
+            self._attention[key] = self._plan_attention(self.rows(query_groups, read_only), self.rows(key_groups))
+        return self._attention[key]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """An index array on the layout's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray) -> AttentionPlan:
+        query_place, num_queries, query_even = self._places(query_rows, align_right=False)
+        key_place, num_keys, key_even = self._places(key_rows, align_right=True)
+        even = query_even and key_even
+        segments = self._segments(query_rows, key_rows, num_queries, num_keys) if even else None
+        mask = key_valid = None
+        if not key_even:
+            valid = np.zeros((self.num_samples, num_keys), dtype=np.bool_)
+            valid.reshape(-1)[key_place] = True
+            key_valid = self.tensor(valid)
+        if segments is None:
+            mask = self._mask(query_rows, query_place, num_queries, key_rows, key_place, num_keys)
+        return AttentionPlan(
+            num_samples=self.num_samples,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            num_past=self.num_past,
+            query_pad=None if query_even else self._pad_index(query_place, self.num_samples * num_queries),
+            key_pad=None if key_even else self._pad_index(key_place, self.num_samples * num_keys),
+            query_unpad=None if query_even else self.tensor(query_place),
+            key_valid=key_valid,
+            mask=mask,
+            segments=segments,
+            query_rows=self.tensor(query_rows),
+            key_rows=self.tensor(key_rows),
+        )
+
+    def _places(self, rows: np.ndarray, align_right: bool) -> tuple[np.ndarray, int, bool]:
+        counts = np.bincount(self.sample[rows], minlength=self.num_samples)
+        longest = int(counts.max(initial=0))
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        within = np.arange(len(rows)) - np.repeat(starts, counts)
+        offset = np.repeat(longest - counts, counts) if align_right else 0
+        places = self.sample[rows] * longest + within + offset
+        return places, longest, bool((counts == longest).all())
+
+    def _pad_index(self, places: np.ndarray, size: int) -> Tensor:
+        index = np.zeros(size, dtype=np.int64)
+        index[places] = np.arange(len(places))
+        return self.tensor(index)
+
+    def _segments(
+        self, query_rows: np.ndarray, key_rows: np.ndarray, num_queries: int, num_keys: int
+    ) -> tuple[Segment, ...] | None:
+        """Cut the queries into runs without a key between them that is no query; ``None`` if they are many."""
+        is_key = np.isin(query_rows, key_rows)
+        if not is_key.all() or not len(query_rows):
+            return None
+        visible = np.searchsorted(key_rows, query_rows) + 1  # keys up to and including the query itself
+        visible = visible.reshape(self.num_samples, num_queries) - np.arange(self.num_samples)[:, None] * num_keys
+        if not (visible == visible[0]).all():
+            return None
+        cuts = [0, *(np.flatnonzero(np.diff(visible[0]) != 1) + 1).tolist(), num_queries]
+        if len(cuts) - 1 > MAX_SEGMENTS:
+            return None
+        past = self.num_past
+        return tuple(Segment(a, b, past + int(visible[0, b - 1])) for a, b in itertools.pairwise(cuts))
+
+    def _mask(
+        self,
+        query_rows: np.ndarray,
+        query_place: np.ndarray,
+        num_queries: int,
+        key_rows: np.ndarray,
+        key_place: np.ndarray,
+        num_keys: int,
+    ) -> Tensor:
+        query_column = np.full(self.num_samples * num_queries, np.iinfo(np.int64).max - 1)
+        query_column[query_place] = self.column[query_rows]
+        key_column = np.full(self.num_samples * num_keys, np.iinfo(np.int64).max)
+        key_column[key_place] = self.column[key_rows]
+        columns = self.tensor(query_column).view(self.num_samples, 1, num_queries, 1)
+        mask = self.tensor(key_column).view(self.num_samples, 1, 1, num_keys) <= columns
+        return mask if not self.num_past else nn.functional.pad(mask, (self.num_past, 0), value=True)
+
+
+def pack(
+    groups: Sequence[np.ndarray],
+    columns: Sequence[np.ndarray],
+    device: torch.device,
+    read: Sequence[np.ndarray] | None = None,
+    num_past: int = 0,
+) -> tuple[Layout, list[np.ndarray]]:
+    """Lay out samples after each other without their dropped tokens.
+
+    Args:
+        groups: per sample the group of each of its tokens (see :func:`assign_groups`).
+        columns: per sample the place of each token in its padded sequence.
+        device: where index tensors live.
+        read: per sample whether each token's logits are needed.
+        num_past: keys of every sample that are already there.
+
+    Returns:
+        The layout, and per sample the tokens that entered it.
+    """
+    kept = [np.flatnonzero(group != DROPPED) for group in groups]
+    layout = Layout(
+        sample=np.concatenate([np.full(len(keep), index) for index, keep in enumerate(kept)]),
+        column=np.concatenate([column[keep] for column, keep in zip(columns, kept, strict=True)]),
+        group=np.concatenate([group[keep] for group, keep in zip(groups, kept, strict=True)]),
+        num_samples=len(groups),
+        device=device,
+        read=None if read is None else np.concatenate([r[keep] for r, keep in zip(read, kept, strict=True)]),
+        num_past=num_past,
+    )
+    return layout, kept

@@ -1,0 +1,39 @@
+"""From a strategy to what each decoder layer does: which groups stay, which take part in which module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop_search.operations import Module
+from dop_search.pruning.layout import Groups
+from dop_search.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One decoder layer: groups that are still in the sequence, and those that each module processes."""
+
+    alive: Groups
+    q: Groups
+    kv: Groups
+    mlp: Groups
+
+
+def layer_steps(strategy: Strategy) -> tuple[LayerStep, ...]:
+    """The steps of the canonical form: a group leaves the sequence for good after its last operation."""
+    groups = strategy.canonical().groups
+    runs = {module: [frozenset(policy.layers(module)) for policy in groups] for module in Module}
+    last = [max((layer for module in Module for layer in runs[module][g]), default=-1) for g in range(len(groups))]
+
+    def taking_part(module: Module, layer: int) -> Groups:
+        return frozenset(g for g in range(len(groups)) if layer in runs[module][g])
+
+    return tuple(
+        LayerStep(
+            alive=frozenset(g for g in range(len(groups)) if layer <= last[g]),
+            q=taking_part(Module.Q, layer),
+            kv=taking_part(Module.KV, layer),
+            mlp=taking_part(Module.MLP, layer),
+        )
+        for layer in range(strategy.num_layers)
+    )

@@ -1,0 +1,110 @@
+"""What every solver takes and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dop_search.cost.budget import Budget
+from dop_search.cost.model import CostModel
+from dop_search.errors import ConfigError
+from dop_search.search.space import Space
+from dop_search.search.store import EvaluationStore, FloatArray
+from dop_search.search.surrogate import Surrogate
+from dop_search.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A space with its price and what is known of its divergence.
+
+    Attributes:
+        space: what is searched.
+        cost_model: what it costs.
+        surrogate: additive estimate, for the solvers that use it.
+        store: exact evaluations, for the solvers that use them.
+    """
+
+    space: Space
+    cost_model: CostModel
+    surrogate: Surrogate | None = None
+    store: EvaluationStore | None = None
+
+    def need_surrogate(self, solver: str) -> Surrogate:
+        """The surrogate, or ConfigError naming the solver that needs it."""
+        if self.surrogate is None:
+            raise ConfigError(f"solver {solver!r} needs the additive surrogate: measure the curves first")
+        return self.surrogate
+
+    def need_store(self, solver: str) -> EvaluationStore:
+        """The evaluation store, or ConfigError naming the solver that needs it."""
+        if self.store is None:
+            raise ConfigError(f"solver {solver!r} evaluates strategies on data: give it an evaluation store")
+        return self.store
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A strategy that a solver chose.
+
+    Attributes:
+        strategy: canonical, within the budget.
+        assignment: the parameters' levels it comes from.
+        cost_ratio: cost relative to the full model, in the budget's kind.
+        divergence_additive: the surrogate's estimate in nats.
+        divergence_exact: measured mean divergence in nats on the search set.
+        num_validation_runs: strategies evaluated on the whole search set by this solver.
+        seconds: wall time of the solver.
+        solver: its name.
+        per_sample_nats: measured divergence per sample, for confidence intervals.
+        history: one JSON-ready dictionary per candidate or trial, in order.
+    """
+
+    strategy: Strategy
+    assignment: Mapping[str, int]
+    cost_ratio: float
+    divergence_additive: float | None
+    divergence_exact: float | None
+    num_validation_runs: int
+    seconds: float
+    solver: str
+    per_sample_nats: FloatArray | None = field(default=None, compare=False, repr=False)
+    history: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "strategy": self.strategy.to_json(),
+            "assignment": dict(self.assignment),
+            "cost_ratio": self.cost_ratio,
+            "divergence_additive": self.divergence_additive,
+            "divergence_exact": self.divergence_exact,
+            "num_validation_runs": self.num_validation_runs,
+            "seconds": self.seconds,
+            "solver": self.solver,
+            "per_sample_nats": None if self.per_sample_nats is None else self.per_sample_nats.tolist(),
+            "history": [dict(item) for item in self.history],
+        }
+
+
+def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | None:
+    """Uniform token reduction: the largest number of visual tokens that fits, everything else full.
+
+    ``None`` if not even the smallest number of the space fits.
+    """
+    ratio = budget.resolve(problem.cost_model)
+    levels = problem.space.tokens.levels
+    low, high = 0, len(levels)  # levels[:low] fit, levels[high:] do not: the cost rises with the tokens
+    while low < high:
+        middle = (low + high) // 2
+        fits = problem.cost_model.ratio(problem.space.single(problem.space.tokens.name, levels[middle])) <= ratio
+        low, high = (middle + 1, high) if fits else (low, middle)
+    return None if low == 0 else {**problem.space.full, problem.space.tokens.name: int(levels[low - 1])}
+
+
+def as_assignment(space: Space, indices: np.ndarray[Any, Any]) -> dict[str, int]:
+    """Level indices ``[params]`` as names and levels."""
+    return {p.name: int(p.levels[int(i)]) for p, i in zip(space.parameters, indices, strict=True)}

@@ -1,0 +1,210 @@
+"""Evaluations of strategies, each done once: in memory and, to survive a crash, in a JSON-lines file."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dop_search.errors import CacheError, ConfigError, DataError, NumericalError
+from dop_search.strategy import Strategy
+
+FloatArray: TypeAlias = NDArray[np.float64]
+Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], FloatArray]
+"""Per-sample divergence in nats ``[num_strategies, num_samples]``; second argument: which samples (None: all)."""
+
+OnProgress: TypeAlias = Callable[[int, int, str], None]
+"""Called with (done, total, what is being measured)."""
+
+FORMAT = "dop_search.evaluations"
+VERSION = 1
+
+
+class EvaluationStore:
+    """Remembers every per-sample divergence, so that no strategy is evaluated twice on a sample.
+
+    Strategies are the same when their :meth:`Strategy.key` is. Results are appended to ``path`` as they come,
+    under a lock, so that several processes may share a file. A last line torn by a crash is dropped.
+
+    Args:
+        evaluator: computes what is not known yet.
+        num_samples: samples of the validation set.
+        path: JSON-lines file; ``None`` keeps everything in memory.
+        header: what the numbers depend on (model, data, objective); a file with another header is refused.
+        batch_size: strategies per call of the evaluator and so per save. Large batches let the evaluator
+            share prefixes, small ones save more often.
+
+    Raises:
+        CacheError: if the file is not an evaluation file, is corrupt, or belongs to another ``header``.
+        DataError: without samples.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        num_samples: int,
+        path: str | Path | None = None,
+        header: Mapping[str, Any] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if num_samples < 1:
+            raise DataError("an evaluation store needs at least one validation sample, but got none")
+        if batch_size < 1:
+            raise ConfigError(f"`batch_size >= 1` must hold, but got (batch_size={batch_size})")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.path = None if path is None else Path(path)
+        self._evaluator = evaluator
+        self._header = {"format": FORMAT, "version": VERSION, "num_samples": num_samples, **(header or {})}
+        self._header = json.loads(json.dumps(self._header, sort_keys=True))
+        self._values: dict[str, FloatArray] = {}  # NaN: not evaluated
+        self._requested: dict[str, NDArray[np.bool_]] = {}
+        self._num_new_samples = 0
+        self._offset = 0
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append([])
+
+    # -- counters -------------------------------------------------------------------------------
+
+    @property
+    def num_validation_runs(self) -> int:
+        """Strategies this search has asked for, new or remembered (a part of the samples counts as a part,
+        the sum rounded up); a resumed search ends with the same number as an uninterrupted one."""
+        return -(-sum(int(asked.sum()) for asked in self._requested.values()) // self.num_samples)
+
+    @property
+    def num_new_runs(self) -> int:
+        """Like :attr:`num_validation_runs`, but only what this process had to evaluate."""
+        return -(-self._num_new_samples // self.num_samples)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        strategies: Sequence[Strategy],
+        sample_indices: Sequence[int] | None = None,
+        on_progress: OnProgress | None = None,
+        what: str = "evaluating strategies",
+    ) -> FloatArray:
+        """Per-sample divergence in nats ``[num_strategies, num_samples or len(sample_indices)]``.
+
+        Raises:
+            NumericalError: if the evaluator returns NaN or infinity; nothing of that batch is saved.
+        """
+        samples = np.arange(self.num_samples) if sample_indices is None else np.asarray(sample_indices, dtype=int)
+        keys = [strategy.key() for strategy in strategies]
+        distinct = dict(zip(keys, strategies, strict=True))
+        if self.path is not None:
+            self._append([])  # what other processes have saved meanwhile
+        missing = [key for key in distinct if np.isnan(self._known(key)[samples]).any()]
+        done = len(distinct) - len(missing)
+        if on_progress is not None:
+            on_progress(done, len(distinct), what)
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            self._run(batch, [distinct[key] for key in batch], samples, sample_indices is None)
+            if on_progress is not None:
+                on_progress(done + start + len(batch), len(distinct), what)
+        for key in distinct:
+            self._requested.setdefault(key, np.zeros(self.num_samples, dtype=np.bool_))[samples] = True
+        return np.stack([self._values[key][samples] for key in keys]) if keys else np.zeros((0, len(samples)))
+
+    def _known(self, key: str) -> FloatArray:
+        return self._values.get(key, np.full(self.num_samples, np.nan))
+
+    def _run(self, keys: list[str], strategies: list[Strategy], samples: NDArray[Any], everything: bool) -> None:
+        unknown = [np.isnan(self._known(key)[samples]) for key in keys]
+        if everything and all(mask.all() for mask in unknown):
+            todo, values = samples, self._evaluator(strategies, None)
+        else:
+            todo = samples[np.any(unknown, axis=0)]
+            values = self._evaluator(strategies, todo.tolist())
+        values = np.asarray(values, dtype=np.float64)
+        assert values.shape == (len(keys), len(todo)), (values.shape, len(keys), len(todo))
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            row, column = bad[0]
+            raise NumericalError(
+                f"the divergence of {strategies[row].describe()!r} on sample {int(todo[column])} is "
+                f"{values[row, column]}; evaluate in float32 or bfloat16, or drop the sample"
+            )
+        self._num_new_samples += values.size
+        indices = None if len(todo) == self.num_samples else todo.tolist()
+        records = [{"key": k, "samples": indices, "kl_nats": v.tolist()} for k, v in zip(keys, values, strict=True)]
+        if self.path is None:
+            for record in records:
+                self._remember(record)
+        else:
+            self._append(records)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        known = self._values.setdefault(record["key"], np.full(self.num_samples, np.nan))
+        known[slice(None) if record["samples"] is None else record["samples"]] = record["kl_nats"]
+
+    # -- the file -------------------------------------------------------------------------------
+
+    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
+        assert self.path is not None
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            lines = list(records)
+            if self._read_new(file) == 0:
+                lines = [self._header, *lines]
+            if lines:
+                file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+                self._offset = file.tell()
+            for record in records:
+                self._remember(record)
+
+    def _read_new(self, file: IO[bytes]) -> int:
+        """Take in complete lines after the known offset, cut off a torn one; the file's length after that."""
+        file.seek(self._offset)
+        data = file.read()
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
+            if self._offset == 0 and complete == 0 and not data.startswith(b'{"'):
+                raise self._error("is not an evaluation file")
+            file.truncate(self._offset + complete)
+        for line in data[:complete].splitlines():
+            if self._offset == 0:
+                self._check_header(line)
+            else:
+                self._take_in(line)
+            self._offset += len(line) + 1
+        return self._offset
+
+    def _check_header(self, line: bytes) -> None:
+        try:
+            header = json.loads(line)
+        except ValueError as error:
+            raise self._error("is not an evaluation file") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise self._error("is not an evaluation file")
+        names = sorted({*header, *self._header})
+        other = {n: (header.get(n), self._header.get(n)) for n in names if header.get(n) != self._header.get(n)}
+        if other:
+            listed = ", ".join(f"{n}: file {a!r}, now {b!r}" for n, (a, b) in other.items())
+            raise self._error(f"belongs to another search ({listed})")
+
+    def _take_in(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            self._remember(record)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
+
+    def _error(self, problem: str) -> CacheError:
+        return CacheError(f"{str(self.path)!r} {problem}; delete it or choose another output directory")

@@ -1,0 +1,90 @@
+"""The additive surrogate ``D(s) ~ sum_p D_p(v_p)`` (arXiv 2507.02909)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dop_search.errors import ConfigError
+from dop_search.search.space import Assignment, Parameter, Space
+from dop_search.search.store import FloatArray
+
+IntArray = NDArray[np.int64]
+
+RESOLUTION_NATS = 2.0**-42
+"""Curve values are rounded to multiples of this (2e-13), so that sums up to 2,000 nats are exact in any order."""
+
+
+class Surrogate:
+    """Estimated divergence of any assignment of a space, from one curve per parameter.
+
+    A query or MLP depth of ``kv - 1`` or more (``kv``: the exit depth of the same group's keys and values) is
+    the same function of the text tokens, because what lies beyond is dead. All such levels therefore get the
+    smallest of their curve values, which is 0 as "full" is among them: dead operations cost nothing.
+
+    Sums are exact (see ``RESOLUTION_NATS``), so two assignments of equal divergence compare as equal.
+
+    Args:
+        space: the parameters.
+        curves: mean divergence in nats at each of the parameter's levels, by name.
+
+    Raises:
+        ConfigError: if a curve is missing, has the wrong length or is not finite.
+    """
+
+    def __init__(self, space: Space, curves: Mapping[str, Sequence[float] | NDArray[Any]]) -> None:
+        self.space = space
+        self.curves: dict[str, FloatArray] = {}
+        for parameter in space.parameters:
+            values = np.asarray(curves.get(parameter.name, ()), dtype=np.float64)
+            if values.shape != (len(parameter.levels),) or not np.isfinite(values).all():
+                raise ConfigError(
+                    f"the curve of {parameter.name!r} needs {len(parameter.levels)} finite values, one per level, "
+                    f"but got {values}"
+                )
+            self.curves[parameter.name] = np.round(values / RESOLUTION_NATS) * RESOLUTION_NATS
+
+    def last_useful_depth(self, parameter: Parameter) -> tuple[Parameter | None, IntArray]:
+        """For a ``q`` or ``mlp`` parameter: what bounds it, and the depth beyond which it is dead.
+
+        Returns:
+            The parameter that holds the group's kv depth (``None``: always full) and the largest depth that
+            is not dead for each of its levels ``[K]`` (``[1]`` without a parameter).
+        """
+        assert parameter.role in ("q", "mlp"), parameter
+        bound = self.space.find("kv", parameter.group) or self.space.find("attention", parameter.group)
+        levels = np.array([self.space.num_layers] if bound is None else bound.levels, dtype=np.int64)
+        return bound, np.maximum(levels - 1, 0)
+
+    def effective(self, parameter: Parameter) -> FloatArray:
+        """Curve of a ``q`` or ``mlp`` parameter under each level of its bound, dead levels merged ``[K, W]``."""
+        _, last = self.last_useful_depth(parameter)
+        levels = np.array(parameter.levels, dtype=np.int64)
+        values = np.broadcast_to(self.curves[parameter.name], (len(last), len(levels)))
+        dead = levels[None, :] >= last[:, None]
+        merged = np.where(dead, values, np.inf).min(axis=1, keepdims=True)
+        return np.where(dead, merged, values)
+
+    def divergence(self, indices: NDArray[Any]) -> FloatArray:
+        """Estimated divergence in nats ``[P]`` of assignments given as *indices* into the levels ``[P, params]``."""
+        indices = np.asarray(indices, dtype=np.int64)
+        column = {name: indices[:, i] for i, name in enumerate(self.space.names)}
+        total = np.zeros(len(indices))
+        for parameter in self.space.parameters:
+            if parameter.role in ("q", "mlp"):
+                bound, _ = self.last_useful_depth(parameter)
+                row = np.zeros(len(indices), dtype=np.int64) if bound is None else column[bound.name]
+                total += self.effective(parameter)[row, column[parameter.name]]
+            else:
+                total += self.curves[parameter.name][column[parameter.name]]
+        return total
+
+    def __call__(self, assignment: Assignment) -> float:
+        """Estimated divergence in nats of one assignment; parameters that are not named are full."""
+        values = {**self.space.full, **assignment}
+        self.space.strategy(values)  # raises on unknown names and levels
+        row = [p.levels.index(values[p.name]) for p in self.space.parameters]
+        return float(self.divergence(np.array([row]))[0])

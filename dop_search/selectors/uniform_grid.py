@@ -1,0 +1,44 @@
+"""Spread the kept visual tokens evenly over the image: the second control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dop_search.selectors.base import Selector, SelectorInputs
+
+
+@dataclass(frozen=True)
+class UniformGridSelector(Selector):
+    """Farthest-point order on the token grid, so that every prefix covers the image evenly.
+
+    Several images are interleaved, each in its own order.
+    """
+
+    name = "uniform_grid"
+
+    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+        """See base class."""
+        orders, start = [], 0
+        for rows, columns in inputs.image_grids:
+            orders.append(start + farthest_point_order(rows, columns))
+            start += rows * columns
+        progress = np.concatenate([np.arange(len(order)) / len(order) for order in orders])
+        return np.concatenate(orders)[np.argsort(progress, kind="stable")]
+
+
+@lru_cache(maxsize=64)
+def farthest_point_order(rows: int, columns: int) -> np.ndarray:
+    """Visit a grid starting near its centre, each time the point farthest from all visited ones."""
+    points = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
+    order = [(rows // 2) * columns + columns // 2]
+    distance = np.full(len(points), np.inf)
+    while len(order) < len(points):
+        distance = np.minimum(distance, ((points - points[order[-1]]) ** 2).sum(axis=1))
+        distance[order[-1]] = -1.0
+        order.append(int(distance.argmax()))
+    result = np.array(order)
+    result.setflags(write=False)
+    return result

@@ -1,0 +1,97 @@
+"""What every part of the suite shares: how models, samples and rankings are made, how logits are compared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dop_search.operations import TokenCounts
+from dop_search.testing.inputs import Inputs, tiny_sample
+from dop_search.testing.reference import text_positions, visual_positions
+from dop_search.testing.strategies import random_rankings
+
+BACKENDS = ("sdpa", "eager")
+TEXT_LENGTHS = ((3, 4), (5, 7))
+
+# One method runs in many subclasses: that is the point of the suite, so `differing_executors` is no error here.
+PROPERTY = settings(
+    max_examples=15,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+)
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+Models = Callable[[str], PreTrainedModel]
+
+
+class ConformanceBase:
+    """Override :meth:`make_model`, and :meth:`make_sample` for a family without tiny inputs."""
+
+    tolerance: ClassVar[float] = 2e-5
+    """Allowed difference of logits, relative to the largest one (float32)."""
+
+    def make_model(self, attn_implementation: str) -> PreTrainedModel:
+        """A small random model in evaluation mode; the same weights at every call."""
+        raise NotImplementedError
+
+    def make_sample(
+        self, model: PreTrainedModel, num_text_before: int, num_text_after: int, seed: int, image_shape: int = 0
+    ) -> Inputs:
+        """One prompt with a batch dimension of 1: text, image, text."""
+        return tiny_sample(model, num_text_before, num_text_after, seed, image_shape=image_shape)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def models(cls) -> Models:
+        """``models(backend)``: each model is built once per class."""
+        return functools.cache(cls().make_model)
+
+    def samples(self, model: PreTrainedModel, seed: int = 0, image_shapes: tuple[int, ...] = (0, 0)) -> list[Inputs]:
+        """Prompts of different text lengths, one per image shape."""
+        lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(len(image_shapes))]
+        return [
+            self.make_sample(model, before, after, seed=10 * seed + index, image_shape=shape)
+            for index, ((before, after), shape) in enumerate(zip(lengths, image_shapes, strict=True))
+        ]
+
+    def rankings(self, model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> list[np.ndarray]:
+        """A random permutation of the visual tokens of each sample."""
+        return random_rankings(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist(), seed)
+
+    @staticmethod
+    def num_layers(model: PreTrainedModel) -> int:
+        """Decoder layers."""
+        return int(model.config.get_text_config().num_hidden_layers)
+
+    @staticmethod
+    def token_counts(model: PreTrainedModel, sample: Inputs) -> TokenCounts:
+        """Text and visual tokens of one unpadded sample."""
+        visual = int(visual_positions(model, sample["input_ids"]).sum())
+        return TokenCounts(text=sample["input_ids"].shape[1] - visual, visual=visual)
+
+
+def generate(model: PreTrainedModel, **arguments: Any) -> Any:
+    """``model.generate``, which the families have and ``PreTrainedModel`` does not declare."""
+    generating: Any = model
+    return generating.generate(**arguments)
+
+
+def max_difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected logit."""
+    assert logits.shape == expected.shape
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def max_text_difference(model: PreTrainedModel, inputs: Inputs, logits: Tensor, expected: Tensor) -> float:
+    """:func:`max_difference` over the text positions of ``inputs``; logits are ``[batch, position, vocabulary]``."""
+    text = text_positions(model, inputs)
+    return max_difference(logits[text], expected[text])

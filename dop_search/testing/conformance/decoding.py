@@ -1,0 +1,192 @@
+"""More than one forward pass: generation and continuation on the shorter caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import dop_search as dop
+from dop_search.errors import DopError
+from dop_search.testing.conformance.base import PROPERTY, ConformanceBase, Models, backends, generate, max_difference
+from dop_search.testing.inputs import Inputs, collate
+from dop_search.testing.models import NUM_SPECIAL_TOKENS
+from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
+from dop_search.testing.strategies import dop_strategies
+
+NUM_NEW_TOKENS = 7
+NUM_BEAMS = 3
+
+
+class DecodingConformance(ConformanceBase):
+    """Greedy and sampled generation, beams, continuation by several tokens, conversations."""
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), padded=st.booleans(), sample=st.booleans())
+    def test_generate_equals_reference(
+        self, models: Models, backend: str, data: st.DataObject, padded: bool, sample: bool
+    ) -> None:
+        """The logits behind every token, and the tokens themselves where nothing is drawn at random."""
+        model = models(backend)
+        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, inputs)
+        with torch.random.fork_rng(devices=[]), dop.pruned(model, strategy, rankings=rankings):
+            torch.manual_seed(0)
+            output = generate(model, **inputs, **generate_arguments(model), do_sample=sample)
+        tokens = output.sequences[:, -NUM_NEW_TOKENS:]
+        expected = masked_forward(model, append_tokens(inputs, tokens), strategy, rankings)
+        assert max_difference(torch.stack(output.logits, dim=1), before_each_new(expected)) <= self.tolerance
+        if not sample:
+            assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), padded=st.booleans())
+    def test_beam_scores_equal_reference(self, models: Models, backend: str, data: st.DataObject, padded: bool) -> None:
+        """Beams reorder the cache: the score of every returned beam is its log-likelihood under the reference."""
+        model = models(backend)
+        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, inputs)
+        with dop.pruned(model, strategy, rankings=rankings):
+            output = generate(
+                model,
+                **inputs,
+                **generate_arguments(model),
+                do_sample=False,
+                num_beams=NUM_BEAMS,
+                num_return_sequences=NUM_BEAMS,
+                length_penalty=0.0,
+                output_scores=True,
+            )
+        tokens = output.sequences[:, -NUM_NEW_TOKENS:]
+        scores = output.sequences_scores
+        for beam in range(NUM_BEAMS):  # beams of a sample stand next to each other
+            answers = tokens[beam::NUM_BEAMS]
+            logits = before_each_new(masked_forward(model, append_tokens(inputs, answers), strategy, rankings))
+            likelihood = logits.log_softmax(dim=-1).gather(-1, answers[..., None]).sum(dim=(1, 2))
+            assert max_difference(scores[beam::NUM_BEAMS], likelihood) <= self.tolerance
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), padded=st.booleans())
+    def test_continuation_equals_reference(
+        self, models: Models, backend: str, data: st.DataObject, padded: bool
+    ) -> None:
+        """Several tokens at once on a pruned cache, then one, then several again."""
+        model = models(backend)
+        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, inputs)
+        steps = []
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+            cache = model(**inputs, use_cache=True).past_key_values
+            for length in (3, 1, 2):
+                tokens = random_text(model, len(inputs["input_ids"]), length)
+                inputs = append_tokens(inputs, tokens)
+                # Without padding the model finds the positions itself, from the length of the cache.
+                extra = continuation_arguments(model, inputs, length) if padded else {}
+                steps.append(model(input_ids=tokens, past_key_values=cache, use_cache=True, **extra).logits)
+        logits = torch.cat(steps, dim=1)
+        expected = masked_forward(model, inputs, strategy, rankings)[:, -logits.shape[1] :]
+        assert max_difference(logits, expected) <= self.tolerance
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), reopen=st.booleans())
+    def test_conversation_is_right_or_refused(
+        self, models: Models, backend: str, data: st.DataObject, reopen: bool
+    ) -> None:
+        """``generate()`` on the cache of an earlier answer, in the same context or in a new one: never silently wrong.
+
+        transformers tells the new tokens from the cached ones by the length of the first layer's cache, which
+        pruning shortens.
+        """
+        model = models(backend)
+        inputs = self.samples(model)[1]
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, inputs)
+        context = dop.pruned(model, strategy, rankings=rankings)
+        try:
+            with context:
+                first = generate(model, **inputs, **generate_arguments(model), do_sample=False)
+                asked = append_tokens(inputs, first.sequences[:, -NUM_NEW_TOKENS:])
+                asked = append_tokens(asked, random_text(model, 1, 3))
+                arguments = {**tokens_of(asked), **generate_arguments(model), "past_key_values": first.past_key_values}
+                second = None if reopen else generate(model, **arguments, do_sample=False)
+            if second is None:
+                with dop.pruned(model, strategy, rankings=rankings):
+                    second = generate(model, **arguments, do_sample=False)
+        except DopError:
+            return  # refused with a message
+        answer = second.sequences[:, -NUM_NEW_TOKENS:]
+        expected = masked_forward(model, append_tokens(asked, answer), strategy, rankings)
+        assert max_difference(torch.stack(second.logits, dim=1), before_each_new(expected)) <= self.tolerance
+
+    @backends
+    @PROPERTY
+    @given(data=st.data())
+    def test_calls_do_not_leak(self, models: Models, backend: str, data: st.DataObject) -> None:
+        """Two conversations take turns in one context, with a call without a cache in between."""
+        model = models(backend)
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        prompts = [collate(self.samples(model, seed)) for seed in (1, 2)]
+        rankings = self.rankings(model, prompts[0])
+        results: list[tuple[Inputs, Tensor]] = []
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+            caches = [model(**prompt, use_cache=True).past_key_values for prompt in prompts]
+            results.append((prompts[1], model(**prompts[1], use_cache=False).logits[:, -1:]))
+            for prompt, cache in zip(prompts, caches, strict=True):
+                tokens = random_text(model, len(prompt["input_ids"]), 2)
+                longer = append_tokens(prompt, tokens)
+                extra = continuation_arguments(model, longer, 2)
+                results.append((longer, model(input_ids=tokens, past_key_values=cache, **extra).logits))
+        for inputs, logits in results:
+            expected = masked_forward(model, inputs, strategy, rankings)[:, -logits.shape[1] :]
+            assert max_difference(logits, expected) <= self.tolerance
+
+
+def tokens_of(inputs: Inputs) -> dict[str, Any]:
+    """The inputs without the images, which the cache holds already."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
+
+
+def generate_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Exactly ``NUM_NEW_TOKENS`` tokens, none of them a placeholder, with the unprocessed logits of each."""
+    return {
+        "max_new_tokens": NUM_NEW_TOKENS,
+        "min_new_tokens": NUM_NEW_TOKENS,
+        "suppress_tokens": [*visual_token_ids(model), *(model.generation_config.suppress_tokens or [])],
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+
+
+def before_each_new(logits: Tensor) -> Tensor:
+    """Of a forward over prompt and answer: the logits from which each of the ``NUM_NEW_TOKENS`` was chosen."""
+    return logits[:, -NUM_NEW_TOKENS - 1 : -1]
+
+
+def random_text(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Random text tokens ``[batch, length]``."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (batch, length), generator=generator)
+
+
+def continuation_arguments(model: PreTrainedModel, inputs: Inputs, num_new: int) -> Inputs:
+    """Mask and positions of the last ``num_new`` tokens, continuing those that the prefill chose by default."""
+    attention_mask = inputs["attention_mask"]
+    deltas = getattr(model.model, "rope_deltas", None)
+    if deltas is not None:  # M-RoPE: text positions, shifted per sample
+        positions = (attention_mask.cumsum(dim=-1) - 1)[:, -num_new:]
+        return {"attention_mask": attention_mask, "position_ids": (positions[None] + deltas).expand(3, -1, -1)}
+    length = attention_mask.shape[1]
+    positions = torch.arange(length - num_new, length).expand(len(attention_mask), -1)
+    return {"attention_mask": attention_mask, "position_ids": positions}

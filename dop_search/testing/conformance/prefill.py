@@ -1,0 +1,143 @@
+"""One forward pass: the pruned model computes what the masked reference computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import dop_search as dop
+from dop_search.strategy import Strategy
+from dop_search.testing.conformance.base import (
+    PROPERTY,
+    ConformanceBase,
+    Models,
+    backends,
+    max_difference,
+    max_text_difference,
+)
+from dop_search.testing.inputs import Inputs, collate
+from dop_search.testing.reference import masked_forward, text_positions, visual_positions
+from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategies
+
+
+class PrefillConformance(ConformanceBase):
+    """Prefill with ``sdpa`` and ``eager`` attention, left-padded batches, any strategy."""
+
+    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> None:
+        """A pruned forward equals the masked reference on text logits."""
+        rankings = self.rankings(model, inputs, seed)
+        expected = masked_forward(model, inputs, strategy, rankings)
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+            logits = model(**inputs).logits
+        assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
+
+    @backends
+    @pytest.mark.parametrize("corner", CORNERS)
+    def test_reference_is_not_the_full_model(self, models: Models, backend: str, corner: str) -> None:
+        """Each corner moves the logits far beyond the tolerance, so a runtime that skips nothing fails below."""
+        model = models(backend)
+        inputs = collate(self.samples(model))
+        strategy = corner_strategy(corner, self.num_layers(model))
+        with torch.no_grad():
+            full = model(**inputs).logits
+        masked = masked_forward(model, inputs, strategy, self.rankings(model, inputs))
+        assert max_text_difference(model, inputs, masked, full) > 500 * self.tolerance
+
+    @backends
+    @PROPERTY
+    @given(data=st.data())
+    def test_canonical_form_is_lossless(self, models: Models, backend: str, data: st.DataObject) -> None:
+        """Dropping dead operations changes no text logit: exact, not an approximation."""
+        model = models(backend)
+        inputs = collate(self.samples(model))
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, inputs)
+        as_given = masked_forward(model, inputs, strategy, rankings)
+        canonical = masked_forward(model, inputs, strategy.canonical(), rankings)
+        text = text_positions(model, inputs)
+        assert torch.equal(as_given[text], canonical[text])
+
+    @backends
+    def test_empty_strategy_is_bit_identical(self, models: Models, backend: str) -> None:
+        """Nothing to skip, nothing to change."""
+        model = models(backend)
+        inputs = collate(self.samples(model))
+        empty = Strategy.full(self.num_layers(model), selector="explicit")
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            with dop.pruned(model, empty, rankings=self.rankings(model, inputs)):
+                logits = model(**inputs).logits
+        assert torch.equal(logits, expected)
+
+    @backends
+    @pytest.mark.parametrize("corner", CORNERS)
+    def test_corners_equal_reference(self, models: Models, backend: str, corner: str) -> None:
+        """Left-padded batch, the corners of the space."""
+        model = models(backend)
+        self.check_prefill(model, collate(self.samples(model)), corner_strategy(corner, self.num_layers(model)))
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), seed=st.integers(0, 99))
+    def test_prefill_equals_reference(self, models: Models, backend: str, data: st.DataObject, seed: int) -> None:
+        """Left-padded batch of different text lengths, any strategy, any ranking."""
+        model = models(backend)
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        self.check_prefill(model, collate(self.samples(model, seed % 3)), strategy, seed)
+
+    @backends
+    @PROPERTY
+    @given(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
+    def test_different_image_sizes_equal_reference(
+        self, models: Models, backend: str, data: st.DataObject, shapes: tuple[int, ...]
+    ) -> None:
+        """Samples of one batch may bring different numbers of visual tokens."""
+        model = models(backend)
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        self.check_prefill(model, collate(self.samples(model, image_shapes=shapes)), strategy)
+
+    @backends
+    @PROPERTY
+    @given(data=st.data())
+    def test_image_first_equals_reference(self, models: Models, backend: str, data: st.DataObject) -> None:
+        """Without text before the image a query may find no key at all: it receives nothing, not NaN."""
+        model = models(backend)
+        inputs = self.make_sample(model, num_text_before=0, num_text_after=4, seed=0)
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        self.check_prefill(model, inputs, strategy)
+
+    @backends
+    @pytest.mark.parametrize("corner", CORNERS)
+    def test_text_only_prompt_is_untouched(self, models: Models, backend: str, corner: str) -> None:
+        """Text tokens keep all their operations, so a prompt without an image has the full model's logits."""
+        model = models(backend)
+        input_ids = self.samples(model)[1]["input_ids"]
+        text = input_ids[~visual_positions(model, input_ids)][None]
+        inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        strategy = corner_strategy(corner, self.num_layers(model))
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            with dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
+                logits = model(**inputs).logits
+        assert max_difference(logits, expected) <= self.tolerance
+
+    @backends
+    @PROPERTY
+    @given(data=st.data())
+    def test_batch_equals_singles(self, models: Models, backend: str, data: st.DataObject) -> None:
+        """Neither padding nor the other sample changes a sample."""
+        model = models(backend)
+        samples = self.samples(model)
+        batch = collate(samples)
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        rankings = self.rankings(model, batch)
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+            together = model(**batch).logits
+        for index, sample in enumerate(samples):
+            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings[index : index + 1]):
+                alone = model(**sample).logits
+            of_batch = together[index : index + 1, -alone.shape[1] :]
+            assert max_text_difference(model, sample, of_batch, alone) <= self.tolerance

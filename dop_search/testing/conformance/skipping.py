@@ -1,0 +1,56 @@
+"""What is not computed and not stored: pruning skips, it does not hide."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dop_search as dop
+from dop_search.cost.flops import full_flops, strategy_flops
+from dop_search.models import adapter_for
+from dop_search.testing.conformance.base import PROPERTY, ConformanceBase, Models, backends
+from dop_search.testing.measure import cache_lengths, count_decoder_flops
+from dop_search.testing.strategies import dop_strategies
+
+
+class SkippingConformance(ConformanceBase):
+    """Cache lengths and counted FLOPs of one sample."""
+
+    @backends
+    @PROPERTY
+    @given(data=st.data())
+    def test_cache_holds_only_kept_keys(self, models: Models, backend: str, data: st.DataObject) -> None:
+        """Per layer: text, and the visual tokens whose group has ``kv`` there."""
+        model = models(backend)
+        sample = self.samples(model)[0]
+        strategy = data.draw(dop_strategies(self.num_layers(model)))
+        counts = self.token_counts(model, sample)
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=self.rankings(model, sample)):
+            cache = model(**sample, use_cache=True).past_key_values
+        sizes = strategy.group_sizes(counts.visual)
+        expected = [
+            counts.text + sum(size for size, policy in zip(sizes, strategy.groups, strict=True) if layer in policy.kv)
+            for layer in range(strategy.num_layers)
+        ]
+        assert cache_lengths(cache) == expected
+
+    @PROPERTY
+    @given(data=st.data())
+    def test_counted_flops_equal_closed_form(self, models: Models, data: st.DataObject) -> None:
+        """To the last FLOP, over all decoder layers."""
+        model = models("eager")
+        sample = self.samples(model)[1]
+        # The empty strategy leaves the model untouched, dead operations included: it has no canonical price.
+        strategy = data.draw(dop_strategies(self.num_layers(model)).filter(lambda drawn: not drawn.is_empty))
+        with dop.pruned(model, strategy, rankings=self.rankings(model, sample)):
+            counted_flops = count_decoder_flops(model, sample)
+        assert counted_flops == strategy_flops(adapter_for(model).dims, strategy, self.token_counts(model, sample))
+
+    def test_counted_flops_of_the_full_model(self, models: Models) -> None:
+        """The denominator of every FLOPs ratio, and the check that the counter sees every decoder layer."""
+        model = models("eager")
+        sample = self.samples(model)[1]
+        assert count_decoder_flops(model, sample) == full_flops(
+            adapter_for(model).dims, self.token_counts(model, sample)
+        )

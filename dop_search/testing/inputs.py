@@ -1,0 +1,145 @@
+"""Random inputs for tiny models: one sample, and left-padded batches of samples. No processor is needed.
+
+A sample is the dictionary of keyword arguments of ``model(**sample)`` with a batch dimension of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dop_search.errors import UnsupportedModelError
+from dop_search.testing.models import (
+    ANYRES_TILE_SIZE,
+    IMAGE_TOKEN_ID,
+    NUM_SPECIAL_TOKENS,
+    PAD_TOKEN_ID,
+)
+
+Inputs = dict[str, Tensor]
+
+_LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0}
+_QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
+_ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
+_INTERNVL_TILES = (2, 1, 2)
+NUM_IMAGE_SHAPES = 3
+"""Image shapes that :func:`tiny_sample` knows; families of fixed resolution ignore the choice."""
+
+
+def tiny_sample(
+    model: PreTrainedModel,
+    num_text_before: int = 3,
+    num_text_after: int = 4,
+    seed: int = 0,
+    num_images: int = 1,
+    image_shape: int = 0,
+) -> Inputs:
+    """One random prompt: text, images with two text tokens between any two, text.
+
+    Args:
+        model: a model of :func:`dop_search.testing.models.tiny_model`.
+        num_text_before, num_text_after: text tokens before the first and after the last image, at least 1 each.
+        seed: of tokens and pixels.
+        num_images: images in the prompt.
+        image_shape: which of ``NUM_IMAGE_SHAPES`` sizes the images have, where the family allows it.
+
+    Raises:
+        UnsupportedModelError: if the family is not one of the tiny models.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vision = _vision_inputs(model, num_images, image_shape % NUM_IMAGE_SHAPES, generator)
+    multimodal: Any = model  # `get_image_features` is declared by the families, not by PreTrainedModel
+    with torch.no_grad():
+        features = multimodal.get_image_features(**vision, return_dict=True).pooler_output
+    # InternVL returns one entry per tile; its tiles of one image follow each other without a separator.
+    per_entry = [len(feature) for feature in features]
+    entries_per_image = len(per_entry) // num_images
+    blocks = [num_text_before, *[2] * (num_images - 1), num_text_after]
+    vocabulary = model.config.get_text_config().vocab_size
+    pieces: list[Tensor] = []
+    for index, length in enumerate(blocks):
+        pieces.append(torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator))
+        if index < num_images:
+            count = sum(per_entry[index * entries_per_image : (index + 1) * entries_per_image])
+            pieces.append(torch.full((count,), IMAGE_TOKEN_ID))
+    input_ids = torch.cat(pieces)[None]
+    sample = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **vision}
+    if "image_grid_thw" in vision:
+        sample["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN_ID).int()
+    return sample
+
+
+def collate(samples: Sequence[Inputs]) -> Inputs:
+    """One batch of several samples: tokens padded on the left, pixels stacked."""
+    batch: Inputs = {}
+    for name in samples[0]:
+        tensors = [sample[name] for sample in samples]
+        if name in _LEFT_PADDED:
+            longest = max(tensor.shape[1] for tensor in tensors)
+            tensors = [_pad(tensor, longest, _LEFT_PADDED[name], left=True) for tensor in tensors]
+        elif tensors[0].ndim == 5:  # [images, tiles, channels, height, width]: samples differ in tiles
+            most = max(tensor.shape[1] for tensor in tensors)
+            tensors = [_pad(tensor, most, 0, left=False) for tensor in tensors]
+        batch[name] = torch.cat(tensors)
+    return batch
+
+
+def tiny_inputs(
+    model: PreTrainedModel,
+    text_lengths: Sequence[tuple[int, int]] = ((3, 4), (5, 7)),
+    seed: int = 0,
+    image_shapes: Sequence[int] | None = None,
+) -> Inputs:
+    """A left-padded batch with one sample per ``(text tokens before, text tokens after)`` the image.
+
+    ``image_shapes`` gives each sample's choice in :func:`tiny_sample`; by default all have shape 0.
+    """
+    shapes = [0] * len(text_lengths) if image_shapes is None else list(image_shapes)
+    return collate(
+        [
+            tiny_sample(model, before, after, seed=1000 * seed + index, image_shape=shape)
+            for index, ((before, after), shape) in enumerate(zip(text_lengths, shapes, strict=True))
+        ]
+    )
+
+
+def _pad(tensor: Tensor, length: int, value: int, left: bool) -> Tensor:
+    shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+    padding = torch.full(shape, value, dtype=tensor.dtype)
+    return torch.cat([padding, tensor] if left else [tensor, padding], dim=1)
+
+
+def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generator: torch.Generator) -> Inputs:
+    """Keyword arguments of ``get_image_features`` with random pixels."""
+    family, vision = model.config.model_type, model.config.vision_config
+    dtype = model.dtype
+
+    def pixels(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    if family == "llava":
+        return {"pixel_values": pixels(num_images, 3, vision.image_size, vision.image_size)}
+    if family == "internvl":
+        side = vision.image_size[0]
+        return {"pixel_values": pixels(num_images * _INTERNVL_TILES[shape], 3, side, side)}
+    if family in ("llava_next", "llava_onevision"):
+        rows, columns = _ANYRES_SIZES[shape]
+        side = ANYRES_TILE_SIZE
+        return {
+            "pixel_values": pixels(num_images, 1 + rows * columns, 3, side, side),
+            "image_sizes": torch.tensor([[rows * side, columns * side]] * num_images),
+        }
+    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        merge = vision.spatial_merge_size
+        height, width = (merge * n for n in _QWEN_GRIDS[shape])
+        channels = getattr(vision, "in_channels", 3)
+        width_of_patch = channels * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": pixels(num_images * height * width, width_of_patch),
+            "image_grid_thw": torch.tensor([[1, height, width]] * num_images),
+        }
+    raise UnsupportedModelError(f"no tiny inputs for the family {family!r}; write your own `make_sample`")

@@ -1,0 +1,238 @@
+"""The masked dense reference: what a strategy means, computed without skipping anything.
+
+Plain transformers models with hooks. Every module runs on every token; what the strategy skips is hidden afterwards:
+
+* keys and values: their columns of the attention mask are closed in that layer;
+* queries: the attention output of their rows is replaced by zero, so that the residual stream passes unchanged;
+* MLP: the MLP output of their rows is replaced by zero.
+
+Visual tokens outside the first ``num_visual_tokens`` of the ranking have no operation in any layer. Positions are the
+original ones. The strategy is applied as given, not in its canonical form. Shares no code with the runtime, and is no
+faster than the full model: an oracle for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dop_search.errors import DopError, StrategyError, UnsupportedModelError
+from dop_search.operations import MODULES, Module
+from dop_search.strategy import Strategy
+
+Rankings = Sequence[np.ndarray]
+"""Per sample: the indices ``0..num_visual-1`` of its visual tokens in sequence order, best first."""
+
+
+@dataclass(frozen=True)
+class OperationMasks:
+    """Which positions run which module: boolean tensors ``[layer, batch, position]``, text always ``True``."""
+
+    q: Tensor
+    kv: Tensor
+    mlp: Tensor
+
+
+def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The placeholder token ids that the model replaces by visual features (image, and video where it has one).
+
+    Raises:
+        UnsupportedModelError: if the config names no image token.
+    """
+    names = ("image_token_id", "video_token_id")
+    ids = tuple(token for name in names if (token := getattr(model.config, name, None)) is not None)
+    if not ids:
+        raise UnsupportedModelError(f"the config of {type(model).__name__} has no `image_token_id`")
+    return ids
+
+
+def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Boolean ``[batch, position]``: where the visual tokens stand."""
+    return torch.isin(input_ids, torch.tensor(visual_token_ids(model), device=input_ids.device))
+
+
+def text_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Boolean ``[batch, position]``: neither visual nor padding; where the logits of a pruned model are defined."""
+    return ~visual_positions(model, inputs["input_ids"]) & _attended(inputs)
+
+
+def operation_masks(visual: Tensor, strategy: Strategy, rankings: Rankings) -> OperationMasks:
+    """Spread a strategy over the positions of a batch.
+
+    Args:
+        visual: boolean ``[batch, position]``.
+        strategy: applied as given.
+        rankings: one permutation of the sample's visual tokens per sample.
+
+    Raises:
+        DopError: if a ranking is not a permutation of the sample's visual tokens.
+    """
+    if len(rankings) != len(visual):
+        raise DopError(f"`rankings` needs one entry per sample ({len(visual)}), but got {len(rankings)}")
+    runs = torch.from_numpy(strategy.to_array()).to(visual.device)  # [group, layer, module]
+    masks = torch.ones(len(MODULES), strategy.num_layers, *visual.shape, dtype=torch.bool, device=visual.device)
+    for sample, ranking in enumerate(rankings):
+        positions = visual[sample].nonzero()[:, 0]
+        order = [int(token) for token in ranking]
+        if sorted(order) != list(range(len(positions))):
+            raise DopError(
+                f"ranking {sample} must be a permutation of the {len(positions)} visual tokens of its sample, "
+                f"but got {order}"
+            )
+        masks[:, :, sample, positions] = False
+        start = 0
+        for group, size in enumerate(strategy.group_sizes(len(positions))):
+            for token in order[start : start + size]:
+                masks[:, :, sample, positions[token]] = runs[group].T
+            start += size
+    by_module = {module: masks[index] for index, module in enumerate(MODULES)}
+    return OperationMasks(by_module[Module.Q], by_module[Module.KV], by_module[Module.MLP])
+
+
+def masked_forward(model: PreTrainedModel, inputs: dict[str, Tensor], strategy: Strategy, rankings: Rankings) -> Tensor:
+    """Logits ``[batch, position, vocabulary]`` of the masked dense model.
+
+    They are defined at :func:`text_positions`. At visual and padded positions they are finite and mean nothing.
+
+    Args:
+        model: a transformers model of a supported family with ``sdpa`` or ``eager`` attention.
+        inputs: keyword arguments of ``model``, with ``input_ids``; without a cache.
+        strategy: which operations run.
+        rankings: one permutation of the sample's visual tokens per sample, best first.
+
+    Raises:
+        StrategyError: if the strategy is for another number of layers.
+        DopError: if a ranking does not fit its sample, or the model is pruned right now.
+        UnsupportedModelError: if the attention backend takes no 4-D mask.
+    """
+    layers = _decoder_layers(model)
+    if strategy.num_layers != len(layers):
+        raise StrategyError(f"the strategy is for {strategy.num_layers} layers, but the model has {len(layers)}")
+    visual = visual_positions(model, inputs["input_ids"])
+    masks = operation_masks(visual, strategy, rankings)
+    with torch.no_grad(), _masking(layers, masks, _attended(inputs)):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def masked_generate(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    strategy: Strategy,
+    rankings: Rankings,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy answers of the masked dense model: a full forward over prompt and answer for every new token.
+
+    No cache, no end-of-sequence handling: exactly ``max_new_tokens`` tokens per sample. Visual placeholder tokens and
+    ``generation_config.suppress_tokens`` are never produced.
+    """
+    inputs = dict(inputs)
+    suppressed = [*visual_token_ids(model), *(model.generation_config.suppress_tokens or [])]
+    answers: list[list[int]] = [[] for _ in inputs["input_ids"]]
+    for _ in range(max_new_tokens):
+        scores = masked_forward(model, inputs, strategy, rankings)[:, -1]
+        scores[:, suppressed] = -torch.inf
+        tokens = scores.argmax(dim=-1)
+        for answer, token in zip(answers, tokens.tolist(), strict=True):
+            answer.append(token)
+        inputs = append_tokens(inputs, tokens[:, None])
+    return answers
+
+
+def append_tokens(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """The same prompt with text ``tokens`` ``[batch, new]`` after it."""
+    result = dict(inputs)
+    result["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            new = torch.full(tokens.shape, value, dtype=inputs[name].dtype, device=tokens.device)
+            result[name] = torch.cat([inputs[name], new], dim=1)
+    return result
+
+
+def _attended(inputs: dict[str, Tensor]) -> Tensor:
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    decoder = model.get_submodule("model.language_model")
+    if "forward" in vars(decoder):
+        raise DopError("the model is pruned; the reference needs the plain model, so leave `pruned(...)` first")
+    backend = model.config.get_text_config()._attn_implementation
+    if backend not in ("sdpa", "eager"):
+        raise UnsupportedModelError(f"the reference needs `sdpa` or `eager` attention, but the model has {backend!r}")
+    layers = decoder.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _visible(kv: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys each query may see in one layer, and which queries see any.
+
+    Args:
+        kv: boolean ``[batch, position]``, who offers a key.
+        attended: boolean ``[batch, position]``, who is not padding.
+
+    Returns:
+        Boolean ``[batch, 1, query, key]``, rows without any key opened to themselves (softmax over nothing is NaN),
+        and boolean ``[batch, query]``, ``False`` for exactly those rows.
+    """
+    length = kv.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=kv.device).tril()
+    visible = causal & (kv & attended)[:, None, :]
+    sees_any = visible.any(dim=-1)
+    itself = torch.eye(length, dtype=torch.bool, device=kv.device)
+    return (visible | (itself & ~sees_any[:, :, None]))[:, None], sees_any
+
+
+@contextmanager
+def _masking(layers: nn.ModuleList, masks: OperationMasks, attended: Tensor) -> Iterator[None]:
+    """Hide what is skipped while the context is open."""
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+            visible, sees_any = _visible(masks.kv[index], attended)
+            handles = (
+                attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
+                attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),
+                mlp.register_forward_hook(_hide_mlp(masks.mlp[index])),
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        yield
+
+
+def _replace_mask(visible: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "attention_mask" not in kwargs:
+            raise UnsupportedModelError(f"{type(module).__name__} is not called with `attention_mask=`")
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
+        return args, {**kwargs, "attention_mask": mask.masked_fill(~visible, -torch.inf)}
+
+    return hook
+
+
+def _hide_attention(runs: Tensor) -> Callable[..., tuple[Tensor, Any]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return output[0].masked_fill(~runs[:, :, None], 0.0), *output[1:]
+
+    return hook
+
+
+def _hide_mlp(runs: Tensor) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.masked_fill(~runs[:, :, None], 0.0)
+
+    return hook

@@ -1,0 +1,272 @@
+"""MLflow: one run per search, a nested run per budget. The only file that imports mlflow, and only when it logs."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dop_search.config import TrackingConfig
+from dop_search.errors import ConfigError
+from dop_search.record import CURVES_FILE, RECORD_FILE, Record, Result
+from dop_search.report.text import policy_text
+from dop_search.report.write import PAGE_FILE, PLOTS_FOLDER
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+_SQLITE = "sqlite:///"
+_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def resolve_uri(config: TrackingConfig) -> str:
+    """The tracking URI with a relative SQLite path made absolute, so that it can be opened from anywhere."""
+    if not config.uri.startswith(_SQLITE):
+        return config.uri
+    return _SQLITE + str(Path(config.uri.removeprefix(_SQLITE)).resolve())
+
+
+def ui_command(config: TrackingConfig) -> str | None:
+    """The line that opens the runs in a browser, or ``None`` without tracking; needs no mlflow."""
+    if config.backend == "none":
+        return None
+    uri = resolve_uri(config)
+    return uri if urlsplit(uri).scheme in ("http", "https") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Find out before a search, and quickly, whether it can be logged after it.
+
+    Raises:
+        ConfigError: if mlflow is missing, or the store cannot be written or reached.
+    """
+    if config.backend == "none":
+        return
+    remedy = "set another tracking.uri, or tracking=none"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError("tracking=mlflow needs mlflow; install `dop-search[search]`, or set tracking=none")
+    uri = resolve_uri(config)
+    parts = urlsplit(uri)
+    if parts.scheme.split("+")[0] not in _SCHEMES:
+        raise ConfigError(f"tracking.uri={config.uri!r} must start with one of {', '.join(_SCHEMES)}; {remedy}")
+    if uri.startswith(_SQLITE):
+        try:
+            _open_for_writing(Path(uri.removeprefix(_SQLITE)))
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"tracking.uri={config.uri!r} cannot be written: {error}; {remedy}") from error
+    elif parts.scheme in ("http", "https"):
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(f"tracking.uri={config.uri!r} cannot be reached: {error}; {remedy}") from error
+
+
+def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | None:
+    """Log a finished search with the files of its run directory.
+
+    The parent run holds what all budgets share and the artifacts; each nested run has the same names whatever
+    the space or solver, so that runs can be compared in the UI.
+
+    Returns:
+        The id of the parent run, or ``None`` without tracking.
+
+    Raises:
+        ConfigError: if mlflow is missing or refuses the store.
+    """
+    if config.backend == "none":
+        return None
+    check_tracking(config)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _quiet():
+            return _log_search(config, record, run_dir)
+    except MlflowException as error:
+        raise ConfigError(
+            f"tracking.uri={config.uri!r} refused the run: {error}; the results are in {str(run_dir)!r} all the same; "
+            "set another tracking.uri or tracking.experiment, or tracking=none"
+        ) from error
+
+
+def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(resolve_uri(config))
+    experiment = _experiment(client, config)
+    name = config.run_name or f"{record.model.name} {record.space.name} {record.solver.name}"
+    run = client.create_run(experiment, start_time=_start_ms(record), tags=_tags(record), run_name=name)
+    identifier = str(run.info.run_id)
+    _log(client, identifier, _shared_params(record), _shared_metrics(record))
+    for file in (RECORD_FILE, CURVES_FILE, PAGE_FILE, PLOTS_FOLDER):
+        path = run_dir / file
+        if path.is_dir():
+            client.log_artifacts(identifier, str(path), file)
+        elif path.exists():
+            client.log_artifact(identifier, str(path))
+    for result in record.results:
+        _log_result(client, experiment, identifier, record, result)
+    client.set_terminated(identifier)
+    return identifier
+
+
+def _log_result(client: MlflowClient, experiment: str, parent: str, record: Record, result: Result) -> None:
+    tags = {**_tags(record), "mlflow.parentRunId": parent}
+    name = f"{record.space.name} @ {result.budget_text}"
+    run = client.create_run(experiment, start_time=_start_ms(record), tags=tags, run_name=name)
+    identifier = str(run.info.run_id)
+    _log(client, identifier, {**_shared_params(record), **result_params(result)}, result_metrics(result))
+    client.log_dict(identifier, result.strategy.to_json(), "strategy.json")
+    client.set_terminated(identifier)
+
+
+def result_params(result: Result) -> dict[str, str]:
+    """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
+    strategy, policy = result.strategy, policy_text(result.strategy)
+    params = {
+        "budget": result.budget_text,
+        "D_A": ", ".join(policy.attention),
+        "D_P": ", ".join(policy.mlp),
+        "n_v": policy.num_visual_tokens,
+        "D_A_ratio": ", ".join(policy.attention_ratio),
+        "D_P_ratio": ", ".join(policy.mlp_ratio),
+        "strategy": strategy.describe(),
+    }
+    for module, depths in (strategy.depths() or {}).items():
+        params[f"depth_{module}"] = ", ".join(map(str, depths))
+        params[f"depth_ratio_{module}"] = ", ".join(f"{depth / strategy.num_layers:.4f}" for depth in depths)
+    return params
+
+
+def result_metrics(result: Result) -> dict[str, float]:
+    """Every number of a result by a name that is the same across methods; what was not measured is left out."""
+    values: dict[str, float | None] = {
+        "flops_ratio": result.flops_ratio,
+        "kv_ratio": result.kv_ratio,
+        "kl_additive": result.kl_additive,
+        "kl_search": result.kl_search,
+        "kl_heldout": result.kl_heldout,
+        "accuracy_full": result.accuracy_full,
+        "accuracy_pruned": result.accuracy_pruned,
+        "num_validation_runs": float(result.num_validation_runs),
+        "seconds": result.seconds,
+    }
+    uniform = result.uniform
+    if uniform is not None:
+        values |= {
+            "uniform_num_visual_tokens": float(uniform.num_visual_tokens),
+            "uniform_flops_ratio": uniform.flops_ratio,
+            "uniform_kl_search": uniform.kl_search,
+            "uniform_kl_heldout": uniform.kl_heldout,
+            "uniform_accuracy": uniform.accuracy,
+        }
+    intervals = {
+        "kl_search": result.kl_search_ci95,
+        "kl_heldout": result.kl_heldout_ci95,
+        "uniform_kl_heldout": uniform.kl_heldout_ci95 if uniform is not None else None,
+        "kl_heldout_difference": result.kl_heldout_difference_ci95,
+    }
+    for name, interval in intervals.items():
+        if interval is not None:
+            values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _shared_params(record: Record) -> dict[str, str]:
+    params = {
+        "model": record.model.name,
+        "num_layers": str(record.model.num_layers),
+        "data": record.data.name,
+        "num_samples": str(record.data.num_samples),
+        "averaging": record.data.averaging,
+        "answers": record.data.answers,
+        "data_seed": str(record.data.seed),
+    }
+    for name, part in (("selector", record.selector), ("space", record.space), ("solver", record.solver)):
+        params[name] = part.name
+        params |= {f"{name}.{key}": str(value) for key, value in part.options.items()}
+    return params
+
+
+def _shared_metrics(record: Record) -> dict[str, float]:
+    metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
+    metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
+    if record.floor_ratio is not None:
+        metrics["floor_ratio"] = record.floor_ratio
+    return metrics
+
+
+def _tags(record: Record) -> dict[str, str]:
+    tags = {"model_fingerprint": record.model.fingerprint}
+    tags |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
+    if record.provenance is not None:
+        tags |= {f"version.{name}": version for name, version in record.provenance.versions.items()}
+        if record.provenance.git_commit is not None:
+            tags["mlflow.source.git.commit"] = record.provenance.git_commit
+        if record.provenance.command is not None:
+            tags["command"] = record.provenance.command
+    return tags
+
+
+def _start_ms(record: Record) -> int:
+    if record.provenance is None:
+        return int(time.time() * 1000)
+    return int(datetime.fromisoformat(record.provenance.started_at).timestamp() * 1000)
+
+
+def _log(client: MlflowClient, run: str, params: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run,
+        metrics=[Metric(name, value, now, 0) for name, value in metrics.items()],
+        params=[Param(name, value) for name, value in params.items()],
+    )
+
+
+def _open_for_writing(path: Path) -> None:
+    """Begin a transaction: MLflow itself would retry for minutes on a store that it cannot write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with closing(sqlite3.connect(path, timeout=_CONNECT_TIMEOUT_S)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+    if is_new:
+        path.unlink(missing_ok=True)
+
+
+def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
+    """The experiment's id; a new one keeps its artifacts beside the SQLite file."""
+    existing = client.get_experiment_by_name(config.experiment)
+    if existing is not None:
+        return str(existing.experiment_id)
+    location, uri = config.artifact_location, resolve_uri(config)
+    if location is None and uri.startswith(_SQLITE):
+        location = (Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(config.experiment, artifact_location=location))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the chatter of a new store's migrations."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,34 @@
+"""What many tests share: the bundled model and a few of its samples, loaded once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    from dop_search.models.loading import load
+
+    return load("pocket")
+
+
+@pytest.fixture(scope="session")
+def few_samples():
+    """Six rendered samples, one per question family."""
+    from dop_search.data.validation import validation_set
+
+    return validation_set("pocket", num_samples=6, seed=7)
+
+
+@pytest.fixture(scope="session")
+def teacher(pocket, few_samples):
+    from dop_search.divergence import make_teacher
+    from dop_search.selectors import make_selector
+
+    return make_teacher(pocket, few_samples, make_selector("cls_attention"), max_new_tokens=6, batch_size=4)

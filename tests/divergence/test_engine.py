@@ -1,0 +1,135 @@
+"""The engine's shortcuts change no number: everything is compared with plain forwards of the pruned model."""
+
+import numpy as np
+import pytest
+import torch
+
+from dop_search.divergence import DivergenceEngine, kl_divergence
+from dop_search.errors import DopError, NumericalError
+from dop_search.models.prompts import model_inputs
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+
+LAYERS = 12
+
+
+def random_strategies(count, seed):
+    rng = np.random.default_rng(seed)
+    result = []
+    for index in range(count):
+        kept = None if index % 3 == 0 else int(rng.integers(1, 140))
+        if index % 4 == 3:
+            runs = rng.random((2, LAYERS, 3)) < 0.6
+            result.append(Strategy.from_array(runs, shares=(0.25, 0.75), num_visual_tokens=kept))
+        else:
+            q, kv, mlp = (int(depth) for depth in rng.integers(0, LAYERS + 1, 3))
+            result.append(Strategy.depthwise(LAYERS, q, kv, mlp, num_visual_tokens=kept))
+    return result
+
+
+def by_full_forwards(loaded, samples, teacher, strategy):
+    """KL per sample from whole forwards of the Hugging Face model, one sample at a time, images and all."""
+    result = []
+    for sample, known in zip(samples, teacher.samples, strict=True):
+        inputs = model_inputs(loaded.processor, [sample], torch.device("cpu"))
+        answer = torch.tensor([known.answer_ids[:-1]], dtype=torch.long)
+        ids = torch.cat([inputs["input_ids"], answer], dim=1)
+        forced = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        start = inputs["input_ids"].shape[1] - 1
+        with torch.inference_mode():
+            full = loaded.model(**forced).logits[0, start:].double().log_softmax(dim=-1)
+            with pruned(loaded.model, strategy):
+                ours = loaded.model(**forced).logits[0, start:].double().log_softmax(dim=-1)
+        result.append((full.exp() * (full - ours)).sum(dim=-1).mean().item())
+    return np.array(result)
+
+
+def test_equals_naive_evaluation(pocket, few_samples, teacher):
+    strategies = random_strategies(8, seed=0)
+    scores = DivergenceEngine(pocket.adapter, teacher, batch_size=4).evaluate(strategies)
+    naive = np.stack([by_full_forwards(pocket, few_samples, teacher, strategy) for strategy in strategies])
+    assert naive.max() > 0.01, "the strategies must do something"
+    np.testing.assert_allclose(scores, naive, rtol=2e-3, atol=2e-5)
+
+
+def test_empty_strategy_is_exactly_zero_and_nothing_is_negative(pocket, teacher):
+    engine = DivergenceEngine(pocket.adapter, teacher)
+    scores = engine.evaluate([Strategy.full(LAYERS), *random_strategies(4, seed=1)])
+    assert (scores[0] == 0.0).all()
+    assert (scores >= 0.0).all()
+
+
+@pytest.mark.parametrize("switch", ["share_prefixes", "early_start", "keep_prefix", "keep_hidden"])
+def test_shortcuts_change_no_number(pocket, teacher, switch):
+    strategies = random_strategies(6, seed=2)
+    with_shortcut = DivergenceEngine(pocket.adapter, teacher, batch_size=3)
+    without = DivergenceEngine(pocket.adapter, teacher, batch_size=3, **{switch: False})
+    np.testing.assert_allclose(with_shortcut.evaluate(strategies), without.evaluate(strategies), rtol=2e-3, atol=2e-5)
+
+
+def test_sharing_computes_fewer_layers(pocket, teacher):
+    strategies = [Strategy.depthwise(LAYERS, d, LAYERS, m) for d in (8, 9, 10) for m in (4, 5)]
+    engine = DivergenceEngine(pocket.adapter, teacher, batch_size=6)
+    engine.evaluate(strategies)
+    alone = DivergenceEngine(pocket.adapter, teacher, batch_size=6, share_prefixes=False, early_start=False)
+    alone.evaluate(strategies)
+    assert alone.work.layers_computed == alone.work.layers_asked
+    # MLP exits after 4 or 5 layers: two stems start there (one layer apart), three branches leave each at 8, 9, 10
+    assert engine.work.layers_computed < alone.work.layers_computed / 2
+
+
+def test_some_samples_only(pocket, teacher):
+    strategies = random_strategies(3, seed=3)
+    engine = DivergenceEngine(pocket.adapter, teacher, batch_size=2)
+    everything = engine.evaluate(strategies)
+    np.testing.assert_allclose(engine.evaluate(strategies, [4, 1]), everything[:, [4, 1]], rtol=2e-3, atol=2e-5)
+
+
+def test_batch_size_changes_no_number(pocket, teacher):
+    strategies = random_strategies(4, seed=4)
+    one = DivergenceEngine(pocket.adapter, teacher, batch_size=1).evaluate(strategies)
+    many = DivergenceEngine(pocket.adapter, teacher, batch_size=6).evaluate(strategies)
+    np.testing.assert_allclose(one, many, rtol=2e-3, atol=2e-5)
+
+
+def test_per_token_averaging_weighs_every_answer_token(pocket, teacher):
+    strategies = random_strategies(2, seed=5)
+    per_sample = DivergenceEngine(pocket.adapter, teacher).evaluate(strategies)
+    per_token = DivergenceEngine(pocket.adapter, teacher, averaging="per_token").evaluate(strategies)
+    lengths = np.array([len(sample.answer_ids) for sample in teacher.samples])
+    np.testing.assert_allclose(per_token.mean(axis=1), (per_sample * lengths).sum(axis=1) / lengths.sum(), rtol=1e-6)
+
+
+def test_kl_equals_torch_distributions():
+    torch.manual_seed(0)
+    p, q = torch.randn(5, 11).log_softmax(-1), torch.randn(5, 11).log_softmax(-1)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+def test_kl_is_finite_where_the_teacher_says_impossible():
+    p = torch.tensor([[0.0, -torch.inf]])
+    assert kl_divergence(p, torch.tensor([[0.5, 0.5]]).log()).item() == pytest.approx(np.log(2.0))
+
+
+def test_nan_logits_name_sample_and_strategy(pocket, teacher, monkeypatch):
+    weight = pocket.model.model.language_model.norm.weight
+    original = weight.data.clone()
+    try:
+        weight.data[0] = torch.nan
+        with pytest.raises(NumericalError, match=r"pocket/search.*n_v=10.*dtype"):
+            DivergenceEngine(pocket.adapter, teacher).evaluate([Strategy.full(LAYERS, num_visual_tokens=10)])
+    finally:
+        weight.data.copy_(original)
+
+
+def test_refuses_a_strategy_of_another_depth(pocket, teacher):
+    with pytest.raises(DopError, match=r"7 layers.*12"):
+        DivergenceEngine(pocket.adapter, teacher).evaluate([Strategy.full(7)])
+
+
+def test_refuses_an_unknown_averaging(pocket, teacher):
+    with pytest.raises(DopError, match="per_word"):
+        DivergenceEngine(pocket.adapter, teacher, averaging="per_word")

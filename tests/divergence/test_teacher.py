@@ -1,0 +1,97 @@
+"""What the full model said: agrees with plain generation, and comes back from the cache unchanged."""
+
+import pytest
+import torch
+
+from dop_search.divergence import make_teacher
+from dop_search.divergence import teacher as teacher_module
+from dop_search.errors import CacheError, NumericalError
+from dop_search.models.prompts import model_inputs
+from dop_search.selectors import make_selector
+
+OPTIONS = {"max_new_tokens": 6, "batch_size": 4}
+
+
+def test_answers_are_greedy_and_log_probs_are_the_models(pocket, few_samples, teacher):
+    for sample, known in zip(few_samples, teacher.samples, strict=True):
+        inputs = model_inputs(pocket.processor, [sample], torch.device("cpu"))
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            output = pocket.model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        said = output.sequences[0, length:].tolist()
+        assert tuple(said[: len(known.answer_ids)]) == known.answer_ids
+        logits = torch.cat(output.logits)[: len(known.answer_ids)].log_softmax(dim=-1)
+        torch.testing.assert_close(known.log_probs, logits, rtol=1e-3, atol=1e-3)
+        assert known.encoded.prompt_length == length
+        assert known.encoded.num_visual == int((inputs["input_ids"] == pocket.model.config.image_token_id).sum())
+
+
+def test_cache_returns_the_same_teacher_without_asking_the_model(pocket, few_samples, teacher, tmp_path, monkeypatch):
+    selector = make_selector("cls_attention")
+    first = make_teacher(pocket, few_samples, selector, **OPTIONS, cache_dir=tmp_path)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the model was asked again")
+
+    monkeypatch.setattr(teacher_module, "generate_ids", forbidden)
+    monkeypatch.setattr(teacher_module, "encode", forbidden)
+    again = make_teacher(pocket, few_samples, selector, **OPTIONS, cache_dir=tmp_path)
+    assert again.fingerprint == first.fingerprint
+    for a, b in zip(first.samples, again.samples, strict=True):
+        assert (a.id, a.answer_ids, a.encoded.prompt_length) == (b.id, b.answer_ids, b.encoded.prompt_length)
+        assert torch.equal(a.log_probs, b.log_probs)
+        assert torch.equal(a.encoded.embeds, b.encoded.embeds)
+        assert (a.encoded.ranking == b.encoded.ranking).all()
+
+
+def test_fingerprint_depends_on_selector_answers_and_data(pocket, few_samples):
+    from dop_search.data.validation import validation_set
+
+    other = validation_set("pocket", num_samples=6, seed=8)
+    cls, grid = make_selector("cls_attention"), make_selector("uniform_grid")
+    fingerprints = {
+        teacher_module.teacher_fingerprint(pocket, few_samples, cls, 6, "teacher"),
+        teacher_module.teacher_fingerprint(pocket, few_samples, grid, 6, "teacher"),
+        teacher_module.teacher_fingerprint(pocket, few_samples, cls, 7, "teacher"),
+        teacher_module.teacher_fingerprint(pocket, few_samples, cls, 6, "ground_truth"),
+        teacher_module.teacher_fingerprint(pocket, other, cls, 6, "teacher"),
+    }
+    assert len(fingerprints) == 5
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign"])
+def test_a_damaged_cache_is_an_error_that_names_the_file(pocket, few_samples, tmp_path, damage):
+    selector = make_selector("cls_attention")
+    make_teacher(pocket, few_samples, selector, **OPTIONS, cache_dir=tmp_path)
+    (path,) = tmp_path.glob("teacher-*.safetensors")
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "garbage":
+        path.write_bytes(b"not a safetensors file at all")
+    else:
+        make_teacher(pocket, few_samples, make_selector("uniform_grid"), **OPTIONS, cache_dir=tmp_path / "other")
+        (foreign,) = (tmp_path / "other").glob("teacher-*.safetensors")
+        path.write_bytes(foreign.read_bytes())
+    with pytest.raises(CacheError, match=r"teacher-.*(corrupt|belongs to another).*delete it"):
+        make_teacher(pocket, few_samples, selector, **OPTIONS, cache_dir=tmp_path)
+
+
+def test_nothing_half_written_is_left_when_the_model_fails(pocket, few_samples, tmp_path):
+    weight = pocket.model.model.language_model.norm.weight
+    original = weight.data.clone()
+    try:
+        weight.data[0] = torch.nan
+        with pytest.raises(NumericalError, match=r"pocket/search.*not finite.*dtype"):
+            make_teacher(pocket, few_samples, make_selector("cls_attention"), **OPTIONS, cache_dir=tmp_path)
+    finally:
+        weight.data.copy_(original)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ground_truth_answers_are_teacher_forced(pocket, few_samples):
+    teacher = make_teacher(pocket, few_samples, make_selector("cls_attention"), **OPTIONS, answers="ground_truth")
+    for sample, known in zip(few_samples, teacher.samples, strict=True):
+        text = pocket.processor.tokenizer.decode(known.answer_ids, skip_special_tokens=True)
+        assert text.replace(" ", "").lower().startswith(sample.answers[0].replace(" ", "").lower()[:5])

@@ -1,0 +1,132 @@
+"""The exact solver of the surrogate equals brute force."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from invented_problems import enumerate_plainly, make_space, plain_front, problems, random_curves
+
+from dop_search.cost import Budget, CostModel
+from dop_search.errors import BudgetError
+from dop_search.operations import ModelDims, TokenCounts
+from dop_search.search import Problem, Surrogate, best_candidates, pareto_front, solve
+
+
+def budget_for(problem: Problem, ratio: float) -> Budget:
+    return Budget(flops_ratio=ratio) if problem.cost_model.kind == "flops" else Budget(kv_ratio=ratio)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_front_equals_brute_force(problem: Problem) -> None:
+    front = pareto_front(problem)
+    expected = plain_front(enumerate_plainly(problem))
+    assert list(zip(front.total_cost.tolist(), front.divergence_nats.tolist(), strict=True)) == expected
+    # monotone, and every point is what it says
+    assert (np.diff(front.total_cost) > 0).all()
+    assert (np.diff(front.divergence_nats) < 0).all()
+    assert problem.surrogate is not None
+    for row in range(0, len(front), max(1, len(front) // 5)):
+        solution = front.solution(row)
+        assert problem.cost_model.total(solution.strategy) == front.total_cost[row]
+        assert solution.strategy == solution.strategy.canonical()
+        assert problem.surrogate(solution.assignment) == front.divergence_nats[row]
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
+    points = enumerate_plainly(problem)
+    front = pareto_front(problem)
+    ratios = sorted({cost / problem.cost_model.full_total for cost, _, _ in points})
+    for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1], 1.0):
+        best = min(d for cost, d, _ in points if cost / problem.cost_model.full_total <= ratio)
+        solution = front.solve(budget_for(problem, ratio))
+        assert solution.divergence_additive == best
+        assert solution.cost_ratio <= ratio
+    if ratios[0] > 0.0:
+        with pytest.raises(BudgetError, match="the smallest feasible value is") as caught:
+            front.solve(budget_for(problem, ratios[0] * 0.999))
+        assert caught.value.smallest_feasible == ratios[0]
+        assert front.solve(budget_for(problem, caught.value.smallest_feasible)).cost_ratio == ratios[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(max_points=800))
+def test_k_best_equal_brute_force(problem: Problem) -> None:
+    """Of distinct canonical strategies, with and without the spread over cells."""
+    best: dict[str, tuple[float, int]] = {}
+    for cost, divergence, assignment in enumerate_plainly(problem):
+        key = problem.space.strategy(assignment).key()
+        best[key] = min(best.get(key, (np.inf, 0)), (divergence, cost))
+    costs = sorted(cost for _, cost in best.values())
+    ratio = costs[len(costs) // 2] / problem.cost_model.full_total
+    within = sorted(d for d, cost in best.values() if cost / problem.cost_model.full_total <= ratio)
+    budget = budget_for(problem, ratio)
+
+    candidates = best_candidates(problem, budget, k=7, mode="exact")
+    assert [c.divergence_additive for c in candidates] == within[:7]
+    keys = [problem.space.strategy(c.assignment).key() for c in candidates]
+    assert len(set(keys)) == len(keys)
+    assert all(c.cost_ratio <= ratio for c in candidates)
+
+    spread = best_candidates(problem, budget, k=7, mode="slices")
+    assert spread[0].divergence_additive == within[0]
+    estimates = [c.divergence_additive for c in spread]
+    assert estimates == sorted(estimates)
+
+
+def test_spread_candidates_differ_in_kv_depth_or_clearly_in_tokens() -> None:
+    dims = ModelDims(num_layers=12, hidden_size=128, intermediate_size=344, num_heads=4, num_kv_heads=4, head_dim=32)
+    space = make_space("dop_split", 12, 144)
+    curves = random_curves(space, np.random.default_rng(3), monotone=True)
+    problem = Problem(space, CostModel(dims, [TokenCounts(15, 144)]), Surrogate(space, curves))
+    chosen = best_candidates(problem, Budget(flops_ratio=0.3), k=16)
+    assert len(chosen) == 16
+    cells = {
+        (c.assignment["kv_depth"], int(4 * np.log2(c.assignment["num_visual_tokens"] / 144) - 1e-9)) for c in chosen
+    }
+    assert len(cells) >= 15
+
+
+@pytest.mark.parametrize("kind", ["dop", "dop_split", "dop_groups"])
+def test_full_budget_costs_no_divergence(kind: str) -> None:
+    space = make_space(kind, 4, 16)
+    dims = ModelDims(num_layers=4, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=2, head_dim=8)
+    curves = {
+        name: np.maximum(values, 1e-3) for name, values in random_curves(space, np.random.default_rng(0), True).items()
+    }
+    for values in curves.values():
+        values[-1] = 0.0
+    problem = Problem(space, CostModel(dims, [TokenCounts(5, 16)]), Surrogate(space, curves))
+    solution = solve("additive_exact", problem, Budget(flops_ratio=1.0))
+    assert solution.divergence_additive == 0.0
+    assert solution.strategy.is_empty
+
+
+def test_published_sizes_take_seconds_and_a_budget_less_than_a_millisecond() -> None:
+    """2 groups x (q, kv, mlp) x 33 depths x 16 token levels: 2e10 assignments; a loose bound for slow machines."""
+    dims = ModelDims(
+        num_layers=32, hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_dim=128
+    )
+    space = make_space("dop_groups", 32, 576)
+    levels = np.unique(np.geomspace(1, 576, 17).astype(int)).tolist()
+    space = space.with_levels({"num_visual_tokens": levels})
+    assert space.num_assignments > 1.9e10
+    curves = {}
+    for parameter in space.parameters:
+        x = np.array(parameter.levels) / parameter.full
+        weight = {"q": 0.01, "kv": 1.0, "mlp": 0.4, "tokens": 0.5}[parameter.role] * (1 + parameter.group)
+        curves[parameter.name] = weight * (1 - x) ** (2 if parameter.role == "tokens" else 4)
+    counts = [TokenCounts(40 + i, 576) for i in range(50)]
+    problem = Problem(space, CostModel(dims, counts), Surrogate(space, curves))
+    front = pareto_front(problem)
+    assert front.seconds < 20
+    assert len(front) > 1000
+    start = time.perf_counter()
+    for ratio in np.linspace(0.15, 1, 50):
+        front.solve(Budget(flops_ratio=float(ratio)))
+    assert (time.perf_counter() - start) / 50 < 5e-3

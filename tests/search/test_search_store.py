@@ -1,0 +1,184 @@
+"""The evaluation store: nothing is evaluated twice, whatever happens to the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from invented_problems import counted, interacting_evaluator, make_space
+
+from dop_search.errors import CacheError, DataError, NumericalError
+from dop_search.search import EvaluationStore
+
+SPACE = make_space("dop", 4, 12)
+STRATEGIES = [SPACE.strategy({"attention_depth": a, "num_visual_tokens": n}) for a in range(5) for n in (3, 7, 12)]
+EXACT = interacting_evaluator(SPACE, 6)
+HEADER = {"model": "m-1", "data": "d-1"}
+
+
+def test_values_are_the_evaluators_and_each_is_computed_once() -> None:
+    evaluator, calls = counted(EXACT)
+    store = EvaluationStore(evaluator, 6, batch_size=4)
+    seen: list[tuple[int, int]] = []
+    twice = [*STRATEGIES, *STRATEGIES[:5]]
+    values = store.evaluate(twice, on_progress=lambda done, total, what: seen.append((done, total)))
+    np.testing.assert_array_equal(values, EXACT(twice, None))
+    distinct = len({strategy.key() for strategy in STRATEGIES})
+    assert sum(calls) == 6 * distinct
+    assert max(calls) == 6 * 4
+    assert store.num_validation_runs == store.num_new_runs == distinct == len(store)
+    assert seen[0] == (0, distinct)
+    assert seen[-1] == (distinct, distinct)
+    store.evaluate(STRATEGIES)
+    assert sum(calls) == 6 * distinct
+
+
+def test_parts_of_the_samples_add_up() -> None:
+    evaluator, calls = counted(EXACT)
+    store = EvaluationStore(evaluator, 6)
+    part = store.evaluate(STRATEGIES[:1], [4, 1])
+    np.testing.assert_array_equal(part, EXACT(STRATEGIES[:1], [4, 1]))
+    assert (store.num_validation_runs, sum(calls)) == (1, 2)
+    np.testing.assert_array_equal(store.evaluate(STRATEGIES[:1]), EXACT(STRATEGIES[:1], None))
+    assert (store.num_validation_runs, sum(calls)) == (1, 6)  # only the four missing samples
+
+
+def test_a_file_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    first = EvaluationStore(EXACT, 6, path, HEADER)
+    before = first.evaluate(STRATEGIES[:7])
+    first.evaluate(STRATEGIES[7:8], [2])
+    evaluator, calls = counted(EXACT)
+    second = EvaluationStore(evaluator, 6, path, HEADER)
+    np.testing.assert_array_equal(second.evaluate(STRATEGIES[:7]), before)
+    assert calls == []
+    np.testing.assert_array_equal(second.evaluate(STRATEGIES), EXACT(STRATEGIES, None))
+    assert second.num_validation_runs == len({s.key() for s in STRATEGIES})
+    assert second.num_new_runs < second.num_validation_runs
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    EvaluationStore(EXACT, 6, path, HEADER, batch_size=1).evaluate(STRATEGIES[:3])
+    path.write_bytes(path.read_bytes()[:-cut])
+    evaluator, calls = counted(EXACT)
+    store = EvaluationStore(evaluator, 6, path, HEADER)
+    np.testing.assert_array_equal(store.evaluate(STRATEGIES[:3]), EXACT(STRATEGIES[:3], None))
+    assert sum(calls) == 6
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"format": "dop_se')
+    store = EvaluationStore(EXACT, 6, path, HEADER)
+    store.evaluate(STRATEGIES[:1])
+    assert json.loads(path.read_text().splitlines()[0])["model"] == "m-1"
+
+
+def test_foreign_and_corrupt_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    EvaluationStore(EXACT, 6, path, HEADER).evaluate(STRATEGIES[:2])
+    with pytest.raises(CacheError, match=r"belongs to another search \(data: file 'd-1', now 'd-2'\).*delete it"):
+        EvaluationStore(EXACT, 6, path, {**HEADER, "data": "d-2"})
+    with pytest.raises(CacheError, match="num_samples: file 6, now 7"):
+        EvaluationStore(EXACT, 7, path, HEADER)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "garbage\n", lines[1]]))
+    with pytest.raises(CacheError, match="corrupt at byte"):
+        EvaluationStore(EXACT, 6, path, HEADER)
+    for text in ("hello", "hello\nworld\n", '{"a": 1}\n'):
+        path.write_text(text)
+        with pytest.raises(CacheError, match="is not an evaluation file"):
+            EvaluationStore(EXACT, 6, path, HEADER)
+        assert path.read_text() == text  # a file that is not ours is left alone
+
+
+def test_nan_is_an_error_and_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+
+    def broken(strategies: object, samples: object) -> np.ndarray:
+        return np.array([[0.1, np.nan]])
+
+    store = EvaluationStore(broken, 2, path)
+    with pytest.raises(NumericalError, match="on sample 1 is nan"):
+        store.evaluate(STRATEGIES[:1])
+    assert len(path.read_text().splitlines()) == 1
+    with pytest.raises(DataError, match="at least one validation sample"):
+        EvaluationStore(broken, 0)
+
+
+def test_two_processes_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    evaluator, calls = counted(EXACT)
+    one = EvaluationStore(EXACT, 6, path, HEADER)
+    two = EvaluationStore(evaluator, 6, path, HEADER)
+    one.evaluate(STRATEGIES[:4])
+    two.evaluate(STRATEGIES[:5])
+    assert sum(calls) == 6  # what `one` has saved meanwhile is known to `two`
+    three = EvaluationStore(evaluator, 6, path, HEADER)
+    np.testing.assert_array_equal(three.evaluate(STRATEGIES[:5]), EXACT(STRATEGIES[:5], None))
+    assert sum(calls) == 6
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from invented_problems import interacting_evaluator, make_space
+from dop_search.search import Curves, CurveGrid, EvaluationStore
+space = make_space("dop_split", 6, 24)
+exact = interacting_evaluator(space, 8)
+def evaluator(strategies, samples):
+    with open({log!r}, "a") as file:
+        file.writelines(s.key() + chr(10) for s in strategies)
+    time.sleep({delay})
+    return exact(strategies, samples)
+store = EvaluationStore(evaluator, 8, {path!r}, {{"data": 1}}, batch_size=2)
+curves = Curves.measure(space, store)
+curves.save({result!r})
+print(store.num_validation_runs, store.num_new_runs)
+"""
+
+
+def test_a_killed_profile_continues_without_repeating_a_run(tmp_path: Path) -> None:
+    def start(name: str, delay: float) -> subprocess.Popen[str]:
+        text = CHILD.format(
+            tests=str(Path(__file__).parent),
+            log=str(tmp_path / f"{name}.log"),
+            path=str(tmp_path / f"{name}.jsonl"),
+            result=str(tmp_path / f"{name}.parquet"),
+            delay=delay,
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, env=environment)
+
+    straight, _ = start("straight", 0.0).communicate(timeout=60)
+
+    killed = start("killed", 0.3)
+    path = tmp_path / "killed.jsonl"
+    deadline = time.monotonic() + 60
+    while (not path.exists() or len(path.read_text().splitlines()) < 6) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    saved = len(path.read_text().splitlines()) - 1
+    assert saved >= 5
+    resumed, _ = start("killed", 0.0).communicate(timeout=60)
+
+    runs, new = map(int, resumed.split())
+    assert runs == int(straight.split()[0])
+    assert new <= runs - saved + 1
+    evaluated = (tmp_path / "killed.log").read_text().split("\n")[:-1]
+    assert len(evaluated) - len(set(evaluated)) <= 2  # at most the batch that was in the works
+    finished = {json.loads(line)["key"] for line in path.read_text().splitlines()[1 : saved + 1]}
+    again = evaluated[len(evaluated) - new :]
+    assert not finished & set(again)
+    assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "straight.parquet").read_bytes()
