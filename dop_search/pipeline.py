@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dop_search.config import SearchConfig
 from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
@@ -24,6 +25,7 @@ from dop_search.data.samples import ValidationSet
 from dop_search.data.validation import Split, validation_set
 from dop_search.divergence import Teacher, make_teacher
 from dop_search.evaluation import answer_questions, correct_answers
+from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel, load
 from dop_search.profiling import Profile, evaluation_store, make_space, profile
 from dop_search.progress import Notify, Progress, watch
@@ -88,8 +90,12 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     started, start = datetime.now(UTC), time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    state = prepare(config, progress)
-    results = [_solve_budget(state, budget) for budget in config.budget]
+    with progress.task(f"load {config.model.name_or_path}"):
+        transformers_logging.disable_progress_bar()
+        loaded = load(**config.model.model_dump())
+    with fast_linear(loaded.model):
+        state = prepare(config, loaded, progress)
+        results = [_solve_budget(state, budget) for budget in config.budget]
     record = _record(state, results, started, time.perf_counter() - start)
     run_dir.mkdir(parents=True, exist_ok=True)
     state.profile.curves.save(run_dir / CURVES_FILE)
@@ -107,13 +113,11 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
 # -- model, data, curves --------------------------------------------------------------------------
 
 
-def prepare(config: SearchConfig, progress: Progress) -> SearchRun:
-    """Load the model and the data, ask the full model, measure the curves."""
+def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> SearchRun:
+    """Load the data, ask the full model, measure the curves."""
     timings: dict[str, float] = {}
     cache = Path(config.cache_dir)
     selector = make_selector(config.selector.name, config.selector.options)
-    with stage(timings, "load"), progress.task(f"load {config.model.name_or_path}"):
-        loaded = load(**config.model.model_dump())
     with stage(timings, "data"), progress.task(f"data: {config.data.name}"):
         data = _load_data(config)
     teachers: dict[str, Teacher] = {}

@@ -53,7 +53,7 @@ class DataConfig(Section):
     """Samples of the search set: curves and re-ranking see only these."""
     num_heldout: PositiveInt = 192
     """Samples that confirm the chosen strategy; the search never sees them."""
-    num_test: NonNegativeInt = 400
+    num_test: NonNegativeInt = 204
     """Samples with ground-truth answers for the task accuracy."""
     families: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """Kinds of question to use; ``null``: all."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from PIL import Image
 
-__all__ = ["Sample", "ValidationSet", "score_answer"]
+__all__ = ["Sample", "ValidationSet", "alike_batches", "score_answer"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ class ValidationSet:
             _update(digest, repr(sample.image.size).encode())
             _update(digest, sample.image.tobytes())
         return digest.hexdigest()[:16]
+
+
+def alike_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Indices in batches of the same family and similar questions, whose answers end at about the same time."""
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].family, len(samples[i].question), i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def score_answer(prediction: str, sample: Sample) -> bool:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dop_search.data.samples import Sample, ValidationSet
+from dop_search.data.samples import Sample, ValidationSet, alike_batches
 from dop_search.divergence.encoding import EncodedSample, encode
 from dop_search.errors import CacheError, NumericalError
 from dop_search.files import write_atomic
@@ -101,15 +101,14 @@ def make_teacher(
     path = None if cache_dir is None else cache_dir / f"teacher-{fingerprint}.safetensors"
     if path is not None and path.exists():
         return _read(path, fingerprint, data, loaded.adapter.device)
-    samples: list[TeacherSample] = []
-    for start in range(0, len(data), batch_size):
-        batch = data.samples[start : start + batch_size]
-        ids = _answer_ids(loaded, batch, max_new_tokens, answers)
-        for sample, answer in zip(batch, ids, strict=True):
-            samples.append(_observe(loaded, sample, answer, selector))
+    observed: dict[int, TeacherSample] = {}
+    for batch in alike_batches(data.samples, batch_size):
+        ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers)
+        for index, answer in zip(batch, ids, strict=True):
+            observed[index] = _observe(loaded, data.samples[index], answer, selector)
             if on_progress is not None:
-                on_progress(len(samples), len(data))
-    teacher = Teacher(tuple(samples), fingerprint)
+                on_progress(len(observed), len(data))
+    teacher = Teacher(tuple(observed[index] for index in range(len(data))), fingerprint)
     if path is not None:
         write_atomic(path, lambda temporary: _write(temporary, teacher))
     return teacher

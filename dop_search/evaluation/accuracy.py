@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dop_search.data.samples import Sample, score_answer
+from dop_search.data.samples import Sample, alike_batches, score_answer
 from dop_search.divergence.teacher import generate_ids
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
@@ -33,15 +33,15 @@ def answer_questions(
         on_progress: called with (done, total) samples.
     """
     strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
-    answers: list[str] = []
+    answers: dict[int, str] = {}
     with pruned(loaded.model, strategy):
-        for start in range(0, len(samples), batch_size):
-            ids = generate_ids(loaded, samples[start : start + batch_size], max_new_tokens)
+        for batch in alike_batches(samples, batch_size):
+            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
             texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-            answers.extend(text.strip() for text in texts)
+            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
             if on_progress is not None:
                 on_progress(len(answers), len(samples))
-    return answers
+    return [answers[index] for index in range(len(samples))]
 
 
 def correct_answers(answers: Sequence[str], samples: Sequence[Sample]) -> np.ndarray:

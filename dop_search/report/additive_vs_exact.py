@@ -62,9 +62,9 @@ def additive_vs_exact(record: Record) -> Figure:
         if rho is not None:
             axis.annotate(
                 f"Spearman ρ = {rho[0]:.3f}  (n = {rho[1]})",
-                (0.97, 0.04),
+                (0.02, -0.16),
                 xycoords="axes fraction",
-                ha="right",
+                ha="left",
                 color=INK,
             )
         if shown or results:

@@ -54,7 +54,7 @@ def _draw_panel(axis: Axes, panel: Sequence[Curve], looks: Sequence[Look]) -> No
     for curve, look in zip(panel, looks, strict=True):
         _draw_curve(axis, curve, look)
     axis.set_yscale("log", nonpositive="mask")
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower left")
 
 
 def _draw_curve(axis: Axes, curve: Curve, look: Look) -> None:

@@ -24,6 +24,7 @@ from dop_search.cost import CostModel
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
 from dop_search.files import write_text_atomic
+from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.profiling import make_space, token_counts
@@ -40,9 +41,9 @@ SWITCHES = ("keep_prefix", "early_start", "share_prefixes")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--policies", type=int, default=64, help="strategies per set")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--policies", type=int, default=32, help="strategies per set")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "result.json")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -97,15 +98,19 @@ def measure(
         model_inputs(loaded.processor, data.samples[start : start + BATCH_SIZE], torch.device("cpu"))
         for start in range(0, len(data), BATCH_SIZE)
     ]
+    some = policies[:: max(1, len(policies) // 8)]  # the slow variant scores a part of the set
     variants: dict[str, Callable[[], object]] = {
         "full Hugging Face forwards": lambda: full_forwards(loaded, batches),
-        "pruned Hugging Face forwards": lambda: pruned_forwards(loaded, batches, policies),
+        "pruned Hugging Face forwards": lambda: pruned_forwards(loaded, batches, some),
     }
+    num_scored = {"full Hugging Face forwards": 1, "pruned Hugging Face forwards": len(some)}
     options = dict.fromkeys(SWITCHES, False)
     variants["engine: cached features, answer positions only"] = engine_call(loaded, teacher, policies, dict(options))
     for switch in SWITCHES:
         options[switch] = True
         variants[f"engine: + {switch}"] = engine_call(loaded, teacher, policies, dict(options))
+    everything = engine_call(loaded, teacher, policies, dict(options))
+    variants["engine: + fast_linear"] = lambda: with_fast_linear(loaded, everything)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):  # the first round warms up
         for name, call in variants.items():
@@ -113,7 +118,7 @@ def measure(
             call()
             seconds[name].append(time.perf_counter() - start)
     per_policy = {
-        name: 1000 * statistics.median(times[1:]) / (1 if name.startswith("full") else len(policies))
+        name: 1000 * statistics.median(times[1:]) / num_scored.get(name, len(policies))
         for name, times in seconds.items()
     }
     reference = per_policy["full Hugging Face forwards"]
@@ -143,6 +148,11 @@ def pruned_forwards(
         with pruned(loaded.model, strategy):
             for inputs in batches:
                 loaded.model(**inputs, use_cache=False)
+
+
+def with_fast_linear(loaded: LoadedModel, call: Callable[[], object]) -> None:
+    with fast_linear(loaded.model):
+        call()
 
 
 def engine_call(

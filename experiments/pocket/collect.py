@@ -1,6 +1,6 @@
 """Keep what a training run has to say: its curve in ``curves/NAME.jsonl``, its depth table in ``results.json``.
 
-    python experiments/pocket/collect.py RUN_DIR/deep deep
+python experiments/pocket/collect.py RUN_DIR/deep deep
 """
 
 from __future__ import annotations

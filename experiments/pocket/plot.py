@@ -1,6 +1,6 @@
 """Draw ``curves.png`` (learning curves and depth profiles) from ``curves/`` and ``results.json``.
 
-    python experiments/pocket/plot.py
+python experiments/pocket/plot.py
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
         profile = training[name]["cut_from_mean"]
         layers = [*map(int, profile), 12]
         right.plot(layers, [*profile.values(), training[name]["mean"]], **look)
-    left.set(xlabel="minutes of training (two runs share one GPU)", ylabel="mean accuracy over 17 families", ylim=(0, 1))
+    left.set(
+        xlabel="minutes of training (two runs share one GPU)", ylabel="mean accuracy over 17 families", ylim=(0, 1)
+    )
     right.set(xlabel="text stops reading the image from this layer on", xticks=range(0, 13, 2))
     right.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (left, right):

@@ -32,6 +32,8 @@ from dop_search.data.rendered import FAMILIES
 TAPS: dict[str, tuple[int, ...]] = {"deep": (6, 9), "shallow": (2, 5), "plain": ()}
 """Decoder layers after which auxiliary heads read the text states, per variant."""
 
+Cast = AbstractContextManager[object]
+
 
 class Rows:
     """Rows of all shards found so far, in one growing buffer on the device."""
@@ -83,7 +85,7 @@ def answer_logits(network: TrainingNetwork, states: Tensor, batch: dict[str, Ten
 
 @torch.no_grad()
 def teacher_forced_accuracy(
-    network: TrainingNetwork, rows: Rows, size: int, cast: AbstractContextManager[object], cut_from: int | None = None
+    network: TrainingNetwork, rows: Rows, size: int, cast: Cast, cut_from: int | None = None
 ) -> dict[str, float]:
     """Share of questions with every answer token right given the true ones before it, per family."""
     right = torch.zeros(len(FAMILIES), device=rows.device)
@@ -167,6 +169,46 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def rate_factor(step: int, progress: float, decay_share: float) -> float:
+    """Share of the full learning rate: 200 steps of warm-up, a linear fall over the last ``decay_share`` to .02."""
+    return min(1.0, (step + 1) / 200, max(0.02, (1 - progress) / decay_share))
+
+
+def losses(
+    network: TrainingNetwork, heads: AuxiliaryHeads, batch: dict[str, Tensor], args: argparse.Namespace, cast: Cast
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted total, the answers' cross-entropy and the tower's loss."""
+    with cast:
+        vision = network.vision(batch["image"])
+        states, tapped = network(vision, batch, heads.taps)
+        logits, target, _ = answer_logits(network, states, batch)
+    answer_loss = F.cross_entropy(logits, target)
+    vision_loss = heads.vision_loss(vision, batch["patches"], batch["presence"])
+    total = answer_loss + args.vision_weight * vision_loss
+    if heads.taps:
+        total = total + args.tap_weight * heads.tap_loss(tapped, batch["middle"], batch["late"])
+    return total, answer_loss, vision_loss
+
+
+def wait_for_rows(rows: Rows, held: Rows, min_scenes: int) -> None:
+    """Until the renderers have written so many training scenes; the search split comes first."""
+    while rows.count < min(min_scenes, rows.capacity):
+        rows.refresh(8)
+        time.sleep(0.2)
+    held.refresh(2)
+
+
+def write_profile(network: TrainingNetwork, held: Rows, args: argparse.Namespace, cast: Cast) -> None:
+    """``final.json``: accuracies, and those with the image cut off from each layer on."""
+    final = teacher_forced_accuracy(network, held, args.batch_size, cast)
+    profile = {
+        str(layer): teacher_forced_accuracy(network, held, args.batch_size, cast, cut_from=layer) for layer in range(12)
+    }
+    (args.out / "final.json").write_text(json.dumps({"accuracy": final, "cut_from": profile}, indent=1) + "\n")
+    print(args.variant, "final", sum(final.values()) / len(final), json.dumps(final), flush=True)
+    print(args.variant, "cut", {k: round(sum(v.values()) / len(v), 3) for k, v in profile.items()}, flush=True)
+
+
 def main() -> None:
     args = parse_args()
     torch.set_float32_matmul_precision("high")
@@ -175,87 +217,65 @@ def main() -> None:
     processor = build_processor(tokenizer)
     model = build_model(tokenizer, args.seed) if args.init_from is None else load_weights(tokenizer, args.init_from)
     model.to(args.device).train()
-    taps = TAPS[args.variant]
-    heads = AuxiliaryHeads(128, 192, taps).to(args.device)
+    heads = AuxiliaryHeads(128, 192, TAPS[args.variant]).to(args.device)
     network = TrainingNetwork(model, tokenizer(PREFIX).input_ids, args.compile).to(args.device)
     muon, adamw = build_optimizers(model, heads, args.muon_lr, args.adamw_lr)
     optimizers: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
+    modules: dict[str, torch.nn.Module] = {"model": model, "heads": heads}
     checkpoint = args.checkpoint or args.out / "checkpoint.safetensors"
     step, earlier_s = 0, 0.0
     if args.resume and checkpoint.exists():
-        step, earlier_s = load_checkpoint(checkpoint, {"model": model, "heads": heads}, optimizers)
-    cast = torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext()
+        step, earlier_s = load_checkpoint(checkpoint, modules, optimizers)
+    cast: Cast = torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext()
     rows = Rows(args.data, "train", args.device, args.max_scenes)
     held = Rows(args.data, "search", args.device, 1024)
-    while rows.count < args.min_scenes:
-        rows.refresh(8)
-        time.sleep(0.2)
-    held.refresh(2)
-    curve = (args.out / "curve.jsonl").open("a" if args.resume else "w")
-    begin = time.monotonic() - earlier_s
-    budget_s = args.minutes * 60
-    next_eval, next_save = earlier_s + args.eval_every_s, earlier_s + args.save_every_s
+    wait_for_rows(rows, held, args.min_scenes)
     description = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _PATHS}
-    description |= {"taps": list(taps)}
-    while True:
-        elapsed = time.monotonic() - begin
-        progress = elapsed / budget_s
-        if progress >= 1:
-            break
-        factor = min(1.0, (step + 1) / 200, max(0.02, (1 - progress) / args.decay_share))
-        for optimizer, lr in ((muon, args.muon_lr), (adamw, args.adamw_lr)):
-            optimizer.param_groups[0]["lr"] = lr * factor
-        batch = rows.batch(step, args.batch_size, args.seed)
-        with cast:
-            vision = network.vision(batch["image"])
-            states, tapped = network(vision, batch, taps)
-            logits, target, _ = answer_logits(network, states, batch)
-        answer_loss = F.cross_entropy(logits, target)
-        vision_loss = heads.vision_loss(vision, batch["patches"], batch["presence"])
-        loss = answer_loss + args.vision_weight * vision_loss
-        if taps:
-            loss = loss + args.tap_weight * heads.tap_loss(tapped, batch["middle"], batch["late"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adamw):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 20 == 0 and rows.count < rows.capacity:
-            rows.refresh(6)
-        if elapsed >= next_eval:
-            next_eval = elapsed + args.eval_every_s
-            accuracy = teacher_forced_accuracy(network, held, args.batch_size, cast)
-            mean = sum(accuracy.values()) / len(accuracy)
-            record = {
-                "seconds": round(elapsed, 1),
-                "step": step,
-                "scenes": rows.count,
-                "loss": round(answer_loss.item(), 4),
-                "vision_loss": round(vision_loss.item(), 4),
-                "mean": round(mean, 4),
-                "families": {k: round(v, 3) for k, v in accuracy.items()},
-            }
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower --muon-lr or --adamw-lr")
-            curve.write(json.dumps(record) + "\n")
-            curve.flush()
-            print(args.variant, json.dumps(record), flush=True)
-        if elapsed >= next_save:
-            next_save = elapsed + args.save_every_s
-            export(model, processor, args.out, {**description, "steps": step, "finished": False})
-            save_checkpoint(checkpoint, {"model": model, "heads": heads}, optimizers, step, elapsed)
-    description |= {"steps": step, "scenes": rows.count, "finished": True, "torch": torch.__version__}
-    export(model, processor, args.out, description)
-    if args.skip_profile:
-        return
-    final = teacher_forced_accuracy(network, held, args.batch_size, cast)
-    profile = {
-        str(layer): teacher_forced_accuracy(network, held, args.batch_size, cast, cut_from=layer) for layer in range(12)
-    }
-    (args.out / "final.json").write_text(json.dumps({"accuracy": final, "cut_from": profile}, indent=1) + "\n")
-    print(args.variant, "final", sum(final.values()) / len(final), json.dumps(final), flush=True)
-    print(args.variant, "cut", {k: round(sum(v.values()) / len(v), 3) for k, v in profile.items()}, flush=True)
+    description |= {"taps": list(heads.taps)}
+    begin, budget_s = time.monotonic() - earlier_s, args.minutes * 60
+    next_eval, next_save = earlier_s + args.eval_every_s, earlier_s + args.save_every_s
+    with (args.out / "curve.jsonl").open("a" if args.resume else "w") as curve:
+        while (elapsed := time.monotonic() - begin) < budget_s:
+            factor = rate_factor(step, elapsed / budget_s, args.decay_share)
+            muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = args.muon_lr * factor, args.adamw_lr * factor
+            loss, answer_loss, vision_loss = losses(
+                network, heads, rows.batch(step, args.batch_size, args.seed), args, cast
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in (muon, adamw):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % 20 == 0 and rows.count < rows.capacity:
+                rows.refresh(6)
+            if elapsed >= next_eval:
+                next_eval = elapsed + args.eval_every_s
+                if not math.isfinite(answer_loss.item()):
+                    raise FloatingPointError(
+                        f"the loss is {answer_loss.item()} at step {step}; lower --muon-lr or --adamw-lr"
+                    )
+                accuracy = teacher_forced_accuracy(network, held, args.batch_size, cast)
+                record = {
+                    "seconds": round(elapsed, 1),
+                    "step": step,
+                    "scenes": rows.count,
+                    "loss": round(answer_loss.item(), 4),
+                    "vision_loss": round(vision_loss.item(), 4),
+                    "mean": round(sum(accuracy.values()) / len(accuracy), 4),
+                    "families": {k: round(v, 3) for k, v in accuracy.items()},
+                }
+                curve.write(json.dumps(record) + "\n")
+                curve.flush()
+                print(args.variant, json.dumps(record), flush=True)
+            if elapsed >= next_save:
+                next_save = elapsed + args.save_every_s
+                export(model, processor, args.out, {**description, "steps": step, "finished": False})
+                save_checkpoint(checkpoint, modules, optimizers, step, elapsed)
+    finished = {"steps": step, "scenes": rows.count, "finished": True, "torch": torch.__version__}
+    export(model, processor, args.out, {**description, **finished})
+    if not args.skip_profile:
+        write_profile(network, held, args, cast)
 
 
 _PATHS = ("data", "out", "checkpoint", "device", "init_from")

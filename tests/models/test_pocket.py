@@ -20,6 +20,15 @@ from dop_search.models.prompts import chat_prompt, model_inputs
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "pocket"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads wait for each other on a busy machine longer than so small a model takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=POCKET_VARIANTS)
 def variant(request):
     return request.param
