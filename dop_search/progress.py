@@ -81,12 +81,12 @@ class PlainProgress(Progress):
                 last = time.monotonic()
                 self.note(text())
 
+        ended = "stopped after"
         try:
             yield advance
-        except BaseException:
-            self.note(f"{text()} stopped after {time.monotonic() - start:.1f} s")
-            raise
-        self.note(f"{text()} in {time.monotonic() - start:.1f} s")
+            ended = "in"
+        finally:
+            self.note(f"{text()} {ended} {time.monotonic() - start:.1f} s")
 
 
 class BarProgress(Progress):

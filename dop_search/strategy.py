@@ -183,10 +183,7 @@ class Strategy:
         return runs
 
     def canonical(self) -> Strategy:
-        """The same function of the text tokens without dead operations (METHOD: exact, lossless).
-
-        A visual token's state after layer ``l`` matters only if the token is a key in a layer ``> l``.
-        """
+        """Without dead operations: a token's state matters only until the last layer in which it is a key. Lossless."""
         return replace(self, groups=tuple(policy.canonical() for policy in self.groups))
 
     @property
@@ -326,9 +323,7 @@ class Strategy:
 def _count(value: Any) -> int:
     """A number of visual tokens as a plain integer; NumPy's integers are welcome."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise StrategyError(
-            f"`num_visual_tokens >= 0` must hold for an integer (None keeps all tokens), but got {value!r}"
-        )
+        raise StrategyError(f"`num_visual_tokens >= 0` must hold for an integer (None: all), but got {value!r}")
     return int(value)
 
 

@@ -98,6 +98,12 @@ def test_an_unsupported_model_is_refused_with_the_list():
         pass
 
 
+def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UnsupportedModelError, match=r"model_type 'bert'.*llava"):
+        dop.load(str(tmp_path))
+
+
 def test_loading_what_is_not_there_names_the_remedy(tmp_path):
     with pytest.raises(DopError, match=r"cannot load 'someone/no-such-model'.*\n.*model.name_or_path=/path"):
         dop.load("someone/no-such-model")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.families import adapter_for
+from dop_search.models.families import adapter_for, check_model_type
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -68,7 +72,10 @@ def load(
     target = _device(device)
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if target.type == "cpu" and device_map is None else "auto")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir() and not hub_is_reachable():
+        options["local_files_only"] = True  # fail at once instead of retrying for minutes
     try:
+        check_model_type(AutoConfig.from_pretrained(source, **options).model_type, repr(name_or_path))
         processor = AutoProcessor.from_pretrained(source, **options)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **options
@@ -119,6 +126,14 @@ def _device(device: str) -> torch.device:
         raise DopError(f"`device` must be auto, cpu or cuda[:index], but got {device!r}") from error
 
 
-def is_local(name_or_path: str) -> bool:
-    """Whether loading needs no network."""
-    return name_or_path.partition("/")[0] == "pocket" or Path(name_or_path).is_dir()
+def hub_is_reachable(timeout_s: float = 5.0) -> bool:
+    """Whether the model hub answers; taken for granted behind a proxy."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
+    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout_s).close()
+    except OSError:
+        return False
+    return True
