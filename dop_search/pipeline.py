@@ -150,7 +150,6 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
     heldout = evaluation_store(
         loaded,
         teachers["heldout"],
-        batch_size=config.batch_size,
         averaging=config.data.averaging,
         cache_dir=cache,
         keep_hidden=False,

@@ -160,13 +160,12 @@ def evaluation_store(
     loaded: LoadedModel,
     teacher: Teacher,
     *,
-    batch_size: int = 16,
     averaging: str = "per_sample",
     cache_dir: Path | None = None,
     keep_hidden: bool = True,
 ) -> EvaluationStore:
     """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``."""
-    engine = DivergenceEngine(loaded.adapter, teacher, batch_size, averaging, keep_hidden)
+    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, keep_hidden=keep_hidden)
     path = None if cache_dir is None else cache_dir / f"evaluations-{teacher.fingerprint}-{averaging}.jsonl"
     header = {"teacher": teacher.fingerprint, "averaging": averaging}
     return EvaluationStore(engine, engine.num_samples, path, header, batch_size=SAVE_EVERY)
@@ -198,7 +197,8 @@ def profile(
         shares: share of the kept tokens per group of ``dop_groups``.
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
-        max_new_tokens, answers, averaging, batch_size: see ``make_teacher`` and ``DivergenceEngine``.
+        max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
+        batch_size: samples per generation call.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         on_progress: called with (done, total, what).
 
@@ -234,7 +234,7 @@ def profile(
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )
-    store = evaluation_store(loaded, teacher, batch_size=batch_size, averaging=averaging, cache_dir=cache)
+    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache)
     curves = Curves.measure(searched, store, grid, on_progress)
     facts = {
         "model": loaded.name,

@@ -29,6 +29,8 @@ from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.strategy import Strategy
 
 Progress = Callable[[int, int], None]
+CPU_BATCH_SIZE = 8
+ACCELERATOR_BATCH_SIZE = 32
 
 
 @dataclass
@@ -65,7 +67,7 @@ class DivergenceEngine:
     Args:
         adapter: the model, unpruned.
         teacher: the full model's view of the validation samples.
-        batch_size: samples that are computed together.
+        batch_size: samples that are computed together; by default what fits the caches of a CPU, more elsewhere.
         averaging: ``"per_sample"`` averages over a sample's answer positions first, ``"per_token"`` weighs every
             answer token the same (the mean over the returned samples is then the mean over tokens).
         keep_hidden: keep the full model's hidden states (more memory, no recomputation).
@@ -76,7 +78,7 @@ class DivergenceEngine:
         self,
         adapter: ModelAdapter,
         teacher: Teacher,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         averaging: str = "per_sample",
         keep_hidden: bool = True,
         share_prefixes: bool = True,
@@ -85,7 +87,8 @@ class DivergenceEngine:
     ) -> None:
         if averaging not in {"per_sample", "per_token"}:
             raise DopError(f"`averaging` must be per_sample or per_token, but got {averaging!r}")
-        self.adapter, self.teacher, self.batch_size = adapter, teacher, batch_size
+        self.adapter, self.teacher = adapter, teacher
+        self.batch_size = batch_size or (CPU_BATCH_SIZE if adapter.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
         self.averaging = averaging
         self.keep_hidden, self.share_prefixes, self.early_start = keep_hidden, share_prefixes, early_start
         self.keep_prefix = keep_prefix

@@ -15,7 +15,7 @@ from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.cache import CacheState, append_valid, open_state
 from dop_search.pruning.layer import ForwardTables, run_layer
-from dop_search.pruning.layout import Layout, assign_groups, pack
+from dop_search.pruning.layout import AttentionPlan, Layout, assign_groups, pack
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.strategy import Strategy
@@ -103,7 +103,7 @@ class PrunedDecoder:
             hidden = run_layer(self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid)
             before = step.alive
             if cache is not None:
-                self._remember(state, index, batch, layout.attention(step.q, step.kv).key_valid, layout, step)
+                self._remember(state, index, layout.attention(step.q, step.kv))
         final = entry.index_select(0, layout.tensor(layout.rows(before)))
         full = hidden.new_zeros(batch * length, width)
         return full.index_copy(0, final, hidden).view(batch, length, width)
@@ -167,14 +167,11 @@ class PrunedDecoder:
         valid = state.valid[index]
         return torch.ones(batch, state.lengths[index], dtype=torch.bool, device=device) if valid is None else valid
 
-    def _remember(
-        self, state: CacheState, index: int, batch: int, key_valid: Tensor | None, layout: Layout, step: LayerStep
-    ) -> None:
-        added = layout.attention(step.q, step.kv).num_keys
-        past = state.valid[index]
-        if past is not None or key_valid is not None:
-            state.valid[index] = append_valid(past, state.lengths[index], key_valid, batch, added, layout.device)
-        state.lengths[index] += added
+    def _remember(self, state: CacheState, index: int, plan: AttentionPlan) -> None:
+        past, length, device = state.valid[index], state.lengths[index], plan.key_rows.device
+        if past is not None or plan.key_valid is not None:
+            state.valid[index] = append_valid(past, length, plan.key_valid, plan.num_samples, plan.num_keys, device)
+        state.lengths[index] += plan.num_keys
 
 
 def extension_mask(

@@ -34,7 +34,7 @@ from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 
 HERE = Path(__file__).parent
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # of the Hugging Face forwards
 SWITCHES = ("keep_prefix", "early_start", "share_prefixes")
 """The engine's shortcuts, added one after the other; features at answer positions and no dead operation: always."""
 
@@ -71,11 +71,16 @@ def strategy_sets(loaded: LoadedModel, teacher: Teacher, count: int) -> dict[str
     num_layers = loaded.adapter.dims.num_layers
     num_visual = teacher.samples[0].encoded.num_visual
     sets = {}
-    for name in ("dop", "dop_split"):
+    for name in ("dop_split",):
         space, rng = make_space(name, num_layers, num_visual), np.random.default_rng(0)
         sets[f"random points of {name}"] = [
             space.strategy({p.name: int(rng.choice(p.levels)) for p in space.parameters}) for _ in range(count)
         ]
+    space, rng = make_space("dop_split", num_layers, num_visual), np.random.default_rng(0)
+    levels = {p.name: CurveGrid(num_token_levels=12).for_parameter(p) for p in space.parameters}
+    sets["random points on the grid of the curves"] = [
+        space.strategy({name: int(rng.choice(values)) for name, values in levels.items()}) for _ in range(count)
+    ]
     split = make_space("dop_split", num_layers, num_visual)
     centre = {"q_depth": 7, "kv_depth": 9, "mlp_depth": 4, "num_visual_tokens": num_visual // 2}
     steps = [(q, kv, mlp) for q in range(-2, 2) for kv in range(-2, 2) for mlp in range(-2, 2)][:count]
@@ -158,7 +163,7 @@ def with_fast_linear(loaded: LoadedModel, call: Callable[[], object]) -> None:
 def engine_call(
     loaded: LoadedModel, teacher: Teacher, policies: Sequence[Strategy], options: dict[str, bool]
 ) -> Callable[[], object]:
-    engine = DivergenceEngine(loaded.adapter, teacher, BATCH_SIZE, **options)
+    engine = DivergenceEngine(loaded.adapter, teacher, **options)
     return lambda: engine.evaluate(policies)
 
 
