@@ -237,6 +237,7 @@ class SearchConfig(Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     batch_size: PositiveInt = 16
+    """Samples per generation call; scoring batches by what fits the device."""
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
     seed: NonNegativeInt = 0

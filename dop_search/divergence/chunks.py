@@ -141,10 +141,6 @@ class PackedChunk:
         if not self.keep_hidden:
             del self._hidden[1:]
 
-    def hidden_bytes(self) -> int:
-        """Memory that keeping all hidden states takes."""
-        return self.embeds.numel() * self.embeds.element_size() * self.adapter.dims.num_layers
-
 
 def chunks_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in chunks of at most ``batch_size`` of similar length."""
