@@ -11,7 +11,8 @@ from torch import Tensor
 from dop_search.divergence.encoding import rotary
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
-from dop_search.pruning.layer import ForwardTables, run_layer
+from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
 from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
@@ -94,7 +95,7 @@ class PackedChunk:
             embeds = embeds[:1]  # the same system prompt everywhere: once is enough
         count, length = embeds.shape[:2]
         text = [np.full(length, TEXT)] * count
-        layout, _ = pack(text, [np.arange(length)] * count, embeds.device)
+        layout, _ = pack(text, embeds.device)
         tables = ForwardTables(
             torch.cat([cos[: self.num_past] for cos, _ in ropes[:count]]),
             torch.cat([sin[: self.num_past] for _, sin in ropes[:count]]),
@@ -113,7 +114,6 @@ class PackedChunk:
         ]
         layout, kept = pack(
             groups,
-            [np.arange(len(group)) for group in groups],
             self.embeds.device,
             read=[sample.encoded.read[self.num_past :] for sample in self.samples],
             num_past=self.num_past,

@@ -23,9 +23,10 @@ from dop_search.divergence.chunks import NO_GROUPS, PackedChunk, chunks_by_lengt
 from dop_search.divergence.teacher import Teacher
 from dop_search.errors import DopError, NumericalError
 from dop_search.models.adapter import ModelAdapter
-from dop_search.pruning.layer import ForwardTables, run_layer
-from dop_search.pruning.layout import Groups, Layout
-from dop_search.pruning.steps import LayerStep, layer_steps
+from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.layer import run_layer
+from dop_search.pruning.layout import Layout
+from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy
 
 Progress = Callable[[int, int], None]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dop_search.errors import DopError, StrategyError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
+from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
 from dop_search.selectors import make_selector
@@ -67,7 +68,19 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
         )
 
 
-def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.ndarray] | None = None) -> PruneHandle:
+def layer_parts(compile: bool | str) -> LayerParts:
+    """The parts of a layer as ``compile`` asks for: as they are, compiled, or compiled by a named backend."""
+    if not compile:
+        return EAGER_PARTS
+    return compiled_parts(compile) if isinstance(compile, str) else compiled_parts()
+
+
+def prune_(
+    model: PreTrainedModel,
+    strategy: Strategy,
+    rankings: Sequence[np.ndarray] | None = None,
+    compile: bool | str = False,
+) -> PruneHandle:
     """Make ``model`` skip operations from now on, in place.
 
     Skipped operations are never computed: rows are gathered before the projections, and keys and values of skipped
@@ -79,6 +92,9 @@ def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.nda
         strategy: what runs.
         rankings: per sample of the batch the indices of its visual tokens, best first, instead of the strategy's
             selector.
+        compile: run the decoder layers through ``torch.compile``, once for all layers, prompts and steps. Worth its
+            start-up time where launching kernels is the bound: few tokens on a fast accelerator. A string names the
+            backend.
 
     Returns:
         A handle whose ``restore()`` undoes it.
@@ -97,7 +113,7 @@ def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.nda
         return handle
     selector = None if rankings is not None else make_selector(strategy.selector, strategy.selector_options)
     source = RankingSource(adapter, selector, explicit_rankings(rankings))
-    decoder = PrunedDecoder(adapter, strategy, source)
+    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile))
     text_model = adapter.text_model
     handle._sources.append(source)
     handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))
@@ -110,13 +126,16 @@ def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.nda
 
 @contextmanager
 def pruned(
-    model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.ndarray] | None = None
+    model: PreTrainedModel,
+    strategy: Strategy,
+    rankings: Sequence[np.ndarray] | None = None,
+    compile: bool | str = False,
 ) -> Iterator[PreTrainedModel]:
     """Within the context ``model`` skips operations; on exit, also by an exception, it is what it was.
 
     See :func:`prune_` for arguments and errors.
     """
-    handle = prune_(model, strategy, rankings)
+    handle = prune_(model, strategy, rankings, compile)
     try:
         yield model
     finally:

@@ -1,16 +1,29 @@
-"""One decoder layer on packed rows: gather, project, attend, scatter. A skipped operation is never computed."""
+"""One decoder layer on packed rows: gather, project, attend, scatter. A skipped operation is never computed.
+
+The layer is cut where state comes in: ``project`` (up to rotated queries and keys), then the cache and the attention,
+then ``finish`` (output projection to MLP). ``project`` and ``finish`` are pure functions of tensors, which is what
+``torch.compile`` needs.
+"""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.functional import rms_norm
 
-from dop_search.pruning.layout import AttentionPlan, Groups, Layout
-from dop_search.pruning.steps import LayerStep
+from dop_search.pruning.attention import ForwardTables, attend, attend_text
+from dop_search.pruning.layout import Layout
+from dop_search.pruning.steps import Groups, LayerStep
+
+PLAIN_RMS_NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"})
+"""Norms that are exactly ``x / rms(x) * weight``, so that one fused kernel can stand for their eight."""
+
+MAX_COMPILED_VARIANTS = 32
+"""Per compiled function: it is compiled anew for which of its index sets are given, not for their sizes."""
 
 
 class KeyValueStore(Protocol):
@@ -20,83 +33,25 @@ class KeyValueStore(Protocol):
         """Add this layer's keys and values; returns all that its queries may see."""
 
 
-class ForwardTables:
-    """Rotary embeddings and masks of one forward, arranged once per attention plan instead of once per layer.
-
-    Args:
-        cos, sin: ``[num_rows, head_dim]``, one row per row of the layout.
-    """
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos, sin
-        self._rope: dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
-        self._masks: dict[tuple[int, int, bool], tuple[Tensor, Tensor | None]] = {}
-        self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
-        self._triangles: dict[tuple[int, int], Tensor] = {}
-
-    def rope(self, plan: AttentionPlan) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """``(cos, sin)`` for queries and for keys, each ``[num_samples, 1, length, head_dim]``."""
-        if id(plan) not in self._rope:
-            self._rope[id(plan)] = (
-                self._gather(plan.query_rows, plan.query_pad, plan.num_samples),
-                self._gather(plan.key_rows, plan.key_pad, plan.num_samples),
-            )
-        return self._rope[id(plan)]
-
-    def _gather(self, rows: Tensor, pad: Tensor | None, num_samples: int) -> tuple[Tensor, Tensor]:
-        index = rows if pad is None else rows[pad]
-        shape = (num_samples, 1, -1, self.cos.shape[-1])
-        return self.cos[index].view(shape), self.sin[index].view(shape)
-
-    def mask(self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool) -> tuple[Tensor, Tensor | None]:
-        """The full mask ``[num_samples, 1, num_queries, past + num_keys]``.
-
-        Args:
-            plan: the arrangement.
-            past_valid: which keys outside the plan are real.
-            additive: as numbers to add to the scores instead of booleans.
-
-        Returns:
-            The mask, and for additive masks which queries see no key at all (``[num_samples, num_queries, 1, 1]``).
-        """
-        key = (id(plan), id(past_valid), additive)
-        if key not in self._masks:
-            mask, blind = full_mask(plan, past_valid), None
-            if additive:
-                blind = ~mask.any(dim=-1).transpose(1, 2)[..., None]
-                lowest = torch.finfo(self.cos.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill_(~mask, lowest)
-            self._masks[key] = mask, blind
-            self._alive.append(past_valid)
-        return self._masks[key]
-
-    def triangle(self, num_queries: int, num_keys: int) -> Tensor | None:
-        """Which keys each of the last ``num_queries`` tokens sees; ``None`` where plain causal attention is right."""
-        if num_queries in (num_keys, 1):
-            return None
-        key = (num_queries, num_keys)
-        if key not in self._triangles:
-            self._triangles[key] = bottom_right_causal(num_queries, num_keys, self.cos.device)[None, None]
-        return self._triangles[key]
-
-
-def bottom_right_causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Boolean ``[num_queries, num_keys]``: the last query sees every key, each earlier one a key less."""
-    rows = torch.arange(num_keys - num_queries, num_keys, device=device)
-    return torch.arange(num_keys, device=device)[None, :] <= rows[:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-rotation convention of the Llama family."""
     half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
+    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), dim=-1), signed_sin)
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm of the model, fused where it is a plain RMS norm that nobody has hooked."""
+    if type(norm).__name__ not in PLAIN_RMS_NORMS or norm._forward_hooks or norm._forward_pre_hooks:
+        result: Tensor = norm(x)
+        return result
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    return rms_norm(x, (x.shape[-1],), weight, norm.variance_epsilon)  # type: ignore[arg-type]
 
 
 def project_heads(projection: nn.Module, norm: nn.Module | None, rows: Tensor, head_dim: int) -> Tensor:
     """Project rows to heads: ``[num_rows, num_heads, head_dim]``, normalised per head where the model does so."""
     heads: Tensor = projection(rows).view(rows.shape[0], -1, head_dim)
-    return heads if norm is None else norm(heads)
+    return heads if norm is None else normalize(norm, heads)
 
 
 def arrange(heads: Tensor, pad: Tensor | None, num_samples: int) -> Tensor:
@@ -116,6 +71,7 @@ def run_layer(
     cache: KeyValueStore | None = None,
     past_valid: Tensor | None = None,
     read_only: bool = False,
+    parts: LayerParts | None = None,
 ) -> Tensor:
     """Run one decoder layer of the Llama family on packed rows.
 
@@ -129,41 +85,111 @@ def run_layer(
         cache: receives this layer's keys and values, ``[num_samples, kv_heads, length, head_dim]``.
         past_valid: ``[num_samples, past]``, which cached keys are real; ``None`` without a past.
         read_only: queries and MLP only for rows whose logits are read (the last layer of a scoring pass).
+        parts: compiled stand-ins of :func:`project` and :func:`finish`.
 
     Returns:
         ``[rows of (text + step.alive), hidden_size]``.
     """
-    keep = layout.relative(step.alive, before)
-    if keep is not None:
-        hidden = hidden.index_select(0, keep)
-    plan = layout.attention(step.q, step.kv, read_only)
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query_index = layout.relative(step.q, step.alive, read_only)
-    key_index = layout.relative(step.kv, step.alive)
-    queries_in = normed if query_index is None else normed.index_select(0, query_index)
-    keys_in = normed if key_index is None else normed.index_select(0, key_index)
-
-    head_dim = attention.head_dim
-    queries = project_heads(attention.q_proj, getattr(attention, "q_norm", None), queries_in, head_dim)
-    keys = project_heads(attention.k_proj, getattr(attention, "k_norm", None), keys_in, head_dim)
-    values = project_heads(attention.v_proj, None, keys_in, head_dim)
+    parts = parts or EAGER_PARTS
+    rows = layout.layer(before, step, read_only)
+    plan = rows.attention
     (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
-    query = rotate(arrange(queries, plan.query_pad, plan.num_samples), cos_q, sin_q)
-    key = rotate(arrange(keys, plan.key_pad, plan.num_samples), cos_k, sin_k)
-    value = arrange(values, plan.key_pad, plan.num_samples)
+    if rows.keep is not None:
+        hidden = hidden.index_select(0, rows.keep)
+    queries = Side(rows.query, plan.query_pad, cos_q, sin_q)
+    keys = Side(rows.key, plan.key_pad, cos_k, sin_k)
+    query, key, value = parts.project(layer, hidden, queries, keys, plan.num_samples)
     if cache is not None:
-        key, value = cache.update(key, value, attention.layer_idx)
+        key, value = cache.update(key, value, layer.self_attn.layer_idx)
+    context = attend(layer.self_attn, query, key, value, plan, tables, past_valid)
+    return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp)
 
-    context = attend(attention, query, key, value, plan, tables, past_valid)
-    context = context.reshape(plan.num_samples * plan.num_queries, -1)
-    if plan.query_unpad is not None:
-        context = context.index_select(0, plan.query_unpad)
-    hidden = add_rows(hidden, query_index, attention.o_proj(context))
 
-    mlp_index = layout.relative(step.mlp, step.alive, read_only)
-    mlp_in = hidden if mlp_index is None else hidden.index_select(0, mlp_index)
-    return add_rows(hidden, mlp_index, layer.mlp(layer.post_attention_layernorm(mlp_in)))
+def extend_layer(
+    layer: Any,
+    hidden: Tensor,
+    rows: Side,
+    num_samples: int,
+    mask: Tensor | None,
+    cache: KeyValueStore | None,
+    parts: LayerParts,
+) -> Tensor:
+    """Run one decoder layer on a chunk of text over the layer's cache, whatever that holds.
+
+    Args:
+        layer: as in :func:`run_layer`.
+        hidden: ``[num_samples * length, hidden_size]``, padding included.
+        rows: rotary embeddings of all rows.
+        num_samples: batch size.
+        mask: see :func:`dop_search.pruning.attention.extension_mask`.
+        cache: receives the new keys and values.
+        parts: the layer's pure parts.
+
+    Returns:
+        Hidden states of the same shape.
+    """
+    query, key, value = parts.project(layer, hidden, rows, rows, num_samples)
+    if cache is not None:
+        key, value = cache.update(key, value, layer.self_attn.layer_idx)
+    context = attend_text(layer.self_attn, query, key, value, mask)
+    return parts.finish(layer, hidden, context, None, None, None)
+
+
+class Side(NamedTuple):
+    """One side of an attention call.
+
+    Attributes:
+        rows: rows of the hidden states that take part (``None``: all).
+        pad: row of each padded place (``None``: no padding).
+        cos, sin: rotary embedding, ``[num_samples or 1, 1, length, head_dim]``; ``sin`` is signed.
+    """
+
+    rows: Tensor | None
+    pad: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
+def project(layer: Any, hidden: Tensor, queries: Side, keys: Side, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, projections and rotation: query, key and value, each ``[num_samples, heads, length, head_dim]``."""
+    attention = layer.self_attn
+    head_dim = attention.head_dim
+    normed = normalize(layer.input_layernorm, hidden)
+    queries_in = normed if queries.rows is None else normed.index_select(0, queries.rows)
+    keys_in = normed if keys.rows is None else normed.index_select(0, keys.rows)
+    query = project_heads(attention.q_proj, getattr(attention, "q_norm", None), queries_in, head_dim)
+    key = project_heads(attention.k_proj, getattr(attention, "k_norm", None), keys_in, head_dim)
+    value = project_heads(attention.v_proj, None, keys_in, head_dim)
+    return (
+        rotate(arrange(query, queries.pad, num_samples), queries.cos, queries.sin),
+        rotate(arrange(key, keys.pad, num_samples), keys.cos, keys.sin),
+        arrange(value, keys.pad, num_samples),
+    )
+
+
+def finish(
+    layer: Any,
+    hidden: Tensor,
+    context: Tensor,
+    unpad: Tensor | None,
+    query_rows: Tensor | None,
+    mlp_rows: Tensor | None,
+) -> Tensor:
+    """Output projection, residual and MLP: the hidden states after the layer, ``[rows, hidden_size]``.
+
+    Args:
+        layer: decoder layer.
+        hidden: hidden states before the layer.
+        context: what the queries received, ``[num_samples, num_queries, heads, head_dim]``.
+        unpad: padded place of each query (``None``: no padding).
+        query_rows, mlp_rows: rows that issued a query, and that go through the MLP (``None``: all).
+    """
+    context = context.reshape(context.shape[0] * context.shape[1], -1)
+    if unpad is not None:
+        context = context.index_select(0, unpad)
+    hidden = add_rows(hidden, query_rows, layer.self_attn.o_proj(context))
+    mlp_in = hidden if mlp_rows is None else hidden.index_select(0, mlp_rows)
+    return add_rows(hidden, mlp_rows, layer.mlp(normalize(layer.post_attention_layernorm, mlp_in)))
 
 
 def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:
@@ -171,58 +197,18 @@ def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:
     return hidden + update if index is None else hidden.index_add(0, index, update)
 
 
-def attend(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    tables: ForwardTables,
-    past_valid: Tensor | None,
-) -> Tensor:
-    """Attention by the model's own backend: ``[num_samples, num_queries, heads, head_dim]``.
+@dataclass(frozen=True)
+class LayerParts:
+    """The two pure parts of a layer, as they are or compiled."""
 
-    A mask is made only where plain causal attention would be wrong; ``eager`` always gets an additive one.
-    """
-    implementation = attention.config._attn_implementation
-    function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
-        implementation, sys.modules[type(attention).__module__].eager_attention_forward
-    )
-    kwargs: dict[str, Any] = {
-        "dropout": attention.attention_dropout if attention.training else 0.0,
-        "scaling": attention.scaling,
-    }
-    if implementation == "eager":
-        mask, blind = tables.mask(plan, past_valid, additive=True)
-        assert blind is not None
-        context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
-        return context.masked_fill(blind, 0.0)  # a query without any key receives nothing
-    if plan.segments is None or past_valid is not None:
-        mask, _ = tables.mask(plan, past_valid, additive=False)
-        context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
-        return context
-    outputs = []
-    for segment in plan.segments:
-        part = query[:, :, segment.start : segment.stop]
-        seen_keys, seen_values = key[:, :, : segment.num_keys], value[:, :, : segment.num_keys]
-        triangle = tables.triangle(part.shape[2], segment.num_keys)
-        causal = triangle is None
-        outputs.append(function(attention, part, seen_keys, seen_values, triangle, is_causal=causal, **kwargs)[0])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project
+    finish: Callable[..., Tensor] = finish
 
 
-def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
-    """Boolean ``[num_samples, 1, num_queries, past + num_keys]``; ``past_valid`` marks keys outside the plan."""
-    mask = plan.mask
-    if mask is None:
-        assert plan.segments is not None
-        total, device = plan.num_past + plan.num_keys, plan.query_rows.device
-        parts = []
-        for segment in plan.segments:
-            seen = bottom_right_causal(segment.stop - segment.start, segment.num_keys, device)
-            parts.append(nn.functional.pad(seen, (0, total - segment.num_keys), value=False))
-        mask = torch.cat(parts).expand(plan.num_samples, 1, -1, -1)
-    if past_valid is not None:
-        past = past_valid[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
-        mask = torch.cat([past, mask], dim=-1)
-    return mask
+EAGER_PARTS = LayerParts()
+
+
+def compiled_parts(backend: str = "inductor") -> LayerParts:
+    """Both parts through ``torch.compile``: one set of kernels for all layers, dynamic in the number of rows."""
+    options: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": MAX_COMPILED_VARIANTS}
+    return LayerParts(torch.compile(project, **options), torch.compile(finish, **options))

@@ -2,12 +2,14 @@
 
 A decoder call on a batch is laid out as one sequence of *rows*, sample after sample, without padding and without
 the visual tokens that never enter the decoder. Every set of rows that a layer needs is "the text tokens and some
-groups of visual tokens", so the indices between any two such sets are computed once and kept.
+groups of visual tokens", so the indices between any two such sets are computed once and kept. They depend on the
+order of the groups alone, not on which image tokens were chosen: with one group, prompts of the same shape share them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dop_search.errors import DopError
+from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
-
-Groups = frozenset[int]
-"""Groups of visual tokens that take part; text tokens always do."""
 
 TEXT = -1
 DROPPED = -2
@@ -65,6 +65,23 @@ class AttentionPlan:
     key_rows: Tensor
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which rows each part of one decoder layer works on; ``None`` stands for all rows that are there.
+
+    Attributes:
+        keep: rows of the layer's input that stay in the sequence.
+        query, key, mlp: rows, among those that stay, that issue a query, offer a key and value, go through the MLP.
+        attention: how queries and keys are arranged.
+    """
+
+    keep: Tensor | None
+    query: Tensor | None
+    key: Tensor | None
+    mlp: Tensor | None
+    attention: AttentionPlan
+
+
 def assign_groups(visual: np.ndarray, ranking: np.ndarray, strategy: Strategy) -> np.ndarray:
     """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
 
@@ -95,8 +112,8 @@ class Layout:
     """The packed rows of one batch and every index set that its layers need, made once and kept.
 
     Args:
-        sample, column, group: per row: which sample, which place in its sequence, which group (``TEXT`` or ``0..G-1``).
-            Rows are ordered by sample, then by column.
+        sample, group: per row: which sample, which group (``TEXT`` or ``0..G-1``). Rows are ordered by sample, and
+            within a sample as the tokens are.
         num_samples: batch size.
         device: where index tensors live.
         read: per row: whether its output logits are needed (``None``: all). In the last layer only such rows
@@ -107,14 +124,13 @@ class Layout:
     def __init__(
         self,
         sample: np.ndarray,
-        column: np.ndarray,
         group: np.ndarray,
         num_samples: int,
         device: torch.device,
         read: np.ndarray | None = None,
         num_past: int = 0,
     ) -> None:
-        self.sample, self.column, self.group = sample, column, group
+        self.sample, self.group = sample, group
         self.num_samples = num_samples
         self.device = device
         self.read = read
@@ -122,7 +138,7 @@ class Layout:
         self._rows: dict[tuple[Groups, bool], np.ndarray] = {}
         self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
         self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
-        self.sample_index, self.column_index = self.tensor(sample), self.tensor(column)
+        self._layers: dict[tuple[Groups, LayerStep, bool], LayerPlan] = {}
 
     @property
     def num_rows(self) -> int:
@@ -148,6 +164,19 @@ class Layout:
             self._relative[key] = None if same else self.tensor(np.searchsorted(around, inside))
         return self._relative[key]
 
+    def layer(self, before: Groups, step: LayerStep, read_only: bool = False) -> LayerPlan:
+        """The rows of one layer whose input holds the groups ``before``."""
+        key = (before, step, read_only)
+        if key not in self._layers:
+            self._layers[key] = LayerPlan(
+                keep=self.relative(step.alive, before),
+                query=self.relative(step.q, step.alive, read_only),
+                key=self.relative(step.kv, step.alive),
+                mlp=self.relative(step.mlp, step.alive, read_only),
+                attention=self.attention(step.q, step.kv, read_only),
+            )
+        return self._layers[key]
+
     def attention(self, query_groups: Groups, key_groups: Groups, read_only: bool = False) -> AttentionPlan:
         """The arrangement of one attention call between these queries and keys."""
         key = (query_groups, key_groups, read_only)
@@ -157,7 +186,7 @@ class Layout:
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """An index array on the layout's device."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return index_tensor(array, self.device)
 
     def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray) -> AttentionPlan:
         query_place, num_queries, query_even = self._places(query_rows, align_right=False)
@@ -226,18 +255,38 @@ class Layout:
         key_place: np.ndarray,
         num_keys: int,
     ) -> Tensor:
-        query_column = np.full(self.num_samples * num_queries, np.iinfo(np.int64).max - 1)
-        query_column[query_place] = self.column[query_rows]
-        key_column = np.full(self.num_samples * num_keys, np.iinfo(np.int64).max)
-        key_column[key_place] = self.column[key_rows]
-        columns = self.tensor(query_column).view(self.num_samples, 1, num_queries, 1)
-        mask = self.tensor(key_column).view(self.num_samples, 1, 1, num_keys) <= columns
+        # Rows of a sample are in the order of its tokens, so that comparing rows is comparing positions.
+        query_order = np.full(self.num_samples * num_queries, np.iinfo(np.int64).max - 1)
+        query_order[query_place] = query_rows
+        key_order = np.full(self.num_samples * num_keys, np.iinfo(np.int64).max)
+        key_order[key_place] = key_rows
+        queries = self.tensor(query_order).view(self.num_samples, 1, num_queries, 1)
+        mask = self.tensor(key_order).view(self.num_samples, 1, 1, num_keys) <= queries
         return mask if not self.num_past else nn.functional.pad(mask, (self.num_past, 0), value=True)
+
+
+class LayoutCache:
+    """The layouts of the latest prompts, so that prompts of the same shape do their index work once."""
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._layouts: OrderedDict[tuple[bytes, ...], Layout] = OrderedDict()
+
+    def pack(self, groups: Sequence[np.ndarray], device: torch.device) -> tuple[Layout, list[np.ndarray]]:
+        """As :func:`pack`; the layout may be one that an earlier prompt of the same shape has used."""
+        kept = [np.flatnonzero(group != DROPPED) for group in groups]
+        key = (str(device).encode(), *(group[keep].tobytes() for group, keep in zip(groups, kept, strict=True)))
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            layout, _ = pack(groups, device)
+        self._layouts[key] = layout
+        if len(self._layouts) > self.size:
+            self._layouts.popitem(last=False)
+        return layout, kept
 
 
 def pack(
     groups: Sequence[np.ndarray],
-    columns: Sequence[np.ndarray],
     device: torch.device,
     read: Sequence[np.ndarray] | None = None,
     num_past: int = 0,
@@ -246,7 +295,6 @@ def pack(
 
     Args:
         groups: per sample the group of each of its tokens (see :func:`assign_groups`).
-        columns: per sample the place of each token in its padded sequence.
         device: where index tensors live.
         read: per sample whether each token's logits are needed.
         num_past: keys of every sample that are already there.
@@ -257,7 +305,6 @@ def pack(
     kept = [np.flatnonzero(group != DROPPED) for group in groups]
     layout = Layout(
         sample=np.concatenate([np.full(len(keep), index) for index, keep in enumerate(kept)]),
-        column=np.concatenate([column[keep] for column, keep in zip(columns, kept, strict=True)]),
         group=np.concatenate([group[keep] for group, keep in zip(groups, kept, strict=True)]),
         num_samples=len(groups),
         device=device,
@@ -265,3 +312,9 @@ def pack(
         num_past=num_past,
     )
     return layout, kept
+
+
+def index_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on ``device``, without waiting for an accelerator to finish what it is doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

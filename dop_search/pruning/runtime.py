@@ -13,9 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
-from dop_search.pruning.layer import ForwardTables, run_layer
-from dop_search.pruning.layout import AttentionPlan, Layout, assign_groups, pack
+from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
+from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign_groups
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.strategy import Strategy
@@ -24,19 +25,29 @@ from dop_search.strategy import Strategy
 class PrunedDecoder:
     """Replaces the forward of a decoder instance. Made by :func:`dop_search.pruning.prune_`."""
 
-    def __init__(self, adapter: ModelAdapter, strategy: Strategy, rankings: RankingSource) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        strategy: Strategy,
+        rankings: RankingSource,
+        parts: LayerParts = EAGER_PARTS,
+    ) -> None:
         self.adapter = adapter
+        self.parts = parts
         self.strategy = strategy
         self.rankings = rankings
         self.steps: tuple[LayerStep, ...] = layer_steps(strategy)
         self.all_groups = frozenset(range(len(strategy.groups)))
         self.text_model: Any = adapter.text_model
+        self.layouts = LayoutCache()
         self._input_ids: Tensor | None = None
 
     def see_input_ids(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the multimodal module: the decoder itself receives embeddings only."""
         self._input_ids = args[0] if args else kwargs.get("input_ids")
 
+    # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -71,7 +82,7 @@ class PrunedDecoder:
             if length > 1 and bool(visual.any()):
                 hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state)
             else:
-                hidden = self._extend(inputs_embeds, valid, position_ids, rope, past_key_values, state)
+                hidden = self._extend(inputs_embeds, valid, rope, past_key_values, state)
         finally:
             state.open = False
         state.num_seen += length
@@ -93,14 +104,14 @@ class PrunedDecoder:
     ) -> Tensor:
         batch, length, width = embeds.shape
         layout, entry = self._layout(visual, valid)
-        sample, column = layout.sample_index, layout.column_index
-        cos, sin = (part.expand(batch, -1, -1)[sample, column] for part in rope)
-        tables = ForwardTables(cos, sin)
+        tables = ForwardTables(*(part.expand(batch, -1, -1).flatten(0, 1).index_select(0, entry) for part in rope))
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         for index, step in enumerate(self.steps):
             past_valid = self._past_valid(state, index, batch, embeds.device)
-            hidden = run_layer(self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid)
+            hidden = run_layer(
+                self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid, parts=self.parts
+            )
             before = step.alive
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
@@ -113,13 +124,13 @@ class PrunedDecoder:
         rankings = self.rankings.rank(visual_counts(visual))
         is_visual = visual.cpu().numpy()
         is_valid = np.ones((batch, length), dtype=np.bool_) if valid is None else valid.cpu().numpy()
-        groups, columns = [], []
-        for row in range(batch):
-            column = np.flatnonzero(is_valid[row])
-            groups.append(assign_groups(is_visual[row, column], rankings[row], self.strategy))
-            columns.append(column)
-        layout, _ = pack(groups, columns, visual.device)
-        return layout, layout.tensor(layout.sample * length + layout.column)
+        places = [np.flatnonzero(row) for row in is_valid]
+        groups = [
+            assign_groups(is_visual[row, place], rankings[row], self.strategy) for row, place in enumerate(places)
+        ]
+        layout, kept = self.layouts.pack(groups, visual.device)
+        entry = [row * length + place[keep] for row, (place, keep) in enumerate(zip(places, kept, strict=True))]
+        return layout, layout.tensor(np.concatenate(entry))
 
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 
@@ -127,7 +138,6 @@ class PrunedDecoder:
         self,
         hidden: Tensor,
         valid: Tensor | None,
-        position_ids: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: Cache | None,
         state: CacheState,
@@ -136,19 +146,14 @@ class PrunedDecoder:
         new_valid = None if valid is None or length == 1 or bool(valid.all()) else valid
         eager = self.text_model.config._attn_implementation == "eager"
         masks: dict[tuple[int, int], Tensor | None] = {}
+        rows = Side(None, None, rope[0][:, None], signed(rope[1])[:, None])
+        packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
             past = state.valid[index]
             key = (state.lengths[index], id(past))
             if key not in masks:
                 masks[key] = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
-            hidden = layer(
-                hidden,
-                attention_mask=masks[key],
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rope,
-            )
+            packed = extend_layer(layer, packed, rows, batch, masks[key], cache, self.parts)
         appended: dict[tuple[int, int], Tensor] = {}
         for index, past in enumerate(state.valid):
             if past is not None or new_valid is not None:
@@ -157,7 +162,7 @@ class PrunedDecoder:
                     appended[key] = append_valid(past, key[0], new_valid, batch, length, hidden.device)
                 state.valid[index] = appended[key]
             state.lengths[index] += length
-        return hidden
+        return packed.view_as(hidden)
 
     # -- bookkeeping ------------------------------------------------------------------------------
 
@@ -172,28 +177,6 @@ class PrunedDecoder:
         if past is not None or plan.key_valid is not None:
             state.valid[index] = append_valid(past, length, plan.key_valid, plan.num_samples, plan.num_keys, device)
         state.lengths[index] += plan.num_keys
-
-
-def extension_mask(
-    hidden: Tensor, past_length: int, past_valid: Tensor | None, new_valid: Tensor | None, eager: bool
-) -> Tensor | None:
-    """Mask of a text chunk over one layer's cache: all real past keys, causal within the chunk.
-
-    Returns:
-        ``[batch, 1, length, past + length]``, additive for ``eager`` and boolean otherwise; ``None`` where the
-        backend needs none.
-    """
-    batch, length = hidden.shape[:2]
-    if past_valid is None and new_valid is None and not eager and (length == 1 or past_length == 0):
-        return None
-    causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-    mask = torch.cat([causal.new_ones(length, past_length), causal], dim=1).expand(batch, 1, -1, -1)
-    if past_valid is not None or new_valid is not None:
-        keys = append_valid(past_valid, past_length, new_valid, batch, length, hidden.device)
-        mask = mask & keys[:, None, None, :]
-    if not eager:
-        return mask
-    return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
 
 
 def _refuse(kwargs: dict[str, Any], attention_mask: Any) -> None:

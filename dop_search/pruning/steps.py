@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop_search.operations import Module
-from dop_search.pruning.layout import Groups
 from dop_search.strategy import Strategy
+
+Groups = frozenset[int]
+"""Groups of visual tokens that take part; text tokens always do."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""Attention of one layer: rotary tables and masks of a forward, and the call of the model's own backend."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dop_search.pruning.cache import append_valid
+from dop_search.pruning.layout import AttentionPlan
+
+
+class ForwardTables:
+    """Rotary embeddings and masks of one forward, arranged once per attention plan instead of once per layer.
+
+    Args:
+        cos, sin: ``[num_rows, head_dim]``, one row per row of the layout.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, signed(sin)
+        self._rope: dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+        self._masks: dict[tuple[int, int, bool], tuple[Tensor, Tensor | None]] = {}
+        self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
+        self._triangles: dict[tuple[int, int], Tensor] = {}
+
+    def rope(self, plan: AttentionPlan) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """``(cos, signed sin)`` for queries and for keys, each ``[num_samples, 1, length, head_dim]``."""
+        if id(plan) not in self._rope:
+            self._rope[id(plan)] = (
+                self._gather(plan.query_rows, plan.query_pad, plan.num_samples),
+                self._gather(plan.key_rows, plan.key_pad, plan.num_samples),
+            )
+        return self._rope[id(plan)]
+
+    def _gather(self, rows: Tensor, pad: Tensor | None, num_samples: int) -> tuple[Tensor, Tensor]:
+        index = rows if pad is None else rows[pad]
+        shape = (num_samples, 1, -1, self.cos.shape[-1])
+        return self.cos[index].view(shape), self.sin[index].view(shape)
+
+    def mask(self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool) -> tuple[Tensor, Tensor | None]:
+        """The full mask ``[num_samples, 1, num_queries, past + num_keys]``.
+
+        Args:
+            plan: the arrangement.
+            past_valid: which keys outside the plan are real.
+            additive: as numbers to add to the scores instead of booleans.
+
+        Returns:
+            The mask, and for additive masks which queries see no key at all (``[num_samples, num_queries, 1, 1]``).
+        """
+        key = (id(plan), id(past_valid), additive)
+        if key not in self._masks:
+            mask, blind = full_mask(plan, past_valid), None
+            if additive:
+                blind = ~mask.any(dim=-1).transpose(1, 2)[..., None]
+                lowest = torch.finfo(self.cos.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill_(~mask, lowest)
+            self._masks[key] = mask, blind
+            self._alive.append(past_valid)
+        return self._masks[key]
+
+    def triangle(self, num_queries: int, num_keys: int) -> Tensor | None:
+        """Which keys each of the last ``num_queries`` tokens sees; ``None`` where plain causal attention is right."""
+        if num_queries in (num_keys, 1):
+            return None
+        key = (num_queries, num_keys)
+        if key not in self._triangles:
+            self._triangles[key] = bottom_right_causal(num_queries, num_keys, self.cos.device)[None, None]
+        return self._triangles[key]
+
+
+def bottom_right_causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Boolean ``[num_queries, num_keys]``: the last query sees every key, each earlier one a key less."""
+    rows = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return torch.arange(num_keys, device=device)[None, :] <= rows[:, None]
+
+
+def signed(sin: Tensor) -> Tensor:
+    """``sin`` with the sign of the half rotation folded in, see :func:`dop_search.pruning.layer.rotate`."""
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+
+def backend(attention: Any) -> tuple[str, Any, dict[str, Any]]:
+    """Name, function and constant arguments of the attention backend that the model was loaded with."""
+    implementation: str = attention.config._attn_implementation
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    kwargs = {"dropout": attention.attention_dropout if attention.training else 0.0, "scaling": attention.scaling}
+    return implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager), kwargs
+
+
+def attend_text(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a text chunk over a layer's whole cache; ``mask`` as :func:`extension_mask` made it."""
+    _, function, kwargs = backend(attention)
+    context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
+    return context
+
+
+def attend(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    tables: ForwardTables,
+    past_valid: Tensor | None,
+) -> Tensor:
+    """Attention by the model's own backend: ``[num_samples, num_queries, heads, head_dim]``.
+
+    A mask is made only where plain causal attention would be wrong; ``eager`` always gets an additive one.
+    """
+    implementation, function, kwargs = backend(attention)
+    if implementation == "eager":
+        mask, blind = tables.mask(plan, past_valid, additive=True)
+        assert blind is not None
+        context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
+        return context.masked_fill(blind, 0.0)  # a query without any key receives nothing
+    if plan.segments is None or past_valid is not None:
+        mask, _ = tables.mask(plan, past_valid, additive=False)
+        context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
+        return context
+    outputs = []
+    for segment in plan.segments:
+        part = query[:, :, segment.start : segment.stop]
+        seen_keys, seen_values = key[:, :, : segment.num_keys], value[:, :, : segment.num_keys]
+        if 1 < part.shape[2] < segment.num_keys and part.device.type == "cuda":
+            outputs.append(lower_right(attention, part, seen_keys, seen_values, kwargs))
+            continue
+        triangle = tables.triangle(part.shape[2], segment.num_keys)
+        causal = triangle is None
+        outputs.append(function(attention, part, seen_keys, seen_values, triangle, is_causal=causal, **kwargs)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def lower_right(attention: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Fewer queries than keys, causal from the bottom right: the fused kernels know this shape, so no mask is made.
+
+    Returns:
+        ``[num_samples, num_queries, heads, head_dim]``.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    context = scaled_dot_product_attention(
+        query,
+        repeat_kv(key, repeats),
+        repeat_kv(value, repeats),
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
+        dropout_p=kwargs["dropout"],
+        scale=kwargs["scaling"],
+    )
+    return context.transpose(1, 2)
+
+
+def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
+    """Boolean ``[num_samples, 1, num_queries, past + num_keys]``; ``past_valid`` marks keys outside the plan."""
+    mask = plan.mask
+    if mask is None:
+        assert plan.segments is not None
+        total, device = plan.num_past + plan.num_keys, plan.query_rows.device
+        parts = []
+        for segment in plan.segments:
+            seen = bottom_right_causal(segment.stop - segment.start, segment.num_keys, device)
+            parts.append(nn.functional.pad(seen, (0, total - segment.num_keys), value=False))
+        mask = torch.cat(parts).expand(plan.num_samples, 1, -1, -1)
+    if past_valid is not None:
+        past = past_valid[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
+        mask = torch.cat([past, mask], dim=-1)
+    return mask
+
+
+def extension_mask(
+    hidden: Tensor, past_length: int, past_valid: Tensor | None, new_valid: Tensor | None, eager: bool
+) -> Tensor | None:
+    """Mask of a text chunk over one layer's cache: all real past keys, causal within the chunk.
+
+    Returns:
+        ``[batch, 1, length, past + length]``, additive for ``eager`` and boolean otherwise; ``None`` where the
+        backend needs none.
+    """
+    batch, length = hidden.shape[:2]
+    if past_valid is None and new_valid is None and not eager and (length == 1 or past_length == 0):
+        return None
+    causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+    mask = torch.cat([causal.new_ones(length, past_length), causal], dim=1).expand(batch, 1, -1, -1)
+    if past_valid is not None or new_valid is not None:
+        keys = append_valid(past_valid, past_length, new_valid, batch, length, hidden.device)
+        mask = mask & keys[:, None, None, :]
+    if not eager:
+        return mask
+    return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
