@@ -90,6 +90,7 @@ def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.nda
     """
     adapter = adapter_for(model)
     check_strategy(adapter, strategy)
+    adapter.check_placement()
     if model in _pruned_models:
         raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
     handle = PruneHandle()

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.cache import CacheState, append_valid, open_state
+from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import ForwardTables, run_layer
 from dop_search.pruning.layout import AttentionPlan, Layout, assign_groups, pack
 from dop_search.pruning.ranking import RankingSource, visual_counts
@@ -48,6 +49,7 @@ class PrunedDecoder:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Same contract as the decoder's own forward; hidden states at skipped visual tokens and pads are zero."""
+        deepstack = self.adapter.pop_deepstack(kwargs)
         _refuse(kwargs, attention_mask)
         seen_ids = self._input_ids if input_ids is None else input_ids
         self._input_ids = None
@@ -69,9 +71,10 @@ class PrunedDecoder:
         state.open = True
         try:
             if length > 1 and bool(visual.any()):
-                hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state)
+                hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state, deepstack)
             else:
-                hidden = self._extend(inputs_embeds, valid, position_ids, rope, past_key_values, state)
+                layer_ids = self.adapter.layer_position_ids(position_ids)
+                hidden = self._extend(inputs_embeds, valid, layer_ids, rope, past_key_values, state)
         finally:
             state.open = False
         state.num_seen += length
@@ -90,9 +93,11 @@ class PrunedDecoder:
         rope: tuple[Tensor, Tensor],
         cache: Cache | None,
         state: CacheState,
+        deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
         batch, length, width = embeds.shape
         layout, entry = self._layout(visual, valid)
+        injected = Deepstack(deepstack, layout, self._visual_tokens(visual, layout)) if deepstack else None
         sample, column = layout.sample_index, layout.column_index
         cos, sin = (part.expand(batch, -1, -1)[sample, column] for part in rope)
         tables = ForwardTables(cos, sin)
@@ -102,6 +107,8 @@ class PrunedDecoder:
             past_valid = self._past_valid(state, index, batch, embeds.device)
             hidden = run_layer(self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid)
             before = step.alive
+            if injected is not None:
+                hidden = injected.add(hidden, index, before)
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
         final = entry.index_select(0, layout.tensor(layout.rows(before)))
@@ -121,13 +128,17 @@ class PrunedDecoder:
         layout, _ = pack(groups, columns, visual.device)
         return layout, layout.tensor(layout.sample * length + layout.column)
 
+    def _visual_tokens(self, visual: Tensor, layout: Layout) -> np.ndarray:
+        numbers: np.ndarray = visual_numbers(visual.cpu().numpy())[layout.sample * visual.shape[1] + layout.column]
+        return numbers
+
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 
     def _extend(
         self,
         hidden: Tensor,
         valid: Tensor | None,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         rope: tuple[Tensor, Tensor],
         cache: Cache | None,
         state: CacheState,

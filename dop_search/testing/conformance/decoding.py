@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.errors import DopError
-from dop_search.testing.conformance.base import PROPERTY, ConformanceBase, Models, backends, generate, max_difference
+from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all, generate, max_difference
 from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.models import NUM_SPECIAL_TOKENS
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
@@ -26,8 +25,7 @@ class DecodingConformance(ConformanceBase):
     """Greedy and sampled generation, beams, continuation by several tokens, conversations."""
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans(), sample=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans(), sample=st.booleans())
     def test_generate_equals_reference(
         self, models: Models, backend: str, data: st.DataObject, padded: bool, sample: bool
     ) -> None:
@@ -46,8 +44,7 @@ class DecodingConformance(ConformanceBase):
             assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans())
     def test_beam_scores_equal_reference(self, models: Models, backend: str, data: st.DataObject, padded: bool) -> None:
         """Beams reorder the cache: the score of every returned beam is its log-likelihood under the reference."""
         model = models(backend)
@@ -74,8 +71,7 @@ class DecodingConformance(ConformanceBase):
             assert max_difference(scores[beam::NUM_BEAMS], likelihood) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans())
     def test_continuation_equals_reference(
         self, models: Models, backend: str, data: st.DataObject, padded: bool
     ) -> None:
@@ -98,8 +94,7 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(logits, expected) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), reopen=st.booleans())
+    @for_all(data=st.data(), reopen=st.booleans())
     def test_conversation_is_right_or_refused(
         self, models: Models, backend: str, data: st.DataObject, reopen: bool
     ) -> None:
@@ -130,8 +125,7 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(torch.stack(second.logits, dim=1), before_each_new(expected)) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_calls_do_not_leak(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Two conversations take turns in one context, with a call without a cache in between."""
         model = models(backend)

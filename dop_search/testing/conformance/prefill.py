@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.strategy import Strategy
 from dop_search.testing.conformance.base import (
-    PROPERTY,
     ConformanceBase,
     Models,
     backends,
+    for_all,
     max_difference,
     max_text_difference,
 )
@@ -47,8 +46,7 @@ class PrefillConformance(ConformanceBase):
         assert max_text_difference(model, inputs, masked, full) > 500 * self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_canonical_form_is_lossless(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Dropping dead operations changes no text logit: exact, not an approximation."""
         model = models(backend)
@@ -80,8 +78,7 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model)), corner_strategy(corner, self.num_layers(model)))
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), seed=st.integers(0, 99))
+    @for_all(data=st.data(), seed=st.integers(0, 99))
     def test_prefill_equals_reference(self, models: Models, backend: str, data: st.DataObject, seed: int) -> None:
         """Left-padded batch of different text lengths, any strategy, any ranking."""
         model = models(backend)
@@ -89,8 +86,7 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model, seed % 3)), strategy, seed)
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
+    @for_all(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
     def test_different_image_sizes_equal_reference(
         self, models: Models, backend: str, data: st.DataObject, shapes: tuple[int, ...]
     ) -> None:
@@ -100,8 +96,7 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model, image_shapes=shapes)), strategy)
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_image_first_equals_reference(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Without text before the image a query may find no key at all: it receives nothing, not NaN."""
         model = models(backend)
@@ -125,8 +120,7 @@ class PrefillConformance(ConformanceBase):
         assert max_difference(logits, expected) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_batch_equals_singles(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Neither padding nor the other sample changes a sample."""
         model = models(backend)
