@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.tower import Grids, VisionCall
 
@@ -29,14 +30,21 @@ class LlavaAdapter(ModelAdapter):
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class."""
-        side = self.patches_per_side
-        grids: Grids = ((side, side),) if self._only_patches() else ((1, 1), (side, side))
-        return [grids] * len(call.arguments["pixel_values"])
+        return [self._grids_of_one_image()] * len(call.arguments["pixel_values"])
 
     def to_token_order(self, values: Tensor) -> Tensor:
         """See base class."""
         self._check_only_patches()
         return values.flatten(0, 1)
+
+    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+        """See base class; all images have the same size, so that nothing has to be watched."""
+        grids = self._grids_of_one_image()
+        per_image = sum(rows * columns for rows, columns in grids)
+        for count in num_visual:
+            if count % per_image:
+                raise DopError(f"a prompt has {count} visual tokens, but each image has {per_image}")
+        return [grids * (count // per_image) for count in num_visual]
 
     def cls_attention_module(self) -> Any:
         """See base class."""
@@ -56,6 +64,10 @@ class LlavaAdapter(ModelAdapter):
             )
         layers = self.vision_tower.encoder.layers
         return layers[feature_layer if feature_layer < 0 else feature_layer - 1].self_attn
+
+    def _grids_of_one_image(self) -> Grids:
+        side = self.patches_per_side
+        return ((side, side),) if self._only_patches() else ((1, 1), (side, side))
 
     def _only_patches(self) -> bool:
         """Whether no CLS token enters the decoder: it is cut off, or the tower has none."""

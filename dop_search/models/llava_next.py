@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.llava import LlavaAdapter
 from dop_search.models.tower import Grids, VisionCall
 
@@ -23,6 +25,10 @@ class LlavaNextAdapter(LlavaAdapter):
         ones = torch.ones(sum(tiles), self.patches_per_side**2, 1)
         packed = self._pack(ones, torch.zeros(1), call)
         return [self._grids(tokens[:, 0] < 0.5, count) for tokens, count in zip(packed, tiles, strict=True)]
+
+    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+        """See base class."""
+        return ModelAdapter.image_grids(self, num_visual)
 
     def to_token_order(self, values: Tensor) -> Tensor:
         """See base class.

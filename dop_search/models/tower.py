@@ -47,12 +47,16 @@ class _Encoded:
 
 
 class VisionWatch:
-    """Remembers which images and videos a model encodes, while it is open. Opened and closed in pairs."""
+    """Remembers which images and videos a model encodes, while it is open.
+
+    Opened and removed in pairs; what was seen last can still be asked for afterwards.
+    """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
         self.call: VisionCall | None = None
         self.input_ids: Tensor | None = None
+        self._latest_ids: Tensor | None = None
         self._encoded = _Encoded()
         self._open = 0
         self._busy = False
@@ -63,6 +67,7 @@ class VisionWatch:
         """Start watching."""
         self._open += 1
         if self._open == 1:
+            self._encoded, self.call, self.input_ids = _Encoded(), None, None
             module = self.adapter.multimodal
             for modality, name in METHODS.items():
                 if hasattr(module, name):
@@ -88,7 +93,6 @@ class VisionWatch:
         for hook in self._hooks:
             hook.remove()
         self._previous, self._hooks = {}, []
-        self._encoded, self.call, self.input_ids = _Encoded(), None, None
 
     def _wrapped(self, method: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         signature = inspect.signature(method)
@@ -110,10 +114,11 @@ class VisionWatch:
         return encode
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.input_ids = args[0] if args else kwargs.get("input_ids")
+        self._latest_ids = args[0] if args else kwargs.get("input_ids")
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._encoded.read = True
+        if not self._encoded.read:
+            self.input_ids, self._encoded.read = self._latest_ids, True
 
     def current(self) -> VisionCall:
         """The call whose images the tower encodes right now, or encoded last.
