@@ -34,11 +34,11 @@ class RankingSource:
         self._scores: Tensor | None = None
         self._captured: str | None = None
         if rankings is None and selector is not None:
-            self.handles.append(adapter.vision_watch.open())
             for name in ("cls_attention", "received_attention"):
                 if name in selector.requires:
                     self._captured = name
                     self.handles.append(getattr(adapter, f"capture_{name}")(self._receive))
+            self.handles.append(adapter.vision_watch.open())
 
     def _receive(self, scores: Tensor) -> None:
         self._scores = scores

@@ -17,6 +17,7 @@ from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
+from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.models import tiny_model
 from dop_search.testing.naive import naive_divergence
 from dop_search.testing.processors import VIDEO_FAMILIES, drawn_image, drawn_video, tiny_processor
@@ -118,12 +119,14 @@ def test_pruned_generation_with_a_selector_of_its_own(family):
     model, inputs = model_of(family), batch_of(family, "several")
     strategy = dop.Strategy.depthwise(4, 3, 3, 2, num_visual_tokens=5, selector="received_attention")
     arguments = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "output_scores": True}
+    before = model_state(model)
     with torch.no_grad():
         full = model.generate(**inputs, **arguments, return_dict_in_generate=True).scores[0]
         with dop.pruned(model, strategy):
             first = model.generate(**inputs, **arguments, return_dict_in_generate=True).scores[0]
             second = model.generate(**inputs, **arguments, return_dict_in_generate=True).scores[0]
     assert torch.equal(first, second)
+    assert state_difference(before, model_state(model)) == []
     assert not torch.allclose(first, full)
     rankings = rankings_of(family, inputs, "received_attention", forward)
     expected = masked_forward(model, inputs, strategy, rankings)[:, -1].log_softmax(-1)
@@ -133,11 +136,11 @@ def test_pruned_generation_with_a_selector_of_its_own(family):
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_selectors_that_need_a_cls_token_are_refused(family):
-    inputs = process(family, (1,))
+    before = model_state(model_of(family))
     strategy = dop.Strategy.depthwise(4, 2, 2, 2, num_visual_tokens=3, selector="cls_attention")
     with pytest.raises(UnsupportedModelError, match=r"no CLS token.*selector=received_attention"):
         dop.prune_(model_of(family), strategy)
-    model_of(family)(**inputs)
+    assert state_difference(before, model_state(model_of(family))) == []
 
 
 def test_other_models_are_refused_with_a_guide():
@@ -209,6 +212,36 @@ def test_from_a_folder_to_pruned_generation(family, loaded_of):
     with dop.pruned(loaded.model, strategy):
         tokens = loaded.model.generate(**inputs, max_new_tokens=3)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_placement_by_accelerate_on_one_device(loaded_of):
+    pytest.importorskip("accelerate")
+    plain = loaded_of("qwen2_vl")
+    loaded = dop.load(plain.name, dtype="float32", device_map="cpu", attn_implementation="eager")
+    assert loaded.weights_fingerprint == plain.weights_fingerprint
+    assert loaded.adapter.text_config._attn_implementation == "eager"
+    inputs = process("qwen2_vl", (1,))
+    strategy = dop.Strategy.depthwise(4, 2, 3, 1, selector="uniform_grid")
+    logits = []
+    for model in (plain.model, loaded.model):
+        with torch.no_grad(), dop.pruned(model, strategy):
+            logits.append(model(**inputs).logits[:, -1])
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_one_log_line_says_what_becomes_of_hidden_states(loaded_of, caplog):
+    from dop_search.divergence import DivergenceEngine
+
+    teacher, _ = _teacher(loaded_of("qwen3_vl"))
+    adapter = loaded_of("qwen3_vl").adapter
+    with caplog.at_level("INFO", logger="dop_search"):
+        engine = DivergenceEngine(adapter, teacher, hidden_states="recompute")
+        for _ in range(2):
+            engine.evaluate([dop.Strategy.depthwise(4, 2, 2, 2, selector="random")])
+    (line,) = [record.getMessage() for record in caplog.records if "hidden states" in record.getMessage()]
+    assert "2 samples: recomputed per call" in line
+    with pytest.raises(DopError, match=r"`hidden_states` must be one of .*keep.*but got 'lose'"):
+        DivergenceEngine(adapter, teacher, hidden_states="lose")
 
 
 @families

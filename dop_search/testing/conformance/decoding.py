@@ -15,9 +15,10 @@ from dop_search.testing.conformance.base import ConformanceBase, Models, backend
 from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.models import NUM_SPECIAL_TOKENS
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
-from dop_search.testing.strategies import dop_strategies
+from dop_search.testing.strategies import corner_strategy, dop_strategies
 
 NUM_NEW_TOKENS = 7
+NUM_LONG_TOKENS = 256
 NUM_BEAMS = 3
 
 
@@ -42,6 +43,20 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(torch.stack(output.logits, dim=1), before_each_new(expected)) <= self.tolerance
         if not sample:
             assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
+
+    def test_long_answer_equals_reference(self, models: Models) -> None:
+        """Hundreds of steps on the shorter caches, a padded batch: positions and masks do not drift."""
+        model = models("sdpa")
+        inputs = collate(self.samples(model))
+        strategy = corner_strategy("layer_sets", self.num_layers(model))
+        rankings = self.rankings(model, inputs)
+        arguments = {**generate_arguments(model), "max_new_tokens": NUM_LONG_TOKENS, "min_new_tokens": NUM_LONG_TOKENS}
+        with dop.pruned(model, strategy, rankings=rankings):
+            output = generate(model, **inputs, **arguments, do_sample=False)
+        tokens = output.sequences[:, -NUM_LONG_TOKENS:]
+        expected = masked_forward(model, append_tokens(inputs, tokens), strategy, rankings)
+        logits = torch.stack(output.logits, dim=1)
+        assert max_difference(logits, expected[:, -NUM_LONG_TOKENS - 1 : -1]) <= self.tolerance
 
     @backends
     @for_all(data=st.data(), padded=st.booleans())

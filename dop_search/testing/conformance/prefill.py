@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
@@ -104,6 +107,23 @@ class PrefillConformance(ConformanceBase):
         strategy = data.draw(dop_strategies(self.num_layers(model)))
         self.check_prefill(model, inputs, strategy)
 
+    @pytest.mark.skipif(
+        importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(),
+        reason="flash-attn is not installed, or there is no GPU for it",
+    )
+    def test_flash_attention_equals_reference(self) -> None:
+        """In half precision, against the masked reference on SDPA in the same precision."""
+        model = self.make_model("sdpa").to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+        inputs = {name: _on_gpu(value) for name, value in collate(self.samples(model)).items()}
+        rankings = self.rankings(model, inputs)
+        strategies = [corner_strategy(corner, self.num_layers(model)) for corner in CORNERS]
+        expected = [masked_forward(model, inputs, strategy, rankings) for strategy in strategies]
+        model.set_attn_implementation("flash_attention_2")
+        for strategy, reference in zip(strategies, expected, strict=True):
+            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+                logits = model(**inputs).logits
+            assert max_text_difference(model, inputs, logits.float(), reference.float()) <= 0.05
+
     @backends
     @pytest.mark.parametrize("corner", CORNERS)
     def test_text_only_prompt_is_untouched(self, models: Models, backend: str, corner: str) -> None:
@@ -135,3 +155,7 @@ class PrefillConformance(ConformanceBase):
                 alone = model(**sample).logits
             of_batch = together[index : index + 1, -alone.shape[1] :]
             assert max_text_difference(model, sample, of_batch, alone) <= self.tolerance
+
+
+def _on_gpu(tensor: Tensor) -> Tensor:
+    return tensor.to("cuda", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
