@@ -144,6 +144,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
             teacher=teachers["search"],
             averaging=config.data.averaging,
             batch_size=config.batch_size,
+            hidden_states=config.hidden_states,
             cache_dir=cache,
             on_progress=notify,
         )
@@ -152,7 +153,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
         teachers["heldout"],
         averaging=config.data.averaging,
         cache_dir=cache,
-        keep_hidden=False,
+        hidden_states="recompute",
     )
     return SearchRun(config, progress, loaded, data, selector, measured, heldout, timings)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dop_search.cost import Budget, CostModel
 from dop_search.data.samples import ValidationSet
-from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
+from dop_search.divergence import DivergenceEngine, HiddenStates, Teacher, make_teacher
 from dop_search.errors import CacheError, ConfigError
 from dop_search.files import write_text_atomic
 from dop_search.models.loading import LoadedModel
@@ -162,10 +162,10 @@ def evaluation_store(
     *,
     averaging: str = "per_sample",
     cache_dir: Path | None = None,
-    keep_hidden: bool = True,
+    hidden_states: HiddenStates = "keep",
 ) -> EvaluationStore:
     """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``."""
-    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, keep_hidden=keep_hidden)
+    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, hidden_states=hidden_states)
     path = None if cache_dir is None else cache_dir / f"evaluations-{teacher.fingerprint}-{averaging}.jsonl"
     header = {"teacher": teacher.fingerprint, "averaging": averaging}
     return EvaluationStore(engine, engine.num_samples, path, header, batch_size=SAVE_EVERY)
@@ -184,6 +184,7 @@ def profile(
     answers: str = "teacher",
     averaging: str = "per_sample",
     batch_size: int = 16,
+    hidden_states: HiddenStates = "keep",
     cache_dir: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Profile:
@@ -199,6 +200,7 @@ def profile(
         teacher: the full model's answers, if they are at hand.
         max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
         batch_size: samples per generation call.
+        hidden_states: ``keep``, ``offload`` or ``recompute``; bounds the memory, see ``DivergenceEngine``.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         on_progress: called with (done, total, what).
 
@@ -234,7 +236,7 @@ def profile(
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )
-    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache)
+    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache, hidden_states=hidden_states)
     curves = Curves.measure(searched, store, grid, on_progress)
     facts = {
         "model": loaded.name,

@@ -238,6 +238,8 @@ class SearchConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     batch_size: PositiveInt = 16
     """Samples per generation call; scoring batches by what fits the device."""
+    hidden_states: Literal["keep", "offload", "recompute"] = "keep"
+    """The full model's hidden states while profiling: on the device (fastest), in CPU memory, or recomputed (least)."""
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
     seed: NonNegativeInt = 0

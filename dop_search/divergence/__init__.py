@@ -1,6 +1,7 @@
 """How far a strategy's output distribution is from the full model's."""
 
+from dop_search.divergence.chunks import HiddenStates
 from dop_search.divergence.engine import DivergenceEngine, kl_divergence
 from dop_search.divergence.teacher import Teacher, TeacherSample, make_teacher
 
-__all__ = ["DivergenceEngine", "Teacher", "TeacherSample", "kl_divergence", "make_teacher"]
+__all__ = ["DivergenceEngine", "HiddenStates", "Teacher", "TeacherSample", "kl_divergence", "make_teacher"]

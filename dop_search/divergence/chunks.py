@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.divergence.encoding import rotary
+from dop_search.divergence.encoding import EncodedSample, rotary
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
 from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 
 NO_GROUPS: frozenset[int] = frozenset()
+HiddenStates = Literal["keep", "offload", "recompute"]
+"""The full model's hidden states stay on the device (fastest), in the CPU's memory, or are computed again in every
+call, one chunk at a time (least memory). The numbers do not depend on it."""
 
 
 class PrefixKeys:
@@ -59,8 +64,8 @@ class PackedChunk:
     Args:
         adapter: the model.
         samples: teacher samples; similar lengths waste least.
-        keep_hidden: keep the full model's hidden states of all layers (``layers × tokens × hidden_size``), so that a
-            strategy starts at its first changed layer; otherwise they are recomputed for each batch of strategies.
+        hidden_states: what becomes of the full model's hidden states of all layers (``layers × tokens ×
+            hidden_size``), from which a strategy starts at its first changed layer; see ``HiddenStates``.
         keep_prefix: leave the text before the image to its cached keys and values.
     """
 
@@ -68,12 +73,12 @@ class PackedChunk:
         self,
         adapter: ModelAdapter,
         samples: Sequence[TeacherSample],
-        keep_hidden: bool = True,
+        hidden_states: HiddenStates = "keep",
         keep_prefix: bool = True,
     ) -> None:
         self.adapter = adapter
         self.samples = tuple(samples)
-        self.keep_hidden = keep_hidden
+        self.hidden_states = hidden_states
         visual = [sample.encoded.visual.cpu().numpy() for sample in samples]
         first = [int(mask.argmax()) if mask.any() else 0 for mask in visual]
         read_from = [sample.encoded.prompt_length - 1 for sample in samples]
@@ -87,6 +92,7 @@ class PackedChunk:
         self.log_probs = torch.cat([sample.log_probs for sample in samples])
         self._visual = [mask[self.num_past :] for mask in visual]
         self._hidden: list[Tensor] = [self.embeds]
+        self._deepstack = _by_layer([sample.encoded for sample in samples])
         self.prefix = self._prefix(ropes) if self.num_past else None
 
     def _prefix(self, ropes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKeys:
@@ -106,8 +112,10 @@ class PackedChunk:
             hidden = run_layer(layer, hidden, NO_GROUPS, step, layout, tables, cache)
         return PrefixKeys(cache.keys, cache.values, len(self.samples))
 
-    def layout(self, strategy: Strategy) -> tuple[Layout, ForwardTables, Tensor | None]:
-        """Layout for the strategy's kept tokens and groups, its rotary embeddings, and the rows that enter it."""
+    def layout(self, strategy: Strategy) -> tuple[Layout, ForwardTables, Tensor | None, Deepstack | None]:
+        """Layout for the strategy's kept tokens and groups, its rotary embeddings, the rows that enter it (``None``:
+        all), and what is added to visual tokens behind the first layers.
+        """
         groups = [
             assign_groups(visual, sample.encoded.ranking, strategy)
             for visual, sample in zip(self._visual, self.samples, strict=True)
@@ -118,28 +126,49 @@ class PackedChunk:
             read=[sample.encoded.read[self.num_past :] for sample in self.samples],
             num_past=self.num_past,
         )
+        rows = np.concatenate([o + k for o, k in zip(self.offsets[:-1], kept, strict=True)])
+        injected = None
+        if self._deepstack:
+            injected = Deepstack(self._deepstack, layout, visual_numbers(np.concatenate(self._visual))[rows])
         if not any((group == DROPPED).any() for group in groups):
-            return layout, ForwardTables(self.cos, self.sin), None
-        entry = layout.tensor(np.concatenate([o + k for o, k in zip(self.offsets[:-1], kept, strict=True)]))
-        return layout, ForwardTables(self.cos.index_select(0, entry), self.sin.index_select(0, entry)), entry
+            return layout, ForwardTables(self.cos, self.sin), None, injected
+        entry = layout.tensor(rows)
+        tables = ForwardTables(self.cos.index_select(0, entry), self.sin.index_select(0, entry))
+        return layout, tables, entry, injected
 
     def full_hidden(self, layer: int) -> Tensor:
         """The full model's hidden states before ``layer``: ``[rows, hidden_size]``."""
         if layer < len(self._hidden):
-            return self._hidden[layer]
-        layout, tables, _ = self.layout(Strategy.full(self.adapter.dims.num_layers))
+            return self._hidden[layer].to(self.embeds.device)
+        layout, tables, _, injected = self.layout(Strategy.full(self.adapter.dims.num_layers))
         everything = frozenset({0})
         step = LayerStep(everything, everything, everything, everything)
-        hidden = self._hidden[-1]
+        hidden = self._hidden[-1].to(self.embeds.device)
         for index in range(len(self._hidden) - 1, layer):
             hidden = run_layer(self.adapter.layers[index], hidden, everything, step, layout, tables, self.prefix)
-            self._hidden.append(hidden)
+            if injected is not None:
+                hidden = injected.add(hidden, index, everything)
+            self._hidden.append(hidden.cpu() if self.hidden_states == "offload" else hidden)
         return hidden
 
     def release_hidden(self) -> None:
-        """Forget the hidden states unless they are to be kept."""
-        if not self.keep_hidden:
+        """Forget the hidden states if they are to be recomputed."""
+        if self.hidden_states == "recompute":
             del self._hidden[1:]
+
+    def hidden_bytes(self) -> int:
+        """What the hidden states of all layers take."""
+        return self.embeds.nbytes * self.adapter.dims.num_layers
+
+
+def _by_layer(encoded: Sequence[EncodedSample]) -> list[Tensor]:
+    """Deepstack features of all samples per layer; a sample without images has none."""
+    depth = max(len(sample.deepstack) for sample in encoded)
+    none = encoded[0].embeds[:0]
+    return [
+        torch.cat([sample.deepstack[layer] if sample.deepstack else none for sample in encoded])
+        for layer in range(depth)
+    ]
 
 
 def chunks_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

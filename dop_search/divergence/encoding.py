@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.prompts import with_answer
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import Selector
 
@@ -25,6 +26,8 @@ class EncodedSample:
         visual: ``[length]`` boolean.
         prompt_length: tokens of the prompt; the answer's first token is predicted at ``prompt_length - 1``.
         ranking: visual tokens, best first.
+        deepstack: per decoder layer from the first on ``[num_visual, hidden_size]``, added to the visual tokens behind
+            that layer; empty in most families.
     """
 
     embeds: Tensor
@@ -32,6 +35,7 @@ class EncodedSample:
     visual: Tensor
     prompt_length: int
     ranking: np.ndarray
+    deepstack: tuple[Tensor, ...] = ()
 
     @property
     def length(self) -> int:
@@ -80,7 +84,7 @@ def encode(
     """
     answer = torch.tensor([list(answer_ids[:-1])], dtype=inputs["input_ids"].dtype, device=inputs["input_ids"].device)
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
-    extended = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    extended = with_answer(inputs, answer)
     text_model = adapter.text_model
     previous = text_model.__dict__.get("forward")
     source = RankingSource(adapter, selector)
@@ -99,12 +103,14 @@ def encode(
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    deepstack = adapter.pop_deepstack(kwargs)
     return EncodedSample(
         embeds=kwargs["inputs_embeds"][0],
         position_ids=position_ids.reshape(-1, ids.shape[1]),
         visual=visual[0],
         prompt_length=inputs["input_ids"].shape[1],
         ranking=source.rank(visual_counts(visual))[0],
+        deepstack=deepstack,
     )
 
 

@@ -12,23 +12,27 @@ Where the time goes compared with a full forward of the model per strategy:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.divergence.chunks import NO_GROUPS, PackedChunk, chunks_by_length
+from dop_search.divergence.chunks import NO_GROUPS, HiddenStates, PackedChunk, chunks_by_length
 from dop_search.divergence.teacher import Teacher
 from dop_search.errors import DopError, NumericalError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.deepstack import Deepstack
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 CPU_BATCH_SIZE = 8
 ACCELERATOR_BATCH_SIZE = 32
@@ -56,6 +60,7 @@ class _Walk:
     layout: Layout
     tables: ForwardTables
     entry: Tensor | None
+    injected: Deepstack | None
     all_groups: Groups
     share: bool
     early_start: bool
@@ -71,7 +76,7 @@ class DivergenceEngine:
         batch_size: samples that are computed together; by default what fits the caches of a CPU, more elsewhere.
         averaging: ``"per_sample"`` averages over a sample's answer positions first, ``"per_token"`` weighs every
             answer token the same (the mean over the returned samples is then the mean over tokens).
-        keep_hidden: keep the full model's hidden states (more memory, no recomputation).
+        hidden_states: ``keep`` (default), ``offload`` or ``recompute`` the full model's; see ``HiddenStates``.
         share_prefixes, early_start, keep_prefix: switches for benchmarks; the numbers do not depend on them.
     """
 
@@ -81,19 +86,23 @@ class DivergenceEngine:
         teacher: Teacher,
         batch_size: int | None = None,
         averaging: str = "per_sample",
-        keep_hidden: bool = True,
+        hidden_states: HiddenStates = "keep",
         share_prefixes: bool = True,
         early_start: bool = True,
         keep_prefix: bool = True,
     ) -> None:
         if averaging not in {"per_sample", "per_token"}:
             raise DopError(f"`averaging` must be per_sample or per_token, but got {averaging!r}")
+        if hidden_states not in get_args(HiddenStates):
+            raise DopError(f"`hidden_states` must be one of {get_args(HiddenStates)}, but got {hidden_states!r}")
+        adapter.check_placement()
         self.adapter, self.teacher = adapter, teacher
         self.batch_size = batch_size or (CPU_BATCH_SIZE if adapter.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
         self.averaging = averaging
-        self.keep_hidden, self.share_prefixes, self.early_start = keep_hidden, share_prefixes, early_start
+        self.hidden_states, self.share_prefixes, self.early_start = hidden_states, share_prefixes, early_start
         self.keep_prefix = keep_prefix
         self.work = WorkCounter()
+        self._logged = False
         self._chunks: dict[tuple[int, ...], PackedChunk] = {}
 
     @property
@@ -135,6 +144,7 @@ class DivergenceEngine:
         place = {sample: position for position, sample in enumerate(indices)}
         result = np.zeros((len(strategies), len(indices)))
         chunks = self._chunks_of(indices)
+        self._log_memory([chunk for _, chunk in chunks])
         for done, (members, chunk) in enumerate(chunks, start=1):
             scores = self._score_chunk(chunk, strategies)
             chunk.release_hidden()
@@ -142,6 +152,18 @@ class DivergenceEngine:
             if on_progress is not None:
                 on_progress(done, len(chunks))
         return result * self._weights(indices)
+
+    def _log_memory(self, chunks: Sequence[PackedChunk]) -> None:
+        if self._logged:
+            return
+        self._logged = True
+        sizes = [chunk.hidden_bytes() for chunk in chunks]
+        what = {
+            "keep": f"kept on {self.adapter.device}, up to {sum(sizes) / 1e6:.0f} MB",
+            "offload": f"kept in CPU memory, up to {sum(sizes) / 1e6:.0f} MB",
+            "recompute": f"recomputed per call, up to {max(sizes) / 1e6:.0f} MB on {self.adapter.device} at a time",
+        }
+        log.info("hidden states of the full model on %d samples: %s", self.num_samples, what[self.hidden_states])
 
     def _weights(self, indices: Sequence[int]) -> np.ndarray:
         counts = np.array([len(self.teacher.samples[index].answer_ids) for index in indices], dtype=np.float64)
@@ -159,7 +181,7 @@ class DivergenceEngine:
                 chunk = PackedChunk(
                     self.adapter,
                     [self.teacher.samples[member] for member in members],
-                    keep_hidden=self.keep_hidden and everything,
+                    hidden_states=self.hidden_states if everything else "recompute",
                     keep_prefix=self.keep_prefix,
                 )
                 if everything:
@@ -173,10 +195,9 @@ class DivergenceEngine:
         scores = np.zeros((len(strategies), len(chunk.samples)))
         for bucket in _buckets(strategies):
             first = strategies[bucket[0]]
-            layout, tables, entry = chunk.layout(first)
-            walk = _Walk(
-                chunk, layout, tables, entry, frozenset(range(len(first.groups))), self.share_prefixes, self.early_start
-            )
+            layout, tables, entry, injected = chunk.layout(first)
+            all_groups = frozenset(range(len(first.groups)))
+            walk = _Walk(chunk, layout, tables, entry, injected, all_groups, self.share_prefixes, self.early_start)
             candidates = [
                 _Candidate(index, layer_steps(strategies[index]))
                 for index in bucket
@@ -222,6 +243,8 @@ class DivergenceEngine:
                 walk.chunk.prefix,
                 read_only=layer == num_layers - 1,
             )
+            if walk.injected is not None:
+                after = walk.injected.add(after, layer, alive)
             self._descend(walk, part, layer + 1, after, alive)
 
     def _entry_hidden(self, walk: _Walk, layer: int) -> Tensor:

@@ -24,7 +24,7 @@ from dop_search.models.prompts import model_inputs
 from dop_search.selectors import Selector
 
 FORMAT = "dop_search.teacher"
-VERSION = 1
+VERSION = 2
 Progress = Callable[[int, int], None]
 
 
@@ -159,6 +159,7 @@ def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: S
         inputs_embeds=encoded.embeds[None],
         position_ids=encoded.full_position_ids,
         use_cache=False,
+        **loaded.adapter.deepstack_arguments(encoded.visual[None], encoded.deepstack),
     ).last_hidden_state[0, encoded.prompt_length - 1 :]
     logits = loaded.adapter.lm_head(hidden).float()
     if not bool(torch.isfinite(logits).all()):
@@ -179,7 +180,16 @@ def _write(path: Path, teacher: Teacher) -> None:
         tensors[f"{index}.visual"] = encoded.visual.contiguous()
         tensors[f"{index}.ranking"] = torch.from_numpy(np.ascontiguousarray(encoded.ranking))
         tensors[f"{index}.log_probs"] = sample.log_probs.contiguous()
-        facts.append({"id": sample.id, "answer_ids": sample.answer_ids, "prompt_length": encoded.prompt_length})
+        for layer, features in enumerate(encoded.deepstack):
+            tensors[f"{index}.deepstack.{layer}"] = features.contiguous()
+        facts.append(
+            {
+                "id": sample.id,
+                "answer_ids": sample.answer_ids,
+                "prompt_length": encoded.prompt_length,
+                "deepstack": len(encoded.deepstack),
+            }
+        )
     metadata = {"format": FORMAT, "fingerprint": teacher.fingerprint, "samples": json.dumps(facts)}
     save_file(tensors, path, metadata=metadata)
 
@@ -207,5 +217,6 @@ def _read_sample(file: Any, index: int, fact: dict[str, Any]) -> TeacherSample:
         visual=file.get_tensor(f"{index}.visual"),
         prompt_length=fact["prompt_length"],
         ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
+        deepstack=tuple(file.get_tensor(f"{index}.deepstack.{layer}") for layer in range(fact["deepstack"])),
     )
     return TeacherSample(fact["id"], encoded, tuple(fact["answer_ids"]), file.get_tensor(f"{index}.log_probs"))

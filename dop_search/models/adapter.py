@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.errors import DopError, UnsupportedModelError
+from dop_search.models.tower import (
+    Grids,
+    TowerCapture,
+    VisionCall,
+    VisionWatch,
+    cls_attention,
+    received_attention,
+)
 from dop_search.operations import ModelDims
 
 
 class ModelAdapter(ABC):
     """One multimodal model: where its decoder is, where visual tokens stand, what its vision tower offers.
 
-    Subclasses cover one family each and are found by the ``model_type`` of the configuration. The decoder layers
-    must have the Llama layout: ``input_layernorm``, ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``,
-    ``o_proj``, ``post_attention_layernorm`` and ``mlp``.
+    Subclasses cover one family each and are found by the ``model_type`` of the configuration; the README beside this
+    file says how to add one. The decoder layers must have the Llama layout: ``input_layernorm``, ``self_attn`` with
+    ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``post_attention_layernorm`` and ``mlp``.
     """
 
     model_types: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.vision_watch = VisionWatch(self)
         config = self.text_config
         if getattr(config, "use_sliding_window", False):
             raise UnsupportedModelError(
@@ -34,20 +43,22 @@ class ModelAdapter(ABC):
                 "set use_sliding_window=False in its text configuration"
             )
 
+    # -- the decoder ------------------------------------------------------------------------------
+
     @property
     def text_config(self) -> Any:
         """Configuration of the decoder."""
         return self.model.config.get_text_config()
 
     @property
-    @abstractmethod
     def multimodal(self) -> Any:
         """The module whose forward receives ``input_ids`` together with the images."""
+        return self.model.model
 
     @property
-    @abstractmethod
     def text_model(self) -> Any:
         """The decoder: has ``layers``, ``norm`` and ``rotary_emb``; receives ``inputs_embeds``."""
+        return self.model.model.language_model
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -86,19 +97,28 @@ class ModelAdapter(ABC):
         """Short name of the architecture, see :meth:`ModelDims.fingerprint`."""
         return self.dims.fingerprint(self.model.config.model_type)
 
-    @abstractmethod
+    def check_placement(self) -> None:
+        """Refuse a decoder that is spread over devices or offloaded: packed rows bypass the hooks that move tensors.
+
+        Raises:
+            UnsupportedModelError: naming the devices and the remedy.
+        """
+        parts = [*self.layers, self.text_model.norm]
+        devices = sorted({str(parameter.device) for part in parts for parameter in part.parameters()})
+        if len(devices) > 1 or devices == ["meta"]:
+            raise UnsupportedModelError(
+                f"the decoder layers of {type(self.model).__name__} are on {devices} (meta: offloaded), but pruning "
+                "runs them on one device; load the model with device_map=null, or with a map that keeps "
+                "`model.language_model` on one device, and in half precision if it does not fit"
+            )
+
+    # -- what the decoder is given ----------------------------------------------------------------
+
     def visual_token_mask(self, input_ids: Tensor) -> Tensor:
-        """Which tokens are visual (``[batch, length]`` boolean)."""
-
-    @property
-    def tokens_per_image(self) -> int | None:
-        """Visual tokens of one image where all images have equally many, else ``None``."""
-        return None
-
-    def image_grid(self, num_visual_tokens: int) -> tuple[int, int]:
-        """Rows and columns of one image's visual tokens in reading order."""
-        side = int(num_visual_tokens**0.5 + 0.5)
-        return (side, side) if side * side == num_visual_tokens else (1, num_visual_tokens)
+        """Which tokens are visual, of images and of videos (``[batch, length]`` boolean)."""
+        mask = input_ids == self.model.config.image_token_id
+        video = getattr(self.model.config, "video_token_id", None)
+        return mask if video is None else mask | (input_ids == video)
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the positions that the decoder was given.
@@ -113,29 +133,96 @@ class ModelAdapter(ABC):
         cos, sin = self.text_model.rotary_emb(embeds, position_ids=position_ids)
         return cos, sin
 
-    @abstractmethod
-    def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
-        """Hand ``receive`` the CLS token's attention whenever the vision tower runs.
+    def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Take the features that the decoder adds to its visual tokens behind its first layers out of its arguments.
 
-        The tensor is ``[num_images, num_visual_tokens_per_image]``, averaged over heads, from the vision layer that
-        feeds the projector, in the order of the visual tokens.
+        Returns:
+            One tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the order
+            of the sequence; empty where the family adds nothing.
+        """
+        return ()
+
+    def deepstack_arguments(self, visual: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
+        """The inverse of :meth:`pop_deepstack`; ``visual`` is ``[batch, length]`` boolean."""
+        return {}
+
+    # -- what the vision tower shows --------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def vision_tower(self) -> Any:
+        """The image encoder."""
+
+    @abstractmethod
+    def token_grids(self, call: VisionCall) -> list[Grids]:
+        """Where the visual tokens of each image (or video) of a call stand: rows and columns, part after part.
+
+        The sizes of an image's grids add up to its visual tokens. Newline tokens are a column of their grid, or a
+        ``(1, 1)`` grid where they stand alone.
+        """
+
+    @abstractmethod
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """Carry values of the vision tower's patches to the visual tokens that are made of them.
+
+        Args:
+            values: ``[tiles or images, patches, channels]`` in the order in which the tower computes; packed towers
+                (Qwen) have one row for all images. For the images whose encoding is under way (see ``VisionWatch``).
+
+        Returns:
+            ``[visual tokens, channels]`` in the order of the placeholder tokens of images, or of videos. Tokens made
+            of several patches get their mean, tokens made of none (newlines) the mean of their row.
+        """
+
+    def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
+        """Hand ``receive`` the CLS token's attention whenever the decoder is about to read new images.
+
+        The tensor is ``[visual tokens of the batch]``, averaged over heads, from the vision layer that feeds the
+        projector.
 
         Raises:
             UnsupportedModelError: if the vision tower has no CLS token; the message names selectors that work.
         """
+        return TowerCapture(self, self.cls_attention_module(), cls_attention, receive)
 
+    def capture_received_attention(self, receive: Callable[[Tensor], None]) -> TowerCapture:
+        """As :meth:`capture_cls_attention`, with the attention that each patch receives from all patches.
 
-def cls_attention_hook(attention: Any, receive: Callable[[Tensor], None]) -> RemovableHandle:
-    """Compute the CLS row of a CLIP-style attention from its input: one row of scores, with any backend."""
+        The mean over heads and querying patches, in the last vision layer before the projector that attends to whole
+        images: what VisionZip (arXiv 2412.04467) and VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
+        """
+        return TowerCapture(self, self.received_attention_module(), received_attention, receive)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        batch, _length, _ = hidden.shape
-        shape = (batch, -1, attention.num_heads, attention.head_dim)
-        query = attention.q_proj(hidden[:, :1]).view(shape).transpose(1, 2)
-        keys = attention.k_proj(hidden).view(shape).transpose(1, 2)
-        scores = (query @ keys.transpose(2, 3)).squeeze(2) * attention.head_dim**-0.5
-        receive(scores.float().softmax(dim=-1).mean(dim=1)[:, 1:].detach())
+    def cls_attention_module(self) -> Any:
+        """The tower's attention module whose CLS row is captured; families with a CLS token override this."""
+        self.refuse_cls_attention("its vision tower has no CLS token")
 
-    handle: RemovableHandle = attention.register_forward_pre_hook(hook, with_kwargs=True)
-    return handle
+    @abstractmethod
+    def received_attention_module(self) -> Any:
+        """The tower's attention module whose received attention is captured."""
+
+    def refuse_cls_attention(self, reason: str) -> NoReturn:
+        """Say which selectors work where ``cls_attention`` does not."""
+        raise UnsupportedModelError(
+            f"`cls_attention` is not available for {type(self.model).__name__}: {reason}; use "
+            "selector=received_attention, selector=uniform_grid or selector=random"
+        )
+
+    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+        """Rows and columns of the visual tokens of each sample, image after image.
+
+        Args:
+            num_visual: visual tokens per sample of the batch.
+
+        Raises:
+            DopError: if the model has encoded other images since the watch was opened, or none.
+        """
+        if not any(num_visual):
+            return [()] * len(num_visual)
+        grids = self.vision_watch.grids_of(num_visual)
+        if grids is None:
+            raise DopError(
+                f"{sum(num_visual)} visual tokens in the batch do not match the images that were encoded: pass the "
+                "images to the pruned model, or give `rankings=`"
+            )
+        return grids

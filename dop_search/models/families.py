@@ -9,8 +9,16 @@ from transformers import PreTrainedModel
 from dop_search.errors import UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 
-FAMILIES: dict[str, str] = {"llava": "dop_search.models.llava:LlavaAdapter"}
-"""``model_type`` of the configuration → adapter class."""
+FAMILIES: dict[str, str] = {
+    "llava": "dop_search.models.llava:LlavaAdapter",
+    "llava_next": "dop_search.models.llava_next:LlavaNextAdapter",
+    "llava_onevision": "dop_search.models.llava_onevision:LlavaOnevisionAdapter",
+    "qwen2_vl": "dop_search.models.qwen2_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "dop_search.models.qwen2_5_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": "dop_search.models.qwen3_vl:Qwen3VLAdapter",
+    "internvl": "dop_search.models.internvl:InternVLAdapter",
+}
+"""``model_type`` of the configuration → adapter class. An entry needs a class in tests/pruning/test_conformance.py."""
 
 
 def check_model_type(model_type: str | None, name: str) -> None:
@@ -22,7 +30,8 @@ def check_model_type(model_type: str | None, name: str) -> None:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"no adapter for {name} (model_type {model_type!r}); supported model types: "
-            f"{', '.join(sorted(FAMILIES))}. A new family is one subclass of dop_search.models.adapter.ModelAdapter"
+            f"{', '.join(sorted(FAMILIES))}. A new family is one subclass of ModelAdapter: "
+            'see "Add a model family" in dop_search/models/README.md'
         )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from dop_search.errors import UnsupportedModelError
-from dop_search.models.adapter import ModelAdapter, cls_attention_hook
+from dop_search.errors import DopError, UnsupportedModelError
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.tower import Grids, VisionCall
 
 
 class LlavaAdapter(ModelAdapter):
@@ -18,36 +18,67 @@ class LlavaAdapter(ModelAdapter):
     model_types = ("llava",)
 
     @property
-    def multimodal(self) -> Any:
+    def vision_tower(self) -> Any:
         """See base class."""
-        return self.model.model
+        return self.model.model.vision_tower
 
     @property
-    def text_model(self) -> Any:
-        """See base class."""
-        return self.model.model.language_model
-
-    def visual_token_mask(self, input_ids: Tensor) -> Tensor:
-        """See base class."""
-        return input_ids == self.model.config.image_token_id
-
-    @property
-    def tokens_per_image(self) -> int | None:
-        """See base class."""
+    def patches_per_side(self) -> int:
+        """Patches of a tile in one direction."""
         vision = self.model.config.vision_config
-        extra = 0 if self.model.config.vision_feature_select_strategy == "default" else 1
-        return int((vision.image_size // vision.patch_size) ** 2 + extra)
+        return int(vision.image_size // vision.patch_size)
 
-    def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
+    def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class."""
-        config = self.model.config
-        feature_layer = config.vision_feature_layer
-        if config.vision_config.model_type != "clip_vision_model" or not isinstance(feature_layer, int):
+        return [self._grids_of_one_image()] * len(call.arguments["pixel_values"])
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """See base class."""
+        self._check_only_patches()
+        return values.flatten(0, 1)
+
+    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+        """See base class; all images have the same size, so that nothing has to be watched."""
+        grids = self._grids_of_one_image()
+        per_image = sum(rows * columns for rows, columns in grids)
+        for count in num_visual:
+            if count % per_image:
+                raise DopError(f"a prompt has {count} visual tokens, but each image has {per_image}")
+        return [grids * (count // per_image) for count in num_visual]
+
+    def cls_attention_module(self) -> Any:
+        """See base class."""
+        tower = self.model.config.vision_config.model_type
+        if tower != "clip_vision_model":
+            self.refuse_cls_attention(f"its vision tower {tower!r} has no CLS token")
+        return self.received_attention_module()
+
+    def received_attention_module(self) -> Any:
+        """See base class."""
+        self._check_only_patches()
+        feature_layer = self.model.config.vision_feature_layer
+        if not isinstance(feature_layer, int):
             raise UnsupportedModelError(
-                f"`cls_attention` needs a CLIP vision tower with one feature layer, but this model has "
-                f"{config.vision_config.model_type!r} with vision_feature_layer={feature_layer}; "
-                "use selector=uniform_grid or selector=random"
+                f"attention of the vision tower is captured in the layer that feeds the projector, but this model has "
+                f"vision_feature_layer={feature_layer}; use selector=uniform_grid or selector=random"
             )
-        layers = self.model.model.vision_tower.encoder.layers
-        index = feature_layer if feature_layer < 0 else feature_layer - 1
-        return cls_attention_hook(layers[index].self_attn, receive)
+        layers = self.vision_tower.encoder.layers
+        return layers[feature_layer if feature_layer < 0 else feature_layer - 1].self_attn
+
+    def _grids_of_one_image(self) -> Grids:
+        side = self.patches_per_side
+        return ((side, side),) if self._only_patches() else ((1, 1), (side, side))
+
+    def _only_patches(self) -> bool:
+        """Whether no CLS token enters the decoder: it is cut off, or the tower has none."""
+        config = self.model.config
+        return config.vision_feature_select_strategy == "default" or config.vision_config.model_type.startswith(
+            "siglip"
+        )
+
+    def _check_only_patches(self) -> None:
+        if not self._only_patches():
+            raise UnsupportedModelError(
+                "the CLS token is a visual token of this model (vision_feature_select_strategy='full'), and has no "
+                "score among the patches; use selector=uniform_grid or selector=random"
+            )

@@ -54,17 +54,18 @@ def load(
 
     Args:
         name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), a hub id or a local folder.
-        revision: hub revision to pin.
+        revision: branch, tag or commit of a hub checkpoint; pin a commit for results that you publish.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
             (half precision is slow there).
         device: ``cpu``, ``cuda``, ``cuda:0`` …, or ``auto``: the first accelerator, else the CPU.
-        device_map: passed on to transformers instead of ``device``.
+        device_map: passed on to transformers (by accelerate) instead of ``device``. Vision tower and decoder may be on
+            different devices; the decoder has to be on one.
         attn_implementation: attention backend of the decoder.
         trust_remote_code: run code that comes with a hub checkpoint; off unless asked for.
 
     Raises:
         DopError: if the checkpoint cannot be found; says how to point to a local copy.
-        UnsupportedModelError: if no adapter covers the model's class.
+        UnsupportedModelError: if no adapter covers the model's class, or its decoder is spread over devices.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
@@ -91,7 +92,9 @@ def load(
     model.eval()
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
-    return LoadedModel(name_or_path, model, processor, adapter_for(model), weights_fingerprint(model))
+    adapter = adapter_for(model)
+    adapter.check_placement()
+    return LoadedModel(name_or_path, model, processor, adapter, weights_fingerprint(model))
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

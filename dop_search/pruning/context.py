@@ -106,6 +106,7 @@ def prune_(
     """
     adapter = adapter_for(model)
     check_strategy(adapter, strategy)
+    adapter.check_placement()
     if model in _pruned_models:
         raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
     handle = PruneHandle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.tower import TowerCapture, VisionWatch
 from dop_search.selectors import Selector, SelectorInputs
 
 
@@ -28,13 +30,18 @@ class RankingSource:
         self, adapter: ModelAdapter, selector: Selector | None, rankings: Sequence[np.ndarray] | None = None
     ) -> None:
         self.adapter, self.selector, self.rankings = adapter, selector, rankings
-        self.handles: list[RemovableHandle] = []
-        self._cls_attention: Tensor | None = None
-        if rankings is None and selector is not None and "cls_attention" in selector.requires:
-            self.handles.append(adapter.capture_cls_attention(self._receive))
+        self.handles: list[RemovableHandle | TowerCapture | VisionWatch] = []
+        self._scores: Tensor | None = None
+        self._captured: str | None = None
+        if rankings is None and selector is not None:
+            for name in ("cls_attention", "received_attention"):
+                if name in selector.requires:
+                    self._captured = name
+                    self.handles.append(getattr(adapter, f"capture_{name}")(self._receive))
+            self.handles.append(adapter.vision_watch.open())
 
-    def _receive(self, attention: Tensor) -> None:
-        self._cls_attention = attention
+    def _receive(self, scores: Tensor) -> None:
+        self._scores = scores
 
     def close(self) -> None:
         """Stop watching."""
@@ -54,12 +61,15 @@ class RankingSource:
         if self.rankings is not None:
             return self._given(len(num_visual))
         assert self.selector is not None
-        scores = self._split_attention(num_visual) if "cls_attention" in self.selector.requires else None
+        name = self._captured
+        scores = None if name is None else self._split_scores(num_visual)
+        grids = self.adapter.image_grids(num_visual)
         result = []
         for index, count in enumerate(num_visual):
-            inputs = SelectorInputs(num_visual_tokens=count, image_grids=self._grids(count))
-            if scores is not None:
-                inputs = replace(inputs, cls_attention=scores[index])
+            inputs = SelectorInputs(num_visual_tokens=count, image_grids=grids[index])
+            if scores is not None and name is not None:
+                captured: dict[str, Any] = {name: scores[index]}
+                inputs = replace(inputs, **captured)
             result.append(self.selector.rank(inputs))
         return result
 
@@ -70,17 +80,11 @@ class RankingSource:
         repeats = batch // len(self.rankings)  # beams and returned sequences repeat each sample
         return [np.asarray(ranking) for ranking in self.rankings for _ in range(repeats)]
 
-    def _grids(self, num_visual: int) -> tuple[tuple[int, int], ...]:
-        per_image = self.adapter.tokens_per_image
-        if per_image is None or num_visual % per_image:
-            return (self.adapter.image_grid(num_visual),)
-        return (self.adapter.image_grid(per_image),) * (num_visual // per_image)
-
-    def _split_attention(self, num_visual: Sequence[int]) -> list[Tensor]:
-        attention = self._cls_attention
+    def _split_scores(self, num_visual: Sequence[int]) -> list[Tensor]:
+        attention = self._scores
         if attention is None:
             raise DopError(
-                "the selector needs the vision tower's CLS attention, but the tower has not run inside this context: "
+                f"the selector needs `{self._captured}` of the vision tower, which has not run inside this context: "
                 "pass `pixel_values` to the pruned model, or give `rankings=`"
             )
         available, wanted = attention.numel(), sum(num_visual)

@@ -15,6 +15,7 @@ from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
+from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
 from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign_groups
 from dop_search.pruning.ranking import RankingSource, visual_counts
@@ -59,6 +60,7 @@ class PrunedDecoder:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Same contract as the decoder's own forward; hidden states at skipped visual tokens and pads are zero."""
+        deepstack = self.adapter.pop_deepstack(kwargs)
         _refuse(kwargs, attention_mask)
         seen_ids = self._input_ids if input_ids is None else input_ids
         self._input_ids = None
@@ -80,7 +82,7 @@ class PrunedDecoder:
         state.open = True
         try:
             if length > 1 and bool(visual.any()):
-                hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state)
+                hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state, deepstack)
             else:
                 hidden = self._extend(inputs_embeds, valid, rope, past_key_values, state)
         finally:
@@ -101,10 +103,14 @@ class PrunedDecoder:
         rope: tuple[Tensor, Tensor],
         cache: Cache | None,
         state: CacheState,
+        deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
         batch, length, width = embeds.shape
         layout, entry = self._layout(visual, valid)
         tables = ForwardTables(*(part.expand(batch, -1, -1).flatten(0, 1).index_select(0, entry) for part in rope))
+        injected = None
+        if deepstack:
+            injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[entry.cpu().numpy()])
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         for index, step in enumerate(self.steps):
@@ -113,6 +119,8 @@ class PrunedDecoder:
                 self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid, parts=self.parts
             )
             before = step.alive
+            if injected is not None:
+                hidden = injected.add(hidden, index, before)
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
         final = entry.index_select(0, layout.tensor(layout.rows(before)))

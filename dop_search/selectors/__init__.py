@@ -10,10 +10,12 @@ from dop_search.errors import DopError
 from dop_search.selectors.base import Selector, SelectorInputs
 from dop_search.selectors.cls_attention import ClsAttentionSelector
 from dop_search.selectors.random_order import RandomSelector
+from dop_search.selectors.received_attention import ReceivedAttentionSelector
 from dop_search.selectors.uniform_grid import UniformGridSelector
 
 SELECTORS: dict[str, type[Selector]] = {
-    selector.name: selector for selector in (ClsAttentionSelector, RandomSelector, UniformGridSelector)
+    selector.name: selector
+    for selector in (ClsAttentionSelector, RandomSelector, ReceivedAttentionSelector, UniformGridSelector)
 }
 
 

@@ -20,11 +20,13 @@ class SelectorInputs:
         num_visual_tokens: tokens to rank.
         image_grids: rows and columns of each image, in the order of the tokens.
         cls_attention: attention of the vision tower's CLS token (``[num_visual_tokens]``), if asked for.
+        received_attention: mean attention that patches of the vision tower receive (``[num_visual_tokens]``), likewise.
     """
 
     num_visual_tokens: int
     image_grids: tuple[tuple[int, int], ...]
     cls_attention: Tensor | None = None
+    received_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)

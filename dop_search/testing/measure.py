@@ -39,6 +39,11 @@ def cache_lengths(cache: Any) -> list[int]:
     return [int(layer.keys.shape[-2]) for layer in cache.layers]
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds."""
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+
+
 _DATA_ATTRIBUTES = {"rope_deltas"}
 """Attributes that transformers itself writes in ``forward``: their names are compared, their values are not."""
 

@@ -6,9 +6,8 @@ import torch
 
 from dop_search.divergence import DivergenceEngine, kl_divergence
 from dop_search.errors import DopError, NumericalError
-from dop_search.models.prompts import model_inputs
-from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
+from dop_search.testing.naive import naive_divergence
 
 LAYERS = 12
 
@@ -27,27 +26,10 @@ def random_strategies(count, seed):
     return result
 
 
-def by_full_forwards(loaded, samples, teacher, strategy):
-    """KL per sample from whole forwards of the Hugging Face model, one sample at a time, images and all."""
-    result = []
-    for sample, known in zip(samples, teacher.samples, strict=True):
-        inputs = model_inputs(loaded.processor, [sample], torch.device("cpu"))
-        answer = torch.tensor([known.answer_ids[:-1]], dtype=torch.long)
-        ids = torch.cat([inputs["input_ids"], answer], dim=1)
-        forced = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        start = inputs["input_ids"].shape[1] - 1
-        with torch.inference_mode():
-            full = loaded.model(**forced).logits[0, start:].double().log_softmax(dim=-1)
-            with pruned(loaded.model, strategy):
-                ours = loaded.model(**forced).logits[0, start:].double().log_softmax(dim=-1)
-        result.append((full.exp() * (full - ours)).sum(dim=-1).mean().item())
-    return np.array(result)
-
-
 def test_equals_naive_evaluation(pocket, few_samples, teacher):
     strategies = random_strategies(8, seed=0)
     scores = DivergenceEngine(pocket.adapter, teacher, batch_size=4).evaluate(strategies)
-    naive = np.stack([by_full_forwards(pocket, few_samples, teacher, strategy) for strategy in strategies])
+    naive = np.stack([naive_divergence(pocket, few_samples.samples, teacher, strategy) for strategy in strategies])
     assert naive.max() > 0.01, "the strategies must do something"
     np.testing.assert_allclose(scores, naive, rtol=2e-3, atol=2e-5)
 
@@ -59,11 +41,21 @@ def test_empty_strategy_is_exactly_zero_and_nothing_is_negative(pocket, teacher)
     assert (scores >= 0.0).all()
 
 
-@pytest.mark.parametrize("switch", ["share_prefixes", "early_start", "keep_prefix", "keep_hidden"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"share_prefixes": False},
+        {"early_start": False},
+        {"keep_prefix": False},
+        {"hidden_states": "recompute"},
+        {"hidden_states": "offload"},
+    ],
+    ids=str,
+)
 def test_shortcuts_change_no_number(pocket, teacher, switch):
     strategies = random_strategies(6, seed=2)
     with_shortcut = DivergenceEngine(pocket.adapter, teacher, batch_size=3)
-    without = DivergenceEngine(pocket.adapter, teacher, batch_size=3, **{switch: False})
+    without = DivergenceEngine(pocket.adapter, teacher, batch_size=3, **switch)
     np.testing.assert_allclose(with_shortcut.evaluate(strategies), without.evaluate(strategies), rtol=2e-3, atol=2e-5)
 
 

@@ -13,7 +13,8 @@ from dop_search.selectors.uniform_grid import farthest_point_order
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 def test_ranking_is_a_permutation(name):
-    inputs = SelectorInputs(24, ((4, 6),), cls_attention=torch.rand(24, generator=torch.Generator().manual_seed(0)))
+    scores = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    inputs = SelectorInputs(24, ((4, 6),), cls_attention=scores, received_attention=scores)
     assert sorted(make_selector(name).rank(inputs)) == list(range(24))
 
 
@@ -26,6 +27,7 @@ def test_cls_attention_keeps_what_the_tower_looks_at(pocket, few_samples):
     try:
         tower.set_attn_implementation("eager")
         with torch.inference_mode():
+            pocket.model(**inputs)
             attentions = tower(inputs["pixel_values"], output_attentions=True).attentions
     finally:
         tower.set_attn_implementation(implementation)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,21 +22,42 @@ from dop_search.testing.strategies import random_rankings
 BACKENDS = ("sdpa", "eager")
 TEXT_LENGTHS = ((3, 4), (5, 7))
 
-# One method runs in many subclasses: that is the point of the suite, so `differing_executors` is no error here.
-PROPERTY = settings(
-    max_examples=15,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-)
-
 backends = pytest.mark.parametrize("backend", BACKENDS)
 Models = Callable[[str], PreTrainedModel]
 
 
+def for_all(**drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As ``hypothesis.given`` on a method of the suite, with the number of examples that its class asks for."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(check)
+        def test(self: ConformanceBase, **fixtures: Any) -> None:
+            @settings(
+                max_examples=self.max_examples,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                suppress_health_check=[HealthCheck.too_slow],
+            )
+            @given(**drawn)
+            def run(**values: Any) -> None:
+                check(self, **fixtures, **values)
+
+            run()
+
+        signature = inspect.signature(check)  # pytest provides what is not drawn
+        fixtures = [item for name, item in signature.parameters.items() if name not in drawn]
+        setattr(test, "__signature__", signature.replace(parameters=fixtures))  # noqa: B010
+        return test
+
+    return decorate
+
+
 class ConformanceBase:
     """Override :meth:`make_model`, and :meth:`make_sample` for a family without tiny inputs."""
+
+    max_examples: ClassVar[int] = 15
+    """Random strategies per property."""
 
     tolerance: ClassVar[float] = 2e-5
     """Allowed difference of logits, relative to the largest one (float32)."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.errors import DopError
-from dop_search.testing.conformance.base import PROPERTY, ConformanceBase, Models, backends, generate, max_difference
+from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all, generate, max_difference
 from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.models import NUM_SPECIAL_TOKENS
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
-from dop_search.testing.strategies import dop_strategies
+from dop_search.testing.strategies import corner_strategy, dop_strategies
 
 NUM_NEW_TOKENS = 7
+NUM_LONG_TOKENS = 256
 NUM_BEAMS = 3
 
 
@@ -26,8 +26,7 @@ class DecodingConformance(ConformanceBase):
     """Greedy and sampled generation, beams, continuation by several tokens, conversations."""
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans(), sample=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans(), sample=st.booleans())
     def test_generate_equals_reference(
         self, models: Models, backend: str, data: st.DataObject, padded: bool, sample: bool
     ) -> None:
@@ -45,9 +44,22 @@ class DecodingConformance(ConformanceBase):
         if not sample:
             assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
 
+    def test_long_answer_equals_reference(self, models: Models) -> None:
+        """Hundreds of steps on the shorter caches, a padded batch: positions and masks do not drift."""
+        model = models("sdpa")
+        inputs = collate(self.samples(model))
+        strategy = corner_strategy("layer_sets", self.num_layers(model))
+        rankings = self.rankings(model, inputs)
+        arguments = {**generate_arguments(model), "max_new_tokens": NUM_LONG_TOKENS, "min_new_tokens": NUM_LONG_TOKENS}
+        with dop.pruned(model, strategy, rankings=rankings):
+            output = generate(model, **inputs, **arguments, do_sample=False)
+        tokens = output.sequences[:, -NUM_LONG_TOKENS:]
+        expected = masked_forward(model, append_tokens(inputs, tokens), strategy, rankings)
+        logits = torch.stack(output.logits, dim=1)
+        assert max_difference(logits, expected[:, -NUM_LONG_TOKENS - 1 : -1]) <= self.tolerance
+
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans())
     def test_beam_scores_equal_reference(self, models: Models, backend: str, data: st.DataObject, padded: bool) -> None:
         """Beams reorder the cache: the score of every returned beam is its log-likelihood under the reference."""
         model = models(backend)
@@ -74,8 +86,7 @@ class DecodingConformance(ConformanceBase):
             assert max_difference(scores[beam::NUM_BEAMS], likelihood) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), padded=st.booleans())
+    @for_all(data=st.data(), padded=st.booleans())
     def test_continuation_equals_reference(
         self, models: Models, backend: str, data: st.DataObject, padded: bool
     ) -> None:
@@ -98,8 +109,7 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(logits, expected) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), reopen=st.booleans())
+    @for_all(data=st.data(), reopen=st.booleans())
     def test_conversation_is_right_or_refused(
         self, models: Models, backend: str, data: st.DataObject, reopen: bool
     ) -> None:
@@ -130,8 +140,7 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(torch.stack(second.logits, dim=1), before_each_new(expected)) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_calls_do_not_leak(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Two conversations take turns in one context, with a call without a cache in between."""
         model = models(backend)

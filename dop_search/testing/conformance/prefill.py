@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.strategy import Strategy
 from dop_search.testing.conformance.base import (
-    PROPERTY,
     ConformanceBase,
     Models,
     backends,
+    for_all,
     max_difference,
     max_text_difference,
 )
@@ -47,8 +49,7 @@ class PrefillConformance(ConformanceBase):
         assert max_text_difference(model, inputs, masked, full) > 500 * self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_canonical_form_is_lossless(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Dropping dead operations changes no text logit: exact, not an approximation."""
         model = models(backend)
@@ -80,8 +81,7 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model)), corner_strategy(corner, self.num_layers(model)))
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), seed=st.integers(0, 99))
+    @for_all(data=st.data(), seed=st.integers(0, 99))
     def test_prefill_equals_reference(self, models: Models, backend: str, data: st.DataObject, seed: int) -> None:
         """Left-padded batch of different text lengths, any strategy, any ranking."""
         model = models(backend)
@@ -89,8 +89,7 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model, seed % 3)), strategy, seed)
 
     @backends
-    @PROPERTY
-    @given(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
+    @for_all(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
     def test_different_image_sizes_equal_reference(
         self, models: Models, backend: str, data: st.DataObject, shapes: tuple[int, ...]
     ) -> None:
@@ -100,14 +99,30 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model, image_shapes=shapes)), strategy)
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_image_first_equals_reference(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Without text before the image a query may find no key at all: it receives nothing, not NaN."""
         model = models(backend)
         inputs = self.make_sample(model, num_text_before=0, num_text_after=4, seed=0)
         strategy = data.draw(dop_strategies(self.num_layers(model)))
         self.check_prefill(model, inputs, strategy)
+
+    @pytest.mark.skipif(
+        importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(),
+        reason="flash-attn is not installed, or there is no GPU for it",
+    )
+    def test_flash_attention_equals_reference(self) -> None:
+        """In half precision, against the masked reference on SDPA in the same precision."""
+        model = self.make_model("sdpa").to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+        inputs = {name: _on_gpu(value) for name, value in collate(self.samples(model)).items()}
+        rankings = self.rankings(model, inputs)
+        strategies = [corner_strategy(corner, self.num_layers(model)) for corner in CORNERS]
+        expected = [masked_forward(model, inputs, strategy, rankings) for strategy in strategies]
+        model.set_attn_implementation("flash_attention_2")
+        for strategy, reference in zip(strategies, expected, strict=True):
+            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+                logits = model(**inputs).logits
+            assert max_text_difference(model, inputs, logits.float(), reference.float()) <= 0.05
 
     @backends
     @pytest.mark.parametrize("corner", CORNERS)
@@ -125,8 +140,7 @@ class PrefillConformance(ConformanceBase):
         assert max_difference(logits, expected) <= self.tolerance
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_batch_equals_singles(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Neither padding nor the other sample changes a sample."""
         model = models(backend)
@@ -141,3 +155,7 @@ class PrefillConformance(ConformanceBase):
                 alone = model(**sample).logits
             of_batch = together[index : index + 1, -alone.shape[1] :]
             assert max_text_difference(model, sample, of_batch, alone) <= self.tolerance
+
+
+def _on_gpu(tensor: Tensor) -> Tensor:
+    return tensor.to("cuda", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)

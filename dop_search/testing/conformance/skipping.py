@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 import dop_search as dop
 from dop_search.cost.flops import full_flops, strategy_flops
+from dop_search.cost.kv_cache import strategy_kv_bytes
 from dop_search.models import adapter_for
-from dop_search.testing.conformance.base import PROPERTY, ConformanceBase, Models, backends
-from dop_search.testing.measure import cache_lengths, count_decoder_flops
+from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all
+from dop_search.testing.measure import cache_bytes, cache_lengths, count_decoder_flops
 from dop_search.testing.strategies import dop_strategies
 
 
@@ -18,10 +18,9 @@ class SkippingConformance(ConformanceBase):
     """Cache lengths and counted FLOPs of one sample."""
 
     @backends
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_cache_holds_only_kept_keys(self, models: Models, backend: str, data: st.DataObject) -> None:
-        """Per layer: text, and the visual tokens whose group has ``kv`` there."""
+        """Per layer: text, and the visual tokens whose group has ``kv`` there; in bytes what the cost model says."""
         model = models(backend)
         sample = self.samples(model)[0]
         strategy = data.draw(dop_strategies(self.num_layers(model)))
@@ -34,9 +33,10 @@ class SkippingConformance(ConformanceBase):
             for layer in range(strategy.num_layers)
         ]
         assert cache_lengths(cache) == expected
+        priced = strategy_kv_bytes(adapter_for(model).dims, strategy, counts, model.dtype.itemsize)
+        assert cache_bytes(cache) == priced
 
-    @PROPERTY
-    @given(data=st.data())
+    @for_all(data=st.data())
     def test_counted_flops_equal_closed_form(self, models: Models, data: st.DataObject) -> None:
         """To the last FLOP, over all decoder layers."""
         model = models("eager")

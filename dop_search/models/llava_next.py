@@ -1,0 +1,89 @@
+"""LLaVA-NeXT: a base view of the image and any-resolution tiles, unpadded, with a newline token behind every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.llava import LlavaAdapter
+from dop_search.models.tower import Grids, VisionCall
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """``LlavaNextForConditionalGeneration`` (LLaVA-1.6)."""
+
+    model_types = ("llava_next",)
+
+    def token_grids(self, call: VisionCall) -> list[Grids]:
+        """See base class; the newline tokens are the last column of the tiles' grid."""
+        tiles = self.tiles_per_image(call)
+        ones = torch.ones(sum(tiles), self.patches_per_side**2, 1)
+        packed = self._pack(ones, torch.zeros(1), call)
+        return [self._grids(tokens[:, 0] < 0.5, count) for tokens, count in zip(packed, tiles, strict=True)]
+
+    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+        """See base class."""
+        return ModelAdapter.image_grids(self, num_visual)
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """See base class.
+
+        The model's own packing arranges, unpads and resizes the values; newline tokens then get the mean of their row.
+        """
+        call = self.vision_watch.current()
+        marked = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+        parts = []
+        for tokens, tiles in zip(
+            self._pack(marked, marked.new_zeros(marked.shape[-1]), call), self.tiles_per_image(call), strict=True
+        ):
+            start = self.patches_per_side**2 if tiles > 1 else 0
+            parts.append(fill_newlines(tokens[:, :-1], tokens[:, -1] < 0.5, start))
+        return torch.cat(parts)
+
+    def tiles_per_image(self, call: VisionCall) -> list[int]:
+        """How many tiles the tower sees of each image, the base view included."""
+        config = self.model.config
+        return [
+            int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
+            for size in call.arguments["image_sizes"]
+        ]
+
+    def _pack(self, values: Tensor, newline: Tensor, call: VisionCall) -> list[Tensor]:
+        """The model's packing of ``[tiles, patches, channels]``; one ``[tokens, channels]`` per image."""
+        tiles = torch.split(values, self.tiles_per_image(call))
+        arguments = self.packing_arguments(call)
+        packed: list[Tensor] = self.multimodal.pack_image_features(
+            tiles, call.arguments["image_sizes"], image_newline=newline, **arguments
+        )[0]
+        return packed
+
+    def packing_arguments(self, call: VisionCall) -> dict[str, Any]:
+        """What ``pack_image_features`` of the family takes besides."""
+        return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
+
+    def _grids(self, newline: Tensor, tiles: int) -> Grids:
+        side = self.patches_per_side
+        if tiles == 1:
+            return ((side, side), (1, 1))
+        rows = int(newline.sum())
+        return ((side, side), (rows, (len(newline) - side * side) // rows))
+
+
+def fill_newlines(values: Tensor, newline: Tensor, start: int) -> Tensor:
+    """Give each newline token the mean of its row.
+
+    Args:
+        values: ``[tokens, channels]``.
+        newline: ``[tokens]`` boolean.
+        start: where the first row begins.
+    """
+    filled = values.clone()
+    for end in newline.nonzero()[:, 0].tolist():
+        filled[end] = values[start:end].mean(dim=0)
+        start = end + 1
+    return filled

@@ -1,0 +1,274 @@
+"""Watching a vision tower: what it encoded, what its attention showed, and for which visual token of the decoder.
+
+transformers encodes images in two ways: inside the model's forward, and before it, in ``generate()``, once for all
+beams. Both end in ``get_image_features`` or ``get_video_features``, and then in the decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dop_search.errors import DopError
+
+if TYPE_CHECKING:
+    from dop_search.models.adapter import ModelAdapter
+
+Grids = tuple[tuple[int, int], ...]
+"""Rows and columns of consecutive pieces of visual tokens."""
+Modality = Literal["image", "video"]
+METHODS: dict[Modality, str] = {"image": "get_image_features", "video": "get_video_features"}
+QUERY_BLOCK = 1024
+"""Queries whose attention is held at once."""
+
+
+@dataclass(frozen=True)
+class VisionCall:
+    """One call of ``get_image_features`` or ``get_video_features`` with the arguments that were passed."""
+
+    modality: Modality
+    arguments: Mapping[str, Any]
+
+
+@dataclass
+class _Encoded:
+    """What was encoded since the decoder last read images."""
+
+    calls: dict[Modality, VisionCall] = field(default_factory=dict)
+    read: bool = False
+
+
+class VisionWatch:
+    """Remembers which images and videos a model encodes, while it is open.
+
+    Opened and removed in pairs; what was seen last can still be asked for afterwards.
+    """
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
+        self.call: VisionCall | None = None
+        self.input_ids: Tensor | None = None
+        self._latest_ids: Tensor | None = None
+        self._encoded = _Encoded()
+        self._open = 0
+        self._busy = False
+        self._previous: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def open(self) -> VisionWatch:
+        """Start watching."""
+        self._open += 1
+        if self._open == 1:
+            self._encoded, self.call, self.input_ids = _Encoded(), None, None
+            module = self.adapter.multimodal
+            for modality, name in METHODS.items():
+                if hasattr(module, name):
+                    self._previous[name] = module.__dict__.get(name)
+                    setattr(module, name, self._wrapped(getattr(module, name), modality))
+            self._hooks = [
+                module.register_forward_pre_hook(self._see_tokens, with_kwargs=True),
+                self.adapter.text_model.register_forward_pre_hook(self._decoder_reached),
+            ]
+        return self
+
+    def remove(self) -> None:
+        """Stop watching; the name is that of torch's handles."""
+        self._open -= 1
+        if self._open:
+            return
+        module = self.adapter.multimodal
+        for name, previous in self._previous.items():
+            if previous is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, previous)
+        for hook in self._hooks:
+            hook.remove()
+        self._previous, self._hooks = {}, []
+
+    def _wrapped(self, method: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)  # generate() reads the signature
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if self._busy:  # Qwen3-VL encodes videos by its method for images
+                return method(*args, **kwargs)
+            if self._encoded.read:
+                self._encoded = _Encoded()
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            self.call = self._encoded.calls[modality] = VisionCall(modality, arguments)
+            self._busy = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._busy = False
+
+        return encode
+
+    def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._latest_ids = args[0] if args else kwargs.get("input_ids")
+
+    def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._encoded.read:
+            self.input_ids, self._encoded.read = self._latest_ids, True
+
+    def current(self) -> VisionCall:
+        """The call whose images the tower encodes right now, or encoded last.
+
+        Raises:
+            DopError: if there is none.
+        """
+        if self.call is None:
+            raise DopError("no image has been encoded while the vision tower was watched")
+        return self.call
+
+    def in_sequence_order(self, values: Mapping[Modality, Tensor]) -> Tensor:
+        """Merge values of image tokens and of video tokens (``[tokens, …]``) in the order of the sequence."""
+        if len(values) == 1:
+            return next(iter(values.values()))
+        assert self.input_ids is not None
+        config = self.adapter.model.config
+        images = self.input_ids == config.image_token_id
+        num_images = len(values["image"])
+        repeats = max(1, int(images.sum()) // max(1, num_images))  # beams repeat each sample
+        is_image = images[::repeats][self.adapter.visual_token_mask(self.input_ids[::repeats])]
+        merged = values["image"].new_empty(len(is_image), *values["image"].shape[1:])
+        merged[is_image], merged[~is_image] = values["image"], values["video"]
+        return merged
+
+    def grids_of(self, num_visual: Sequence[int]) -> list[Grids] | None:
+        """The grids of each sample of a batch; ``None`` if what was encoded does not have these visual tokens."""
+        pieces: list[Grids] = []
+        numbers: dict[Modality, Tensor] = {}
+        for modality, call in self._encoded.calls.items():
+            grids = self.adapter.token_grids(call)
+            counts = torch.tensor([sum(rows * columns for rows, columns in part) for part in grids])
+            numbers[modality] = torch.repeat_interleave(torch.arange(len(grids)) + len(pieces), counts)
+            pieces += grids
+        if not pieces:
+            return None
+        of_token = self.in_sequence_order({m: n.to(self._device(n)) for m, n in numbers.items()}).cpu()
+        available, wanted = len(of_token), sum(num_visual)
+        if wanted % available:
+            return None
+        repeats, start, result = wanted // available, 0, []
+        for index, count in enumerate(num_visual):
+            part = torch.unique_consecutive(of_token[start : start + count]).tolist()
+            result.append(tuple(grid for piece in dict.fromkeys(part) for grid in pieces[piece]))
+            if (index + 1) % repeats == 0:
+                start += count
+        fits = all(
+            sum(rows * columns for rows, columns in grids) == count
+            for grids, count in zip(result, num_visual, strict=True)
+        )
+        return result if fits else None
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        return tensor.device if self.input_ids is None else self.input_ids.device
+
+
+Read = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
+"""What a capture computes from the arguments of an attention module: ``[tiles or images, patches]``."""
+
+
+class TowerCapture:
+    """Computes something whenever an attention module of the vision tower runs, and hands it over by visual token.
+
+    ``receive`` gets ``[visual tokens of the batch]`` when the decoder is about to read them.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, attention: nn.Module, read: Read, receive: Callable[[Tensor], None]
+    ) -> None:
+        self.adapter, self.read, self.receive = adapter, read, receive
+        self.watch = adapter.vision_watch.open()
+        self.values: dict[Modality, Tensor] = {}
+        self._hooks = [
+            attention.register_forward_pre_hook(self._tower_runs, with_kwargs=True),
+            adapter.text_model.register_forward_pre_hook(self._decoder_reached),
+        ]
+
+    def remove(self) -> None:
+        """Stop capturing."""
+        for hook in self._hooks:
+            hook.remove()
+        self.watch.remove()
+
+    def _tower_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = self.read(module, args, kwargs).detach()
+        self.values[self.watch.current().modality] = self.adapter.to_token_order(values[..., None])[:, 0]
+
+    def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.values:
+            self.receive(self.watch.in_sequence_order(self.values))
+            self.values = {}
+
+
+def cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The CLS row of a ViT attention from its input, head-mean: one row of scores, with any backend."""
+    query, key = _vit_heads(attention, args, kwargs, queries=slice(0, 1))
+    scores = (query @ key.transpose(2, 3)).squeeze(2) * attention.scale
+    return scores.float().softmax(dim=-1).mean(dim=1)[:, 1:]
+
+
+def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Attention that each patch receives: mean over heads and over the patches that ask, CLS left out of both.
+
+    The softmax runs over all keys, a CLS token included. Works block by block of queries, with any backend.
+    """
+    if hasattr(attention, "qkv"):
+        return _received_packed(attention, args, kwargs)
+    query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
+    first = 1 if _has_cls(attention) else 0
+    return _mean_received(query[:, :, first:], key, attention.scale)[:, first:]
+
+
+def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``[batch, heads, queries, dim]`` and ``[batch, heads, keys, dim]`` to ``[batch, keys]``."""
+    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        scores = query[:, :, start : start + QUERY_BLOCK] @ key.transpose(2, 3) * scale
+        total += scores.float().softmax(dim=-1).mean(dim=1).sum(dim=1)
+    return total / query.shape[2]
+
+
+def _has_cls(attention: Any) -> bool:
+    return attention.config.model_type in ("clip_vision_model", "internvl_vision")
+
+
+def _vit_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], queries: slice) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[batch, heads, length, head_dim]`` of a CLIP, SigLIP or InternVL attention."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    shape = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
+    query, key = attention.q_proj(hidden[:, queries]), attention.k_proj(hidden)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    return query.view(shape).transpose(1, 2), key.view(shape).transpose(1, 2)
+
+
+def _received_packed(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Qwen's towers: patches of all images in one row, attention within ``cu_seqlens``; ``[1, patches]``."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    length = hidden.shape[0]
+    query, key, _ = attention.qkv(hidden).reshape(length, 3, attention.num_heads, -1).unbind(1)
+    cos, sin = (part.float()[:, None, :] for part in kwargs["position_embeddings"])
+    query, key = (_rotate(heads.float(), cos, sin).to(hidden.dtype).transpose(0, 1)[None] for heads in (query, key))
+    ends = kwargs["cu_seqlens"].tolist()
+    parts = [
+        _mean_received(query[:, :, start:stop], key[:, :, start:stop], attention.scaling)
+        for start, stop in itertools.pairwise(ends)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = heads.shape[-1] // 2
+    return heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin

@@ -1,0 +1,43 @@
+"""Vision features that some decoders add to their visual tokens behind the first layers, on packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from dop_search.pruning.layout import TEXT, Layout
+from dop_search.pruning.steps import Groups
+
+
+class Deepstack:
+    """Adds the features of tokens that are still in the sequence (deepstack, arXiv 2406.04334).
+
+    Args:
+        features: per layer from the first on ``[visual tokens of the batch, hidden_size]``.
+        layout: the packed rows.
+        token_of_row: ``[rows]``: which of the batch's visual tokens a row holds; anything at text rows.
+    """
+
+    def __init__(self, features: Sequence[Tensor], layout: Layout, token_of_row: np.ndarray) -> None:
+        self.features, self.layout, self.token_of_row = features, layout, token_of_row
+        self._indices: dict[Groups, tuple[Tensor, Tensor]] = {}
+
+    def add(self, hidden: Tensor, layer: int, alive: Groups) -> Tensor:
+        """What the decoder adds behind ``layer``; ``hidden`` holds the rows of the text and of ``alive``."""
+        if layer >= len(self.features):
+            return hidden
+        if alive not in self._indices:
+            rows = self.layout.rows(alive)
+            places = np.flatnonzero(self.layout.group[rows] != TEXT)
+            tokens = self.token_of_row[rows[places]]
+            self._indices[alive] = self.layout.tensor(places), self.layout.tensor(tokens)
+        places_of, tokens_of = self._indices[alive]
+        update = self.features[layer].to(hidden.device, hidden.dtype)
+        return hidden.index_add(0, places_of, update.index_select(0, tokens_of))
+
+
+def visual_numbers(visual: np.ndarray) -> np.ndarray:
+    """Number of each visual token in the order of the sequence (``visual`` boolean, any shape, flattened)."""
+    return np.cumsum(visual.reshape(-1)) - 1

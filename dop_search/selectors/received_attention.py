@@ -1,0 +1,25 @@
+"""Rank visual tokens by how much the patches of the vision tower attend to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop_search.selectors.base import Selector, SelectorInputs, descending
+
+
+@dataclass(frozen=True)
+class ReceivedAttentionSelector(Selector):
+    """Mean attention that a patch receives: the stand-in for CLS attention where a tower has no CLS token.
+
+    VisionZip (arXiv 2412.04467) and VisPruner (arXiv 2412.01818v2) use it for SigLIP and Qwen towers.
+    """
+
+    name = "received_attention"
+    requires = frozenset({"received_attention"})
+
+    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+        """See base class."""
+        assert inputs.received_attention is not None
+        return descending(inputs.received_attention)
