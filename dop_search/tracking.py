@@ -198,6 +198,8 @@ def result_metrics(result: Result) -> dict[str, float]:
         "accuracy_pruned": result.accuracy_pruned,
         "num_validation_runs": float(result.num_validation_runs),
         "seconds": result.seconds,
+        "latency_ratio": result.latency_ratio,
+        "latency_ms": result.latency_ms,
     }
     uniform = result.uniform
     if uniform is not None:
@@ -207,6 +209,7 @@ def result_metrics(result: Result) -> dict[str, float]:
             "uniform_kl_search": uniform.kl_search,
             "uniform_kl_heldout": uniform.kl_heldout,
             "uniform_accuracy": uniform.accuracy,
+            "uniform_latency_ratio": uniform.latency_ratio,
         }
     intervals = {
         "kl_search": result.kl_search_ci95,

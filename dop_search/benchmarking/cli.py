@@ -14,9 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.benchmarking.comparison import Comparison, compare, environment
+from dop_search.benchmarking.layer_times import measure_table
 from dop_search.benchmarking.shapes import SHAPES, build, prompt, random_model, shape_named
 from dop_search.benchmarking.text import comparison_text
+from dop_search.benchmarking.validation import (
+    Prediction,
+    random_strategies,
+    summary,
+    validate_table,
+    validation_text,
+)
 from dop_search.benchmarking.variants import FAMILIES, Prompt, make_variants
+from dop_search.cost import LatencyTable
 from dop_search.errors import ConfigError, DopError
 from dop_search.files import write_text_atomic
 from dop_search.models.families import adapter_for
@@ -37,6 +46,7 @@ examples:
   dop-bench --model pocket --strategy strategy-0.3.json  a checkpoint and strategies that a search has found
   dop-bench --model /models/llava-1.5-7b --weights random --ratio 0.3
   dop-bench --shape small --ratio --strategy a.json b.json                 only the given strategies
+  dop-bench --shape small --table small.json --validate-table              how well a latency table predicts
   PYTHONPATH=. python -m dop_search.benchmarking --shape llava_next_7b     on a machine without this package
 """
 
@@ -85,7 +95,25 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=9, metavar="N", help="readings per variant (9)")
     how.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before that which do not count (1)")
     how.add_argument("--passes", type=int, metavar="N", help="generations per reading, the last counts (CPU 1, GPU 2)")
+    how.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: what this process computed; for one thread on a machine that others use too (wall)",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders (0)")
+    latency = result.add_argument_group("latency tables (budget={latency_ratio: ...} of dop-search)")
+    latency.add_argument(
+        "--table", type=Path, metavar="FILE", help="read this table, or measure and write it if there is no such file"
+    )
+    latency.add_argument(
+        "--validate-table",
+        nargs="?",
+        type=int,
+        const=24,
+        metavar="N",
+        help="instead of the comparison: predict N random strategies by a table and measure them (24)",
+    )
     output = result.add_argument_group("where it goes")
     output.add_argument("--out", type=Path, metavar="FILE", help="all readings as JSON")
     output.add_argument("--mlflow", metavar="URI", help="log to this MLflow store, e.g. sqlite:///mlflow.db")
@@ -97,11 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        result = run(options)
+        print(validation_text(validate(options)) if options.validate_table else comparison_text(run(options)))
     except DopError as error:
         print(f"dop-bench: {error}", file=sys.stderr)
         return 1
-    print(comparison_text(result))
     return 0
 
 
@@ -112,8 +139,6 @@ def run(options: argparse.Namespace) -> Comparison:
         DopError: for anything the user can mend.
     """
     _check(options)
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):
         raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
@@ -133,10 +158,13 @@ def run(options: argparse.Namespace) -> Comparison:
         warmup=options.warmup,
         passes=options.passes or (2 if adapter.device.type == "cuda" else 1),
         num_tokens=options.tokens,
+        clock=options.clock,
         seed=options.seed,
         on_progress=None if options.quiet else _show,
     )
-    result = Comparison(what, environment(model, adapter), given.counts, options.tokens, tuple(rows), tuple(notes))
+    result = Comparison(
+        what, environment(model, adapter, options.clock), given.counts, options.tokens, tuple(rows), tuple(notes)
+    )
     if options.out is not None:
         write_text_atomic(options.out, json.dumps(result.to_json(), indent=1) + "\n")
     if options.mlflow is not None:
@@ -144,8 +172,57 @@ def run(options: argparse.Namespace) -> Comparison:
     return result
 
 
+def validate(options: argparse.Namespace) -> list[Prediction]:
+    """Read or measure the latency table, and compare what it predicts with what random strategies take.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    _check(options)
+    what, model, inputs = _subject(options)
+    adapter = adapter_for(model)
+    counts = Prompt.of(adapter, inputs).counts
+    notify = None if options.quiet else _show
+    where = environment(model, adapter, options.clock)
+    if options.table is not None and options.table.is_file():
+        table = LatencyTable.load(options.table, where)
+    else:
+        table = measure_table(
+            model, [counts], rounds=options.rounds, clock=options.clock, seed=options.seed, on_progress=notify
+        )
+        if options.table is not None:
+            table.save(options.table)
+    strategies = random_strategies(adapter.dims.num_layers, counts.visual, options.validate_table, options.seed)
+    predictions = validate_table(
+        model,
+        table,
+        counts,
+        strategies,
+        rounds=max(2, options.rounds // 2),
+        clock=options.clock,
+        seed=options.seed,
+        on_progress=notify,
+    )
+    if options.out is not None:
+        data = {
+            "format": "dop_search.latency_validation",
+            "version": 1,
+            "what": what,
+            "environment": where,
+            "text_tokens": counts.text,
+            "visual_tokens": counts.visual,
+            "summary": summary(predictions),
+            "predictions": [item.to_json() for item in predictions],
+        }
+        write_text_atomic(options.out, json.dumps(data, indent=1) + "\n")
+    return predictions
+
+
 def _check(options: argparse.Namespace) -> None:
-    for name in ("rounds", "tokens", "batch", "passes", "image_size"):
+    """Refuse values out of range; set the threads."""
+    if options.num_threads is not None and options.num_threads >= 1:
+        torch.set_num_threads(options.num_threads)
+    for name in ("rounds", "tokens", "batch", "passes", "image_size", "num_threads", "validate_table"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"`--{name.replace('_', '-')} >= 1` must hold, but got {value}")
@@ -154,6 +231,8 @@ def _check(options: argparse.Namespace) -> None:
     for ratio in options.ratio or ():
         if not 0.0 < ratio <= 1.0:
             raise ConfigError(f"`0 < ratio <= 1` must hold, but got --ratio {ratio:g}")
+    if options.table is not None and options.validate_table is None:
+        raise ConfigError("--table needs --validate-table, e.g. `--table small.json --validate-table 24`")
     if options.shape is not None and options.weights == "pretrained":
         raise ConfigError("a --shape has no pretrained weights; give a checkpoint with --model")
 

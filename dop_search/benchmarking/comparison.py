@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.benchmarking.statistics import Spread, paired_ratio, spread
-from dop_search.benchmarking.timing import Reading, read_generation
+from dop_search.benchmarking.timing import Clock, Reading, read_generation
 from dop_search.benchmarking.variants import Variant
 from dop_search.models.adapter import ModelAdapter
 from dop_search.operations import TokenCounts
@@ -134,6 +134,7 @@ def compare(
     warmup: int,
     passes: int,
     num_tokens: int,
+    clock: Clock = "wall",
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> list[Row]:
@@ -148,6 +149,7 @@ def compare(
         warmup: rounds before that which do not count.
         passes: generations per visit of a variant, of which the last counts; 2 or more: in the steady state.
         num_tokens: generated tokens.
+        clock: wall clock, or the time that this process computed.
         seed: of the orders.
         on_progress: called with (done, total, what).
     """
@@ -159,7 +161,7 @@ def compare(
             variant = variants[index]
             with variant.enter():
                 for _ in range(passes):
-                    reading = read_generation(model, adapter, inputs, num_tokens)
+                    reading = read_generation(model, adapter, inputs, num_tokens, clock)
             if step >= warmup:
                 readings[index].append(reading)
             done += 1
@@ -168,7 +170,7 @@ def compare(
     return [Row(variant, tuple(items)) for variant, items in zip(variants, readings, strict=True)]
 
 
-def environment(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Any]:
+def environment(model: PreTrainedModel, adapter: ModelAdapter, clock: Clock = "wall") -> dict[str, Any]:
     """What a time depends on beside the model's sizes."""
     device = adapter.device
     return {
@@ -179,6 +181,7 @@ def environment(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Any]
         "attn_implementation": adapter.text_config._attn_implementation,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dims_fingerprint": adapter.fingerprint,
+        "clock": clock,
     }
 
 

@@ -28,11 +28,12 @@ def comparison_text(comparison: Comparison) -> str:
     threads = "" if facts["num_threads"] is None else f", {facts['num_threads']} threads"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     rounds = len(comparison.full.readings)
+    clock = "" if facts["clock"] == "wall" else " that this process computed"
     lines = [
         comparison.what,
         f"{facts['device']}{threads}, {facts['dtype']}, attention backend {facts['attn_implementation']}, {versions}",
         f"{counts.text} text and {counts.visual} visual tokens, {comparison.num_tokens} generated; "
-        f"median of {rounds} interleaved rounds, times in ms",
+        f"median of {rounds} interleaved rounds, times in ms{clock}",
         "",
         *columns(
             [

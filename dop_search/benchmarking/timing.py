@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,18 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from dop_search.models.adapter import ModelAdapter
 
+Clock = Literal["wall", "cpu"]
 
-def now_ms(device: torch.device) -> float:
-    """Wall-clock milliseconds, once everything that was launched on ``device`` is done."""
+
+def now_ms(device: torch.device, clock: Clock = "wall") -> float:
+    """Milliseconds on a clock, once everything that was launched on ``device`` is done.
+
+    ``cpu`` counts what this process computed, on all of its threads: on a machine that other processes use too, with
+    one thread, it is the wall clock without their share.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1000.0 * time.perf_counter()
+    return 1000.0 * (time.perf_counter() if clock == "wall" else time.process_time())
 
 
 @dataclass
@@ -27,6 +33,7 @@ class PrefillTimer:
     """Sees the decoder's calls: when the first one began and ended, and what it left in the cache."""
 
     device: torch.device
+    clock: Clock = "wall"
     first_call: tuple[float, float] | None = None
     kv_bytes: int | None = None
     _entered: float = 0.0
@@ -36,12 +43,12 @@ class PrefillTimer:
         """Forward pre-hook of the decoder."""
         self._entries += 1
         if self._entries == 1:
-            self._entered = now_ms(self.device)
+            self._entered = now_ms(self.device, self.clock)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the decoder."""
         if self.first_call is None:
-            self.first_call = (self._entered, now_ms(self.device))
+            self.first_call = (self._entered, now_ms(self.device, self.clock))
             self.kv_bytes = cache_bytes(getattr(output, "past_key_values", None))
 
     @property
@@ -52,9 +59,9 @@ class PrefillTimer:
 
 
 @contextmanager
-def prefill_timer(adapter: ModelAdapter) -> Iterator[PrefillTimer]:
+def prefill_timer(adapter: ModelAdapter, clock: Clock = "wall") -> Iterator[PrefillTimer]:
     """Time the decoder's first call inside the context; index work of a pruned decoder is part of it."""
-    timer = PrefillTimer(adapter.device)
+    timer = PrefillTimer(adapter.device, clock)
     handles = [
         adapter.text_model.register_forward_pre_hook(timer.enter, with_kwargs=True, prepend=True),
         adapter.text_model.register_forward_hook(timer.leave, with_kwargs=True),
@@ -69,18 +76,18 @@ def prefill_timer(adapter: ModelAdapter) -> Iterator[PrefillTimer]:
 class _TokenClock(StoppingCriteria):
     """Never stops; notes when each new token was there."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        self.device, self.clock = device, clock
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        self.times.append(now_ms(self.device))
+        self.times.append(now_ms(self.device, self.clock))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One timed generation. All times in milliseconds of wall clock, the device's queue drained at both ends.
+    """One timed generation. All times in milliseconds, the device's queue drained at both ends.
 
     Attributes:
         vision_ms: from the call to the decoder's start: vision tower, projector, embeddings.
@@ -103,40 +110,42 @@ class Reading:
 
 
 def read_generation(
-    model: PreTrainedModel, adapter: ModelAdapter, inputs: dict[str, Tensor], num_tokens: int
+    model: PreTrainedModel, adapter: ModelAdapter, inputs: dict[str, Tensor], num_tokens: int, clock: Clock = "wall"
 ) -> Reading:
     """Generate ``num_tokens`` greedily and time it."""
     device = adapter.device
-    clock = _TokenClock(device)
+    tokens = _TokenClock(device, clock)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     generate: Any = model.generate
-    with prefill_timer(adapter) as timer, torch.inference_mode():
-        start = now_ms(device)
+    with prefill_timer(adapter, clock) as timer, torch.inference_mode():
+        start = now_ms(device, clock)
         generate(
             **inputs,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=StoppingCriteriaList([tokens]),
         )
     assert timer.first_call is not None
-    steps = tuple(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))
+    steps = tuple(after - before for before, after in zip(tokens.times, tokens.times[1:], strict=False))
     return Reading(
         vision_ms=timer.first_call[0] - start,
         prefill_ms=timer.ms,
         decode_ms=sorted(steps)[len(steps) // 2] if steps else None,
-        first_token_ms=clock.times[0] - start,
-        end_to_end_ms=clock.times[-1] - start,
+        first_token_ms=tokens.times[0] - start,
+        end_to_end_ms=tokens.times[-1] - start,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         kv_bytes=timer.kv_bytes,
         decode_all_ms=steps,
     )
 
 
-def read_prefill(model: Callable[..., Any], adapter: ModelAdapter, inputs: dict[str, Tensor]) -> float:
+def read_prefill(
+    model: Callable[..., Any], adapter: ModelAdapter, inputs: dict[str, Tensor], clock: Clock = "wall"
+) -> float:
     """Milliseconds of the decoder in one forward of ``model`` with a cache and the last token's logits."""
-    with prefill_timer(adapter) as timer, torch.inference_mode():
+    with prefill_timer(adapter, clock) as timer, torch.inference_mode():
         model(**inputs, use_cache=True, logits_to_keep=1)
     return timer.ms
 
