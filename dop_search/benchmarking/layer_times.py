@@ -227,10 +227,10 @@ def _table(
     running = max(1, depth - 1)
     bare_layer = {n: (ms["bare_stack", n] - ms["bare_single", n]) / running for n in lengths}
     fixed = {n: max(0.0, ms["bare_single", n] - bare_layer[n]) for n in lengths}
-    beside = fixed[lengths[-1]]
     keys, queries, mlp = (np.zeros((len(text), len(visual))) for _ in range(3))
     parts = {name: np.zeros((len(text), len(visual), len(shares))) for name in ("q_part", "m_part")}
     for row, t in enumerate(text):
+        beside = float(np.interp(t + visual[-1], lengths, [fixed[n] for n in lengths]))
         keys[row, 0] = (ms["text", t] - beside) / depth
         for column, v in enumerate(visual[1:], start=1):
             base, with_q, with_m, with_both = (ms[state, t, v] for state in ("k", "qk", "km", "qkm"))
