@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dop_search.benchmarking.layer_times import SHARES, table_for
+from dop_search.benchmarking.timing import Clock
 from dop_search.config import SearchConfig
 from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
 from dop_search.cost import Budget, CostModel
@@ -162,11 +163,17 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
 
 
 def _with_latency(state: SearchRun) -> Profile:
-    """The profile with layer times of this device, as a pruned model will run: without the search's short cuts."""
+    """The profile with layer times of this device, as a pruned model will run: without the search's short cuts.
+
+    One thread is timed by what it computes, so that other processes on the machine don't count.
+    """
+    clock: Clock = "cpu" if state.loaded.adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
     shares = SHARES if len(state.config.space.shares) > 1 else ()
     cache = Path(state.config.cache_dir)
     with stage(state.timings, "latency"), watch(state.progress) as notify:
-        table = table_for(state.loaded.model, state.profile.counts, cache, shares=shares, on_progress=notify)
+        table = table_for(
+            state.loaded.model, state.profile.counts, cache, shares=shares, clock=clock, on_progress=notify
+        )
     return replace(state.profile, latency=table)
 
 
