@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from dop_search.benchmarking.layer_times import SHARES, table_for
+from dop_search.benchmarking.timing import Clock
 from dop_search.config import SearchConfig
 from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
 from dop_search.cost import Budget, CostModel
@@ -95,6 +97,9 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
         loaded = load(**config.model.model_dump())
     with fast_linear(loaded.model):
         state = prepare(config, loaded, progress)
+    if any(budget.is_latency for budget in config.budget):
+        state.profile = _with_latency(state)
+    with fast_linear(loaded.model):
         results = [_solve_budget(state, budget) for budget in config.budget]
     record = _record(state, results, started, time.perf_counter() - start)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -158,6 +163,21 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
     return SearchRun(config, progress, loaded, data, selector, measured, heldout, timings)
 
 
+def _with_latency(state: SearchRun) -> Profile:
+    """The profile with layer times of this device, as a pruned model will run: without the search's short cuts.
+
+    One thread is timed by what it computes, so that other processes on the machine don't count.
+    """
+    clock: Clock = "cpu" if state.loaded.adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+    shares = SHARES if len(state.config.space.shares) > 1 else ()
+    cache = Path(state.config.cache_dir)
+    with stage(state.timings, "latency"), watch(state.progress) as notify:
+        table = table_for(
+            state.loaded.model, state.profile.counts, cache, shares=shares, clock=clock, on_progress=notify
+        )
+    return replace(state.profile, latency=table)
+
+
 def _load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
     sizes: dict[Split, int] = {"search": config.data.num_samples, "heldout": config.data.num_heldout}
     if config.eval.name == "accuracy" and config.data.num_test:
@@ -194,6 +214,8 @@ def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
         correct = [_correct(state, strategy, notify) for strategy in (None, *strategies)]
     flops = CostModel(state.profile.dims, state.profile.counts, "flops")
     cache = CostModel(state.profile.dims, state.profile.counts, "kv_cache")
+    latency = state.profile.latency
+    times = None if latency is None else CostModel(state.profile.dims, state.profile.counts, "latency", latency=latency)
     store, seed = state.profile.store, state.config.seed
     assert store is not None
     search = store.evaluate(strategies)
@@ -230,7 +252,10 @@ def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
             kl_heldout_ci95=bootstrap_ci95(heldout[1], seed),
             kl_search=float(search[1].mean()),
             accuracy=_mean(correct[2]),
+            latency_ratio=None if times is None else times.ratio(uniform),
         ),
+        latency_ratio=None if times is None else times.ratio(strategy),
+        latency_ms=None if times is None else times.absolute(strategy) / 1e6,
         kl_heldout_difference_ci95=None if uniform is None else bootstrap_ci95(heldout[0] - heldout[1], seed),
         num_validation_runs=state.profile.curves.num_validation_runs + best.num_validation_runs,
         seconds=time.perf_counter() - start,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dop_search.cost import Budget, CostModel
+from dop_search.cost import Budget, CostModel, LatencyTable
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, HiddenStates, Teacher, make_teacher
 from dop_search.errors import CacheError, ConfigError
@@ -38,6 +38,7 @@ class Profile:
         counts: text and visual tokens of each validation sample.
         store: exact evaluations, while the model is at hand; ``None`` for a profile loaded from files.
         facts: where the profile comes from.
+        latency: layer times of this device, which latency budgets need; not saved with the profile.
     """
 
     space: Space
@@ -46,13 +47,13 @@ class Profile:
     counts: tuple[TokenCounts, ...]
     store: EvaluationStore | None
     facts: Mapping[str, Any]
+    latency: LatencyTable | None = None
 
     def problem(self, budget: Budget | None = None) -> Problem:
         """The search problem, priced in the budget's kind of cost (FLOPs by default)."""
         kind = "flops" if budget is None else budget.kind
-        return Problem(
-            self.space, CostModel(self.dims, self.counts, kind), self.curves.surrogate(self.space), self.store
-        )
+        cost_model = CostModel(self.dims, self.counts, kind, latency=self.latency)
+        return Problem(self.space, cost_model, self.curves.surrogate(self.space), self.store)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
         """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.

@@ -89,6 +89,7 @@ class UniformResult(Part):
     kv_ratio: Ratio | None = None
     kl_search: float | None = None
     kl_additive: float | None = None
+    latency_ratio: Ratio | None = None
 
 
 class Candidate(Part):
@@ -126,6 +127,10 @@ class Result(Part):
     kl_heldout_difference_ci95: Interval | None = None
     """Of pruned minus uniform, paired by sample; below zero: the found strategy is better."""
     candidates: list[Candidate] = []
+    latency_ratio: Ratio | None = None
+    """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
+    latency_ms: Annotated[float, Field(ge=0.0)] | None = None
+    """Predicted prefill milliseconds, mean over the search set."""
 
     @property
     def budget_text(self) -> str:
@@ -135,7 +140,14 @@ class Result(Part):
         return " ".join(f"{_BUDGET_NAMES.get(name, name)} {value:g}" for name, value in self.budget.items())
 
 
-_BUDGET_NAMES = {"flops_ratio": "", "kv_ratio": "KV", "flops": "FLOPs", "kv_bytes": "KV bytes"}
+_BUDGET_NAMES = {
+    "flops_ratio": "",
+    "kv_ratio": "KV",
+    "flops": "FLOPs",
+    "kv_bytes": "KV bytes",
+    "latency_ratio": "time",
+    "latency_ms": "ms",
+}
 
 
 class Provenance(Part):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dop_search.config import TrackingConfig
@@ -101,6 +101,42 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
         ) from error
 
 
+def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "dop-bench") -> str | None:
+    """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id.
+
+    Raises:
+        ConfigError: if mlflow is missing or refuses the store.
+    """
+    if config.backend == "none":
+        return None
+    check_tracking(config)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    params = {key: str(data[key]) for key in ("what", "text_tokens", "visual_tokens", "generated_tokens")}
+    params |= {key: str(value) for key, value in data["environment"].items()}
+    metrics = {}
+    for row in data["rows"]:
+        target = "" if row["target_ratio"] is None else f"{row['target_ratio']:g}_"
+        prefix = (target + row["name"]).replace(" ", "_")
+        metrics[f"{prefix}/flops_ratio"] = float(row["flops_ratio"])
+        for part in ("median", "ratio"):
+            for metric, value in row[part].items():
+                if value is not None:
+                    metrics[f"{prefix}/{metric}_{part}"] = float(value["median"])
+    try:
+        with _quiet():
+            client = MlflowClient(resolve_uri(config))
+            run = client.create_run(_experiment(client, config), run_name=config.run_name or name)
+            identifier = str(run.info.run_id)
+            _log(client, identifier, params, metrics)
+            client.log_dict(identifier, dict(data), "benchmark.json")
+            client.set_terminated(identifier)
+    except MlflowException as error:
+        raise ConfigError(f"tracking.uri={config.uri!r} refused the run: {error}; set another store") from error
+    return identifier
+
+
 def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
     from mlflow.tracking import MlflowClient
 
@@ -162,6 +198,8 @@ def result_metrics(result: Result) -> dict[str, float]:
         "accuracy_pruned": result.accuracy_pruned,
         "num_validation_runs": float(result.num_validation_runs),
         "seconds": result.seconds,
+        "latency_ratio": result.latency_ratio,
+        "latency_ms": result.latency_ms,
     }
     uniform = result.uniform
     if uniform is not None:
@@ -171,6 +209,7 @@ def result_metrics(result: Result) -> dict[str, float]:
             "uniform_kl_search": uniform.kl_search,
             "uniform_kl_heldout": uniform.kl_heldout,
             "uniform_accuracy": uniform.accuracy,
+            "uniform_latency_ratio": uniform.latency_ratio,
         }
     intervals = {
         "kl_search": result.kl_search_ci95,

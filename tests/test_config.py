@@ -95,6 +95,8 @@ def test_the_six_models_of_the_paper_are_there() -> None:
         ("budget={kv_ratio: 0.3}", [{"kv_ratio": 0.3}]),
         ("budget={flops_ratio: 0.3}", [0.3]),
         ("budget=[0.3,{kv_bytes: 1e6}]", [0.3, {"kv_bytes": 1e6}]),
+        ("budget={latency_ratio: 0.3}", [{"latency_ratio": 0.3}]),
+        ("budget=[{latency_ms: 20},{latency_ratio: 0.5}]", [{"latency_ms": 20.0}, {"latency_ratio": 0.5}]),
     ],
 )
 @pytest.mark.parametrize("experiment", [[], ["experiment=smoke"]], ids=["plain", "over an experiment"])
@@ -135,7 +137,7 @@ def test_all_errors_come_at_once_with_their_paths() -> None:
         (["budget=[0.3,0.3]"], "the budgets must differ, but got [0.3, 0.3]"),
         (["budget=[]"], "at least one budget is needed, e.g. budget=0.3"),
         (["budget=all"], "budget.flops_ratio: input should be a valid number, but got 'all'"),
-        (["budget={kv_ratio: 0.2, flops: 3}"], "exactly one of flops_ratio, kv_ratio, flops, kv_bytes"),
+        (["budget={kv_ratio: 0.2, flops: 3}"], "exactly one of flops_ratio, kv_ratio, flops, kv_bytes, latency_ratio"),
         (["data=jsonl"], "data: `name=jsonl` needs a file; set data.path=FILE.jsonl"),
         (["data.seed=true"], "data.seed: input should be a valid integer, but got True"),
         (["space=dop_groups", "space.shares=[0.5,0.6]"], "`shares` must be positive and sum to 1, but got [0.5, 0.6]"),

@@ -178,3 +178,60 @@ def test_kv_budget_and_groups(finished, tmp_path):
     assert record.results[0].kv_ratio <= 0.4
     assert len(record.results[0].strategy.groups) == 2
     assert Path(tmp_path / "strategy-KV-0.4.json").exists()
+
+
+def made_up_table(model, counts, **options):
+    """Layer times that nobody measured: 1 ms a layer of text, 1 ms more for each module of all visual tokens."""
+    from dop_search.benchmarking.comparison import environment
+    from dop_search.benchmarking.layer_times import grids
+    from dop_search.cost import LatencyTable
+    from dop_search.models.families import adapter_for
+
+    text, visual, lengths = grids(counts)
+    rising = np.tile(np.array(visual) / visual[-1], (len(text), 1))
+    empty = np.zeros((*rising.shape, 0))
+    adapter = adapter_for(model)
+    return LatencyTable(
+        environment=environment(model, adapter, options["clock"]),
+        num_layers=adapter.dims.num_layers,
+        text=text,
+        visual=visual,
+        shares=(),
+        keys_ms=1.0 + rising,
+        queries_ms=rising,
+        mlp_ms=rising,
+        queries_part_ms=empty,
+        mlp_part_ms=empty,
+        lengths=lengths,
+        fixed_ms=np.full(len(lengths), 0.5),
+        full_ms=np.full(len(lengths), 4.0 * adapter.dims.num_layers),
+    )
+
+
+def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp_path, monkeypatch):
+    from dop_search.benchmarking import layer_times
+
+    calls = []
+    monkeypatch.setattr(
+        layer_times,
+        "measure_table",
+        lambda model, counts, **rest: calls.append(1) or made_up_table(model, counts, **rest),
+    )
+    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}}
+    config = small(tmp_path, budget=[{"latency_ratio": 0.6}, {"latency_ms": 24.0}], **changes)
+    record = run(config, tmp_path / "out", SilentProgress())
+    for result in record.results:
+        depths = {name: values[0] for name, values in result.strategy.depths().items()}
+        visual = result.strategy.num_kept(256) / 256
+        expected_ms = 0.5 + 12 + visual * sum(depths.values())
+        assert result.latency_ms == pytest.approx(expected_ms, abs=0.2)  # the grid's tokens are rounded
+        assert result.latency_ratio == pytest.approx(result.latency_ms / 48)
+        assert result.uniform is None or result.uniform.latency_ratio <= 0.6
+        assert 0 < result.flops_ratio < 1
+    assert record.results[0].latency_ratio <= 0.6
+    assert record.results[1].latency_ms <= 24.0
+    assert record.results[0].budget_text == "time 0.6"
+    assert Record.load(tmp_path / "out") == record
+    again = run(config, tmp_path / "again", SilentProgress())
+    assert [result.strategy for result in again.results] == [result.strategy for result in record.results]
+    assert len(calls) == 1

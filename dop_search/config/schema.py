@@ -112,8 +112,12 @@ class BudgetConfig(Section):
     """Absolute prefill FLOPs per sample (1 MAC = 2 FLOPs)."""
     kv_bytes: Annotated[float, Field(gt=0.0)] | None = None
     """Absolute bytes of the KV cache per sample."""
+    latency_ratio: float | None = None
+    """Share of the full model's prefill time on this device, in (0, 1]; a table of layer times is measured first."""
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute prefill milliseconds per sample on this device."""
 
-    @field_validator("flops_ratio", "kv_ratio")
+    @field_validator("flops_ratio", "kv_ratio", "latency_ratio")
     @classmethod
     def _is_ratio(cls, value: float | None) -> float | None:
         if value is not None and not 0.0 < value <= 1.0:
@@ -126,7 +130,7 @@ class BudgetConfig(Section):
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             raise ValueError(
-                f"a budget needs exactly one of flops_ratio, kv_ratio, flops, kv_bytes, but got {given or 'none'}"
+                f"a budget needs exactly one of {', '.join(type(self).model_fields)}, but got {given or 'none'}"
             )
         return self
 
@@ -134,6 +138,11 @@ class BudgetConfig(Section):
     def name(self) -> str:
         """The cost that is limited."""
         return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether it needs layer times of this device."""
+        return self.name.startswith("latency")
 
     @property
     def value(self) -> float:
@@ -232,7 +241,8 @@ class SearchConfig(Section):
         BudgetConfig(flops_ratio=0.3),
         BudgetConfig(flops_ratio=0.15),
     )
-    """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` limits another cost; a list searches each."""
+    """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` or ``{latency_ratio: 0.3}`` limits another cost; a list searches
+    each."""
     search: SolverConfig = AdditiveExactConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()

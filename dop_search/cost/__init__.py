@@ -1,10 +1,11 @@
-"""What strategies cost: FLOPs, KV-cache bytes, budgets. Numbers only, no torch."""
+"""What strategies cost: FLOPs, KV-cache bytes, measured latency, budgets. Numbers only, no torch."""
 
 from dop_search.cost.budget import Budget
 from dop_search.cost.conventions import CONVENTIONS, Convention, convention
 from dop_search.cost.flops import CostCoefficients, full_flops, layer_counts, layer_flops, strategy_flops
 from dop_search.cost.kv_cache import full_kv_bytes, strategy_kv_bytes
-from dop_search.cost.model import CostKind, CostModel, TokenMoments
+from dop_search.cost.latency import LatencyTable
+from dop_search.cost.model import CostKind, CostModel, GroupPrices
 
 __all__ = [
     "CONVENTIONS",
@@ -13,7 +14,8 @@ __all__ = [
     "CostCoefficients",
     "CostKind",
     "CostModel",
-    "TokenMoments",
+    "GroupPrices",
+    "LatencyTable",
     "convention",
     "full_flops",
     "full_kv_bytes",

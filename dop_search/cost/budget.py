@@ -8,6 +8,17 @@ from dataclasses import dataclass, fields
 from dop_search.cost.model import CostKind, CostModel
 from dop_search.errors import BudgetError
 
+_KINDS: dict[str, CostKind] = {
+    "flops_ratio": "flops",
+    "kv_ratio": "kv_cache",
+    "flops": "flops",
+    "kv_bytes": "kv_cache",
+    "latency_ratio": "latency",
+    "latency_ms": "latency",
+}
+_PER_UNIT = {"latency_ms": 1e6}
+"""The cost model's units (here nanoseconds) in one unit of the budget, where they differ."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -18,6 +29,8 @@ class Budget:
         kv_ratio: bytes of the KV cache relative to the full model, in (0, 1].
         flops: FLOPs per sample, mean over the validation set (1 MAC = 2 FLOPs, text included).
         kv_bytes: bytes of the KV cache per sample, mean over the validation set.
+        latency_ratio: predicted prefill time relative to the full model, in (0, 1]; needs a measured table.
+        latency_ms: predicted prefill milliseconds per sample, mean over the validation set; needs a measured table.
 
     Raises:
         BudgetError: if not exactly one is given, or it is out of range.
@@ -27,6 +40,8 @@ class Budget:
     kv_ratio: float | None = None
     flops: float | None = None
     kv_bytes: float | None = None
+    latency_ratio: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         given = [item.name for item in fields(self) if getattr(self, item.name) is not None]
@@ -60,7 +75,7 @@ class Budget:
     @property
     def kind(self) -> CostKind:
         """The cost model that the limit is about."""
-        return "flops" if self.name in ("flops", "flops_ratio") else "kv_cache"
+        return _KINDS[self.name]
 
     def resolve(self, cost_model: CostModel) -> float:
         """The limit as a ratio of the full model's cost, in (0, 1].
@@ -74,17 +89,19 @@ class Budget:
             )
         if self.is_ratio:
             return self.value
-        ratio = self.value / cost_model.full
+        full = cost_model.full / _PER_UNIT.get(self.name, 1.0)
+        ratio = self.value / full
         if ratio > 1.0:
+            unit = self.name.split("_")[-1] if self.name in _PER_UNIT else cost_model.unit
             raise BudgetError(
-                f"`{self.name}` must not exceed the full model's {cost_model.full:.6g} {cost_model.unit} per "
+                f"`{self.name}` must not exceed the full model's {full:.6g} {unit} per "
                 f"sample, but got ({self.name}={self.value:.6g}); a budget above that asks for no pruning"
             )
         return ratio
 
     def infeasible(self, cost_model: CostModel, smallest_ratio: float) -> BudgetError:
         """The error for a limit below ``smallest_ratio``, naming the smallest feasible value in its own unit."""
-        scale = 1.0 if self.is_ratio else cost_model.full
+        scale = 1.0 if self.is_ratio else cost_model.full / _PER_UNIT.get(self.name, 1.0)
         smallest, floor = smallest_ratio * scale, cost_model.floor_ratio * scale
         return BudgetError(
             f"no strategy of this space fits ({self.name}={self.value:.6g}): the smallest feasible value is "

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dop_search.cost.prices import Counts, IntArray
 from dop_search.errors import StrategyError
 from dop_search.operations import MODULES, ModelDims, Module, TokenCounts
 from dop_search.strategy import Strategy
 
-IntArray = NDArray[np.int64]
 Count = TypeVar("Count", int, NDArray[Any])
 
 
@@ -41,6 +41,24 @@ class CostCoefficients:
         """Cost of a layer in which so many tokens (text included) run each module."""
         cost: Count = self.q * n_q + self.kv * n_kv + self.score * (n_q * n_kv) + self.mlp * n_mlp
         return cost
+
+    # The interface `LayerPrices`: one layer is the same sum, apart by module; nothing is paid beside the layers.
+
+    def attention(self, text: Counts, queries: Counts, keys: Counts) -> IntArray:
+        """See :class:`dop_search.cost.prices.LayerPrices`."""
+        return np.asarray(self.q * queries + self.kv * keys + self.score * (queries * keys))
+
+    def mlp_price(self, text: Counts, keys: Counts, mlps: Counts) -> IntArray:
+        """See :class:`dop_search.cost.prices.LayerPrices`."""
+        return np.asarray(self.mlp * mlps)
+
+    def fixed(self, total: Counts) -> IntArray:
+        """See :class:`dop_search.cost.prices.LayerPrices`."""
+        return np.zeros_like(total)
+
+    def full(self, total: Counts, num_layers: int) -> IntArray:
+        """See :class:`dop_search.cost.prices.LayerPrices`."""
+        return np.asarray(num_layers * self.layer_cost(total, total, total))
 
 
 def flops_coefficients(dims: ModelDims) -> CostCoefficients:

@@ -5,37 +5,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from dop_search.cost.flops import CostCoefficients, IntArray, check_num_layers, flops_coefficients
+from dop_search.cost.flops import check_num_layers, flops_coefficients
 from dop_search.cost.kv_cache import kv_cache_coefficients
+from dop_search.cost.latency import LatencyTable
+from dop_search.cost.prices import IntArray, LayerPrices
 from dop_search.errors import ConfigError, DataError
 from dop_search.operations import MODULES, ModelDims, Module, TokenCounts, TokenGroup, group_sizes
 from dop_search.strategy import Strategy
 
-CostKind = Literal["flops", "kv_cache"]
+CostKind = Literal["flops", "kv_cache", "latency"]
+_UNITS: dict[CostKind, str] = {"flops": "FLOPs", "kv_cache": "bytes", "latency": "ns"}
 
 
 @dataclass(frozen=True)
-class TokenMoments:
-    """Sums over samples that the cost of every strategy with these token groups depends on.
+class GroupPrices:
+    """Prices summed over samples, for ``P`` numbers of visual tokens and every set of the ``G`` token groups.
 
-    With ``k_g`` the tokens of group ``g`` and ``t`` the text tokens of a sample, for ``P`` numbers of visual
-    tokens and ``G`` groups, all integers:
+    A set of groups is a bit mask: bit ``g`` says that group ``g`` takes part. Depth-wise policies meet few sets, so a
+    layer's price is looked up, whatever function of the token counts it is.
 
     Attributes:
-        tokens: ``sum k_g``, shape ``[P, G]``.
-        text_pairs: ``sum t * k_g``, shape ``[P, G]``.
-        unread_pairs: ``sum (text positions that are not read) * k_g``, shape ``[P, G]``.
-        pairs: ``sum k_g * k_h``, shape ``[P, G, G]``.
+        attention: ``[P, 2**G of the queries, 2**G of the keys]``.
+        mlp: ``[P, 2**G of the MLP, 2**G of the keys]``.
+        last: ``[P, 2**G of the keys]``: the last layer, in which only text tokens that are read issue queries.
+        fixed: price of the forwards beside their layers.
     """
 
-    tokens: IntArray
-    text_pairs: IntArray
-    unread_pairs: IntArray
-    pairs: IntArray
+    attention: IntArray
+    mlp: IntArray
+    last: IntArray
+    fixed: int
 
 
 class CostModel:
@@ -44,13 +47,15 @@ class CostModel:
     Args:
         dims: sizes of the decoder.
         counts: text and visual tokens of each validation sample.
-        kind: ``"flops"`` (prefill) or ``"kv_cache"`` (bytes after prefill).
+        kind: ``"flops"`` (prefill), ``"kv_cache"`` (bytes after prefill) or ``"latency"`` (of prefill, by a table).
         bytes_per_element: of the cache; only for ``"kv_cache"``.
         last_layer_read_tokens: text positions whose logits are read, see :func:`layer_counts`; the full
             model, the denominator, always runs everything. Only for ``"flops"``.
+        latency: the measured table; only for ``"latency"``.
 
     Raises:
         DataError: if ``counts`` is empty.
+        ConfigError: if the latency table is missing, of other sizes, or does not cover the samples.
     """
 
     def __init__(
@@ -60,17 +65,15 @@ class CostModel:
         kind: CostKind = "flops",
         bytes_per_element: int = 2,
         last_layer_read_tokens: int | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         if not counts:
             raise DataError("a cost model needs the token counts of at least one sample, but got none")
-        if kind == "flops":
-            self.coefficients: CostCoefficients = flops_coefficients(dims)
-        elif kind == "kv_cache":
-            self.coefficients = kv_cache_coefficients(dims, bytes_per_element)
-        else:
-            raise ConfigError(f"`kind` must be 'flops' or 'kv_cache', but got {kind!r}")
         self.dims = dims
         self.kind: CostKind = kind
+        self.prices: LayerPrices = _prices(kind, dims, counts, bytes_per_element, latency)
+        if kind == "latency" and last_layer_read_tokens is not None:
+            raise ConfigError("`last_layer_read_tokens` is for FLOPs; a latency table says what was measured")
         self.num_samples = len(counts)
         unique = Counter(counts)
         self._weight = np.array(list(unique.values()), dtype=np.int64)
@@ -79,13 +82,14 @@ class CostModel:
         read = self._text if last_layer_read_tokens is None else np.minimum(self._text, last_layer_read_tokens)
         self._unread = self._text - read
         tokens = self._text + self._visual
-        self.full_total = self._sum(dims.num_layers * self.coefficients.layer_cost(tokens, tokens, tokens))
+        self.full_total = self._sum(self.prices.full(tokens, dims.num_layers))
+        self._fixed_total = self._sum(self.prices.fixed(tokens))
         assert self.full_total < 2**62, "the sum over samples must fit 64-bit integers"
 
     @property
     def unit(self) -> str:
         """Unit of :attr:`full` and :meth:`absolute`."""
-        return {"flops": "FLOPs", "kv_cache": "bytes"}[self.kind]
+        return _UNITS[self.kind]
 
     @property
     def max_visual_tokens(self) -> int:
@@ -100,9 +104,7 @@ class CostModel:
     @property
     def floor_total(self) -> int:
         """Cost of the text tokens alone, summed over samples: no strategy on visual tokens goes below it."""
-        per_layer = self.coefficients.layer_cost(self._text, self._text, self._text)
-        saved = self._unread * (self.coefficients.q + self.coefficients.mlp + self.coefficients.score * self._text)
-        return self._sum(self.dims.num_layers * per_layer - saved)
+        return self.total(Strategy.depthwise(self.dims.num_layers, 0, 0, 0))
 
     @property
     def floor_ratio(self) -> float:
@@ -120,11 +122,13 @@ class CostModel:
         sizes = {int(v): group_sizes(groups, strategy.num_kept(int(v))) for v in np.unique(self._visual)}
         kept = np.array([sizes[int(v)] for v in self._visual], dtype=np.int64)  # [unique samples, G]
         runs = strategy.canonical().to_array().astype(np.int64)
-        tokens = {m: self._text[:, None] + kept @ runs[:, :, i] for i, m in enumerate(MODULES)}
+        text = self._text[:, None]
+        tokens = {m: text + kept @ runs[:, :, i] for i, m in enumerate(MODULES)}
         for module in (Module.Q, Module.MLP):
             tokens[module][:, -1] -= self._unread
-        cost = self.coefficients.layer_cost(tokens[Module.Q], tokens[Module.KV], tokens[Module.MLP])
-        return self._sum(cost.sum(axis=1))
+        cost = self.prices.attention(text, tokens[Module.Q], tokens[Module.KV])
+        cost = cost + self.prices.mlp_price(text, tokens[Module.KV], tokens[Module.MLP])
+        return self._sum(cost.sum(axis=1)) + self._fixed_total
 
     def absolute(self, strategy: Strategy) -> float:
         """Cost of ``strategy``, mean per sample, in :attr:`unit`."""
@@ -134,21 +138,47 @@ class CostModel:
         """Cost of ``strategy`` over all samples divided by that of the full model."""
         return self.total(strategy) / self.full_total
 
-    def moments(self, num_visual_tokens: Sequence[int], shares: Sequence[float]) -> TokenMoments:
-        """The sums over samples for each number of visual tokens, for token groups of these shares."""
+    def group_prices(self, num_visual_tokens: Sequence[int], shares: Sequence[float]) -> GroupPrices:
+        """Prices of every set of token groups of these shares, for each number of visual tokens."""
         groups = tuple(TokenGroup(share) for share in shares)
         table = np.array([group_sizes(groups, n) for n in range(self.max_visual_tokens + 1)], dtype=np.int64)
         limits = np.asarray(num_visual_tokens, dtype=np.int64)
-        shape = (len(limits), len(groups))
-        tokens, text_pairs, unread_pairs = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        pairs = np.zeros((*shape, len(groups)), dtype=np.int64)
+        member = (np.arange(2 ** len(groups))[:, None] >> np.arange(len(groups))) & 1  # [2**G, G]
+        shape = (len(limits), len(member), len(member))
+        attention, mlp = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        last = np.zeros(shape[:2], dtype=np.int64)
         for weight, text, unread, visual in zip(self._weight, self._text, self._unread, self._visual, strict=True):
-            kept = table[np.minimum(limits, visual)]
-            tokens += weight * kept
-            text_pairs += weight * text * kept
-            unread_pairs += weight * unread * kept
-            pairs += weight * kept[:, :, None] * kept[:, None, :]
-        return TokenMoments(tokens, text_pairs, unread_pairs, pairs)
+            tokens = text + table[np.minimum(limits, visual)] @ member.T  # [P, 2**G]
+            inner, keys = tokens[:, :, None], tokens[:, None, :]
+            attention += weight * self.prices.attention(text, inner, keys)
+            mlp += weight * self.prices.mlp_price(text, keys, inner)
+            readers = text - unread
+            last += weight * (
+                self.prices.attention(text, readers, tokens) + self.prices.mlp_price(text, tokens, readers)
+            )
+        return GroupPrices(attention, mlp, last, self._fixed_total)
 
     def _sum(self, per_sample: IntArray) -> int:
         return int((self._weight * per_sample).sum())
+
+
+def _prices(
+    kind: CostKind,
+    dims: ModelDims,
+    counts: Sequence[TokenCounts],
+    bytes_per_element: int,
+    latency: LatencyTable | None,
+) -> LayerPrices:
+    if kind == "flops":
+        return flops_coefficients(dims)
+    if kind == "kv_cache":
+        return kv_cache_coefficients(dims, bytes_per_element)
+    if kind != "latency":
+        raise ConfigError(f"`kind` must be one of {', '.join(get_args(CostKind))}, but got {kind!r}")
+    if latency is None:
+        raise ConfigError(
+            "a latency budget needs a table of what was measured on this device: "
+            "`dop_search.benchmarking.layer_times.measure_table(model, counts)`"
+        )
+    latency.check_covers(dims, counts)
+    return latency

@@ -77,9 +77,8 @@ def best_candidates(problem: Problem, budget: Budget, k: int = 16, mode: Candida
     enumeration = Enumeration(problem.need_surrogate("rerank"), problem.cost_model)
     full_total = problem.cost_model.full_total
     limit = _largest_cost(budget.resolve(problem.cost_model), full_total)
-    cheapest = int(enumeration.ideal_cost.min())
-    if cheapest > limit:
-        raise budget.infeasible(problem.cost_model, cheapest / full_total)
+    if int(enumeration.ideal_cost.min()) > limit:
+        raise budget.infeasible(problem.cost_model, _smallest_cost(enumeration) / full_total)
     cells = _cells(enumeration) if mode == "slices" else None
     order = np.argsort(enumeration.ideal_divergence, kind="stable")
     threshold = np.inf
@@ -90,10 +89,34 @@ def best_candidates(problem: Problem, budget: Budget, k: int = 16, mode: Candida
     collector = _BestCollector(k, limit, len(enumeration.inner), cells, threshold)
     enumeration.run(order, collector)
     best = collector.best
+    if len(best) == 0:  # the bound of some slice fits, but nothing in it does
+        raise budget.infeasible(problem.cost_model, _smallest_cost(enumeration) / full_total)
     return [
         Candidate(as_assignment(problem.space, row), float(cost / full_total), float(divergence))
         for row, cost, divergence in zip(enumeration.indices(best), best.cost, best.divergence, strict=True)
     ]
+
+
+class _CheapestCollector:
+    """Keeps the least cost."""
+
+    within_slice_dominance = True
+
+    def __init__(self) -> None:
+        self.cost = int(np.iinfo(np.int64).max)
+
+    def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
+        return np.asarray(cost < self.cost)
+
+    def add(self, batch: Batch) -> None:
+        self.cost = min(self.cost, int(batch.cost.min(initial=self.cost)))
+
+
+def _smallest_cost(enumeration: Enumeration) -> int:
+    """The cost of the cheapest assignment, exact whatever the prices are."""
+    collector = _CheapestCollector()
+    enumeration.run(np.argsort(enumeration.ideal_cost, kind="stable"), collector)
+    return collector.cost
 
 
 def _largest_cost(ratio: float, full_total: int) -> int:

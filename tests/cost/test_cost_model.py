@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dop_search.cost import Budget, CostModel, full_flops, full_kv_bytes, strategy_flops, strategy_kv_bytes
+from dop_search.cost import (
+    Budget,
+    CostModel,
+    full_flops,
+    full_kv_bytes,
+    layer_flops,
+    strategy_flops,
+    strategy_kv_bytes,
+)
 from dop_search.errors import BudgetError, ConfigError, DataError, StrategyError
 from dop_search.operations import ModelDims, TokenCounts, TokenGroup, group_sizes
 from dop_search.strategy import Strategy
@@ -47,17 +56,27 @@ def test_floor_is_the_cost_without_visual_tokens(kind: str, read: int | None) ->
     assert model.floor_total == model.total(Strategy.depthwise(5, 5, 0, 5))
 
 
-def test_moments_are_sums_over_samples() -> None:
-    model = CostModel(DIMS, COUNTS, last_layer_read_tokens=4)
-    moments = model.moments([0, 5, 13, 16], (0.3, 0.7))
+def test_group_prices_are_sums_over_samples() -> None:
+    """Looked up by sets of groups, a layer costs what it costs with that many tokens, sample by sample."""
+    read = 4
+    model = CostModel(DIMS, COUNTS, last_layer_read_tokens=read)
+    limits = [0, 5, 13, 16]
+    prices = model.group_prices(limits, (0.3, 0.7))
     groups = (TokenGroup(0.3), TokenGroup(0.7))
-    for row, limit in enumerate([0, 5, 13, 16]):
-        sizes = np.array([group_sizes(groups, min(limit, c.visual)) for c in COUNTS])
-        text = np.array([c.text for c in COUNTS])
-        assert (moments.tokens[row] == sizes.sum(axis=0)).all()
-        assert (moments.text_pairs[row] == text @ sizes).all()
-        assert (moments.unread_pairs[row] == np.maximum(text - 4, 0) @ sizes).all()
-        assert (moments.pairs[row] == sizes.T @ sizes).all()
+    for row, limit in enumerate(limits):
+        for queries, keys, mlps in itertools.product(range(4), repeat=3):
+            expected = last = 0
+            for sample in COUNTS:
+                sizes = group_sizes(groups, min(limit, sample.visual))
+                n = [
+                    sample.text + sum(k for g, k in enumerate(sizes) if bits >> g & 1) for bits in (queries, keys, mlps)
+                ]
+                expected += layer_flops(DIMS, *n)
+                readers = min(read, sample.text)
+                last += layer_flops(DIMS, readers, n[1], readers)
+            assert prices.attention[row, queries, keys] + prices.mlp[row, mlps, keys] == expected
+            assert prices.last[row, keys] == last
+    assert prices.fixed == 0
 
 
 def test_bad_input_is_refused() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from dop_search.cost import CostModel
+from dop_search.cost import CostModel, LatencyTable
 from dop_search.operations import ModelDims, TokenCounts
 from dop_search.search import EvaluationStore, Evaluator, Problem, Space, Surrogate
 from dop_search.strategy import Strategy
@@ -41,6 +41,30 @@ def random_curves(space: Space, rng: np.random.Generator, monotone: bool) -> dic
     return curves
 
 
+def random_table(num_layers: int, counts: Sequence[TokenCounts], rng: np.random.Generator) -> LatencyTable:
+    """Made-up layer times. Giving queries to part of the tokens may take longer than giving them to all."""
+    text = sorted({min(c.text for c in counts), max(c.text for c in counts)})
+    visual = [0, *sorted({max(1, max(c.visual for c in counts) // 2), max(c.visual for c in counts)})]
+    lengths = sorted({min(c.total for c in counts), max(c.total for c in counts)})
+    shares = (0.3, 0.6)[: int(rng.integers(0, 3))]
+    grid = (len(text), len(visual))
+    return LatencyTable(
+        environment={},
+        num_layers=num_layers,
+        text=tuple(text),
+        visual=tuple(visual),
+        shares=shares,
+        keys_ms=rng.random(grid),
+        queries_ms=rng.random(grid) * [0, *[2] * (len(visual) - 1)],
+        mlp_ms=rng.random(grid) * [0, *[2] * (len(visual) - 1)],
+        queries_part_ms=4 * rng.random((*grid, len(shares))),
+        mlp_part_ms=4 * rng.random((*grid, len(shares))),
+        lengths=tuple(lengths),
+        fixed_ms=rng.random(len(lengths)),
+        full_ms=np.full(len(lengths), 10.0 * num_layers + 1),
+    )
+
+
 @st.composite
 def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
     kind = draw(st.sampled_from(KINDS))
@@ -65,8 +89,11 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
         name = max(space.names, key=lambda n: len(space.parameter(n).levels))
         levels = space.parameter(name).levels
         space = space.with_levels({name: rng.choice(levels[:-1], len(levels) - 2, replace=False).tolist()})
-    cost_kind = draw(st.sampled_from(["flops", "flops", "kv_cache"]))
-    model = CostModel(dims, counts, kind=cost_kind, last_layer_read_tokens=draw(st.none() | st.integers(1, 6)))
+    cost_kind = draw(st.sampled_from(["flops", "latency", "latency", "kv_cache"]))
+    if cost_kind == "latency":
+        model = CostModel(dims, counts, "latency", latency=random_table(num_layers, counts, rng))
+    else:
+        model = CostModel(dims, counts, kind=cost_kind, last_layer_read_tokens=draw(st.none() | st.integers(1, 6)))
     return Problem(space, model, Surrogate(space, random_curves(space, rng, monotone=draw(st.booleans()))))
 
 

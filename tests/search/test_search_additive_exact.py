@@ -16,7 +16,9 @@ from dop_search.search import Problem, Surrogate, best_candidates, pareto_front,
 
 
 def budget_for(problem: Problem, ratio: float) -> Budget:
-    return Budget(flops_ratio=ratio) if problem.cost_model.kind == "flops" else Budget(kv_ratio=ratio)
+    return Budget(
+        **{{"flops": "flops_ratio", "kv_cache": "kv_ratio"}.get(problem.cost_model.kind, "latency_ratio"): ratio}
+    )
 
 
 @settings(max_examples=60, deadline=None)

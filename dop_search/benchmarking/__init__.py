@@ -1,0 +1,1 @@
+"""Measured time and memory of pruned models: ``dop-bench`` and latency tables. Needs torch and transformers only."""
