@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from dop_search.data.sources import DatasetSource, TaskSource
+
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
 
@@ -42,13 +44,19 @@ class ModelConfig(Section):
         return self
 
 
+SourceConfig = Annotated[TaskSource | DatasetSource, Field(discriminator="kind")]
+"""Where samples come from; the key ``kind`` says which."""
+
+
 class DataConfig(Section):
     """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
 
     name: str = Field(default="pocket", min_length=1)
-    """``pocket`` (rendered by this project) or ``jsonl`` (a file of your own)."""
+    """``pocket`` (rendered by this project), ``jsonl`` (a file of your own), or any name with ``sources``."""
     path: str | None = None
     """The file of ``name=jsonl``."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
     num_samples: PositiveInt = 96
     """Samples of the search set: curves and re-ranking see only these."""
     num_heldout: PositiveInt = 192
@@ -68,6 +76,8 @@ class DataConfig(Section):
     def _file_given(self) -> DataConfig:
         if self.name == "jsonl" and self.path is None:
             raise ValueError("`name=jsonl` needs a file; set data.path=FILE.jsonl")
+        if self.sources and self.name in ("pocket", "jsonl"):
+            raise ValueError(f"`sources` need a `name` of their own, but got (name={self.name!r}); set data.name=MINE")
         return self
 
 
