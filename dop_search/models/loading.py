@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
-from dop_search.network import hub_is_reachable
+from dop_search.network import hub_is_reachable as hub_is_reachable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
