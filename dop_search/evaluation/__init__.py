@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         relative,
         relative_mean,
     )
+    from dop_search.evaluation.suite_scores import score_suite
+    from dop_search.evaluation.suites import Benchmark, Suite, load_suite, make_suite
 
 _PUBLIC = {
     "answer_questions": "dop_search.evaluation.accuracy",
@@ -25,17 +27,27 @@ _PUBLIC = {
     "difference_ci95": "dop_search.evaluation.scores",
     "relative": "dop_search.evaluation.scores",
     "relative_mean": "dop_search.evaluation.scores",
+    "score_suite": "dop_search.evaluation.suite_scores",
+    "Benchmark": "dop_search.evaluation.suites",
+    "Suite": "dop_search.evaluation.suites",
+    "load_suite": "dop_search.evaluation.suites",
+    "make_suite": "dop_search.evaluation.suites",
 }
 
 __all__ = [
+    "Benchmark",
     "BenchmarkScore",
     "SampleScore",
+    "Suite",
     "SuiteScores",
     "answer_questions",
     "correct_answers",
     "difference_ci95",
+    "load_suite",
+    "make_suite",
     "relative",
     "relative_mean",
+    "score_suite",
 ]
 
 

@@ -184,8 +184,11 @@ def _mean_of_means(sums: FloatArray) -> FloatArray:
 
 
 def _all_right(samples: Sequence[SampleScore]) -> Units:
-    """MMBench's circular evaluation: a question counts if it is right under every rotation of its options."""
-    groups = _grouped(samples, lambda s: s.keys[0])
+    """MMBench's circular evaluation: a question counts if it is right under every rotation of its options.
+
+    Rotations have the question's index plus a multiple of a million.
+    """
+    groups = _grouped(samples, lambda s: str(int(s.keys[0]) % 1_000_000))
     return _units(list(groups), [(min(m.value for m in members), 1.0) for members in groups.values()])
 
 

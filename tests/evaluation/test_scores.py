@@ -62,7 +62,7 @@ def test_mme_adds_accuracy_and_pair_accuracy_per_category():
 
 
 def test_circular_counts_a_question_once_and_only_if_every_rotation_is_right():
-    keys = [("1",), ("2",), ("1",), ("3",)]
+    keys = [("1",), ("2",), ("2000001",), ("3",)]
     assert _score("circular", [1, 1, 0, 1], keys=keys).score == pytest.approx(100 * 2 / 3)
 
 
@@ -93,7 +93,7 @@ def _invented(aggregate, seed, num_units=60):
     truth = ["yes" if i % 3 else "no" for i in range(2 * num_units)]
     keys = {
         0: None,
-        1: [(f"c{i // 2 % 20}",) for i in range(2 * num_units)],
+        1: [(f"{i // 2 % 20}",) for i in range(2 * num_units)],
         2: [(f"c{i // 2 % 3}", f"q{i // 2}") for i in range(2 * num_units)],
         3: [(f"s{i // 6}", f"f{i % 3}", f"q{i % 2}") for i in range(2 * num_units)],
     }[AGGREGATES[aggregate].num_keys]
@@ -135,7 +135,9 @@ def _by_hand(pruned, full, rng):
             keys = sample.keys
             if side.aggregate == "mme":
                 keys = (keys[0], keys[1] + copy)
-            elif side.aggregate in ("circular", "hallusionbench"):
+            elif side.aggregate == "circular":
+                keys = (str(1000 * int(copy[1:]) + int(keys[0])),)
+            elif side.aggregate == "hallusionbench":
                 keys = (keys[0] + copy, *keys[1:])
             copies.append(dataclasses.replace(sample, doc_id=position, keys=keys))
         return make_aggregate(side.aggregate)(copies)
