@@ -14,7 +14,7 @@ from typing import Any
 from dop_search.errors import CacheError, DataError, DopError
 from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
-from dop_search.evaluation.lmms.tasks import keep_rows, load_task, scored_rows, task_name, write_tasks
+from dop_search.evaluation.lmms.tasks import keep_rows, load_task, scored_rows, task_manager, task_name, write_tasks
 from dop_search.evaluation.lmms.values import lmms_score, sample_scores
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
@@ -152,18 +152,20 @@ class _Run:
         with silenced(log):
             import lmms_eval.evaluator  # noqa: F401  (seconds, and some noise)
         tasks = write_tasks(self.suite, self.work_dir / "tasks", self.work_dir / "data", revisions)
+        with silenced(log):
+            manager = task_manager(tasks)
         without_network = self.suite.source == "hub" and not hub_is_reachable()
         for benchmark in benchmarks:
             with silenced(log) as before, offline(without_network):
-                score = self._score(benchmark, tasks, before)
+                score = self._score(benchmark, manager, before)
             yield benchmark, score
 
-    def _score(self, benchmark: Benchmark, tasks: Path, before: Silenced) -> BenchmarkScore:
+    def _score(self, benchmark: Benchmark, manager: Any, before: Silenced) -> BenchmarkScore:
         from lmms_eval.evaluator import simple_evaluate
 
         from dop_search.evaluation.lmms.model import DopLmms
 
-        task = load_task(self.suite, benchmark, tasks)
+        task = load_task(self.suite, benchmark, manager)
         split = task.config.test_split or task.config.validation_split
         rows = scored_rows(benchmark, task.eval_docs_no_media, self.suite.limit)
         keep_rows(task, split, rows)
@@ -180,6 +182,7 @@ class _Run:
                 results: Any = simple_evaluate(
                     model=model,
                     tasks=[task],
+                    task_manager=manager,
                     log_samples=True,
                     bootstrap_iters=0,
                     verbosity="ERROR",
@@ -194,7 +197,9 @@ class _Run:
             name = task_name(self.suite, benchmark)
             samples = sample_scores(self.suite, benchmark, task, results["samples"][name], rows)
         score = BenchmarkScore.of(benchmark.name, benchmark.unit, benchmark.aggregate, samples)
-        partial = self.suite.limit is not None and benchmark.aggregate == "category_mean"  # theirs counts absent ones as 0
+        partial = (
+            self.suite.limit is not None and benchmark.aggregate == "category_mean"
+        )  # theirs counts absent ones as 0
         theirs = None if partial else lmms_score(benchmark, results["results"][name], score.num_samples)
         if theirs is not None and not math.isclose(theirs, score.score, rel_tol=1e-6, abs_tol=_TOLERANCE):
             raise DopError(
@@ -202,4 +207,3 @@ class _Run:
                 f"{benchmark.aggregate!r}; `aggregate` or `value` in conf/benchmarks.yaml does not fit the task"
             )
         return score
-

@@ -169,7 +169,9 @@ def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
             },
         )
     except (TypeError, KeyError) as error:
-        raise ConfigError(f"benchmark {name!r} is malformed ({error}); see conf/benchmarks.yaml for its keys") from error
+        raise ConfigError(
+            f"benchmark {name!r} is malformed ({error}); see conf/benchmarks.yaml for its keys"
+        ) from error
     aggregate = make_aggregate(benchmark.aggregate)
     if aggregate.num_keys != len(benchmark.keys):
         raise ConfigError(

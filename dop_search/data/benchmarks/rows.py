@@ -51,9 +51,7 @@ def _image(scene: Scene) -> Image.Image:
     return Image.fromarray(draw_scene(scene))
 
 
-def _asked(
-    families: Sequence[str], convert: Callable[[int, RenderedQuestion], Row]
-) -> Callable[[int, int], list[Row]]:
+def _asked(families: Sequence[str], convert: Callable[[int, RenderedQuestion], Row]) -> Callable[[int, int], list[Row]]:
     """Rows of independent questions, families in turn."""
 
     def rows(num_rows: int, seed: int) -> list[Row]:
@@ -65,9 +63,7 @@ def _asked(
 
 def _vqav2(index: int, asked: RenderedQuestion) -> Row:
     answer = asked.question.answer
-    annotators = [
-        {"answer": answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, _NUM_ANNOTATORS + 1)
-    ]
+    annotators = [{"answer": answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, _NUM_ANNOTATORS + 1)]
     return {
         "question": asked.question.stem,
         "question_id": index,

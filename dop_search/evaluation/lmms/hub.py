@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dop_search.errors import ConfigError, DataError
 from dop_search.evaluation.suites import HubDataset, Suite
@@ -25,12 +26,14 @@ def check_suite(suite: Suite) -> None:
     for benchmark in suite.benchmarks:
         for program in benchmark.needs:
             if shutil.which(program) is None:
-                raise ConfigError(f"{benchmark.title} is scored by a tool that needs `{program}`, which is not installed")
+                raise ConfigError(
+                    f"{benchmark.title} is scored by a tool that needs `{program}`, which is not installed"
+                )
     judged = [benchmark.title for benchmark in suite.benchmarks if benchmark.judge]
     if suite.judge and judged and not os.environ.get("OPENAI_API_KEY"):
         raise ConfigError(
-            f"{', '.join(judged)} may ask a GPT judge, but OPENAI_API_KEY is not set; set it, or score without a judge: "
-            f"eval=dop13_static (or eval.judge=false)"
+            f"{', '.join(judged)} may ask a GPT judge, but OPENAI_API_KEY is not set; set it, or score without a "
+            "judge: eval=dop13_static (or eval.judge=false)"
         )
     if suite.source == "hub":
         missing = sorted({b.dataset.path for b in suite.benchmarks if _cached_commit(b.dataset) is None})
@@ -67,7 +70,7 @@ def _newest(dataset: HubDataset, reachable: bool) -> str:
 
 
 def _cached_commit(dataset: HubDataset) -> str | None:
-    """The commit that the hub's cache has of a data set: the pinned one, or what ``main`` was when it was last asked."""
+    """The commit of a data set in the hub's cache: the pinned one, or what ``main`` was when it was last asked."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.path.replace('/', '--')}"
@@ -83,7 +86,7 @@ def offline(wanted: bool) -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    modules = (datasets.config, constants)
+    modules: tuple[Any, ...] = (datasets.config, constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:
@@ -92,4 +95,3 @@ def offline(wanted: bool) -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
-

@@ -28,7 +28,7 @@ _NO_OPTIONS = frozenset({"until", "max_new_tokens", "max_length", "image_aspect_
 _SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 
 
-class DopLmms(lmms):
+class DopLmms(lmms):  # type: ignore[misc]
     """``lmms-eval --model dop --model_args pretrained=pocket,strategy=strategy.json,batch_size=16``.
 
     Args:

@@ -18,7 +18,7 @@ from dop_search.evaluation.lmms import gqa
 from dop_search.evaluation.suites import Benchmark, Suite
 from dop_search.files import write_text_atomic
 
-__all__ = ["load_task", "scored_rows", "task_name", "tasks_root", "write_tasks"]
+__all__ = ["keep_rows", "load_task", "scored_rows", "task_manager", "task_name", "tasks_root", "write_tasks"]
 
 _STATIC_METRICS = {
     "mmbench_en": {"gpt_eval_score": "dop_search.evaluation.lmms.values.static_mmbench_en"},
@@ -38,7 +38,7 @@ class _Function(str):
     """A YAML scalar with lmms-eval's tag ``!function``."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     pass
 
 
@@ -127,12 +127,18 @@ def _task(suite: Suite, benchmark: Benchmark, data_dir: Path, revisions: dict[st
     return task
 
 
-def load_task(suite: Suite, benchmark: Benchmark, folder: Path) -> Any:
-    """The lmms-eval task object of a benchmark, from what :func:`write_tasks` wrote; loaded afresh, since OCRBench keeps
-    its count in a global of the task's own module."""
+def task_manager(folder: Path) -> Any:
+    """lmms-eval's index of the tasks below ``folder`` alone; indexing its own takes ten seconds."""
     from lmms_eval.tasks import TaskManager
 
-    manager = TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name="dop")
+    return TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name="dop")
+
+
+def load_task(suite: Suite, benchmark: Benchmark, manager: Any) -> Any:
+    """The lmms-eval task object of a benchmark, from what :func:`write_tasks` wrote.
+
+    It is loaded afresh each time, since OCRBench keeps its count in a global of the task's own module.
+    """
     name = task_name(suite, benchmark)
     task = manager.load_task_or_group([name], "simple")[name]
     if suite.max_new_tokens is not None:
