@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from dop_search.errors import CacheError, DataError, DopError
+from dop_search.errors import CacheError
 from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
-from dop_search.evaluation.lmms.tasks import keep_rows, load_task, scored_rows, task_manager, task_name, write_tasks
-from dop_search.evaluation.lmms.values import lmms_score, sample_scores
+from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
 from dop_search.models.loading import LoadedModel, hub_is_reachable
@@ -25,9 +21,6 @@ __all__ = ["score_suite"]
 
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total) samples and the benchmark's title."""
-
-_TOLERANCE = 1e-3
-"""lmms-eval rounds some scores (HallusionBench: 4 decimals of a per cent; MMMU: 5 of a fraction)."""
 
 
 def score_suite(
@@ -161,49 +154,14 @@ class _Run:
             yield benchmark, score
 
     def _score(self, benchmark: Benchmark, manager: Any, before: Silenced) -> BenchmarkScore:
-        from lmms_eval.evaluator import simple_evaluate
-
         from dop_search.evaluation.lmms.model import DopLmms
+        from dop_search.evaluation.lmms.run import run_benchmark
 
-        task = load_task(self.suite, benchmark, manager)
-        split = task.config.test_split or task.config.validation_split
-        rows = scored_rows(benchmark, task.eval_docs_no_media, self.suite.limit)
-        keep_rows(task, split, rows)
         report = None
         if self.on_progress is not None:
             tell = before.aloud(self.on_progress)
-            tell(0, len(rows), benchmark.title)
             report = lambda done, total: tell(done, total, benchmark.title)  # noqa: E731
         model = DopLmms(
             loaded=self.loaded, strategy=self.strategy, batch_size=self.suite.batch_size, on_progress=report
         )
-        with tempfile.TemporaryDirectory(prefix="dop_search-") as scratch:
-            try:
-                results: Any = simple_evaluate(
-                    model=model,
-                    tasks=[task],
-                    task_manager=manager,
-                    log_samples=True,
-                    bootstrap_iters=0,
-                    verbosity="ERROR",
-                    random_seed=None,
-                    numpy_random_seed=None,
-                    torch_random_seed=None,
-                    cli_args=SimpleNamespace(output_path=scratch, process_with_media=False),
-                    process_docs_parallel=1,
-                )
-            except SystemExit as error:  # how lmms-eval's video tasks say that a file is missing
-                raise DataError(f"{benchmark.title}: {error}") from error
-            name = task_name(self.suite, benchmark)
-            samples = sample_scores(self.suite, benchmark, task, results["samples"][name], rows)
-        score = BenchmarkScore.of(benchmark.name, benchmark.unit, benchmark.aggregate, samples)
-        partial = (
-            self.suite.limit is not None and benchmark.aggregate == "category_mean"
-        )  # theirs counts absent ones as 0
-        theirs = None if partial else lmms_score(benchmark, results["results"][name], score.num_samples)
-        if theirs is not None and not math.isclose(theirs, score.score, rel_tol=1e-6, abs_tol=_TOLERANCE):
-            raise DopError(
-                f"{benchmark.title}: lmms-eval gives {theirs}, but its samples make {score.score} by "
-                f"{benchmark.aggregate!r}; `aggregate` or `value` in conf/benchmarks.yaml does not fit the task"
-            )
-        return score
+        return run_benchmark(model, self.suite, benchmark, manager)

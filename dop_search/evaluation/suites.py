@@ -59,7 +59,7 @@ class Suite:
         benchmarks: in the order of the tables.
         source: ``"hub"``, or ``"rendered"``: rows made by this project in the benchmarks' schemas.
         judge: whether a benchmark may ask its GPT judge.
-        limit: most samples per benchmark, spread evenly over it; ``None``: all.
+        limit: most samples per benchmark, drawn with a fixed seed; ``None``: all.
         batch_size: samples per generation call.
         max_new_tokens: longest answer instead of what each benchmark says.
     """

@@ -22,7 +22,7 @@ def benchmark_file(benchmark: str, folder: Path) -> Path:
     """
     path = folder / rendered_version() / f"{benchmark}.parquet"
     if not path.exists():
-        rows = benchmark_rows(benchmark)
+        rows = benchmark_rows(benchmark, NUM_ROWS)
         write_atomic(path, lambda temporary: _write(rows, temporary))
     return path
 

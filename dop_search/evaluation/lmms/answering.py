@@ -100,6 +100,8 @@ def answer_prompts(
     keys = lengths or [()] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (keys[index], index))
     answers: dict[int, str] = {}
+    if on_progress is not None:
+        on_progress(0, len(prompts))
     with fast_linear(loaded.model), pruned(loaded.model, strategy):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]

@@ -147,16 +147,18 @@ def load_task(suite: Suite, benchmark: Benchmark, manager: Any) -> Any:
 
 
 def scored_rows(benchmark: Benchmark, docs: Any, limit: int | None) -> list[int]:
-    """Indices of the rows to score: all, or about ``limit`` of them in whole units, spread evenly.
+    """Indices of the rows to score: all, or about ``limit`` of them in whole units, drawn with a fixed seed.
 
-    Units (MME's pairs, the rotations of a question, HallusionBench's sets) are kept whole; at least one is taken.
+    Units (MME's pairs, the rotations of a question, HallusionBench's sets) are kept whole; at least one is taken. A
+    lower limit takes some of the rows of a higher one. Not the first rows, nor every n-th: benchmarks are ordered by
+    category, and POPE's answers alternate.
     """
     if limit is None or limit >= len(docs):
         return list(range(len(docs)))
     units = _units(benchmark, docs)
     count = max(1, limit * len(units) // len(docs))
-    chosen = [units[index * len(units) // count] for index in range(count)]
-    return sorted(row for unit in chosen for row in unit)
+    order = np.random.default_rng(0).permutation(len(units))
+    return sorted(row for index in order[:count] for row in units[index])
 
 
 def _units(benchmark: Benchmark, docs: Any) -> list[list[int]]:
