@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dop_search.config import EvalRunConfig, config_dir, parse
+from dop_search.config import EvalRunConfig, config_dir, parse_as
 from dop_search.errors import DopError
 from dop_search.progress import default_progress
 
@@ -47,7 +47,7 @@ def run_evaluation(composed: DictConfig, run_dir: Path) -> None:
     Raises:
         DopError: for anything the user can mend.
     """
-    config = parse(composed, EvalRunConfig)
+    config = parse_as(composed, EvalRunConfig)
     from dop_search.tracking import check_tracking, ui_command
 
     check_tracking(config.tracking)

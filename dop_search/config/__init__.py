@@ -1,6 +1,6 @@
 """The configuration: a pydantic tree, and the only place that sees a Hydra ``DictConfig``. Imports no torch."""
 
-from dop_search.config.parse import CONFIG_NAME, config_dir, parse, parse_config
+from dop_search.config.parse import CONFIG_NAME, config_dir, parse_as, parse_config
 from dop_search.config.schema import (
     AdditiveExactConfig,
     AdditiveOptunaConfig,
@@ -35,6 +35,6 @@ __all__ = [
     "SpaceConfig",
     "TrackingConfig",
     "config_dir",
-    "parse",
+    "parse_as",
     "parse_config",
 ]

@@ -46,10 +46,10 @@ def parse_config(config: DictConfig) -> SearchConfig:
     Raises:
         ConfigError: listing every error with its dotted path, the value that was given and near names.
     """
-    return parse(config, SearchConfig)
+    return parse_as(config, SearchConfig)
 
 
-def parse(config: DictConfig, schema: type[Root]) -> Root:
+def parse_as(config: DictConfig, schema: type[Root]) -> Root:
     """Validate a composed configuration of any command, see :func:`parse_config`."""
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

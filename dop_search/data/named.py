@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from dop_search.data.sources import DatasetSource, ImageTable, Source, TaskSource
 from dop_search.errors import DataError
