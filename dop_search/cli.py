@@ -58,12 +58,17 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     check_tracking(config.tracking)
     from dop_search.pipeline import run
     from dop_search.report import summary
+    from dop_search.report.scores import score_summary
 
     record = run(config, run_dir, default_progress())
     console = Console()
     console.print()
     console.print(summary(record))
     console.print()
+    scores = score_summary(record)
+    if scores is not None:
+        console.print(scores)
+        console.print()
     lines = [f"Strategies, record, curves, plots: {os.path.relpath(run_dir)}"]
     lines.append(f"Report:   {os.path.relpath(run_dir / 'report.html')}")
     interface = ui_command(config.tracking)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +21,32 @@ from dop_search.config import SearchConfig
 from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
 from dop_search.cost import Budget, CostModel
 from dop_search.data.samples import ValidationSet
-from dop_search.data.validation import Split, validation_set
+from dop_search.data.validation import Split
 from dop_search.divergence import Teacher, make_teacher
-from dop_search.evaluation import answer_questions, correct_answers
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel, load
 from dop_search.profiling import Profile, evaluation_store, make_space, profile
 from dop_search.progress import Notify, Progress, watch
+from dop_search.provenance import model_info, provenance
 from dop_search.record import (
     CURVES_FILE,
     RECORD_FILE,
+    SAMPLES_FILE,
     Candidate,
     DataInfo,
-    ModelInfo,
     Named,
-    Provenance,
     Record,
     Result,
     UniformResult,
+    save_sample_ids,
 )
 from dop_search.report import write_report
+from dop_search.scoring import (
+    EVALUATION_FOLDER,
+    AccuracyJudge,
+    SuiteJudge,
+    open_suite,
+)
 from dop_search.search import (
     CurveGrid,
     EvaluationStore,
@@ -54,13 +57,13 @@ from dop_search.search import (
     solve,
     uniform_assignment,
 )
+from dop_search.search_data import data_sources, load_data, refuse_scored_data
 from dop_search.selectors import Selector, make_selector
 from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
 from dop_search.tracking import log_search
 
 MAX_FRONT_POINTS = 200
-PACKAGES = ("dop-search", "torch", "transformers", "optuna", "numpy")
 
 
 @dataclass
@@ -75,8 +78,9 @@ class SearchRun:
     profile: Profile
     heldout: EvaluationStore
     timings: dict[str, float]
-    correct: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per strategy key which test answers were right; the full model's under ``""``."""
+    accuracy: AccuracyJudge
+    search_id: str
+    """Ties strategies and tracked runs to this search."""
 
 
 def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
@@ -92,6 +96,8 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     started, start = datetime.now(UTC), time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    suite = open_suite(config.eval)
+    refuse_scored_data(config.data, suite)
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())
@@ -101,9 +107,18 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
         state.profile = _with_latency(state)
     with fast_linear(loaded.model):
         results = [_solve_budget(state, budget) for budget in config.budget]
+        judge = None
+        if suite is not None:
+            judge = SuiteJudge(loaded, suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
+            with stage(state.timings, "benchmarks"):
+                results = judge.judge(results, config.seed)
     record = _record(state, results, started, time.perf_counter() - start)
+    if judge is not None:
+        record = record.model_copy(update={"scores": judge.info()})
     run_dir.mkdir(parents=True, exist_ok=True)
     state.profile.curves.save(run_dir / CURVES_FILE)
+    ids = {str(split): data.ids for split, data in state.data.items()}
+    save_sample_ids(run_dir / SAMPLES_FILE, ids, record.data.fingerprints)
     for result in record.results:
         result.strategy.save(run_dir / f"strategy-{result.budget_text.replace(' ', '-')}.json")
     record.save(run_dir / RECORD_FILE)
@@ -124,7 +139,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
     cache = Path(config.cache_dir)
     selector = make_selector(config.selector.name, config.selector.options)
     with stage(timings, "data"), progress.task(f"data: {config.data.name}"):
-        data = _load_data(config)
+        data = load_data(config)
     teachers: dict[str, Teacher] = {}
     for split in ("search", "heldout"):
         with stage(timings, f"teacher_{split}"), watch(progress) as notify:
@@ -160,7 +175,11 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
         cache_dir=cache,
         hidden_states="recompute",
     )
-    return SearchRun(config, progress, loaded, data, selector, measured, heldout, timings)
+    test = data["test"].samples if "test" in data else ()
+    accuracy = AccuracyJudge(loaded, test, config.batch_size, config.data.max_new_tokens)
+    return SearchRun(
+        config, progress, loaded, data, selector, measured, heldout, timings, accuracy, search_id=uuid.uuid4().hex[:12]
+    )
 
 
 def _with_latency(state: SearchRun) -> Profile:
@@ -176,18 +195,6 @@ def _with_latency(state: SearchRun) -> Profile:
             state.loaded.model, state.profile.counts, cache, shares=shares, clock=clock, on_progress=notify
         )
     return replace(state.profile, latency=table)
-
-
-def _load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
-    sizes: dict[Split, int] = {"search": config.data.num_samples, "heldout": config.data.num_heldout}
-    if config.eval.name == "accuracy" and config.data.num_test:
-        sizes["test"] = config.data.num_test
-    return {
-        split: validation_set(
-            config.data.name, size, config.data.seed, split, path=config.data.path, families=config.data.families
-        )
-        for split, size in sizes.items()
-    }
 
 
 def _grid(config: SearchConfig) -> CurveGrid:
@@ -211,7 +218,7 @@ def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with stage(state.timings, "confirm"), watch(state.progress, f"budget {limit.name}={limit.value:g}: ") as notify:
         heldout = state.heldout.evaluate(strategies, on_progress=notify, what="held-out set")
-        correct = [_correct(state, strategy, notify) for strategy in (None, *strategies)]
+        correct = [state.accuracy.correct(strategy, notify) for strategy in (None, *strategies)]
     flops = CostModel(state.profile.dims, state.profile.counts, "flops")
     cache = CostModel(state.profile.dims, state.profile.counts, "kv_cache")
     latency = state.profile.latency
@@ -226,6 +233,8 @@ def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
             "budget": {limit.name: limit.value},
             "space": state.config.space.name,
             "solver": state.config.search.solver,
+            "search_id": state.search_id,
+            "flops_ratio": flops.ratio(best.strategy),
             "kl_search_nats": float(search[0].mean()),
             "kl_heldout_nats": float(heldout[0].mean()),
         },
@@ -312,26 +321,6 @@ def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:
     return None if assignment is None else problem.space.strategy(assignment)
 
 
-def _correct(state: SearchRun, strategy: Strategy | None, notify: Notify) -> np.ndarray | None:
-    """Which answers on the test set are right; remembered, since budgets share strategies."""
-    if "test" not in state.data:
-        return None
-    key = "" if strategy is None else strategy.key()
-    if key not in state.correct:
-        samples = state.data["test"].samples
-        what = "accuracy of the full model" if strategy is None else f"accuracy of {strategy.describe()}"
-        answers = answer_questions(
-            state.loaded,
-            samples,
-            strategy,
-            batch_size=state.config.batch_size,
-            max_new_tokens=state.config.data.max_new_tokens,
-            on_progress=partial(notify, what=what),
-        )
-        state.correct[key] = correct_answers(answers, samples)
-    return state.correct[key]
-
-
 def _mean(values: np.ndarray | None) -> float | None:
     return None if values is None else float(values.mean())
 
@@ -346,16 +335,10 @@ def _record(state: SearchRun, results: list[Result], started: datetime, seconds:
     store = state.profile.store
     assert store is not None
     return Record(
-        model=ModelInfo(
-            name=loaded.name,
-            fingerprint=loaded.adapter.fingerprint,
-            num_layers=state.profile.dims.num_layers,
+        model=model_info(
+            loaded,
             num_visual_tokens=float(np.mean([item.visual for item in counts])),
             num_text_tokens=float(np.mean([item.text for item in counts])),
-            num_parameters=loaded.model.num_parameters(),
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
-            device=str(loaded.adapter.device),
-            attn_implementation=loaded.adapter.text_config._attn_implementation,
         ),
         data=DataInfo(
             name=config.data.name,
@@ -366,6 +349,8 @@ def _record(state: SearchRun, results: list[Result], started: datetime, seconds:
             answers=config.data.answers,
             averaging=config.data.averaging,
             fingerprints={split: data.fingerprint for split, data in state.data.items()},
+            sources=[asdict(source) for source in data_sources(config.data)],
+            samples_file=SAMPLES_FILE,
         ),
         selector=Named(name=state.selector.name, options=config.selector.options),
         space=Named(name=config.space.name, options=config.space.model_dump(mode="json", exclude={"name"})),
@@ -377,14 +362,7 @@ def _record(state: SearchRun, results: list[Result], started: datetime, seconds:
         num_validation_runs=store.num_validation_runs,
         seconds=seconds,
         timings=state.timings,
-        provenance=Provenance(
-            started_at=started.isoformat(timespec="seconds"),
-            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            git_commit=git_commit(),
-            command=" ".join(["dop-search", *sys.argv[1:]]),
-            machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
-            config=config.model_dump(mode="json"),
-        ),
+        provenance=provenance("dop-search", started, config.model_dump(mode="json"), state.search_id),
     )
 
 
@@ -393,17 +371,6 @@ def _front_points(problem: Problem) -> list[tuple[float, float]]:
     front = pareto_front(problem)
     rows = np.unique(np.linspace(0, len(front) - 1, min(len(front), MAX_FRONT_POINTS)).round().astype(int))
     return [(float(front.cost_ratio[row]), float(front.divergence_nats[row])) for row in rows]
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree, if it is one."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
 
 
 # -- time and progress ----------------------------------------------------------------------------

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from dop_search.errors import CacheError
 from dop_search.files import write_text_atomic
@@ -18,6 +19,7 @@ from dop_search.strategy import Strategy
 SCHEMA_VERSION: Literal[1] = 1
 RECORD_FILE = "record.json"
 CURVES_FILE = "curves.parquet"
+SAMPLES_FILE = "samples.json"
 
 Interval = tuple[float, float]
 """A 95 % confidence interval ``(low, high)``, by bootstrap over samples."""
@@ -76,6 +78,10 @@ class DataInfo(Part):
     averaging: str = "per_sample"
     fingerprints: dict[str, str] = {}
     """Of the search, held-out and test set."""
+    sources: list[dict[str, Any]] = []
+    """Splits of benchmarks and data sets that the samples come from."""
+    samples_file: str | None = None
+    """File beside the record with the sample ids of every set, see :func:`save_sample_ids`."""
 
 
 class UniformResult(Part):
@@ -90,6 +96,50 @@ class UniformResult(Part):
     kl_search: float | None = None
     kl_additive: float | None = None
     latency_ratio: Ratio | None = None
+
+
+class ScoreComparison(Part):
+    """One benchmark under the full model, a strategy, and uniform reduction at the strategy's FLOPs."""
+
+    full: float
+    """In the benchmark's unit, as the other scores."""
+    pruned: float
+    uniform: float | None = None
+    ci95: Interval | None = None
+    """Of pruned minus full, by a bootstrap over samples that pairs the two."""
+    uniform_ci95: Interval | None = None
+    """Of pruned minus uniform; above zero: the found strategy is better."""
+    unit: str = "%"
+    num_samples: Count = 0
+
+    @property
+    def relative_pruned(self) -> float | None:
+        """Per cent of the full model's score that the strategy keeps; ``None`` if that is 0."""
+        return 100.0 * self.pruned / self.full if self.full else None
+
+    @property
+    def relative_uniform(self) -> float | None:
+        """The same for uniform reduction."""
+        return 100.0 * self.uniform / self.full if self.full and self.uniform is not None else None
+
+
+class RelativeMean(Part):
+    """Mean over benchmarks of the per cent of the full model's score: the literature's relative average."""
+
+    pruned: float | None
+    """``None`` if the full model scores 0 on a benchmark."""
+    uniform: float | None = None
+
+
+class SuiteInfo(Part):
+    """The benchmarks that were run."""
+
+    suite: str
+    limit: Count | None = None
+    """Most samples per benchmark."""
+    batch_size: Count | None = None
+    fingerprint: str | None = None
+    """Of the full model's scores."""
 
 
 class Candidate(Part):
@@ -131,6 +181,23 @@ class Result(Part):
     """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
     latency_ms: Annotated[float, Field(ge=0.0)] | None = None
     """Predicted prefill milliseconds, mean over the search set."""
+    scores: dict[str, ScoreComparison] = {}
+    """Benchmark → scores, where a suite ran (``eval=pocket13``, ``eval=dop13``, …)."""
+    relative_mean: RelativeMean | None = None
+
+    @property
+    def uniform_strategy(self) -> Strategy | None:
+        """The uniform reduction that this result is compared with."""
+        if self.uniform is None:
+            return None
+        found = self.strategy
+        return Strategy.full(
+            found.num_layers,
+            num_visual_tokens=self.uniform.num_visual_tokens,
+            selector=found.selector,
+            selector_options=found.selector_options,
+            model_fingerprint=found.model_fingerprint,
+        )
 
     @property
     def budget_text(self) -> str:
@@ -160,6 +227,8 @@ class Provenance(Part):
     command: str | None = None
     machine: str | None = None
     config: dict[str, Any] = {}
+    search_id: str | None = None
+    """Also in the provenance of the strategies and on the tracked runs, so that later runs find the search."""
 
 
 class Record(Part):
@@ -187,8 +256,8 @@ class Record(Part):
     seconds: Seconds = 0.0
     timings: dict[str, Seconds] = {}
     """Seconds per stage."""
-    scores: dict[str, Any] = {}
-    """Benchmark scores, where a suite ran."""
+    scores: Annotated[SuiteInfo | None, BeforeValidator(lambda value: value or None)] = None
+    """The benchmarks behind the results' scores; ``None`` if no suite ran."""
     provenance: Provenance | None = None
 
     def all_candidates(self) -> list[Candidate]:
@@ -232,3 +301,9 @@ class Record(Part):
                 f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)
             ]
             raise CacheError("\n  ".join([f"{str(file)!r} is not a record:", *lines])) from error
+
+
+def save_sample_ids(path: Path, ids: Mapping[str, Sequence[str]], fingerprints: Mapping[str, str]) -> None:
+    """Write which samples each set holds: ``{"search": {"fingerprint": …, "ids": […]}, …}``."""
+    data = {name: {"fingerprint": fingerprints[name], "ids": list(values)} for name, values in ids.items()}
+    write_text_atomic(path, json.dumps(data, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""MLflow: one run per search, a nested run per budget. The only file that imports mlflow, and only when it logs."""
+"""MLflow: one run per search, a nested run per budget; one run per strategy of an evaluation.
+
+The only file that imports mlflow, and only when it logs.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,25 @@ from urllib.parse import urlsplit
 
 from dop_search.config import TrackingConfig
 from dop_search.errors import ConfigError
-from dop_search.record import CURVES_FILE, RECORD_FILE, Record, Result
+from dop_search.eval_record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
+from dop_search.record import (
+    CURVES_FILE,
+    RECORD_FILE,
+    SAMPLES_FILE,
+    Provenance,
+    Record,
+    Result,
+)
 from dop_search.report.text import policy_text
 from dop_search.report.write import PAGE_FILE, PLOTS_FOLDER
+from dop_search.score_metrics import score_columns, score_metrics, strategy_key
+from dop_search.strategy import Strategy
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+SCORE_TABLE = "score_table.json"
+"""Artifact with a row per benchmark, shown by MLflow as a table."""
 
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
@@ -95,10 +111,7 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
         with _quiet():
             return _log_search(config, record, run_dir)
     except MlflowException as error:
-        raise ConfigError(
-            f"tracking.uri={config.uri!r} refused the run: {error}; the results are in {str(run_dir)!r} all the same; "
-            "set another tracking.uri or tracking.experiment, or tracking=none"
-        ) from error
+        raise ConfigError(_refused(config, error, run_dir)) from error
 
 
 def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "dop-bench") -> str | None:
@@ -143,10 +156,10 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
     client = MlflowClient(resolve_uri(config))
     experiment = _experiment(client, config)
     name = config.run_name or f"{record.model.name} {record.space.name} {record.solver.name}"
-    run = client.create_run(experiment, start_time=_start_ms(record), tags=_tags(record), run_name=name)
+    run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=_tags(record), run_name=name)
     identifier = str(run.info.run_id)
     _log(client, identifier, _shared_params(record), _shared_metrics(record))
-    for file in (RECORD_FILE, CURVES_FILE, PAGE_FILE, PLOTS_FOLDER):
+    for file in (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER):
         path = run_dir / file
         if path.is_dir():
             client.log_artifacts(identifier, str(path), file)
@@ -159,20 +172,99 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
 
 
 def _log_result(client: MlflowClient, experiment: str, parent: str, record: Record, result: Result) -> None:
-    tags = {**_tags(record), "mlflow.parentRunId": parent}
+    tags = {**_tags(record), "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
     name = f"{record.space.name} @ {result.budget_text}"
-    run = client.create_run(experiment, start_time=_start_ms(record), tags=tags, run_name=name)
+    run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=tags, run_name=name)
     identifier = str(run.info.run_id)
     _log(client, identifier, {**_shared_params(record), **result_params(result)}, result_metrics(result))
     client.log_dict(identifier, result.strategy.to_json(), "strategy.json")
+    if result.scores:
+        client.log_table(identifier, score_columns(result.scores), SCORE_TABLE)
     client.set_terminated(identifier)
+
+
+def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -> list[str]:
+    """Log an evaluation: a run per strategy, tagged with the search run that made it where the store has that.
+
+    Without strategies there is one run with the full model's scores.
+
+    Returns:
+        The ids of the runs, none without tracking.
+
+    Raises:
+        ConfigError: if mlflow is missing or refuses the store.
+    """
+    if config.backend == "none":
+        return []
+    check_tracking(config)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _quiet():
+            return _log_evaluation(config, record, run_dir)
+    except MlflowException as error:
+        raise ConfigError(_refused(config, error, run_dir)) from error
+
+
+def _log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -> list[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(resolve_uri(config))
+    experiment = _experiment(client, config)
+    shared = {"model": record.model.name, "suite": record.suite.suite, "limit": str(record.suite.limit)}
+    tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **_provenance_tags(record.provenance)}
+    full = {f"score_full/{name}": value for name, value in record.full.items()}
+    runs: list[tuple[str, dict[str, str], dict[str, str], dict[str, float], StrategyScores | None]] = []
+    for item in record.strategies:
+        metrics = {**full, **score_metrics(item.scores, item.relative_mean)}
+        if item.flops_ratio is not None:
+            metrics["flops_ratio"] = item.flops_ratio
+        params = {**shared, **strategy_params(item.strategy), "file": item.file}
+        link = _search_tags(client, experiment, item.strategy)
+        runs.append((item.name, {**tags, **link}, params, metrics, item))
+    if not runs:
+        runs.append(("full", tags, {**shared, "strategy": "full"}, full, None))
+    identifiers = []
+    for name, its_tags, params, metrics, strategy_scores in runs:
+        title = config.run_name or f"{record.model.name} {record.suite.suite} {name}"
+        run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=its_tags, run_name=title)
+        identifier = str(run.info.run_id)
+        _log(client, identifier, params, metrics)
+        client.log_artifact(identifier, str(run_dir / SCORES_FILE))
+        if strategy_scores is not None:
+            client.log_dict(identifier, strategy_scores.strategy.to_json(), "strategy.json")
+            client.log_table(identifier, score_columns(strategy_scores.scores), SCORE_TABLE)
+        for folder in (FULL_FOLDER, name) if strategy_scores is not None else (FULL_FOLDER,):
+            if (run_dir / SAMPLES_FOLDER / folder).is_dir():
+                client.log_artifacts(identifier, str(run_dir / SAMPLES_FOLDER / folder), f"{SAMPLES_FOLDER}/{folder}")
+        client.set_terminated(identifier)
+        identifiers.append(identifier)
+    return identifiers
+
+
+def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> dict[str, str]:
+    """Which search made a strategy: its id, and its run where this experiment has it."""
+    tags = {"strategy_key": strategy_key(strategy)}
+    search = strategy.provenance.get("search_id")
+    if not isinstance(search, str) or not search.isalnum():
+        return tags
+    tags["search_id"] = search
+    made = f"tags.search_id = '{search}' and tags.strategy_key = '{tags['strategy_key']}' and tags.kind = 'search'"
+    found = client.search_runs([experiment], made, max_results=1)
+    if found:
+        tags["search_run_id"] = str(found[0].info.run_id)
+    return tags
 
 
 def result_params(result: Result) -> dict[str, str]:
     """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
-    strategy, policy = result.strategy, policy_text(result.strategy)
+    return {"budget": result.budget_text, **strategy_params(result.strategy)}
+
+
+def strategy_params(strategy: Strategy) -> dict[str, str]:
+    """Depths, depth ratios and visual tokens, as in :func:`result_params`."""
+    policy = policy_text(strategy)
     params = {
-        "budget": result.budget_text,
         "D_A": ", ".join(policy.attention),
         "D_P": ", ".join(policy.mlp),
         "n_v": policy.num_visual_tokens,
@@ -220,6 +312,7 @@ def result_metrics(result: Result) -> dict[str, float]:
     for name, interval in intervals.items():
         if interval is not None:
             values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
+    values |= score_metrics(result.scores, result.relative_mean)
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
@@ -248,21 +341,35 @@ def _shared_metrics(record: Record) -> dict[str, float]:
 
 
 def _tags(record: Record) -> dict[str, str]:
-    tags = {"model_fingerprint": record.model.fingerprint}
+    tags = {"kind": "search", "model_fingerprint": record.model.fingerprint}
     tags |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
-    if record.provenance is not None:
-        tags |= {f"version.{name}": version for name, version in record.provenance.versions.items()}
-        if record.provenance.git_commit is not None:
-            tags["mlflow.source.git.commit"] = record.provenance.git_commit
-        if record.provenance.command is not None:
-            tags["command"] = record.provenance.command
+    return tags | _provenance_tags(record.provenance)
+
+
+def _provenance_tags(provenance: Provenance | None) -> dict[str, str]:
+    if provenance is None:
+        return {}
+    tags = {f"version.{name}": version for name, version in provenance.versions.items()}
+    if provenance.search_id is not None:
+        tags["search_id"] = provenance.search_id
+    if provenance.git_commit is not None:
+        tags["mlflow.source.git.commit"] = provenance.git_commit
+    if provenance.command is not None:
+        tags["command"] = provenance.command
     return tags
 
 
-def _start_ms(record: Record) -> int:
-    if record.provenance is None:
+def _started_ms(provenance: Provenance | None) -> int:
+    if provenance is None:
         return int(time.time() * 1000)
-    return int(datetime.fromisoformat(record.provenance.started_at).timestamp() * 1000)
+    return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
+
+
+def _refused(config: TrackingConfig, error: Exception, run_dir: Path) -> str:
+    return (
+        f"tracking.uri={config.uri!r} refused the run: {error}; the results are in {str(run_dir)!r} all the same; "
+        "set another tracking.uri or tracking.experiment, or tracking=none"
+    )
 
 
 def _log(client: MlflowClient, run: str, params: Mapping[str, str], metrics: Mapping[str, float]) -> None:

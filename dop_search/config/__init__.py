@@ -1,12 +1,13 @@
 """The configuration: a pydantic tree, and the only place that sees a Hydra ``DictConfig``. Imports no torch."""
 
-from dop_search.config.parse import CONFIG_NAME, config_dir, parse_config
+from dop_search.config.parse import CONFIG_NAME, config_dir, parse_as, parse_config
 from dop_search.config.schema import (
     AdditiveExactConfig,
     AdditiveOptunaConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
+    EvalRunConfig,
     ExactOptunaConfig,
     ExhaustiveConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "BudgetConfig",
     "DataConfig",
     "EvalConfig",
+    "EvalRunConfig",
     "ExactOptunaConfig",
     "ExhaustiveConfig",
     "ModelConfig",
@@ -33,5 +35,6 @@ __all__ = [
     "SpaceConfig",
     "TrackingConfig",
     "config_dir",
+    "parse_as",
     "parse_config",
 ]

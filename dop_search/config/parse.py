@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +17,8 @@ from pydantic_core import ErrorDetails
 
 from dop_search.config.schema import SearchConfig
 from dop_search.errors import ConfigError
+
+Root = TypeVar("Root", bound=BaseModel)
 
 CONFIG_NAME = "config"
 """The primary config: ``conf/config.yaml``."""
@@ -38,31 +41,36 @@ def config_dir() -> Path:
 
 
 def parse_config(config: DictConfig) -> SearchConfig:
-    """Validate a composed configuration.
+    """Validate a composed configuration of a search.
 
     Raises:
         ConfigError: listing every error with its dotted path, the value that was given and near names.
     """
+    return parse_as(config, SearchConfig)
+
+
+def parse_as(config: DictConfig, schema: type[Root]) -> Root:
+    """Validate a composed configuration of any command, see :func:`parse_config`."""
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
     try:
-        return SearchConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_line(detail, tree) for detail in error.errors(include_url=False)]
+        lines = [_line(detail, tree, schema) for detail in error.errors(include_url=False)]
         count = "an error" if len(lines) == 1 else f"{len(lines)} errors"
         raise ConfigError("\n  ".join([f"the configuration has {count}:", *lines])) from error
 
 
-def _line(error: ErrorDetails, tree: Any) -> str:
-    path, section = _walk(error["loc"])
+def _line(error: ErrorDetails, tree: Any, schema: type[BaseModel]) -> str:
+    path, section = _walk(error["loc"], schema)
     if path.startswith("budget[0]") and isinstance(tree, dict) and not isinstance(tree.get("budget"), list):
         path = path.replace("budget[0]", "budget", 1)
     given = error["input"]
     context = error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        fields = list(section.model_fields) if section else []
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        fields = list(_fields(section)) if section else []
         advice = _suggest(str(error["loc"][-1]), fields) or f"; the keys are {', '.join(fields)}"
         return f"{path}: unknown key{advice}"
     if error["type"] == "literal_error":
@@ -83,11 +91,11 @@ def _suggest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _walk(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type | None]:
     """The dotted path of an error (union tags left out), and the section whose key is wrong."""
     path = ""
-    parent: type[BaseModel] | None = SearchConfig
-    options: list[type[BaseModel]] = [SearchConfig]
+    parent: type | None = schema
+    options: list[type] = [schema]
     for element in location:
         if isinstance(element, int):
             path += f"[{element}]"
@@ -96,18 +104,25 @@ def _walk(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]
         else:
             path += f".{element}" if path else element
             parent = options[0] if options else None
-            field = parent.model_fields.get(element) if parent else None
-            options = _sections(field.annotation) if field else []
+            options = _sections(_fields(parent).get(element)) if parent else []
     return path, parent
 
 
-def _tag(section: type[BaseModel]) -> str | None:
-    field = section.model_fields.get("solver")
-    return str(field.default) if field else None
+def _tag(section: type) -> str | None:
+    """What chooses this section among those of a union."""
+    annotation = _fields(section).get("solver") or _fields(section).get("kind")
+    return str(typing.get_args(annotation)[0]) if annotation else None
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models that an annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields(section: type) -> dict[str, Any]:
+    """Field → annotation, of a pydantic model or a dataclass."""
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return {name: hint for name, hint in typing.get_type_hints(section).items() if not name.startswith("_")}
+
+
+def _sections(annotation: Any) -> list[type]:
+    """The pydantic models and dataclasses that an annotation mentions."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return [annotation]
     return [section for argument in typing.get_args(annotation) for section in _sections(argument)]

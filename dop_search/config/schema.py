@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from dop_search.data.sources import DatasetSource, TaskSource
+
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
 
@@ -42,13 +44,19 @@ class ModelConfig(Section):
         return self
 
 
+SourceConfig = Annotated[TaskSource | DatasetSource, Field(discriminator="kind")]
+"""Where samples come from; the key ``kind`` says which."""
+
+
 class DataConfig(Section):
     """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
 
     name: str = Field(default="pocket", min_length=1)
-    """``pocket`` (rendered by this project) or ``jsonl`` (a file of your own)."""
+    """``pocket`` (rendered by this project), ``jsonl`` (a file of your own), or any name with ``sources``."""
     path: str | None = None
     """The file of ``name=jsonl``."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
     num_samples: PositiveInt = 96
     """Samples of the search set: curves and re-ranking see only these."""
     num_heldout: PositiveInt = 192
@@ -68,6 +76,8 @@ class DataConfig(Section):
     def _file_given(self) -> DataConfig:
         if self.name == "jsonl" and self.path is None:
             raise ValueError("`name=jsonl` needs a file; set data.path=FILE.jsonl")
+        if self.sources and self.name in ("pocket", "jsonl"):
+            raise ValueError(f"`sources` need a `name` of their own, but got (name={self.name!r}); set data.name=MINE")
         return self
 
 
@@ -213,8 +223,33 @@ SolverConfig = Annotated[
 class EvalConfig(Section):
     """How the found strategies are judged beyond KL."""
 
-    name: Literal["none", "accuracy"] = "accuracy"
-    """``accuracy``: task accuracy on ``data.num_test`` samples; ``none``: skip it."""
+    name: str = Field(default="accuracy", min_length=1)
+    """``accuracy``: on ``data.num_test`` samples; ``none``; or a suite of benchmarks, e.g. ``pocket13``, ``dop13``."""
+    benchmarks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)] = ()
+    """Of a suite, by their names in ``conf/benchmarks.yaml``; none: those of the suite's file."""
+    source: Literal["hub", "rendered"] = "hub"
+    """Where the rows come from: the hub's data sets, or rendered in their schemas (no network)."""
+    judge: bool = True
+    """Whether a benchmark may ask its GPT judge."""
+    limit: PositiveInt | None = None
+    """Most samples per benchmark; ``null``: all."""
+    batch_size: PositiveInt = 16
+    """Samples per generation call."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer, instead of what each benchmark says."""
+
+    @property
+    def is_suite(self) -> bool:
+        """Whether benchmarks are run."""
+        return self.name not in ("none", "accuracy")
+
+    @model_validator(mode="after")
+    def _benchmarks_have_a_name(self) -> EvalConfig:
+        if self.benchmarks and not self.is_suite:
+            raise ValueError(
+                f"`name={self.name}` runs no benchmarks, but got {list(self.benchmarks)}; set a suite's name"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -271,3 +306,50 @@ class SearchConfig(Section):
         if any(plain.count(item) > 1 for item in plain):
             raise ValueError(f"the budgets must differ, but got {plain}")
         return budgets
+
+
+class EvalRunConfig(Section):
+    """Everything that one ``dop-eval`` depends on."""
+
+    model: ModelConfig = ModelConfig()
+    eval: EvalConfig = EvalConfig(name="pocket13", source="rendered", judge=False, max_new_tokens=16)
+    strategy: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Strategy files; a file or a list of files. None: the full model alone."""
+    limit: PositiveInt | None = None
+    """Most samples per benchmark; ``null``: what the suite says."""
+    batch_size: PositiveInt | None = None
+    """Samples per generation call; ``null``: what the suite says."""
+    tracking: TrackingConfig = TrackingConfig()
+    cache_dir: str = Field(default=".cache/dop_search", min_length=1)
+    """Scores, keyed by content: what was measured of the full model or of a strategy is not measured again."""
+    seed: NonNegativeInt = 0
+    """Of the bootstrap."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; ``null``: torch's default."""
+
+    @property
+    def suite(self) -> EvalConfig:
+        """``eval`` with ``limit`` and ``batch_size``."""
+        given = {"limit": self.limit, "batch_size": self.batch_size}
+        return self.eval.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("strategy", mode="after")
+    @classmethod
+    def _each_once(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(files)) < len(files):
+            raise ValueError(f"each strategy file is given once, but got {list(files)}")
+        return files
+
+    @field_validator("eval", mode="after")
+    @classmethod
+    def _is_suite(cls, value: EvalConfig) -> EvalConfig:
+        if not value.is_suite:
+            raise ValueError(
+                f"dop-eval runs a suite of benchmarks, e.g. eval=pocket13 or eval=dop13, not {value.name!r}"
+            )
+        return value

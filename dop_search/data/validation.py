@@ -8,9 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from dop_search.data.disjoint import draw
 from dop_search.data.jsonl import jsonl_samples
+from dop_search.data.named import known_names, named_sources
+from dop_search.data.pools import open_pool
 from dop_search.data.rendered import FAMILIES, rendered_samples
 from dop_search.data.samples import Sample, ValidationSet
+from dop_search.data.sources import Source
 from dop_search.errors import DataError
 
 Split = Literal["search", "heldout", "test"]
@@ -25,16 +29,19 @@ def validation_set(
     split: Split = "search",
     path: str | Path | None = None,
     families: Sequence[str] | None = None,
+    sources: Sequence[Source] | None = None,
 ) -> ValidationSet:
     """Samples of one split; the splits of one seed share no sample.
 
     Args:
-        name: ``"pocket"`` (rendered by this project) or ``"jsonl"`` (a file, see ``dop_search.data.jsonl``).
+        name: ``"pocket"`` (rendered by this project), ``"jsonl"`` (a file, see ``dop_search.data.jsonl``), a file in
+            ``conf/data`` with ``sources`` (``"gqa"``, ``"textvqa"``, ``"mixed"``, …), or any name with ``sources``.
         num_samples: how many.
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
         path: the file of ``"jsonl"``. Every third shuffled sample belongs to the same split.
         families: kinds of question to use; all by default.
+        sources: splits of benchmarks or data sets to draw from, see ``dop_search.data.sources``.
 
     Raises:
         DataError: on an unknown source or family, a file that cannot be read, or too few samples.
@@ -43,6 +50,8 @@ def validation_set(
         raise DataError(f"`split` must be one of {list(SPLITS)}, but got {split!r}")
     if num_samples < 1:
         raise DataError(f"a validation set needs `num_samples >= 1`, but got (num_samples={num_samples})")
+    if sources:
+        return ValidationSet(name, split, seed, _from_sources(sources, num_samples, seed, split, families))
     if name == "pocket":
         unknown = sorted(set(families or ()) - set(FAMILIES))
         if unknown:
@@ -52,7 +61,20 @@ def validation_set(
         if path is None:
             raise DataError("a jsonl validation set needs `path`; set data.path=FILE.jsonl")
         return ValidationSet(name, split, seed, _split_file(path, num_samples, seed, split, families))
-    raise DataError(f"unknown validation set {name!r}; there are {', '.join(SOURCES)}")
+    sources = named_sources(name)
+    if sources is None:
+        raise DataError(f"unknown validation set {name!r}; there are {', '.join((*SOURCES, *known_names()))}")
+    return ValidationSet(name, split, seed, _from_sources(sources, num_samples, seed, split, families))
+
+
+def _from_sources(
+    sources: Sequence[Source], num_samples: int, seed: int, split: Split, families: Sequence[str] | None
+) -> tuple[Sample, ...]:
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        raise DataError(f"each source needs a name of its own, since sample ids start with it, but got {labels}")
+    pools = [(open_pool(source), source.weight) for source in sources]
+    return draw(pools, num_samples, seed, SPLITS.index(split), len(SPLITS), families)
 
 
 def _split_file(

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
+from dop_search.network import hub_is_reachable as hub_is_reachable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -127,16 +124,3 @@ def _device(device: str) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise DopError(f"`device` must be auto, cpu or cuda[:index], but got {device!r}") from error
-
-
-def hub_is_reachable(timeout_s: float = 5.0) -> bool:
-    """Whether the model hub answers; taken for granted behind a proxy."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
-    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-    try:
-        socket.create_connection((endpoint.hostname or "", port), timeout_s).close()
-    except OSError:
-        return False
-    return True

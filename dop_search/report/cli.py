@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dop_search.errors import DopError
 from dop_search.record import Record
+from dop_search.report.scores import score_summary
 from dop_search.report.table import summary
 from dop_search.report.write import load_curves, write_report
 
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     console = Console()
     console.print(summary(record))
+    scores = score_summary(record)
+    if scores is not None:
+        console.print()
+        console.print(scores)
     console.print(f"{len(paths)} files, open {paths[0]}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dop_search.record import Record, Result
+from dop_search.report.scores import HEAD, against_uniform, score_notes, score_rows
 from dop_search.report.style import styled
 from dop_search.report.text import NONE, interval_text, kl_text, notes, percent_text, policy_text, verdict
 
@@ -30,6 +31,11 @@ _CAPTIONS = {
         "Divergence curves",
         "The KL when one parameter is reduced and all others stay at full. Marks are validation runs, lines are "
         "interpolated, bars are 95 % intervals.",
+    ),
+    "relative_scores": (
+        "What is left on the benchmarks",
+        "Per cent of the full model's score, found strategy and uniform reduction at the same FLOPs, and the mean over "
+        "the benchmarks.",
     ),
     "additive_vs_exact": (
         "Additive estimate and exact KL",
@@ -50,6 +56,7 @@ def page(record: Record, figures: Mapping[str, Figure]) -> str:
         _table(record),
         f"<ul class=notes>{''.join(f'<li>{escape(note)}</li>' for note in notes(record))}</ul></section>",
     ]
+    parts += _scores(record)
     for name, (heading, caption) in _CAPTIONS.items():
         if name in figures:
             image = f'<img alt="{escape(heading)}" src="data:image/svg+xml;base64,{_svg(figures[name])}">'
@@ -127,6 +134,27 @@ def _rows(result: Result) -> str:
         *(_cell([""]) for _ in range(3)),
     ]
     return f"{row}<tr class=uniform>{''.join(reduced)}</tr>"
+
+
+def _scores(record: Record) -> list[str]:
+    """A table of benchmark scores per budget, where a suite ran."""
+    tables = []
+    for result in record.results:
+        if result.scores:
+            head = "".join(f"<th scope=col>{escape(name)}</th>" for name in HEAD)
+            rows = "".join(
+                f"<tr{' class=found' if row[0] == 'mean' else ''}>{''.join(_cell([text]) for text in row)}</tr>"
+                for row in score_rows(result.scores, result.relative_mean)
+            )
+            title = f"Budget {escape(result.budget_text)}: {percent_text(result.flops_ratio)} % of the FLOPs"
+            tables.append(
+                f"<h3>{title}</h3><div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+                "</div>" + "".join(f"<p>{escape(line)}</p>" for line in against_uniform(result.scores))
+            )
+    if not tables:
+        return []
+    listed = "".join(f"<li>{escape(note)}</li>" for note in score_notes(record))
+    return [f"<section><h2>Benchmarks</h2>{''.join(tables)}<ul class=notes>{listed}</ul></section>"]
 
 
 def _cell(lines: Sequence[str], below: Sequence[str] = ()) -> str:

@@ -13,6 +13,7 @@ from dop_search.report.divergence_curves import divergence_curves
 from dop_search.report.layer_map import layer_map
 from dop_search.report.page import page
 from dop_search.report.pareto_front import pareto_front
+from dop_search.report.scores import relative_scores
 from dop_search.report.style import save_figure
 from dop_search.search.curves import Curves
 
@@ -27,6 +28,8 @@ def figures(record: Record, curves: Curves | None) -> dict[str, Figure]:
         result["divergence_curves"] = divergence_curves(curves, record.model.num_layers)
     if any(item.kl_additive is not None for item in record.all_candidates()):
         result["additive_vs_exact"] = additive_vs_exact(record)
+    if any(item.scores for item in record.results):
+        result["relative_scores"] = relative_scores(record)
     return result
 
 

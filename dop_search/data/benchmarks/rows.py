@@ -1,0 +1,182 @@
+"""Rendered questions as rows of the benchmarks: the columns that their lmms-eval tasks read, and the questions that the
+bundled model knows.
+
+Scenes are of the ``test`` split, which shares no scene with training, search or held-out data, and from a seed of their
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from dop_search.data.benchmarks.grouped import hallusionbench_rows, mme_rows
+from dop_search.data.rendered.drawing import draw_scene
+from dop_search.data.rendered.sampling import RenderedQuestion, rendered_questions
+from dop_search.data.rendered.scenes import Scene
+from dop_search.errors import DataError
+
+Row: TypeAlias = dict[str, Any]
+
+__all__ = ["NUM_ROWS", "RENDERED_BENCHMARKS", "SEED", "benchmark_rows"]
+
+SEED = 1300
+"""The first of as many seeds as there are benchmarks, so that no two of them ask the same questions."""
+NUM_ROWS = 100
+_NUM_ANNOTATORS = 10
+_HINT = "The picture shows several things."
+
+
+def benchmark_rows(benchmark: str, num_rows: int = NUM_ROWS) -> list[Row]:
+    """Rows with a PIL image each; the same on every machine. A longer request starts with the shorter one.
+
+    Args:
+        benchmark: one of :data:`RENDERED_BENCHMARKS`.
+        num_rows: at least so many; rows that are scored together are never cut apart.
+
+    Raises:
+        DataError: an unknown benchmark, or fewer than one row.
+    """
+    if benchmark not in _ROWS:
+        raise DataError(f"no rendered rows for {benchmark!r}; there are {', '.join(_ROWS)}")
+    if num_rows < 1:
+        raise DataError(f"`num_rows >= 1` must hold, but got (num_rows={num_rows})")
+    rows = _ROWS[benchmark](num_rows, SEED + list(_ROWS).index(benchmark))
+    return [{**row, "image": _image(row["image"])} for row in rows]
+
+
+def _image(scene: Scene) -> Image.Image:
+    return Image.fromarray(draw_scene(scene))
+
+
+def _asked(families: Sequence[str], convert: Callable[[int, RenderedQuestion], Row]) -> Callable[[int, int], list[Row]]:
+    """Rows of independent questions, families in turn."""
+
+    def rows(num_rows: int, seed: int) -> list[Row]:
+        questions = rendered_questions("test", num_rows, seed, families)
+        return [{"image": q.scene, **convert(index, q)} for index, q in enumerate(questions)]
+
+    return rows
+
+
+def _vqav2(index: int, asked: RenderedQuestion) -> Row:
+    answer = asked.question.answer
+    annotators = [{"answer": answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, _NUM_ANNOTATORS + 1)]
+    return {
+        "question": asked.question.stem,
+        "question_id": index,
+        "image_id": index,
+        "question_type": asked.question.family,
+        "answer_type": "other",
+        "multiple_choice_answer": answer,
+        "answer": answer,
+        "answers": annotators,
+    }
+
+
+def _gqa(index: int, asked: RenderedQuestion) -> Row:
+    return {
+        "id": str(index),
+        "imageId": f"n{index}",
+        "question": asked.question.stem,
+        "answer": asked.question.answer,
+        "fullAnswer": asked.question.answer,
+        "isBalanced": True,
+    }
+
+
+def _open_answers(index: int, asked: RenderedQuestion) -> Row:
+    """VizWiz and TextVQA: one string per annotator."""
+    answer = asked.question.answer
+    return {
+        "question_id": str(index),
+        "question": asked.question.stem,
+        "answer": answer,
+        "answers": [answer] * _NUM_ANNOTATORS,
+        "ocr_tokens": [answer],
+    }
+
+
+def _scienceqa(index: int, asked: RenderedQuestion) -> Row:
+    return {
+        "question": asked.question.stem,
+        "choices": list(asked.question.options),
+        "answer": "ABCD".index(asked.question.answer),
+        "hint": _HINT if asked.benchmark == "scienceqa_context" else "",
+    }
+
+
+def _pope(index: int, asked: RenderedQuestion) -> Row:
+    return {
+        "id": str(index),
+        "question_id": str(index),
+        "question": asked.question.stem,
+        "answer": asked.question.answer,
+        "image_source": f"rendered_{index}",
+        "category": "adversarial",
+    }
+
+
+def _mmbench(hint: str) -> Callable[[int, RenderedQuestion], Row]:
+    def convert(index: int, asked: RenderedQuestion) -> Row:
+        return {
+            "index": index,
+            "question": asked.question.stem,
+            "hint": hint if asked.benchmark.endswith("_hint") else "nan",
+            "answer": asked.question.answer,
+            **dict(zip("ABCD", asked.question.options, strict=True)),
+            "category": "object_localization",
+            "L2-category": "finegrained_perception (instance-level)",
+            "source": "rendered",
+            "split": "dev",
+        }
+
+    return convert
+
+
+def _ai2d(index: int, asked: RenderedQuestion) -> Row:
+    return {
+        "question": asked.question.stem,
+        "options": list(asked.question.options),
+        "answer": str("ABCD".index(asked.question.answer)),
+    }
+
+
+def _chartqa(index: int, asked: RenderedQuestion) -> Row:
+    return {
+        "question": asked.question.stem,
+        "answer": asked.question.answer,
+        "type": "human_test" if asked.question.family == "chart_extreme" else "augmented_test",
+    }
+
+
+def _ocrbench(index: int, asked: RenderedQuestion) -> Row:
+    digits = asked.question.answer.isdigit()
+    return {
+        "dataset": "IIIT5K",
+        "question": asked.question.stem,
+        "question_type": "Digit String Recognition" if digits else "Regular Text Recognition",
+        "answer": [asked.question.answer],
+    }
+
+
+_ROWS: dict[str, Callable[[int, int], list[Row]]] = {
+    "vqav2": _asked(("color", "shape", "count"), _vqav2),
+    "gqa": _asked(("relation", "where"), _gqa),
+    "vizwiz": _asked(("unanswerable",), _open_answers),
+    "scienceqa": _asked(("choice",), _scienceqa),
+    "textvqa": _asked(("read",), _open_answers),
+    "pope": _asked(("exist",), _pope),
+    "mme": mme_rows,
+    "mmbench_en": _asked(("choice",), _mmbench(_HINT)),
+    "mmbench_cn": _asked(("choice_zh",), _mmbench("请看图回答问题。")),
+    "ai2d": _asked(("diagram",), _ai2d),
+    "chartqa": _asked(("chart", "chart_extreme"), _chartqa),
+    "ocrbench": _asked(("ocr",), _ocrbench),
+    "hallusionbench": hallusionbench_rows,
+}
+
+RENDERED_BENCHMARKS: tuple[str, ...] = tuple(_ROWS)
+"""The benchmarks that have rendered rows."""

@@ -1,0 +1,206 @@
+"""Samples of a source by row number, made when they are asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dop_search.data.samples import Sample
+from dop_search.data.sources import DatasetSource, Origin, Source, TaskSource, origin
+from dop_search.data.tables import as_image, load_table, need_columns
+from dop_search.data.tasks import scored_origin, task_fields, task_file, task_on
+from dop_search.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Pool(ABC):
+    """All samples of one source."""
+
+    label: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, row: int) -> Sample:
+        """The sample of a row; the id names source, split and row."""
+
+
+def open_pool(source: Source) -> Pool:
+    """Load what a source names.
+
+    Raises:
+        DataError: if it cannot be loaded, lacks a column, or is what its own task scores.
+    """
+    return TaskPool(source) if isinstance(source, TaskSource) else DatasetPool(source)
+
+
+def source_origin(source: Source) -> Origin:
+    """The data that a source reads; needs neither the data nor lmms-eval's code."""
+    if isinstance(source, DatasetSource):
+        return origin(source.path, source.name, source.split, source.data_files)
+    fields = _task_data(source)
+    return origin(fields["path"], fields["name"], source.split, fields["files"], fields["base"])
+
+
+def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> None:
+    """Refuse search data that a benchmark scores.
+
+    Args:
+        sources: where search samples come from.
+        scored: benchmark → the data that it scores.
+
+    Raises:
+        DataError: naming source, benchmark and split.
+    """
+    for source in sources:
+        ours = source_origin(source)
+        for benchmark, theirs in scored.items():
+            if ours.overlaps(theirs):
+                raise DataError(
+                    f"the search data {source.label!r} ({ours.text}) is what the benchmark {benchmark!r} scores; a "
+                    "strategy must not be searched on the samples that judge it: take another split "
+                    "(train or validation) in data.sources, or leave the benchmark out"
+                )
+
+
+class DatasetPool(Pool):
+    """A split of a Hugging Face data set, by columns."""
+
+    def __init__(self, source: DatasetSource) -> None:
+        self.label, self._source = source.label, source
+        self._table = load_table(
+            source.path, source.name, source.split, revision=source.revision, data_files=source.data_files
+        )
+        columns = {name: getattr(source, name) for name in ("image", "question", "answer", "id", "family")}
+        need_columns(self._table, columns, f"the data set {source.path!r}")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def sample(self, row: int) -> Sample:
+        """The sample of a row."""
+        source, doc = self._source, self._table[row]
+        name = str(row if source.id is None else doc[source.id])
+        where = f"{self.label}/{source.split}/{name}"
+        fields = {column: value for column, value in doc.items() if column != source.image}
+        try:
+            question = source.prompt.format(**{**fields, "question": doc[source.question]})
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(
+                f"the prompt {source.prompt!r} cannot be filled ({error!r}); the columns are {sorted(fields)}"
+            ) from error
+        return Sample(
+            id=where,
+            image=as_image(doc[source.image], where),
+            question=question,
+            answers=accepted_answers(doc[source.answer], where),
+            family=self.label if source.family is None else str(doc[source.family]),
+        )
+
+
+class TaskPool(Pool):
+    """A split of an lmms-eval task's data set, through the task's own code."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.label, self._source = source.label, source
+        refuse_overlap([source], {source.label: scored_origin(source.task)})
+        fields = _task_data(source)
+        table = load_table(
+            fields["path"],
+            fields["name"],
+            source.split,
+            revision=fields["revision"],
+            data_files=fields["files"],
+            base=fields["base"],
+        )
+        self._task = task_on(source.task, table, source.split, run_process_docs=source.images is None)
+        self._table: Dataset = self._task.task_docs
+        self._images: Dataset | None = None
+        self._image_rows: dict[Any, int] = {}
+        if source.images is not None:
+            self._images = load_table(
+                fields["path"], source.images.dataset_name, source.images.split, revision=fields["revision"]
+            )
+            need_columns(self._table, {"images.key": source.images.key}, f"the data set {fields['path']!r}")
+            needed = {"images.id": source.images.id, "images.image": source.images.image}
+            need_columns(self._images, needed, f"the images {source.images.dataset_name!r} of {fields['path']!r}")
+            self._image_rows = {name: row for row, name in enumerate(self._images[source.images.id])}
+        need_columns(self._table, {"target": source.target}, f"the data set {fields['path']!r}")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def sample(self, row: int) -> Sample:
+        """The sample of a row."""
+        where = f"{self.label}/{self._source.split}/{row}"
+        doc = dict(self._table[row])
+        join = self._source.images
+        if join is not None and self._images is not None:
+            if doc[join.key] not in self._image_rows:
+                raise DataError(f"{where}: there is no image {doc[join.key]!r} among {join.dataset_name!r}")
+            doc[join.image] = self._images[self._image_rows[doc[join.key]]][join.image]
+        visuals = self._task.doc_to_visual(doc) or []
+        if len(visuals) != 1:
+            raise DataError(f"{where}: a sample has exactly one image, but {self._source.task!r} gives {len(visuals)}")
+        question = str(self._task.doc_to_text(doc)).replace("<image>", "").strip()
+        return Sample(
+            id=where,
+            image=as_image(visuals[0], where),
+            question=question,
+            answers=accepted_answers(self._target(doc), where),
+            family=self.label,
+        )
+
+    def _target(self, doc: dict[str, Any]) -> Any:
+        """What the task calls the target; several VQA tasks name a column that is not there and score ``answers``."""
+        named = self._task.config.doc_to_target
+        if self._source.target is not None:
+            return doc[self._source.target]
+        if isinstance(named, str) and named not in doc and "{" not in named:
+            if "answers" in doc:
+                return doc["answers"]
+            raise DataError(
+                f"the task {self._source.task!r} names the target {named!r}, but its data has only {sorted(doc)}; "
+                "set target=COLUMN in the source"
+            )
+        target = self._task.doc_to_target(doc)
+        if isinstance(target, int) and self._task.config.doc_to_choice is not None:
+            return self._task.doc_to_choice(doc)[target]
+        return target
+
+
+def accepted_answers(value: Any, where: str) -> tuple[str, ...]:
+    """Accepted answers, each once and the most frequent first, from a text, a number, or a list of answers.
+
+    Raises:
+        DataError: if there is none.
+    """
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    texts = [str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in items]
+    answers = tuple(text for text, _ in Counter(text for text in texts if text.strip()).most_common())
+    if not answers or value is None:
+        raise DataError(f"{where} has no answer; drop the row, or name another column (answer or target)")
+    return answers
+
+
+def _task_data(source: TaskSource) -> dict[str, Any]:
+    """The data set behind a task's source: its own where the source names none."""
+    file = task_file(source.task)
+    fields = task_fields(file)
+    own = fields.get("dataset_kwargs") or {}
+    path = source.dataset_path or fields.get("dataset_path")
+    if not path:
+        raise DataError(f"the task {source.task!r} names no data set; give dataset_path")
+    is_own = source.dataset_path is None
+    return {
+        "path": path,
+        "name": source.dataset_name or (fields.get("dataset_name") if is_own else None),
+        "files": source.data_files or (own.get("data_files") if is_own else None),
+        "revision": source.revision or (own.get("revision") if is_own else None),
+        "base": file.parent if source.data_files is None and is_own else None,
+    }

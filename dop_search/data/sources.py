@@ -1,0 +1,167 @@
+"""Where samples come from: splits of lmms-eval tasks and of Hugging Face data sets. Plain data, no library needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dop_search.errors import DataError
+
+DataFiles = str | Sequence[str] | Mapping[str, Any]
+"""As in ``datasets.load_dataset(data_files=…)``."""
+
+_CHECKED: dict[str, Any] = {"extra": "forbid"}
+
+LOCAL_BUILDERS = frozenset({"parquet", "json", "csv", "arrow", "text", "imagefolder", "webdataset"})
+"""Data set "paths" that only name a file format; the data are ``data_files``."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Images kept in a table of their own, as GQA does it.
+
+    Attributes:
+        dataset_name: configuration of the same data set that holds the images.
+        split: its split.
+        key: column of the question that names its image.
+        id: column of the images that is named.
+        image: column with the image; the question receives it under the same name.
+    """
+
+    dataset_name: str | None
+    split: str
+    key: str = "imageId"
+    id: str = "id"
+    image: str = "image"
+    __pydantic_config__ = _CHECKED
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A split of an lmms-eval task's data set, asked with the task's own prompt.
+
+    Attributes:
+        task: name of an lmms-eval task, or the path of a task's YAML file.
+        split: which split of the data set; never the one that the task scores.
+        dataset_path, dataset_name, data_files: instead of the task's own.
+        revision: commit of a hub data set.
+        images: joins images that are kept apart; the task's own ``process_docs`` is not run then.
+        target: column with the answer, where the task names none (VQA-like tasks score a list of answers).
+        weight: share of the samples, relative to the other sources.
+    """
+
+    task: str
+    split: str
+    kind: Literal["task"] = "task"
+    dataset_path: str | None = None
+    dataset_name: str | None = None
+    data_files: DataFiles | None = None
+    revision: str | None = None
+    images: ImageTable | None = None
+    target: str | None = None
+    weight: float = 1.0
+    __pydantic_config__ = _CHECKED
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    @property
+    def label(self) -> str:
+        """The sample ids' prefix and the samples' family."""
+        return Path(self.task).stem if self.task.endswith(".yaml") else self.task
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A split of a Hugging Face data set, by columns.
+
+    Attributes:
+        path: hub id, a local folder (also one of ``save_to_disk``), or a local .parquet, .json, .jsonl or .csv file.
+        split: which split.
+        name: configuration of the data set.
+        revision: commit of a hub data set.
+        data_files: as in ``datasets.load_dataset``.
+        image, question, answer: columns; an answer may be a list of accepted ones.
+        id, family: columns; by default the row number and the data set's name.
+        prompt: what is asked; ``{question}`` and any other column in braces is filled in.
+        weight: share of the samples, relative to the other sources.
+    """
+
+    path: str
+    split: str
+    kind: Literal["dataset"] = "dataset"
+    name: str | None = None
+    revision: str | None = None
+    data_files: DataFiles | None = None
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    id: str | None = None
+    family: str | None = None
+    prompt: str = "{question}"
+    weight: float = 1.0
+    __pydantic_config__ = _CHECKED
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    @property
+    def label(self) -> str:
+        """The sample ids' prefix and the samples' default family."""
+        return Path(self.path).stem
+
+
+Source = TaskSource | DatasetSource
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which data a source or a benchmark reads, for telling whether two read the same.
+
+    Attributes:
+        dataset: last part of a hub id or folder, in lower case: mirrors of one data set share it.
+        split: the split, in lower case.
+        files: absolute paths where the data are local files; then they alone are compared.
+        text: for messages.
+    """
+
+    dataset: str
+    split: str
+    files: frozenset[str]
+    text: str
+
+    def overlaps(self, other: Origin) -> bool:
+        """Whether both read the same split of the same data set, or a common file."""
+        if self.files or other.files:
+            return bool(self.files & other.files)
+        return (self.dataset, self.split) == (other.dataset, other.split)
+
+
+def origin(path: str, name: str | None, split: str, data_files: DataFiles | None, base: Path | None = None) -> Origin:
+    """The data behind a data set's path, configuration and split; relative files are taken from ``base``."""
+    files: frozenset[str] = frozenset()
+    if path in LOCAL_BUILDERS and data_files is not None:
+        chosen = data_files.get(split, ()) if isinstance(data_files, Mapping) else data_files
+        files = frozenset(str(((base or Path()) / file).resolve()) for file in _flat(chosen))
+    elif is_file(path):
+        files = frozenset({str(Path(path).resolve())})
+    shown = f"{path}{f' ({name})' if name else ''}, split {split!r}"
+    return Origin(Path(path).name.lower(), split.lower(), files, shown)
+
+
+def is_file(path: str) -> bool:
+    """Whether a data set's path names a single local file."""
+    return path.endswith((".parquet", ".json", ".jsonl", ".csv"))
+
+
+def _check_weight(weight: float) -> None:
+    if not weight > 0.0:
+        raise DataError(f"`weight > 0` must hold for a source, but got {weight!r}")
+
+
+def _flat(files: Any) -> Iterable[str]:
+    if isinstance(files, str):
+        return (files,)
+    return tuple(str(file) for file in files)

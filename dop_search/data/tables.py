@@ -1,0 +1,149 @@
+"""Rows of Hugging Face data sets, local or from the hub, with errors that say what to do."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+
+from dop_search.data.sources import LOCAL_BUILDERS, DataFiles, is_file
+from dop_search.errors import DataError
+from dop_search.network import hub_is_reachable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def load_table(
+    path: str,
+    name: str | None,
+    split: str,
+    *,
+    revision: str | None = None,
+    data_files: DataFiles | None = None,
+    base: Path | None = None,
+) -> Dataset:
+    """One split of a data set.
+
+    Args:
+        path: hub id, local folder, local file, or the name of a file format with ``data_files``.
+        name: configuration of the data set.
+        split: which split; of a single local file, any name will do.
+        revision: commit of a hub data set.
+        data_files: as in ``datasets.load_dataset``; relative paths are taken from ``base``.
+        base: folder of the file that names the data set.
+
+    Raises:
+        DataError: if there is no such data set, configuration or split, or no way to reach it.
+    """
+    import httpx
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with _quiet():
+            if is_file(path):
+                return load_dataset(_BUILDERS[Path(path).suffix], data_files={split: path}, split=split)
+            if Path(path).is_dir() and _is_saved(Path(path)):
+                saved = load_from_disk(path)
+                return saved[split] if isinstance(saved, dict) else saved
+            _fail_at_once_without_hub(path, name)
+            files = _absolute(data_files, base) if path in LOCAL_BUILDERS else data_files
+            return load_dataset(path, name, split=split, revision=revision, data_files=files)
+    except KeyError as error:
+        raise DataError(f"the data set {path!r} has no split {split!r}; it has {sorted(saved)}") from error
+    except ConnectionError as error:
+        raise DataError(_offline(path, name)) from error
+    except (DatasetsError, httpx.HTTPError, OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load the data set {_shown(path, name)}, split {split!r}: {str(error).splitlines()[0]}; check "
+            "its path, configuration, split and revision"
+        ) from error
+
+
+def need_columns(table: Dataset, columns: Mapping[str, str | None], where: str) -> None:
+    """Check that the columns of a mapping ``field -> column`` are there.
+
+    Raises:
+        DataError: naming what is missing and what is there.
+    """
+    missing = {field: column for field, column in columns.items() if column and column not in table.column_names}
+    if missing:
+        raise DataError(f"{where} has no columns for {missing}; it has {table.column_names}")
+
+
+def as_image(value: Any, where: str) -> Image.Image:
+    """An RGB image from what data sets hold: a decoded image, bytes, ``{"bytes", "path"}`` or a file's path.
+
+    Raises:
+        DataError: if it is none of these, or no image.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    try:
+        if isinstance(value, bytes):
+            value = Image.open(io.BytesIO(value))
+        elif isinstance(value, str):
+            value = Image.open(value)
+        if isinstance(value, Image.Image):
+            return value.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{where}: the image cannot be read ({error})") from error
+    raise DataError(f"{where}: an image is needed, but got {type(value).__name__}")
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+
+
+def _fail_at_once_without_hub(path: str, name: str | None) -> None:
+    """A hub data set that is neither cached nor reachable is an error now, not after a minute of retries."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    if path in LOCAL_BUILDERS or Path(path).exists():
+        return
+    folder = "___".join(camelcase_to_snakecase(part) for part in path.split("/"))
+    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
+    if not is_cached and (datasets.config.HF_HUB_OFFLINE or not hub_is_reachable()):
+        raise DataError(_offline(path, name))
+
+
+def _offline(path: str, name: str | None) -> str:
+    return (
+        f"the data set {_shown(path, name)} is not in the local cache and the hub cannot be reached; point HF_HOME (or "
+        "HF_HUB_CACHE and HF_DATASETS_CACHE) to a cache that holds it, give a local copy "
+        "(dataset_path=/path/to/folder), or use the rendered samples: data=pocket"
+    )
+
+
+def _shown(path: str, name: str | None) -> str:
+    return repr(path) if name is None else f"{path!r} ({name})"
+
+
+def _absolute(files: Any, base: Path | None) -> Any:
+    if isinstance(files, dict):
+        return {split: _absolute(value, base) for split, value in files.items()}
+    if isinstance(files, (list, tuple)):
+        return [_absolute(value, base) for value in files]
+    return files if files is None else str((base or Path()) / files)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own progress bars."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()

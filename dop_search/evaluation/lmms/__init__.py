@@ -1,0 +1,1 @@
+"""The bridge to lmms-eval: our models as one of its models, its tasks as our benchmarks."""

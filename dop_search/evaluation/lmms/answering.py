@@ -1,0 +1,178 @@
+"""Answers to conversations with images and videos, in batches of alike prompts, in the order of the questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dop_search.errors import DataError
+from dop_search.models.fast_linear import fast_linear
+from dop_search.models.loading import LoadedModel
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+
+__all__ = ["Generation", "Part", "Prompt", "Turn", "Video", "answer_prompts"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video: a path or URL, or its frames."""
+
+    source: Any
+
+
+Part: TypeAlias = str | Image.Image | Video
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: who speaks, and text, images and videos in order."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is made; answers end before the first of ``until``.
+
+    ``options`` are further arguments of ``generate()``, sorted by name.
+    """
+
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = (("do_sample", False),)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer."""
+
+    turns: tuple[Turn, ...]
+    generation: Generation
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All images, in order."""
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, Image.Image)]
+
+    @property
+    def videos(self) -> list[Video]:
+        """All videos, in order."""
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, Video)]
+
+    @property
+    def num_characters(self) -> int:
+        """Length of the text."""
+        return sum(len(part) for turn in self.turns for part in turn.parts if isinstance(part, str))
+
+
+def answer_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Callable[[], Prompt]],
+    strategy: Strategy | None = None,
+    *,
+    lengths: Sequence[tuple[Any, ...]] | None = None,
+    batch_size: int = 16,
+    num_frames: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """One answer per prompt, in order, by ``generate()`` of the (pruned) model.
+
+    Args:
+        loaded: the model.
+        prompts: make the prompts when their turn comes, so that only one batch of images is held at a time.
+        strategy: what runs; ``None``: everything.
+        lengths: sort keys; neighbours share a batch. ``None``: the order of the prompts.
+        batch_size: most prompts per call; only prompts of one shape and one ``generation`` share a call.
+        num_frames: frames taken of each video; ``None``: the processor's own rule.
+        on_progress: called with (done, total) prompts.
+
+    Raises:
+        DataError: if a prompt has a video and the model's processor takes none.
+    """
+    strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
+    keys = lengths or [()] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (keys[index], index))
+    answers: dict[int, str] = {}
+    if on_progress is not None:
+        on_progress(0, len(prompts))
+    with fast_linear(loaded.model), pruned(loaded.model, strategy):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            made = [prompts[index]() for index in indices]
+            for group in _alike(made):
+                texts = _generate(loaded, [made[position] for position in group], num_frames)
+                answers.update((indices[position], text) for position, text in zip(group, texts, strict=True))
+            if on_progress is not None:
+                on_progress(len(answers), len(prompts))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _alike(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Positions of prompts that may share a call: as many images and videos each, and the same generation."""
+    groups: dict[Any, list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        key = (len(prompt.images), len(prompt.videos), repr(prompt.generation))
+        groups.setdefault(key, []).append(position)
+    yield from groups.values()
+
+
+@torch.inference_mode()
+def _generate(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | None) -> list[str]:
+    generation = prompts[0].generation
+    inputs = _inputs(loaded, prompts, num_frames)
+    model: Any = loaded.model
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=generation.max_new_tokens,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        **dict(generation.options),
+    )
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    texts = loaded.processor.batch_decode(new, skip_special_tokens=True)
+    return [_cut(text, generation.until).strip() for text in texts]
+
+
+def _inputs(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | None) -> dict[str, Tensor]:
+    processor = loaded.processor
+    texts = processor.apply_chat_template([_conversation(p) for p in prompts], add_generation_prompt=True)
+    images = [image for prompt in prompts for image in prompt.images]
+    videos = [video.source for prompt in prompts for video in prompt.videos]
+    media: dict[str, Any] = {}
+    if images:
+        media["images"] = images
+    if videos:
+        if getattr(processor, "video_processor", None) is None:
+            raise DataError(
+                f"the processor of {loaded.name!r} ({type(processor).__name__}) takes no videos; choose a model that "
+                "does, or a suite without videos"
+            )
+        media["videos"] = videos
+        if num_frames is not None:
+            media |= {"num_frames": num_frames, "do_sample_frames": True}
+    batch = processor(text=texts, padding=True, return_tensors="pt", **media)
+    return {name: value.to(loaded.adapter.device) for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _conversation(prompt: Prompt) -> list[dict[str, Any]]:
+    """For the chat template: placeholders where media stand."""
+    return [{"role": turn.role, "content": [_placeholder(part) for part in turn.parts]} for turn in prompt.turns]
+
+
+def _placeholder(part: Part) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video" if isinstance(part, Video) else "image"}
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text

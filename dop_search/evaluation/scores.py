@@ -1,0 +1,287 @@
+"""What a score is: one number per benchmark with the samples behind it, and comparisons of two models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dop_search.errors import CacheError, DopError
+from dop_search.evaluation.aggregates import SampleScore, Units, make_aggregate
+from dop_search.files import write_atomic, write_text_atomic
+
+__all__ = [
+    "BenchmarkScore",
+    "SampleScore",
+    "SuiteScores",
+    "difference_ci95",
+    "fingerprint",
+    "relative",
+    "relative_mean",
+]
+
+FORMAT = "dop_search.scores"
+VERSION = 1
+_DRAWS_AT_ONCE = 20_000_000
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """One model's score on one benchmark.
+
+    Attributes:
+        benchmark: e.g. ``"gqa"``.
+        score: in the benchmark's usual unit.
+        unit: ``"%"`` or ``"points"``.
+        num_samples: questions answered.
+        samples: what each one was worth, ordered by ``doc_id``.
+        aggregate: name in ``AGGREGATES``; ``make_aggregate(aggregate)(samples) == score``.
+
+    Raises:
+        DopError: if score, count and samples contradict each other.
+    """
+
+    benchmark: str
+    score: float
+    unit: str
+    num_samples: int
+    samples: tuple[SampleScore, ...] = field(repr=False)
+    aggregate: str
+
+    def __post_init__(self) -> None:
+        if self.num_samples != len(self.samples):
+            raise DopError(f"{self.benchmark}: num_samples is {self.num_samples}, but there are {len(self.samples)}")
+        again = make_aggregate(self.aggregate)(self.samples)
+        if not math.isclose(again, self.score, rel_tol=1e-6, abs_tol=1e-6):
+            raise DopError(
+                f"{self.benchmark}: the score is given as {self.score}, but the aggregate {self.aggregate!r} of its "
+                f"{self.num_samples} samples is {again}"
+            )
+
+    @classmethod
+    def of(cls, benchmark: str, unit: str, aggregate: str, samples: tuple[SampleScore, ...]) -> BenchmarkScore:
+        """The score that ``samples`` make."""
+        ordered = tuple(sorted(samples, key=lambda sample: sample.doc_id))
+        score = make_aggregate(aggregate)(ordered)
+        return cls(benchmark, score, unit, len(ordered), ordered, aggregate)
+
+    def save(self, folder: Path, fingerprint: str) -> None:
+        """Write ``<benchmark>.parquet`` (one row per sample), then ``<benchmark>.json``, which says that it is done."""
+        import pandas as pd
+
+        rows = {
+            "doc_id": [s.doc_id for s in self.samples],
+            "prediction": [s.prediction for s in self.samples],
+            "targets": [list(s.targets) for s in self.samples],
+            "value": [s.value for s in self.samples],
+            "keys": [list(s.keys) for s in self.samples],
+        }
+        write_atomic(folder / f"{self.benchmark}.parquet", lambda path: pd.DataFrame(rows).to_parquet(path))
+        write_text_atomic(folder / f"{self.benchmark}.json", _dump(self._summary(fingerprint)))
+
+    def _summary(self, fingerprint: str) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": fingerprint,
+            "benchmark": self.benchmark,
+            "score": self.score,
+            "unit": self.unit,
+            "num_samples": self.num_samples,
+            "aggregate": self.aggregate,
+        }
+
+    @classmethod
+    def load(cls, folder: Path, benchmark: str) -> tuple[BenchmarkScore, str]:
+        """What :meth:`save` wrote: score and fingerprint.
+
+        Raises:
+            CacheError: if the files are corrupt or contradict each other.
+        """
+        import pandas as pd
+
+        summary = _read_json(folder / f"{benchmark}.json")
+        try:
+            table = pd.read_parquet(folder / f"{benchmark}.parquet")
+            samples = tuple(
+                SampleScore(int(doc_id), prediction, tuple(targets), float(value), tuple(keys))
+                for doc_id, prediction, targets, value, keys in zip(
+                    *(table[name] for name in ("doc_id", "prediction", "targets", "value", "keys")), strict=True
+                )
+            )
+            score = cls(
+                summary["benchmark"],
+                summary["score"],
+                summary["unit"],
+                summary["num_samples"],
+                samples,
+                summary["aggregate"],
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"the scores of {benchmark!r} in {str(folder)!r} are corrupt ({error}); delete {benchmark}.json and "
+                f"{benchmark}.parquet there and run again"
+            ) from error
+        return score, summary["fingerprint"]
+
+
+@dataclass(frozen=True)
+class SuiteScores:
+    """One model's scores on a suite.
+
+    Attributes:
+        suite: e.g. ``"pocket13"``.
+        scores: benchmark → score, in the suite's order.
+        model: what the user calls the model.
+        strategy: ``Strategy.key()``, or ``None`` for the full model.
+        limit: most samples per benchmark, or ``None``.
+        fingerprint: of model, strategy, suite and limit; equal for runs that must give equal scores.
+    """
+
+    suite: str
+    scores: Mapping[str, BenchmarkScore]
+    model: str = ""
+    strategy: str | None = None
+    limit: int | None = None
+    fingerprint: str = ""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``scores.json`` and, per benchmark, its samples; returns the path of ``scores.json``."""
+        folder = Path(folder)
+        for score in self.scores.values():
+            score.save(folder, self.fingerprint)
+        path = folder / "scores.json"
+        write_text_atomic(path, _dump(self.to_json()))
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores without their samples."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "suite": self.suite,
+            "model": self.model,
+            "strategy": self.strategy,
+            "limit": self.limit,
+            "fingerprint": self.fingerprint,
+            "scores": {
+                name: {
+                    "score": score.score,
+                    "unit": score.unit,
+                    "num_samples": score.num_samples,
+                    "aggregate": score.aggregate,
+                }
+                for name, score in self.scores.items()
+            },
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SuiteScores:
+        """What :meth:`save` wrote, with the samples.
+
+        Raises:
+            CacheError: if a file is missing, corrupt or of another version.
+        """
+        folder = Path(folder)
+        data = _read_json(folder / "scores.json")
+        scores = {name: BenchmarkScore.load(folder, name)[0] for name in data["scores"]}
+        return cls(data["suite"], scores, data["model"], data["strategy"], data["limit"], data["fingerprint"])
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of the SHA-256 over JSON-pure ``parts`` and this format's version."""
+    text = json.dumps([FORMAT, VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def relative(pruned: SuiteScores, full: SuiteScores) -> dict[str, float]:
+    """Per cent of the full model's score that is left, per benchmark; NaN where the full model has 0.
+
+    Raises:
+        DopError: if the two were not measured on the same benchmarks.
+    """
+    if set(pruned.scores) != set(full.scores):
+        raise DopError(
+            f"scores can be compared on the same benchmarks only, but one side has {list(pruned.scores)} and the other "
+            f"{list(full.scores)}"
+        )
+    return {
+        name: 100.0 * score.score / full.scores[name].score if full.scores[name].score else math.nan
+        for name, score in pruned.scores.items()
+    }
+
+
+def relative_mean(pruned: SuiteScores, full: SuiteScores) -> float:
+    """The literature's relative average: the mean over benchmarks of the per cent of the full model's score.
+
+    NaN if the full model scores 0 on a benchmark; see :func:`relative` for errors.
+    """
+    return float(np.mean(list(relative(pruned, full).values())))
+
+
+def difference_ci95(
+    pruned: BenchmarkScore, full: BenchmarkScore, seed: int = 0, num_resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile interval of ``pruned.score - full.score``, in the benchmark's unit.
+
+    A paired bootstrap: both models are scored anew on the same resample of units (samples; pairs for MME, questions
+    with all their rotations for MMBench, sets for HallusionBench), drawn within each category where the score is a sum
+    or mean over categories.
+
+    Raises:
+        DopError: if the two were not measured on the same rows in the same way.
+    """
+    if (pruned.benchmark, pruned.aggregate) != (full.benchmark, full.aggregate):
+        raise DopError(
+            f"a difference needs the same benchmark and aggregate, but got {pruned.benchmark!r} ({pruned.aggregate}) "
+            f"and {full.benchmark!r} ({full.aggregate})"
+        )
+    aggregate = make_aggregate(full.aggregate)
+    sides = [aggregate.checked_units(side.samples) for side in (pruned, full)]
+    if sides[0].names != sides[1].names:
+        missing = sorted(set(sides[0].names) ^ set(sides[1].names))[:5]
+        raise DopError(
+            f"{full.benchmark}: a paired comparison needs the same rows on both sides, but {len(sides[0].names)} and "
+            f"{len(sides[1].names)} differ, e.g. in {missing}; measure both with the same limit"
+        )
+    both = np.concatenate([side.statistics for side in sides], axis=1)
+    num_statistics = sides[0].statistics.shape[1]
+    sums = _resampled_sums(sides[0], both, np.random.default_rng(seed), num_resamples)
+    differences = aggregate.combine(sums[:, :num_statistics]) - aggregate.combine(sums[:, num_statistics:])
+    low, high = np.quantile(differences, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _resampled_sums(units: Units, values: np.ndarray, rng: np.random.Generator, num_resamples: int) -> np.ndarray:
+    """Sums of ``values`` (``[num_units, n]``) over resamples of the units: ``[num_resamples, n]``."""
+    sums = np.zeros((num_resamples, values.shape[1]))
+    for stratum in np.unique(units.strata):
+        members = np.flatnonzero(units.strata == stratum)
+        step = max(1, _DRAWS_AT_ONCE // len(members))
+        for start in range(0, num_resamples, step):
+            rows = min(step, num_resamples - start)
+            drawn = rng.integers(0, len(members), size=(rows, len(members)))
+            offsets = np.arange(rows)[:, None] * len(members)
+            counts = np.bincount((drawn + offsets).ravel(), minlength=rows * len(members)).reshape(rows, -1)
+            sums[start : start + rows] += counts @ values[members]
+    return sums
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"cannot read the scores {str(path)!r} ({error}); run the evaluation again") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+        raise CacheError(f"{str(path)!r} holds no scores of format {FORMAT} {VERSION}; run the evaluation again")
+    return data

@@ -1,0 +1,167 @@
+"""Scores of a model on a suite, benchmark by benchmark, each measured once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dop_search.errors import CacheError
+from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
+from dop_search.evaluation.lmms.quiet import Silenced, silenced
+from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
+from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
+from dop_search.evaluation.suites import Benchmark, Suite, load_suite
+from dop_search.models.loading import LoadedModel, hub_is_reachable
+from dop_search.strategy import Strategy
+
+__all__ = ["score_suite"]
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with (done, total) samples and the benchmark's title."""
+
+
+def score_suite(
+    loaded: LoadedModel,
+    suite: Suite | str,
+    strategy: Strategy | None = None,
+    *,
+    work_dir: str | Path,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    resume: bool = True,
+    on_progress: OnProgress | None = None,
+) -> SuiteScores:
+    """Score a model, whole or pruned, on every benchmark of a suite by lmms-eval's own task code.
+
+    Every benchmark is saved when it is done (``work_dir/scores/<fingerprint>``: a Parquet file with one row per answer
+    and a JSON file) and read back instead of measured again when model, strategy, benchmark, limit and versions agree.
+    What lmms-eval prints goes to ``work_dir/lmms_eval.log``.
+
+    Args:
+        loaded: the model.
+        suite: a suite, its name, or its YAML file.
+        strategy: what runs; ``None``: the full model.
+        work_dir: generated tasks, rendered rows, scores and the log.
+        limit: most samples per benchmark instead of the suite's; see :func:`scored_rows`.
+        batch_size: samples per generation call instead of the suite's.
+        resume: read back what is there; ``False`` measures anew.
+        on_progress: called with (done, total, title of the benchmark).
+
+    Raises:
+        ConfigError: if the suite is malformed, or a program or key is missing.
+        DataError: if a data set cannot be had; names the cache variables and the suite that needs none.
+        CacheError: if a saved score is corrupt.
+        DopError: if our score of the samples differs from lmms-eval's own.
+    """
+    chosen = suite if isinstance(suite, Suite) else load_suite(suite)
+    if limit is not None:
+        chosen = dataclasses.replace(chosen, limit=limit)
+    if batch_size is not None:
+        chosen = dataclasses.replace(chosen, batch_size=batch_size)
+    run = _Run(loaded, chosen, _without_emptiness(strategy), Path(work_dir), on_progress)
+    scores, marks = run.all(resume)
+    return SuiteScores(
+        suite=chosen.name,
+        scores=scores,
+        model=loaded.name,
+        strategy=None if run.strategy is None else run.strategy.key(),
+        limit=chosen.limit,
+        fingerprint=fingerprint(chosen.name, marks),
+    )
+
+
+def _without_emptiness(strategy: Strategy | None) -> Strategy | None:
+    """The strategy that skips nothing is the full model."""
+    return None if strategy is None or strategy.is_empty else strategy
+
+
+class _Run:
+    """One call of :func:`score_suite`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        suite: Suite,
+        strategy: Strategy | None,
+        work_dir: Path,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.loaded, self.suite, self.strategy = loaded, suite, strategy
+        self.work_dir, self.on_progress = work_dir, on_progress
+
+    def all(self, resume: bool) -> tuple[dict[str, BenchmarkScore], list[str]]:
+        """Every benchmark's score, and the fingerprints that they are kept by."""
+        check_suite(self.suite)
+        revisions = revisions_of(self.suite)
+        marks = {benchmark.name: self._mark(benchmark, revisions) for benchmark in self.suite.benchmarks}
+        found: dict[str, BenchmarkScore] = {}
+        for benchmark in self.suite.benchmarks:
+            known = self._known(benchmark, marks[benchmark.name]) if resume else None
+            if known is not None:
+                found[benchmark.name] = known
+        missing = [benchmark for benchmark in self.suite.benchmarks if benchmark.name not in found]
+        if missing:
+            for benchmark, score in self._measure(missing, revisions):
+                score.save(self._folder(marks[benchmark.name]), marks[benchmark.name])
+                found[benchmark.name] = score
+        return {b.name: found[b.name] for b in self.suite.benchmarks}, list(marks.values())
+
+    def _mark(self, benchmark: Benchmark, revisions: Mapping[str, str]) -> str:
+        """Names everything that a benchmark's score depends on."""
+        from dop_search.data.benchmarks.parquet import rendered_version
+
+        suite = self.suite
+        return fingerprint(
+            self.loaded.weights_fingerprint,
+            None if self.strategy is None else self.strategy.key(),
+            dataclasses.asdict(benchmark),
+            rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
+            suite.judge and benchmark.judge,
+            suite.limit,
+            suite.max_new_tokens,
+            [version(name).split("+")[0] for name in ("lmms-eval", "torch", "transformers")],
+        )
+
+    def _folder(self, mark: str) -> Path:
+        return self.work_dir / "scores" / mark
+
+    def _known(self, benchmark: Benchmark, mark: str) -> BenchmarkScore | None:
+        folder = self._folder(mark)
+        if not (folder / f"{benchmark.name}.json").exists():
+            return None
+        score, saved = BenchmarkScore.load(folder, benchmark.name)
+        if saved != mark:
+            raise CacheError(f"the scores in {str(folder)!r} are of {saved!r}; delete that folder and run again")
+        if self.on_progress is not None:
+            self.on_progress(score.num_samples, score.num_samples, benchmark.title)
+        return score
+
+    def _measure(self, benchmarks: list[Benchmark], revisions: dict[str, str]) -> Any:
+        """Yield each benchmark with its score."""
+        log = self.work_dir / "lmms_eval.log"
+        with silenced(log):
+            import lmms_eval.evaluator  # noqa: F401  (seconds, and some noise)
+        tasks = write_tasks(self.suite, self.work_dir / "tasks", self.work_dir / "data", revisions)
+        with silenced(log):
+            manager = task_manager(tasks)
+        without_network = self.suite.source == "hub" and not hub_is_reachable()
+        for benchmark in benchmarks:
+            with silenced(log) as before, offline(without_network):
+                score = self._score(benchmark, manager, before)
+            yield benchmark, score
+
+    def _score(self, benchmark: Benchmark, manager: Any, before: Silenced) -> BenchmarkScore:
+        from dop_search.evaluation.lmms.model import DopLmms
+        from dop_search.evaluation.lmms.run import run_benchmark
+
+        report = None
+        if self.on_progress is not None:
+            tell = before.aloud(self.on_progress)
+            report = lambda done, total: tell(done, total, benchmark.title)  # noqa: E731
+        model = DopLmms(
+            loaded=self.loaded, strategy=self.strategy, batch_size=self.suite.batch_size, on_progress=report
+        )
+        return run_benchmark(model, self.suite, benchmark, manager)

@@ -1,0 +1,186 @@
+"""Suites of benchmarks: frozen dataclasses read from ``conf/eval/*.yaml`` and ``conf/benchmarks.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dop_search.config.parse import config_dir
+from dop_search.errors import ConfigError
+from dop_search.evaluation.aggregates import make_aggregate
+
+__all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
+
+SOURCES = ("hub", "rendered")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the hub and the split that is scored; see ``conf/benchmarks.yaml``."""
+
+    path: str
+    split: str
+    name: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where one score comes from; ``conf/benchmarks.yaml`` says what each field means."""
+
+    name: str
+    title: str
+    yaml: str
+    dataset: HubDataset
+    metrics: tuple[str, ...]
+    unit: str
+    aggregate: str = "mean"
+    keys: tuple[tuple[str, ...], ...] = ()
+    value: str = "number"
+    judge: bool = False
+    target: str | None = None
+    video: bool = False
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Benchmarks and how they are run.
+
+    Attributes:
+        name: e.g. ``"pocket13"``.
+        benchmarks: in the order of the tables.
+        source: ``"hub"``, or ``"rendered"``: rows made by this project in the benchmarks' schemas.
+        judge: whether a benchmark may ask its GPT judge.
+        limit: most samples per benchmark, drawn with a fixed seed; ``None``: all.
+        batch_size: samples per generation call.
+        max_new_tokens: longest answer instead of what each benchmark says.
+    """
+
+    name: str
+    benchmarks: tuple[Benchmark, ...]
+    source: str = "hub"
+    judge: bool = True
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """A suite by name (a file in ``conf/eval``) or from a YAML file of the same form.
+
+    Raises:
+        ConfigError: if it does not exist or is malformed.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = config_dir() / "eval" / f"{name_or_path}.yaml"
+        if str(name_or_path) not in suite_names():
+            raise ConfigError(
+                f"unknown suite {str(name_or_path)!r}; there are {', '.join(suite_names())}"
+                f"{_near(str(name_or_path), suite_names())}"
+            )
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the suite {str(path)!r}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping with `name` and `benchmarks`, but it holds {fields!r}")
+    return make_suite(**fields)
+
+
+def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any]], **fields: Any) -> Suite:
+    """A suite from the fields of its YAML file.
+
+    Args:
+        name: of the suite.
+        benchmarks: names from ``conf/benchmarks.yaml``, or mappings of the same form with ``name`` beside the fields.
+        fields: of :class:`Suite`.
+
+    Raises:
+        ConfigError: on an unknown benchmark or field, or a bad value.
+    """
+    known = {field.name for field in dataclasses.fields(Suite)}
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f"suite {name!r}: unknown key {field!r}{_near(field, known)}; keys: {sorted(known)}")
+    chosen = tuple(_benchmark(item) for item in benchmarks)
+    names = [benchmark.name for benchmark in chosen]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"suite {name!r} needs benchmarks, each once, but got {names}")
+    suite = Suite(name, chosen, **fields)
+    if suite.source not in SOURCES:
+        raise ConfigError(f"suite {name!r}: `source` must be one of {list(SOURCES)}, but got {suite.source!r}")
+    for field, value in (
+        ("limit", suite.limit),
+        ("batch_size", suite.batch_size),
+        ("max_new_tokens", suite.max_new_tokens),
+    ):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"suite {name!r}: `{field} >= 1` must hold, but got ({field}={value})")
+    return suite
+
+
+def suite_names() -> tuple[str, ...]:
+    """Suites that come with the project."""
+    files = sorted((config_dir() / "eval").glob("*.yaml"))
+    return tuple(path.stem for path in files if "benchmarks" in (yaml.safe_load(path.read_text("utf-8")) or {}))
+
+
+def benchmark_names() -> tuple[str, ...]:
+    """Benchmarks of ``conf/benchmarks.yaml``."""
+    return tuple(_catalogue())
+
+
+@lru_cache(maxsize=1)
+def _catalogue() -> dict[str, Benchmark]:
+    entries = yaml.safe_load((config_dir() / "benchmarks.yaml").read_text(encoding="utf-8"))
+    return {name: _parse(name, fields) for name, fields in entries.items()}
+
+
+def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
+    if isinstance(item, str):
+        if item not in _catalogue():
+            raise ConfigError(
+                f"unknown benchmark {item!r}{_near(item, _catalogue())}; there are {', '.join(_catalogue())}"
+            )
+        return _catalogue()[item]
+    fields = dict(item)
+    return _parse(str(fields.pop("name", "")), fields)
+
+
+def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
+    try:
+        benchmark = Benchmark(
+            name=name,
+            **{
+                **fields,
+                "dataset": HubDataset(**fields["dataset"]),
+                "metrics": tuple(fields["metrics"]),
+                "keys": tuple(tuple(key) for key in fields.get("keys", ())),
+                "needs": tuple(fields.get("needs", ())),
+            },
+        )
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"benchmark {name!r} is malformed ({error}); see conf/benchmarks.yaml for its keys"
+        ) from error
+    aggregate = make_aggregate(benchmark.aggregate)
+    if aggregate.num_keys != len(benchmark.keys):
+        raise ConfigError(
+            f"benchmark {name!r}: the aggregate {aggregate.name!r} needs {aggregate.num_keys} keys, but got "
+            f"{list(benchmark.keys)}"
+        )
+    return benchmark
+
+
+def _near(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
