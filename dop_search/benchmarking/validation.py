@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from dop_search.benchmarking.comparison import OnProgress
-from dop_search.benchmarking.layer_times import steady_prefill, synthetic_prompt
+from dop_search.benchmarking.layer_times import image_order, steady_prefill, synthetic_prompt
 from dop_search.benchmarking.text import columns
 from dop_search.benchmarking.timing import Clock
 from dop_search.cost import CostModel, LatencyTable
@@ -87,7 +87,8 @@ def validate_table(
     total = rounds * len(readings)
     for step in range(rounds):
         for done, index in enumerate(order.permutation(len(readings)), start=1 + step * len(readings)):
-            with pruned(model, full if index == len(strategies) else strategies[index]):
+            strategy = full if index == len(strategies) else strategies[index]
+            with pruned(model, strategy, rankings=[image_order(inputs, model)]):
                 readings[index].append(steady_prefill(model, inputs, clock))
             if on_progress is not None:
                 on_progress(done, total, "random strategies against the table")
