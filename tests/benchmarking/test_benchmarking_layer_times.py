@@ -34,9 +34,9 @@ def fake_clock(monkeypatch, shares=(1.0,)):
     running: list[Strategy] = []
     real = layer_times.pruned
 
-    def pruned(model, strategy):
+    def pruned(model, strategy, rankings):
         running[:] = [strategy]
-        return real(model, strategy)
+        return real(model, strategy, rankings)
 
     def read(model, adapter, inputs, clock):
         length = inputs["input_ids"].shape[1]
