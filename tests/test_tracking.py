@@ -17,7 +17,7 @@ from dop_search.errors import ConfigError
 from dop_search.record import CURVES_FILE, RECORD_FILE
 from dop_search.strategy import Strategy
 from dop_search.testing.records import example_record
-from dop_search.tracking import check_tracking, result_metrics, result_params, ui_command
+from dop_search.tracking import check_tracking, log_benchmark, result_metrics, result_params, ui_command
 
 SEARCHES = """
 import sys
@@ -161,3 +161,27 @@ def test_without_tracking_mlflow_is_never_imported(tmp_path: Path) -> None:
 
 def test_a_new_store_is_made_in_silence(logged: Logged) -> None:
     assert logged.printed == ""
+
+
+def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> None:
+    config = TrackingConfig(uri=f"sqlite:///{logged.folder / 'sub' / 'mlflow.db'}")
+    row = {"target_ratio": 0.3, "name": "hooks at layer 2", "flops_ratio": 0.301}
+    medians = {"prefill_ms": {"median": 12.5}, "peak_bytes": None}
+    data = {
+        "what": "tiny",
+        "text_tokens": 6,
+        "visual_tokens": 64,
+        "generated_tokens": 2,
+        "environment": {"device": "cpu", "attn_implementation": "sdpa"},
+        "rows": [{**row, "median": medians, "ratio": {"prefill_ms": {"median": 0.33}}}],
+    }
+    identifier = log_benchmark(config, data)
+    run = logged.client.get_run(identifier)
+    assert run.data.metrics == {
+        "0.3_hooks_at_layer_2/flops_ratio": 0.301,
+        "0.3_hooks_at_layer_2/prefill_ms_median": 12.5,
+        "0.3_hooks_at_layer_2/prefill_ms_ratio": 0.33,
+    }
+    assert run.data.params["attn_implementation"] == "sdpa"
+    assert [item.path for item in logged.client.list_artifacts(identifier)] == ["benchmark.json"]
+    assert log_benchmark(TrackingConfig(backend="none"), data) is None
