@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--family", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), help="built-in shapes (all)"
     )
     against.add_argument("--selector", default="uniform_grid", metavar="NAME", help="of the built-in shapes")
+    against.add_argument("--compile", action="store_true", help="the pruned layers of ours through torch.compile")
     how = result.add_argument_group("how")
     how.add_argument("--rounds", type=int, default=9, metavar="N", help="readings per variant (9)")
     how.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before that which do not count (1)")
@@ -147,7 +148,14 @@ def run(options: argparse.Namespace) -> Comparison:
     given = Prompt.of(adapter, inputs)
     ratios = [0.5, 0.3, 0.14] if options.ratio is None else options.ratio
     variants, notes = make_variants(
-        model, adapter, given, strategies, ratios, families=options.family, selector=options.selector
+        model,
+        adapter,
+        given,
+        strategies,
+        ratios,
+        families=options.family,
+        selector=options.selector,
+        compile=options.compile,
     )
     rows = compare(
         model,

@@ -98,8 +98,11 @@ def make_variants(
     ratios: Sequence[float],
     families: Sequence[str] = tuple(FAMILIES),
     selector: str = "uniform_grid",
+    compile: bool = False,
 ) -> tuple[list[Variant], list[str]]:
     """The full model, the empty strategy, the given strategies, and at each ratio the built-in ones and two baselines.
+
+    ``compile`` is for ours: the pruned layers through ``torch.compile``.
 
     Returns:
         The variants, and a line for each that cannot reach its FLOPs.
@@ -110,13 +113,13 @@ def make_variants(
         Variant("full model", "full", 1.0, nullcontext),
         _ours("empty strategy", model, Strategy.full(dims.num_layers), cost, None, kind="empty"),
     ]
-    variants += [_ours(name, model, strategy, cost, None) for name, strategy in strategies.items()]
+    variants += [_ours(name, model, strategy, cost, None, compile=compile) for name, strategy in strategies.items()]
     missing: list[str] = []
     for ratio in ratios:
         candidates = [_bound(model, prompt, dims, ratio), _hooks(model, prompt, dims, ratio)]
         for family in families:
             found = fit(FAMILIES[family], ratio, cost, counts.visual, selector)
-            ours = None if found is None else _ours(family, model, found, cost, ratio)
+            ours = None if found is None else _ours(family, model, found, cost, ratio, compile=compile)
             candidates.append(
                 ours or f"{family} at {ratio:g}: the text alone costs {cost.floor_ratio:.3f} of the FLOPs"
             )
@@ -137,9 +140,10 @@ def _ours(
     cost: CostModel,
     target: float | None,
     kind: Kind = "strategy",
+    compile: bool = False,
 ) -> Variant:
     ratio = 1.0 if kind == "empty" else cost.ratio(strategy)
-    return Variant(name, kind, ratio, lambda: pruned(model, strategy), target, strategy)
+    return Variant(name, kind, ratio, lambda: pruned(model, strategy, compile=compile), target, strategy)
 
 
 def fit(

@@ -31,7 +31,8 @@ class ModelConfig(Section):
     """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
     device_map: str | None = None
     """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

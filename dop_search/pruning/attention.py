@@ -15,6 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dop_search.pruning.cache import append_valid
 from dop_search.pruning.layout import AttentionPlan
 
+FLASH = "flash_attention"
+"""Backends of this family take no masks, and are causal from the bottom right by themselves; where a mask cannot be
+avoided (padding inside a batch), ``sdpa`` stands in for them."""
+
 
 class ForwardTables:
     """Rotary embeddings and masks of one forward, arranged once per attention plan instead of once per layer.
@@ -98,7 +102,9 @@ def backend(attention: Any) -> tuple[str, Any, dict[str, Any]]:
 
 def attend_text(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a text chunk over a layer's whole cache; ``mask`` as :func:`extension_mask` made it."""
-    _, function, kwargs = backend(attention)
+    implementation, function, kwargs = backend(attention)
+    if mask is not None and implementation.startswith(FLASH):
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
     return context
 
@@ -122,18 +128,21 @@ def attend(
         assert blind is not None
         context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
         return context.masked_fill(blind, 0.0)  # a query without any key receives nothing
+    flash = implementation.startswith(FLASH)
     if plan.segments is None or past_valid is not None:
         mask, _ = tables.mask(plan, past_valid, additive=False)
+        if flash:
+            function = ALL_ATTENTION_FUNCTIONS["sdpa"]
         context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
         return context
     outputs = []
     for segment in plan.segments:
         part = query[:, :, segment.start : segment.stop]
         seen_keys, seen_values = key[:, :, : segment.num_keys], value[:, :, : segment.num_keys]
-        if 1 < part.shape[2] < segment.num_keys and part.device.type == "cuda":
+        if not flash and 1 < part.shape[2] < segment.num_keys and part.device.type == "cuda":
             outputs.append(lower_right(attention, part, seen_keys, seen_values, kwargs))
             continue
-        triangle = tables.triangle(part.shape[2], segment.num_keys)
+        triangle = None if flash else tables.triangle(part.shape[2], segment.num_keys)
         causal = triangle is None
         outputs.append(function(attention, part, seen_keys, seen_values, triangle, is_causal=causal, **kwargs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
