@@ -17,6 +17,7 @@ from dop_search.pruning.cache import CacheState, append_valid, open_state
 from dop_search.pruning.layer import ForwardTables, run_layer
 from dop_search.pruning.layout import AttentionPlan, Layout, assign_groups, pack
 from dop_search.pruning.ranking import RankingSource, visual_counts
+from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.strategy import Strategy
 
@@ -24,8 +25,11 @@ from dop_search.strategy import Strategy
 class PrunedDecoder:
     """Replaces the forward of a decoder instance. Made by :func:`dop_search.pruning.prune_`."""
 
-    def __init__(self, adapter: ModelAdapter, strategy: Strategy, rankings: RankingSource) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, strategy: Strategy, rankings: RankingSource, stages: StagePlan | None = None
+    ) -> None:
         self.adapter = adapter
+        self.stages = stages
         self.strategy = strategy
         self.rankings = rankings
         self.steps: tuple[LayerStep, ...] = layer_steps(strategy)
@@ -98,7 +102,14 @@ class PrunedDecoder:
         tables = ForwardTables(cos, sin)
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
+        run = None
+        if self.stages is not None:
+            check_first_chunk(state.num_seen)
+            run = StageRun(self.stages, self.adapter, visual_counts(visual))
+            run.begin(hidden, layout, tables)
         for index, step in enumerate(self.steps):
+            if run is not None and index in run.plan.stages:
+                hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
             past_valid = self._past_valid(state, index, batch, embeds.device)
             hidden = run_layer(self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid)
             before = step.alive
@@ -110,7 +121,8 @@ class PrunedDecoder:
 
     def _layout(self, visual: Tensor, valid: Tensor | None) -> tuple[Layout, Tensor]:
         batch, length = visual.shape
-        rankings = self.rankings.rank(visual_counts(visual))
+        counts = visual_counts(visual)
+        rankings = self.rankings.rank(counts) if self.stages is None else [np.arange(count) for count in counts]
         is_visual = visual.cpu().numpy()
         is_valid = np.ones((batch, length), dtype=np.bool_) if valid is None else valid.cpu().numpy()
         groups, columns = [], []
