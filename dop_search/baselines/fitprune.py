@@ -127,6 +127,7 @@ def measured_profile(context: FitContext) -> AttentionProfile:
     return profile
 
 
+@torch.inference_mode()
 def layer_attention(adapter: ModelAdapter, sample: EncodedSample) -> tuple[np.ndarray, np.ndarray]:
     """``(self, cross)`` of the full model in every layer, each ``[num_layers, num_visual]``, on the prompt alone."""
     received = [received_attention(view) for view in layer_inputs(adapter, sample)]

@@ -3,7 +3,7 @@
 Two groups by the selector's rank: the *key* group (25 %) and the *rest* (75 %). Three steps:
 
 1. for each group and module a binary search, from ``L / 2`` on, finds the lowest depth from which it can be left out
-   for free; all that is free together is the start;
+   for free; all that is free together is the start (points on the way there are kept, for mild budgets);
 2. every remaining operation is tried alone on top of it, and they are sorted by what that costs in quality;
 3. they are removed in this order; when the quality has fallen by a stride since the last sorting, what remains is
    sorted again.
@@ -52,6 +52,11 @@ class GsopSearch:
         num_layers: decoder layers.
         fields: further fields of the strategies, such as the selector.
         free_nats, stride_nats: see the module.
+
+    Attributes:
+        points: the trajectory so far, from the full model on.
+        num_evaluations: strategies scored so far.
+        num_free_points: points up to the one that leaves out all that is free.
     """
 
     evaluate: Evaluate
@@ -61,12 +66,14 @@ class GsopSearch:
     stride_nats: float = 0.02
     points: list[GsopPoint] = field(default_factory=list)
     num_evaluations: int = 0
+    num_free_points: int = 0
     _runs: np.ndarray = field(init=False)
     _queue: list[Cell] = field(default_factory=list)
     _sorted_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self._runs = np.ones((2, self.num_layers, len(MODULES)), dtype=np.bool_)
+        everything = np.ones((2, self.num_layers, len(MODULES)), dtype=np.bool_)
+        self._runs = self._strategy(everything).canonical().to_array()
 
     @property
     def first_prunable_kv(self) -> int:
@@ -94,8 +101,15 @@ class GsopSearch:
                 depth = self._free_depth(group, module)
                 for layer in range(depth, self.num_layers):
                     free = self._without(free, (group, layer, module))
-        self._runs = free
-        self._record()
+        start = self._runs
+        for cut in reversed(range(self.num_layers)):  # the free part itself in steps, deepest layers first
+            runs = start.copy()
+            runs[:, cut:] = free[:, cut:]
+            runs = self._strategy(runs).canonical().to_array()
+            if not np.array_equal(runs, self._runs):
+                self._runs = runs
+                self._record()
+        self.num_free_points = len(self.points)
         self._sort()
 
     def _free_depth(self, group: int, module: int) -> int:
@@ -103,7 +117,7 @@ class GsopSearch:
         low, high = (self.first_prunable_kv if (group, module) == (KEY, KV) else 0), self.num_layers
         middle = max(low, self.num_layers // 2)
         while low < high:
-            runs = np.ones_like(self._runs)
+            runs = self._runs
             for layer in range(middle, self.num_layers):
                 runs = self._without(runs, (group, layer, module))
             if self._scores([runs])[0] <= self.free_nats:

@@ -13,6 +13,7 @@ taken off by entering with fewer tokens, chosen by the context's selector.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +61,7 @@ class ShortLvlm(Method):
         )
         removed = tuple(sorted(order[: layers - running]))
         entering: dict[str, Any] = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
-        repair = self._repair(context, removed, entering) if self.repair_rank and removed else None
+        repair = self._repair(context, removed) if self.repair_rank and removed else None
         achieved = ratio(running, kept)
         notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
         return FittedMethod(
@@ -85,17 +86,22 @@ class ShortLvlm(Method):
             total += per_token * sum(item.text + min(kept, item.visual) for item in context.counts)
         return total / context.pricing.cost_model.full_total
 
-    def _repair(self, context: FitContext, removed: tuple[int, ...], entering: dict[str, Any]) -> LowRankRepair:
+    def _repair(self, context: FitContext, removed: tuple[int, ...]) -> LowRankRepair:
         loaded, teacher = context.needs_model("Short-LVLM's bridge")
-        wanted, states = [], []
-        for sample in [item.encoded for item in teacher.samples[:MAX_SAMPLES]]:
-            full = final_states(loaded, sample)
-            with layers_removed(loaded.model, removed):
-                short = final_states(loaded, sample)
-            text = ~sample.visual
-            wanted.append(full[text])
-            states.append(short[text])
-        return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), self.repair_rank)
+        samples = [item.encoded for item in teacher.samples[:MAX_SAMPLES]]
+        return bridge(loaded, samples, removed, self.repair_rank)
+
+
+def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Collection[int], rank: int) -> LowRankRepair:
+    """From the short model's final states of text tokens to the full model's, with all visual tokens in both."""
+    wanted, states = [], []
+    for sample in samples:
+        full = final_states(loaded, sample)
+        with layers_removed(loaded.model, removed):
+            short = final_states(loaded, sample)
+        wanted.append(full[~sample.visual])
+        states.append(short[~sample.visual])
+    return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), rank)
 
 
 @torch.inference_mode()
