@@ -13,6 +13,7 @@ import numpy as np
 from dop_search.errors import StrategyError
 from dop_search.files import write_text_atomic
 from dop_search.operations import MODULES, Module, Operation, TokenGroup, group_sizes
+from dop_search.staging import check_stages, ranked_until
 
 FORMAT = "dop_search.strategy"
 VERSION = 1
@@ -42,13 +43,13 @@ class GroupPolicy:
         layers = self.layers(module)
         return len(layers) if layers == tuple(range(len(layers))) else None
 
-    def canonical(self) -> GroupPolicy:
-        """Drop dead operations: a token's state after its last layer as a key is read by nobody."""
-        last_kv = self.kv[-1] if self.kv else 0
+    def canonical(self, ranked_at: int = 0) -> GroupPolicy:
+        """Drop dead operations: a token's state is read where it is a key, and where it is ranked."""
+        last_read = max(self.kv[-1] if self.kv else 0, ranked_at)
         return replace(
             self,
-            q=tuple(layer for layer in self.q if layer < last_kv),
-            mlp=tuple(layer for layer in self.mlp if layer < last_kv),
+            q=tuple(layer for layer in self.q if layer < last_read),
+            mlp=tuple(layer for layer in self.mlp if layer < last_read),
         )
 
 
@@ -64,7 +65,7 @@ class Strategy:
         groups: one policy per token group, best-ranked tokens first.
         num_visual_tokens: visual tokens that enter the decoder, per sample; ``None`` keeps all.
         selector: name of the ranking, see ``dop_search.selectors``.
-        selector_options: keyword arguments of the selector.
+        selector_options: keyword arguments of the selector; ``stages`` are layers that rank inside the decoder.
         model_fingerprint: architecture that the strategy was searched on; ``None`` fits any model of
             ``num_layers`` layers.
         provenance: free-form facts about where the strategy comes from.
@@ -94,6 +95,7 @@ class Strategy:
                         f"the `{module.value}` layers of group {index} must be sorted, unique and within "
                         f"0..{self.num_layers - 1}, but got {list(layers)}"
                     )
+        check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens)
 
     # -- constructors ---------------------------------------------------------------------------
 
@@ -182,9 +184,19 @@ class Strategy:
                 runs[g, list(policy.layers(module)), m] = True
         return runs
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The layers at whose door the visual tokens are ranked; empty if they are ranked before the decoder."""
+        return tuple(self.selector_options.get("stages", ()))
+
+    def ranked_until(self) -> tuple[int, ...]:
+        """Per group the last stage that ranks it: its state is read there. 0 without stages."""
+        return ranked_until(self.groups, self.stages, self.num_layers)
+
     def canonical(self) -> Strategy:
-        """Without dead operations: a token's state matters only until the last layer in which it is a key. Lossless."""
-        return replace(self, groups=tuple(policy.canonical() for policy in self.groups))
+        """Without dead operations: a state matters only until it is last a key, or last ranked. Lossless."""
+        ranked = zip(self.groups, self.ranked_until(), strict=True)
+        return replace(self, groups=tuple(policy.canonical(stage) for policy, stage in ranked))
 
     @property
     def is_empty(self) -> bool:
@@ -248,6 +260,8 @@ class Strategy:
         ratios = self.depth_ratios()
         if ratios is None:
             raise StrategyError("only a depth-wise strategy can move to another depth; this one has free layer sets")
+        if self.stages:
+            raise StrategyError("a strategy with stages cannot move to another depth; fit the method on that model")
         scaled = {name: [int(ratio * num_layers + 0.5) for ratio in values] for name, values in ratios.items()}
         return Strategy.depthwise(
             num_layers,

@@ -140,6 +140,11 @@ class DivergenceEngine:
                     f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
                     f"{self.adapter.dims.num_layers}"
                 )
+            if strategy.stages:
+                raise DopError(
+                    f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "
+                    "score it with dop_search.baselines.plain_divergence"
+                )
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)
         place = {sample: position for position, sample in enumerate(indices)}
         result = np.zeros((len(strategies), len(indices)))

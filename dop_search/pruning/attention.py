@@ -34,6 +34,10 @@ class ForwardTables:
         self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
         self._triangles: dict[tuple[int, int], Tensor] = {}
 
+    def select(self, rows: Tensor) -> ForwardTables:
+        """The tables of some of the rows, for another layout."""
+        return ForwardTables(self.cos.index_select(0, rows), signed(self.sin.index_select(0, rows)))  # signs cancel
+
     def rope(self, plan: AttentionPlan) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """``(cos, signed sin)`` for queries and for keys, each ``[num_samples, 1, length, head_dim]``."""
         if id(plan) not in self._rope:

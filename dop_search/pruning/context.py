@@ -18,6 +18,7 @@ from dop_search.models.families import adapter_for
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
+from dop_search.pruning.stages import StagePlan
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 
@@ -112,9 +113,11 @@ def prune_(
     handle = PruneHandle()
     if strategy.is_empty:
         return handle
-    selector = None if rankings is not None else make_selector(strategy.selector, strategy.selector_options)
+    stages = StagePlan(strategy) if strategy.stages and rankings is None else None
+    known = rankings is not None or stages is not None
+    selector = None if known else make_selector(strategy.selector, strategy.selector_options)
     source = RankingSource(adapter, selector, explicit_rankings(rankings))
-    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile))
+    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile), stages)
     text_model = adapter.text_model
     handle._sources.append(source)
     handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))

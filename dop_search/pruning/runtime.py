@@ -19,6 +19,7 @@ from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
 from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign_groups
 from dop_search.pruning.ranking import RankingSource, visual_counts
+from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.strategy import Strategy
 
@@ -32,9 +33,11 @@ class PrunedDecoder:
         strategy: Strategy,
         rankings: RankingSource,
         parts: LayerParts = EAGER_PARTS,
+        stages: StagePlan | None = None,
     ) -> None:
         self.adapter = adapter
         self.parts = parts
+        self.stages = stages
         self.strategy = strategy
         self.rankings = rankings
         self.steps: tuple[LayerStep, ...] = layer_steps(strategy)
@@ -113,7 +116,17 @@ class PrunedDecoder:
             injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[entry.cpu().numpy()])
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
+        run = None
+        if self.stages is not None:
+            check_first_chunk(state.num_seen)
+            run = StageRun(self.stages, self.adapter, visual_counts(visual))
+            run.begin(hidden, layout, tables)
         for index, step in enumerate(self.steps):
+            if run is not None and index in run.plan.stages:
+                present = layout.rows(before)
+                hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
+                if injected is not None:
+                    injected = Deepstack(deepstack, layout, injected.token_of_row[present])
             past_valid = self._past_valid(state, index, batch, embeds.device)
             hidden = run_layer(
                 self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid, parts=self.parts
@@ -129,7 +142,8 @@ class PrunedDecoder:
 
     def _layout(self, visual: Tensor, valid: Tensor | None) -> tuple[Layout, Tensor]:
         batch, length = visual.shape
-        rankings = self.rankings.rank(visual_counts(visual))
+        counts = visual_counts(visual)
+        rankings = self.rankings.rank(counts) if self.stages is None else [np.arange(count) for count in counts]
         is_visual = visual.cpu().numpy()
         is_valid = np.ones((batch, length), dtype=np.bool_) if valid is None else valid.cpu().numpy()
         places = [np.flatnonzero(row) for row in is_valid]

@@ -25,7 +25,10 @@ def layer_steps(strategy: Strategy) -> tuple[LayerStep, ...]:
     """The steps of the canonical form: a group leaves the sequence for good after its last operation."""
     groups = strategy.canonical().groups
     runs = {module: [frozenset(policy.layers(module)) for policy in groups] for module in Module}
-    last = [max((layer for module in Module for layer in runs[module][g]), default=-1) for g in range(len(groups))]
+    ranked = strategy.ranked_until()
+    last = [
+        max([ranked[g] - 1, *(layer for module in Module for layer in runs[module][g])]) for g in range(len(groups))
+    ]
 
     def taking_part(module: Module, layer: int) -> Groups:
         return frozenset(g for g in range(len(groups)) if layer in runs[module][g])

@@ -1,0 +1,70 @@
+"""Published methods, each solved for the same FLOPs before anything is compared."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from dop_search.baselines.base import FitContext, FittedMethod, Method
+from dop_search.baselines.dart import Dart
+from dop_search.baselines.evaluate import plain_answers, plain_divergence
+from dop_search.baselines.fastv import FastV
+from dop_search.baselines.fitprune import FitPrune
+from dop_search.baselines.gsop import Gsop
+from dop_search.baselines.pyramiddrop import PyramidDrop
+from dop_search.baselines.short_lvlm import ShortLvlm
+from dop_search.baselines.shortv import ShortV
+from dop_search.baselines.skip_vision import SkipVision
+from dop_search.baselines.sparsevlm import SparseVlm
+from dop_search.baselines.uniform import UniformReduction
+from dop_search.baselines.vtw import Vtw
+from dop_search.errors import ConfigError
+from dop_search.selectors import SELECTORS
+
+BASELINES: Mapping[str, Method] = MappingProxyType(
+    {
+        **{name: UniformReduction(name) for name in SELECTORS},
+        **{
+            method.name: method
+            for method in (
+                FastV(),
+                PyramidDrop(),
+                SparseVlm(),
+                Dart(),
+                FitPrune(),
+                Vtw(),
+                ShortV(),
+                Gsop(),
+                SkipVision(),
+                ShortLvlm(),
+                ShortLvlm("short_lvlm_repair", repair_rank=16),
+            )
+        },
+    }
+)
+"""Every method by name; a selector's name is uniform reduction by that selector."""
+
+
+def baseline(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ConfigError: if there is none; names a near one.
+    """
+    if name not in BASELINES:
+        near = difflib.get_close_matches(name, BASELINES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"unknown baseline {name!r}; {hint}there are {', '.join(BASELINES)}")
+    return BASELINES[name]
+
+
+__all__ = [
+    "BASELINES",
+    "FitContext",
+    "FittedMethod",
+    "Method",
+    "baseline",
+    "plain_answers",
+    "plain_divergence",
+]

@@ -1,0 +1,180 @@
+"""A published method: something that can be fitted to a FLOPs ratio and then applied to a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from dop_search.baselines.pricing import Pricing
+from dop_search.divergence import DivergenceEngine, Teacher
+from dop_search.errors import DopError
+from dop_search.models.loading import LoadedModel
+from dop_search.operations import ModelDims, TokenCounts
+from dop_search.profiling import token_counts
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+
+Evaluate = Callable[[Sequence[Strategy]], np.ndarray]
+"""Mean divergence in nats of each strategy (``[num_strategies]``); none of them may have stages."""
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a method may use to find its hyperparameters.
+
+    Attributes:
+        dims: sizes of the decoder.
+        counts: text and visual tokens of each sample that FLOPs are counted on.
+        evaluate: scores strategies on validation samples; only methods that measure need it.
+        loaded, teacher: model and validation samples; only methods that look at the model's states need them.
+        selector, selector_options: ranking before the decoder, for methods that need one and bring none. ``evaluate``
+            must rank by the same.
+        memo: what methods keep between budgets, such as a search's trajectory.
+    """
+
+    dims: ModelDims
+    counts: tuple[TokenCounts, ...]
+    evaluate: Evaluate | None = None
+    loaded: LoadedModel | None = None
+    teacher: Teacher | None = None
+    selector: str = "cls_attention"
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_teacher(
+        cls,
+        loaded: LoadedModel,
+        teacher: Teacher,
+        selector: str = "cls_attention",
+        selector_options: Mapping[str, Any] | None = None,
+    ) -> FitContext:
+        """Everything from a model and its teacher, whose samples were ranked by ``selector``."""
+        engine = DivergenceEngine(loaded.adapter, teacher)
+        return cls(
+            dims=loaded.adapter.dims,
+            counts=token_counts(teacher),
+            evaluate=lambda strategies: engine.evaluate(strategies).mean(axis=1),
+            loaded=loaded,
+            teacher=teacher,
+            selector=selector,
+            selector_options=dict(selector_options or {}),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.dims.num_layers
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens of the largest sample."""
+        return max(item.visual for item in self.counts)
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        """What strategies cost on the samples."""
+        return Pricing(self.dims, self.counts)
+
+    def ranked(self) -> dict[str, Any]:
+        """The context's selector as fields of a strategy."""
+        return {"selector": self.selector, "selector_options": dict(self.selector_options)}
+
+    def needs_evaluate(self, method: str) -> Evaluate:
+        """``evaluate``.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.evaluate is None:
+            raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
+        return self.evaluate
+
+    def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
+        """Model and teacher.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.loaded is None or self.teacher is None:
+            raise DopError(f"{method} looks at the model's states: make the context with FitContext.from_teacher(...)")
+        return self.loaded, self.teacher
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """A method with its hyperparameters.
+
+    Attributes:
+        method: name of the method.
+        target_ratio: FLOPs ratio that was asked for.
+        flops_ratio: FLOPs ratio that it has, text and its own rankings included.
+        hyperparameters: what was solved, chosen or measured.
+        notes: what a reader of a table should know, such as a deviation from the published setting.
+        strategy: what runs, for methods that a strategy expresses.
+        runtime: makes the context manager of the others.
+    """
+
+    method: str
+    target_ratio: float
+    flops_ratio: float
+    hyperparameters: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    strategy: Strategy | None = None
+    runtime: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        assert (self.strategy is None) != (self.runtime is None)
+
+    @contextmanager
+    def apply(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Within the context ``model`` runs by the method; on exit, also by an exception, it is what it was."""
+        if self.strategy is not None:
+            with pruned(model, self.strategy):
+                yield model
+        else:
+            assert self.runtime is not None
+            with self.runtime(model):
+                yield model
+
+
+class Method(ABC):
+    """A published method. A new one is one subclass in one file, listed in ``BASELINES``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
+        """Solve the free hyperparameter so that the method costs ``flops_ratio`` of the full model.
+
+        Raises:
+            BudgetError: if the method cannot be so cheap; names the smallest feasible ratio.
+            DopError: if the context lacks what the method measures with.
+        """
+
+    def fitted(
+        self,
+        context: FitContext,
+        target: float,
+        strategy: Strategy,
+        hyperparameters: Mapping[str, Any],
+        notes: Sequence[str] = (),
+    ) -> FittedMethod:
+        """A result that a strategy expresses, priced, with a note where the target was out of reach by more than 1
+        %."""
+        ratio = context.pricing.ratio(strategy)
+        return FittedMethod(
+            method=self.name,
+            target_ratio=target,
+            flops_ratio=ratio,
+            hyperparameters=dict(hyperparameters),
+            notes=(*notes, *context.pricing.distance_note(ratio, target)),
+            strategy=strategy,
+        )

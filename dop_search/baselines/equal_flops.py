@@ -1,0 +1,98 @@
+"""Solve a method's free hyperparameter for a FLOPs ratio, so that all methods are compared at the same cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dop_search.baselines.pricing import TOLERANCE
+from dop_search.errors import BudgetError
+from dop_search.operations import TokenGroup
+from dop_search.strategy import GroupPolicy, Strategy
+
+REAL_STEPS = 50
+"""Bisections of a real hyperparameter: its strategies are discrete, so that this finds the step next to the target."""
+
+
+def solve_integer(ratio: Callable[[int], float], low: int, high: int, target: float, what: str) -> int:
+    """The integer in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease.
+
+    Raises:
+        BudgetError: if the cheapest is above the target or the most expensive below it, by more than the tolerance.
+    """
+    check_reach(ratio(low), ratio(high), target, what)
+    below, above = low, high
+    if ratio(low) >= target:
+        return low
+    while above - below > 1:
+        middle = (below + above) // 2
+        if ratio(middle) < target:
+            below = middle
+        else:
+            above = middle
+    return below if target - ratio(below) <= abs(ratio(above) - target) else above
+
+
+def solve_real(ratio: Callable[[float], float], low: float, high: float, target: float, what: str) -> float:
+    """The number in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease.
+
+    Raises:
+        BudgetError: as :func:`solve_integer`.
+    """
+    check_reach(ratio(low), ratio(high), target, what)
+    if ratio(low) >= target:
+        return low
+    below, above = low, high
+    for _ in range(REAL_STEPS):
+        middle = (below + above) / 2
+        if ratio(middle) < target:
+            below = middle
+        else:
+            above = middle
+    return below if target - ratio(below) <= abs(ratio(above) - target) else above
+
+
+def check_reach(cheapest: float, dearest: float, target: float, what: str) -> None:
+    """Refuse a target that the hyperparameter cannot reach.
+
+    Raises:
+        BudgetError: naming what can be reached.
+    """
+    if cheapest > target * (1 + TOLERANCE):
+        raise BudgetError(
+            f"{what} cannot go below {cheapest:.4f} of the full model's FLOPs, but {target:.4f} is asked for",
+            smallest_feasible=cheapest,
+        )
+    if dearest < target * (1 - TOLERANCE):
+        raise BudgetError(
+            f"{what} never costs more than {dearest:.4f} of the full model's FLOPs, but {target:.4f} is asked for",
+            smallest_feasible=cheapest,
+        )
+
+
+def fewest_layers(ratio: Callable[[int], float], num_layers: int, target: float) -> int:
+    """The smallest number of running layers whose cost reaches ``target`` (``num_layers`` if none does)."""
+    return next((layers for layers in range(num_layers) if ratio(layers) >= target), num_layers)
+
+
+def nested_strategy(
+    num_layers: int, exits: Sequence[int], sizes: Sequence[int], num_visual: int, **fields: object
+) -> Strategy:
+    """Nested token groups, best first: ``sizes[g]`` of ``num_visual`` tokens have all operations below ``exits[g]``.
+
+    Empty groups are left out.
+    """
+    assert sum(sizes) == num_visual
+    assert min(sizes) >= 0
+    groups = []
+    for depth, size in zip(exits, sizes, strict=True):
+        if size:
+            layers = tuple(range(depth))
+            groups.append(GroupPolicy(layers, layers, layers, TokenGroup(size / num_visual)))
+    return Strategy(num_layers, tuple(groups), **fields)  # type: ignore[arg-type]
+
+
+def average_tokens(strategy: Strategy, num_visual: int) -> float:
+    """Visual tokens that are keys, mean over layers: the literature's average number of tokens."""
+    sizes = strategy.group_sizes(num_visual)
+    kept = sum(size * len(policy.kv) for size, policy in zip(sizes, strategy.groups, strict=True))
+    return kept / strategy.num_layers

@@ -1,0 +1,140 @@
+"""One way to evaluate every method: KL by prefill and cached continuation, answers by ``generate()``.
+
+The divergence engine shares prefixes between strategies and knows each sample's ranking in advance; what ranks inside
+the decoder, or removes layers, is scored here by plain forwards of the model as it would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.baselines.base import FittedMethod
+from dop_search.data.samples import Sample, alike_batches
+from dop_search.divergence import Teacher, kl_divergence
+from dop_search.divergence.teacher import TeacherSample, generate_ids
+from dop_search.errors import DopError, NumericalError
+from dop_search.models.loading import LoadedModel
+from dop_search.models.prompts import model_inputs
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+
+Runnable = Strategy | FittedMethod
+
+
+def applied(loaded: LoadedModel, method: Runnable) -> AbstractContextManager[Any]:
+    """The context in which the model runs by a strategy or a fitted method."""
+    return method.apply(loaded.model) if isinstance(method, FittedMethod) else pruned(loaded.model, method)
+
+
+def plain_divergence(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    teacher: Teacher,
+    method: Runnable,
+    *,
+    batch_size: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """KL(full ‖ method) in nats per sample, averaged over its answer positions.
+
+    The prompt is one prefill, as in ``generate()``, and the teacher's answer continues on the cache it left: a method
+    that looks at the last token of the prompt sees that token.
+
+    Args:
+        loaded: the model.
+        samples: the samples that ``teacher`` was made from, in the same order.
+        teacher: the full model's answers.
+        method: a strategy, also with stages, or a fitted method.
+        batch_size: samples per forward.
+        on_progress: called with (done, total) samples.
+
+    Returns:
+        ``[num_samples]`` float64.
+
+    Raises:
+        DopError: if the samples are not the teacher's.
+        NumericalError: if a logit is not finite.
+    """
+    if [sample.id for sample in samples] != [known.id for known in teacher.samples]:
+        raise DopError("`samples` must be those that the teacher was made from, in the same order")
+    result = np.zeros(len(samples))
+    done = 0
+    with applied(loaded, method):
+        for batch in alike_batches(samples, batch_size):
+            part = [teacher.samples[index] for index in batch]
+            result[batch] = _score_batch(loaded, [samples[index] for index in batch], part)
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done, len(samples))
+    return result
+
+
+@torch.inference_mode()
+def _score_batch(loaded: LoadedModel, samples: Sequence[Sample], known: Sequence[TeacherSample]) -> list[float]:
+    device = loaded.adapter.device
+    inputs = model_inputs(loaded.processor, samples, device)
+    mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    longest = max(len(item.answer_ids) for item in known) - 1
+    prompts = [item.encoded.position_ids[:, : item.encoded.prompt_length] for item in known]
+    answers = [item.encoded.position_ids[:, item.encoded.prompt_length :] for item in known]
+    model: Any = loaded.model
+    output = model(**inputs, position_ids=_positions(prompts, length, left=True), use_cache=True)
+    logits = [output.logits[:, -1:]]
+    if longest:
+        pad = loaded.processor.tokenizer.pad_token_id
+        ids = torch.full((len(known), longest), pad, dtype=inputs["input_ids"].dtype, device=device)
+        real = torch.zeros_like(ids)
+        for row, item in enumerate(known):
+            fed = item.answer_ids[:-1]
+            ids[row, : len(fed)] = torch.tensor(fed, dtype=ids.dtype, device=device)
+            real[row, : len(fed)] = 1
+        continued = model(
+            input_ids=ids,
+            attention_mask=torch.cat([mask, real], dim=1),
+            position_ids=_positions(answers, longest, left=False),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        logits.append(continued.logits)
+    log_probs = torch.cat(logits, dim=1).float().log_softmax(dim=-1)
+    scores = []
+    for row, item in enumerate(known):
+        values = kl_divergence(item.log_probs, log_probs[row, : len(item.answer_ids)])
+        if not bool(torch.isfinite(values).all()):
+            raise NumericalError(f"the logits for sample {item.id!r} are not finite; use dtype=float32 or bfloat16")
+        scores.append(float(values.double().mean()))
+    return scores
+
+
+def _positions(rows: Sequence[Tensor], length: int, left: bool) -> Tensor:
+    """``[axes, n]`` per sample to ``[batch, length]``, or ``[axes, batch, length]`` for multimodal RoPE."""
+    padded = []
+    for row in rows:
+        padding = (length - row.shape[1], 0) if left else (0, length - row.shape[1])
+        padded.append(torch.nn.functional.pad(row, padding))
+    stacked = torch.stack(padded, dim=1)
+    return stacked[0] if len(stacked) == 1 else stacked
+
+
+def plain_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    method: Runnable,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Greedy answers through ``generate()``, one per sample."""
+    answers: dict[int, str] = {}
+    with applied(loaded, method):
+        for batch in alike_batches(samples, batch_size):
+            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
+            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
+            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
+    return [answers[index] for index in range(len(samples))]

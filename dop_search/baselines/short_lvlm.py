@@ -1,0 +1,158 @@
+"""Short-LVLM (Ma et al., ACM MM 2025): whole layers are removed for all tokens, least influential first.
+
+Which layers are redundant is measured on important tokens, not on all: here the influence of a layer is ``sum_i w_i
+(1 - cos(x_i, y_i))`` of a token's states before and behind it, with ``w_i`` the attention probability that the last
+prompt token pays token ``i`` in that layer (mean over heads), averaged over the samples. Optionally the gap that the
+missing layers leave is bridged by a low-rank map of the final states: a ridge regression from the short model's
+states to the full model's on validation samples.
+
+Not reproduced: the paper's formulas for token importance and for the weights of the bridge are not public; these are
+stand-ins for both. At equal FLOPs as many layers are removed as the budget asks for, and what is still too much is
+taken off by entering with fewer tokens, chosen by the context's selector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop_search.baselines.base import FitContext, FittedMethod, Method
+from dop_search.baselines.equal_flops import fewest_layers, solve_integer
+from dop_search.baselines.fitprune import layer_inputs
+from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
+from dop_search.cost import CostModel
+from dop_search.divergence.encoding import EncodedSample
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.loading import LoadedModel
+from dop_search.strategy import Strategy
+
+MAX_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class ShortLvlm(Method):
+    """Solved for the number of removed layers and the number of tokens that enter.
+
+    Args:
+        name: name of the variant.
+        repair_rank: rank of the bridge; 0: none.
+        order: layers to remove, first first, instead of measuring; must name every layer.
+    """
+
+    name: str = "short_lvlm"  # type: ignore[misc]
+    repair_rank: int = 0
+    order: tuple[int, ...] | None = None
+
+    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
+        """See base class."""
+        layers, visual = context.num_layers, context.num_visual
+        order = self.order or removal_order(context)
+
+        def ratio(running: int, kept: int) -> float:
+            return self.flops_ratio(context, running, kept)
+
+        running = fewest_layers(lambda n: ratio(n, visual) if n else 0.0, layers, flops_ratio)
+        kept = solve_integer(
+            lambda n: ratio(running, n), 0, visual, flops_ratio, f"Short-LVLM with {running} of {layers} layers"
+        )
+        removed = tuple(sorted(order[: layers - running]))
+        entering: dict[str, Any] = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
+        repair = self._repair(context, removed) if self.repair_rank and removed else None
+        achieved = ratio(running, kept)
+        notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
+        return FittedMethod(
+            method=self.name,
+            target_ratio=flops_ratio,
+            flops_ratio=achieved,
+            hyperparameters={
+                "removed_layers": list(removed),
+                "num_visual_tokens": kept,
+                "repair_rank": self.repair_rank,
+            },
+            notes=(*notes, *context.pricing.distance_note(achieved, flops_ratio)),
+            runtime=lambda model: layers_removed(model, removed, repair=repair, **entering),
+        )
+
+    def flops_ratio(self, context: FitContext, running: int, kept: int) -> float:
+        """FLOPs of a model of ``running`` layers on ``kept`` tokens, bridge included, relative to the full model."""
+        short = CostModel(replace(context.dims, num_layers=running), context.counts)
+        total = short.total(Strategy.full(running, num_visual_tokens=kept))
+        if running < context.num_layers:
+            per_token = 2 * 2 * context.dims.hidden_size * self.repair_rank
+            total += per_token * sum(item.text + min(kept, item.visual) for item in context.counts)
+        return total / context.pricing.cost_model.full_total
+
+    def _repair(self, context: FitContext, removed: tuple[int, ...]) -> LowRankRepair:
+        loaded, teacher = context.needs_model("Short-LVLM's bridge")
+        samples = [item.encoded for item in teacher.samples[:MAX_SAMPLES]]
+        return bridge(loaded, samples, removed, self.repair_rank)
+
+
+def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Collection[int], rank: int) -> LowRankRepair:
+    """From the short model's final states of text tokens to the full model's, with all visual tokens in both."""
+    wanted, states = [], []
+    for sample in samples:
+        full = final_states(loaded, sample)
+        with layers_removed(loaded.model, removed):
+            short = final_states(loaded, sample)
+        wanted.append(full[~sample.visual])
+        states.append(short[~sample.visual])
+    return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), rank)
+
+
+@torch.inference_mode()
+def final_states(loaded: LoadedModel, sample: EncodedSample) -> Tensor:
+    """States before the final norm of prompt and answer with all visual tokens: ``[length, hidden_size]``."""
+    seen: list[Tensor] = []
+    handle = loaded.adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    try:
+        loaded.adapter.text_model(
+            inputs_embeds=sample.embeds[None], position_ids=sample.full_position_ids, use_cache=False
+        )
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@torch.inference_mode()
+def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
+    """Importance-weighted change that each layer makes to one prompt: ``[num_layers]`` float64."""
+    views = layer_inputs(adapter, sample)
+    after = [*[view.hidden for view in views[1:]], _last_output(adapter, sample)]
+    result = []
+    for view, behind in zip(views, after, strict=True):
+        last = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
+        weight = view.attention(last).mean(dim=0)[0].double()
+        change = 1.0 - torch.nn.functional.cosine_similarity(view.hidden.double(), behind.double(), dim=1)
+        result.append((weight * change).sum())
+    return torch.stack(result)
+
+
+def _last_output(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
+    seen: list[Tensor] = []
+    handle = adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    try:
+        length = sample.prompt_length
+        adapter.text_model(
+            inputs_embeds=sample.embeds[None, :length],
+            position_ids=sample.full_position_ids[..., :length],
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def removal_order(context: FitContext) -> tuple[int, ...]:
+    """Layers from the least to the greatest influence, measured once per context; ties start at the deepest."""
+    if "short_lvlm" not in context.memo:
+        loaded, teacher = context.needs_model("Short-LVLM")
+        samples = [item.encoded for item in teacher.samples[:MAX_SAMPLES]]
+        values = torch.stack([layer_influence(loaded.adapter, sample) for sample in samples]).mean(dim=0).tolist()
+        context.memo["short_lvlm"] = tuple(sorted(range(len(values)), key=lambda layer: (values[layer], -layer)))
+    order: tuple[int, ...] = context.memo["short_lvlm"]
+    return order

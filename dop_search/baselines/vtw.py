@@ -1,0 +1,65 @@
+"""VTW (Lin et al., AAAI 2025, arXiv 2405.05803): all visual tokens leave the decoder at layer K.
+
+Published: ``K`` is the first layer from 5 on at which the mean KL of 20 samples is at most ``eta`` (.003 for
+LLaVA-1.5-7B), see :func:`withdrawal_layer`. At equal FLOPs the budget decides ``K`` instead: the smallest whose cost
+reaches it; what is too much is taken off by entering with fewer tokens, chosen by the context's selector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop_search.baselines.base import Evaluate, FitContext, FittedMethod, Method
+from dop_search.baselines.equal_flops import fewest_layers, solve_integer
+from dop_search.errors import DopError
+from dop_search.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Vtw(Method):
+    """Solved for ``K`` and the number of tokens that enter."""
+
+    name = "vtw"
+
+    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
+        """See base class."""
+        layers, visual = context.num_layers, context.num_visual
+
+        def strategy(exit_layer: int, kept: int) -> Strategy:
+            return Strategy.depthwise(
+                layers,
+                exit_layer,
+                exit_layer,
+                exit_layer,
+                num_visual_tokens=None if kept == visual else kept,
+                **context.ranked(),
+            )
+
+        exit_layer = fewest_layers(lambda k: context.pricing.ratio(strategy(k, visual)), layers, flops_ratio)
+        kept = solve_integer(
+            lambda n: context.pricing.ratio(strategy(exit_layer, n)), 0, visual, flops_ratio, f"VTW with K={exit_layer}"
+        )
+        notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
+        return self.fitted(
+            context,
+            flops_ratio,
+            strategy(exit_layer, kept),
+            {"K": exit_layer, "num_visual_tokens": kept},
+            notes,
+        )
+
+
+def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float = 0.003, first: int = 5) -> int:
+    """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``.
+
+    Raises:
+        DopError: if no layer is.
+    """
+    candidates = range(first, num_layers)
+    scores = evaluate([Strategy.depthwise(num_layers, k, k, k) for k in candidates])
+    for layer, score in zip(candidates, scores, strict=True):
+        if score <= eta_nats:
+            return layer
+    raise DopError(
+        f"no layer from {first} on keeps the KL at or below `eta_nats`={eta_nats}; the lowest is {min(scores):.4f}"
+    )

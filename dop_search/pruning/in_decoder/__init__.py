@@ -1,0 +1,42 @@
+"""Selection criteria that rank visual tokens inside the decoder, from its own state."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from dop_search.errors import DopError
+from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
+from dop_search.pruning.in_decoder.dart import DartSelector
+from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
+from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
+from dop_search.pruning.in_decoder.sparsevlm import SparseVlmSelector
+
+STAGE_SELECTORS: dict[str, type[StageSelector]] = {
+    selector.name: selector
+    for selector in (FastVSelector, PyramidDropSelector, SparseVlmSelector, DartSelector, FitPruneSelector)
+}
+
+
+def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
+    """The in-decoder criterion of that name.
+
+    Raises:
+        DopError: on an unknown name or option.
+    """
+    if name not in STAGE_SELECTORS:
+        near = difflib.get_close_matches(name, STAGE_SELECTORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DopError(
+            f"selector {name!r} cannot rank at `stages` inside the decoder; "
+            f"{', '.join(sorted(STAGE_SELECTORS))} can.{hint}"
+        )
+    known = STAGE_SELECTORS[name].option_names()
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise DopError(f"selector {name!r} has no option {unknown}; it has {list(known)}")
+    return STAGE_SELECTORS[name](**{**options, "stages": tuple(options["stages"])})
+
+
+__all__ = ["STAGE_SELECTORS", "StageRanking", "StageSample", "StageSelector", "make_stage_selector"]

@@ -1,0 +1,209 @@
+"""Every method at every budget: within one per cent of the target, or a stated infeasibility that is true."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from dop_search.baselines import BASELINES, FitContext, FittedMethod, Method, baseline
+from dop_search.baselines.equal_flops import average_tokens, solve_integer, solve_real
+from dop_search.baselines.fastv import FastV
+from dop_search.baselines.fitprune import AttentionProfile, FitPrune
+from dop_search.baselines.pricing import TOLERANCE
+from dop_search.baselines.pyramiddrop import PyramidDrop
+from dop_search.baselines.short_lvlm import ShortLvlm
+from dop_search.baselines.sparsevlm import KEEP_LISTS, SparseVlm
+from dop_search.baselines.uniform import UniformReduction
+from dop_search.cost.flops import full_flops, layer_flops
+from dop_search.errors import BudgetError, ConfigError, DopError
+from dop_search.operations import ModelDims, TokenCounts
+from dop_search.strategy import Strategy
+
+BUDGETS = (0.5, 0.3, 0.2, 0.15, 0.1)
+SHAPES = {
+    "llava_7b": (ModelDims(32, 4096, 11008, 32, 32, 128), 576, 60),
+    "pocket_sized": (ModelDims(12, 256, 688, 8, 4, 32), 256, 30),
+}
+
+
+def invented_divergence(num_layers: int):
+    weights = np.random.default_rng(0).random((2, num_layers, 3)) * np.linspace(2, 1, num_layers)[None, :, None]
+
+    def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
+        return np.array([(~s.to_array() * weights[: len(s.groups)]).sum() for s in strategies])
+
+    return evaluate
+
+
+@functools.cache
+def context_of(shape: str) -> FitContext:
+    dims, visual, text = SHAPES[shape]
+    counts = tuple(TokenCounts(text + extra, visual) for extra in range(3))
+    return FitContext(dims, counts, evaluate=invented_divergence(dims.num_layers))
+
+
+def method_of(name: str, shape: str) -> Method:
+    """The registered method, with what it would have measured where there is no model."""
+    num_layers, num_visual = SHAPES[shape][0].num_layers, SHAPES[shape][1]
+    if name == "fitprune":
+        rng = np.random.default_rng(0)
+        sharper = np.linspace(1, 6, num_layers)[:, None]
+        mass = [tuple(rng.random((num_layers, num_visual)) ** sharper for _ in range(2)) for _ in range(3)]
+        return FitPrune(profile=AttentionProfile.from_received(mass))
+    if name == "short_lvlm":
+        return ShortLvlm(order=tuple(reversed(range(num_layers))))
+    return BASELINES[name]
+
+
+def fitted_or_reason(method: Method, context: FitContext, target: float) -> FittedMethod | BudgetError:
+    try:
+        return method.fit(context, target)
+    except BudgetError as error:
+        return error
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "short_lvlm_repair"])
+def test_every_method_meets_every_budget_or_says_why_not(name: str, shape: str) -> None:
+    context = context_of(shape)
+    feasible = []
+    for target in BUDGETS:
+        fitted = fitted_or_reason(method_of(name, shape), context, target)
+        if isinstance(fitted, BudgetError):
+            assert fitted.smallest_feasible is not None
+            assert fitted.smallest_feasible > target * (1 + TOLERANCE)
+            assert f"{target:.4f} is asked for" in str(fitted)
+            continue
+        feasible.append(target)
+        if fitted.strategy is not None:
+            assert fitted.flops_ratio == pytest.approx(context.pricing.ratio(fitted.strategy), abs=1e-12)
+        if abs(fitted.flops_ratio - target) > TOLERANCE * target:
+            assert any("nearest achievable" in note for note in fitted.notes)
+            # the step of one visual token is coarser than the tolerance
+            assert abs(fitted.flops_ratio - target) < 0.5 / context.num_visual
+        else:
+            assert not any("nearest achievable" in note for note in fitted.notes)
+    assert feasible[:2] == [0.5, 0.3], "every method reaches the budgets that papers compare at"
+    assert feasible == list(BUDGETS[: len(feasible)]), "what is infeasible stays so at lower budgets"
+
+
+@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "pyramiddrop", "fitprune"])
+def test_rankings_are_paid_for(name: str) -> None:
+    """The price of a staged method is above that of its operations, by less than its candidates' projections."""
+    context = context_of("llava_7b")
+    strategy = method_of(name, "llava_7b").fit(context, 0.3).strategy
+    operations = context.pricing.cost_model.ratio(strategy)
+    overhead = context.pricing.ratio(strategy) - operations
+    assert 0 < overhead < 0.05
+    if name == "fastv":  # one row of attention: the keys of all rows, and next to nothing else
+        dims, (counts, *_) = context.dims, context.counts
+        keys = 2 * dims.hidden_size * dims.kv_width * counts.total
+        assert overhead == pytest.approx(keys / full_flops(dims, counts), rel=0.02)
+
+
+def test_smallest_feasible_is_reached() -> None:
+    """The ratio that an error names can be asked for, and gives a method that keeps nothing."""
+    context = context_of("llava_7b")
+    with pytest.raises(BudgetError, match=r"FastV with K=2 cannot go below 0\.1") as caught:
+        FastV().fit(context, 0.1)
+    fitted = FastV().fit(context, caught.value.smallest_feasible)
+    assert fitted.hyperparameters["kept_tokens"] == 0
+
+
+def test_uniform_reduction_by_hand() -> None:
+    """The number of tokens is the nearest one by the closed form written out."""
+    dims, visual, text = SHAPES["llava_7b"]
+    context = FitContext(dims, (TokenCounts(text, visual),))
+    fitted = UniformReduction("random").fit(context, 0.3)
+
+    def ratio(kept: int) -> float:
+        layers = 31 * layer_flops(dims, text + kept, text + kept, text + kept)
+        return (layers + layer_flops(dims, text, text + kept, text)) / full_flops(dims, context.counts[0])
+
+    best = min(range(visual + 1), key=lambda kept: abs(ratio(kept) - 0.3))
+    assert fitted.hyperparameters["num_visual_tokens"] == best
+    assert fitted.flops_ratio == pytest.approx(ratio(best), abs=1e-12)
+
+
+# -- published schedules --
+
+
+def test_published_token_averages() -> None:
+    """FastV's formula, PyramidDrop's 15/32 and SparseVLM's lists give the averages that their papers name."""
+    assert average_tokens(PyramidDrop().strategy(32, 576, 0.5, 8), 576) == 576 * 15 / 32
+    for published, keep in KEEP_LISTS.items():
+        assert SparseVlm().keep_list(published, 576) == list(keep)
+        plain = SparseVlm(recycle=False).strategy(32, 576, published)
+        assert plain.stages == (2, 6, 15)
+        assert average_tokens(plain, 576) == pytest.approx(published, abs=1.0)
+        recycled = average_tokens(SparseVlm().strategy(32, 576, published), 576)
+        assert published < recycled < published + 20
+    for average in (192, 128, 64):
+        for layer in (2, 3):
+            method = FastV(layer=layer)
+            kept = method.kept_for_average(average, 32, 576)
+            strategy = method.strategy(32, 576, kept)
+            assert (layer * 576 + (32 - layer) * kept) / 32 == pytest.approx(average, abs=0.5)
+            assert average_tokens(strategy, 576) == pytest.approx(average, abs=0.5)
+
+
+def test_interpolated_keep_lists_never_grow_with_depth() -> None:
+    for equivalent in np.linspace(36, 576, 200):
+        keep = SparseVlm().keep_list(equivalent, 576)
+        assert keep == sorted(keep, reverse=True)
+    assert SparseVlm().keep_list(576, 576) == [576, 576, 576]
+
+
+def test_fitprune_loses_at_most_alpha() -> None:
+    """By brute force on each layer: the most tokens, in ranked order, whose lost part is within alpha in both sums."""
+    rng = np.random.default_rng(1)
+    own, cross = rng.random((4, 30)) ** 3, rng.random((4, 30)) ** 3
+    profile = AttentionProfile.from_received([(own, cross)])
+    for alpha in (0.0, 0.05, 0.3, 1.0):
+        kept = []
+        for layer in range(4):
+            order = sorted(range(30), key=lambda i: own[layer, i] * cross[layer, i])
+            removable = 0
+            for count in range(31):
+                gone = order[:count]
+                lost = max(own[layer, gone].sum() / own[layer].sum(), cross[layer, gone].sum() / cross[layer].sum())
+                if lost <= alpha + 1e-12:
+                    removable = count
+            kept.append(min([30 - removable, *kept]))
+        assert profile.counts(alpha, 30).tolist() == kept
+    assert profile.counts(0.0, 30).tolist() == [30] * 4
+    assert profile.counts(1.0, 30).tolist() == [0] * 4
+
+
+# -- solvers and registry --
+
+
+def test_solvers_equal_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ratios = np.sort(rng.random(40))
+        target = float(rng.uniform(ratios[0], ratios[-1]))
+        found = solve_integer(lambda n, ratios=ratios: float(ratios[n]), 0, 39, target, "it")
+        assert abs(ratios[found] - target) == pytest.approx(np.abs(ratios - target).min())
+        value = solve_real(lambda x, ratios=ratios: float(ratios[round(x)]), 0.0, 39.0, target, "it")
+        assert abs(ratios[round(value)] - target) == pytest.approx(np.abs(ratios - target).min())
+    with pytest.raises(BudgetError, match=r"it never costs more than 0\.5"):
+        solve_integer(lambda n: 0.1 * n, 0, 5, 0.9, "it")
+
+
+def test_registry_has_every_method_under_its_name() -> None:
+    for name, method in BASELINES.items():
+        assert method.name == name
+        assert baseline(name) is method
+    with pytest.raises(ConfigError, match="did you mean 'pyramiddrop'"):
+        baseline("pyramidrop")
+
+
+@pytest.mark.parametrize("name", ["shortv", "gsop", "fitprune", "short_lvlm"])
+def test_methods_that_measure_say_what_they_lack(name: str) -> None:
+    dims, visual, text = SHAPES["pocket_sized"]
+    with pytest.raises(DopError, match="from_teacher"):
+        BASELINES[name].fit(FitContext(dims, (TokenCounts(text, visual),)), 0.5)
