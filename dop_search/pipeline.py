@@ -57,7 +57,7 @@ from dop_search.search import (
     solve,
     uniform_assignment,
 )
-from dop_search.search_data import data_sources, load_data, refuse_scored_data
+from dop_search.search_data import check_data, data_sources, load_data
 from dop_search.selectors import Selector, make_selector
 from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
@@ -97,7 +97,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     suite = open_suite(config.eval)
-    refuse_scored_data(config.data, suite)
+    check_data(config.data, suite)
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dop_search.config import DataConfig, SearchConfig
 from dop_search.data.named import named_sources
-from dop_search.data.pools import refuse_overlap
+from dop_search.data.pools import check_sources, refuse_overlap
 from dop_search.data.samples import ValidationSet
 from dop_search.data.sources import Source, origin
 from dop_search.data.validation import Split, validation_set
@@ -39,6 +39,16 @@ def data_sources(config: DataConfig) -> tuple[Source, ...]:
     if config.sources or config.name in ("pocket", "jsonl"):
         return config.sources
     return named_sources(config.name) or ()
+
+
+def check_data(config: DataConfig, suite: Suite | None) -> None:
+    """Find out before a model is loaded whether the samples can be had, and that the suite does not score them.
+
+    Raises:
+        DataError: saying what to do.
+    """
+    refuse_scored_data(config, suite)
+    check_sources(data_sources(config))
 
 
 def refuse_scored_data(config: DataConfig, suite: Suite | None) -> None:

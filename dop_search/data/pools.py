@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dop_search.data.samples import Sample
 from dop_search.data.sources import DatasetSource, Origin, Source, TaskSource, origin
-from dop_search.data.tables import as_image, load_table, need_columns
+from dop_search.data.tables import as_image, check_reachable, load_table, need_columns
 from dop_search.data.tasks import scored_origin, task_fields, task_file, task_on
 from dop_search.errors import DataError
 
@@ -45,6 +45,20 @@ def source_origin(source: Source) -> Origin:
         return origin(source.path, source.name, source.split, source.data_files)
     fields = _task_data(source)
     return origin(fields["path"], fields["name"], source.split, fields["files"], fields["base"])
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Find out before a model is loaded whether the sources' data sets can be had.
+
+    Raises:
+        DataError: naming the cache variables and the data that needs no network.
+    """
+    for source in sources:
+        if isinstance(source, DatasetSource):
+            check_reachable(source.path, source.name)
+        else:
+            fields = _task_data(source)
+            check_reachable(fields["path"], fields["name"])
 
 
 def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> None:

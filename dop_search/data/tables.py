@@ -46,18 +46,15 @@ def load_table(
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    check_reachable(path, name)
     try:
         with _quiet():
             if is_file(path):
                 return load_dataset(_BUILDERS[Path(path).suffix], data_files={split: path}, split=split)
-            if Path(path).is_dir() and _is_saved(Path(path)):
-                saved = load_from_disk(path)
-                return saved[split] if isinstance(saved, dict) else saved
-            _fail_at_once_without_hub(path, name)
-            files = _absolute(data_files, base) if path in LOCAL_BUILDERS else data_files
-            return load_dataset(path, name, split=split, revision=revision, data_files=files)
-    except KeyError as error:
-        raise DataError(f"the data set {path!r} has no split {split!r}; it has {sorted(saved)}") from error
+            if not (Path(path).is_dir() and _is_saved(Path(path))):
+                files = _absolute(data_files, base) if path in LOCAL_BUILDERS else data_files
+                return load_dataset(path, name, split=split, revision=revision, data_files=files)
+            saved = load_from_disk(path)
     except ConnectionError as error:
         raise DataError(_offline(path, name)) from error
     except (DatasetsError, httpx.HTTPError, OSError, ValueError) as error:
@@ -65,6 +62,28 @@ def load_table(
             f"cannot load the data set {_shown(path, name)}, split {split!r}: {str(error).splitlines()[0]}; check "
             "its path, configuration, split and revision"
         ) from error
+    if not isinstance(saved, dict):
+        return saved
+    if split not in saved:
+        raise DataError(f"the data set {path!r} has no split {split!r}; it has {sorted(saved)}")
+    return saved[split]
+
+
+def check_reachable(path: str, name: str | None) -> None:
+    """A hub data set that is neither cached nor reachable is an error now, not after a minute of retries.
+
+    Raises:
+        DataError: naming the cache variables and the data that needs no network.
+    """
+    if path in LOCAL_BUILDERS or Path(path).exists() or is_file(path):
+        return
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    folder = "___".join(camelcase_to_snakecase(part) for part in path.split("/"))
+    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
+    if not is_cached and (datasets.config.HF_HUB_OFFLINE or not hub_is_reachable()):
+        raise DataError(_offline(path, name))
 
 
 def need_columns(table: Dataset, columns: Mapping[str, str | None], where: str) -> None:
@@ -100,19 +119,6 @@ def as_image(value: Any, where: str) -> Image.Image:
 
 def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
-
-
-def _fail_at_once_without_hub(path: str, name: str | None) -> None:
-    """A hub data set that is neither cached nor reachable is an error now, not after a minute of retries."""
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    if path in LOCAL_BUILDERS or Path(path).exists():
-        return
-    folder = "___".join(camelcase_to_snakecase(part) for part in path.split("/"))
-    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
-    if not is_cached and (datasets.config.HF_HUB_OFFLINE or not hub_is_reachable()):
-        raise DataError(_offline(path, name))
 
 
 def _offline(path: str, name: str | None) -> str:

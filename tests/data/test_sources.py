@@ -13,7 +13,7 @@ from PIL import Image
 
 from dop_search.data.disjoint import shares, split_of
 from dop_search.data.named import known_names, named_sources, parse_source
-from dop_search.data.pools import open_pool, refuse_overlap, source_origin
+from dop_search.data.pools import check_sources, open_pool, refuse_overlap, source_origin
 from dop_search.data.sources import DatasetSource, ImageTable, TaskSource, origin
 from dop_search.data.tasks import scored_origin, task_file
 from dop_search.data.validation import SPLITS, validation_set
@@ -210,6 +210,9 @@ def test_without_network_the_remedy_is_named_at_once(monkeypatch: pytest.MonkeyP
             validation_set(name, 5)
         for text in ("HF_HOME", "HF_HUB_CACHE", "data=pocket", "cannot be reached"):
             assert text in str(caught.value)
+        assert str(caught.value).startswith("the data set '")
+    with pytest.raises(DataError, match="HF_HOME"):
+        check_sources(named_sources("mixed") or ())
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("dop_search.data.tables.hub_is_reachable", lambda: False)
     with pytest.raises(DataError, match="HF_HOME"):
