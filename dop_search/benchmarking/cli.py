@@ -264,31 +264,47 @@ def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[st
 def _checkpoint(
     options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
-    from dop_search.models.loading import load
-
-    loaded = load(
-        options.model,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        attn_implementation=options.attn,
-    )
-    model, words = loaded.model, f"{options.model}, its weights"
     if options.weights == "random":
-        model, words = random_model(model.config, device, dtype, options.attn), f"{options.model}, random weights"
+        model, processor = _without_weights(options.model, device, dtype, options.attn)
+        words = f"{options.model}, random weights"
+    else:
+        from dop_search.models.loading import load
+
+        name = str(dtype).removeprefix("torch.")
+        loaded = load(options.model, device=str(device), dtype=name, attn_implementation=options.attn)
+        model, processor, words = loaded.model, loaded.processor, f"{options.model}, its weights"
     from PIL import Image
 
     from dop_search.models.prompts import chat_prompt
 
     image = Image.new("RGB", (options.image_size, options.image_size), (127, 127, 127))
-    batch: Any = loaded.processor(
+    batch: Any = processor(
         images=[image] * options.batch,
-        text=[chat_prompt(loaded.processor, "Describe the image.")] * options.batch,
+        text=[chat_prompt(processor, "Describe the image.")] * options.batch,
         return_tensors="pt",
     )
     inputs = {
         key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in batch.items()
     }
     return words, model, inputs
+
+
+def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[PreTrainedModel, Any]:
+    """A model from its configuration, and its processor; its weights need not be there."""
+    from transformers import AutoConfig, AutoProcessor
+
+    source = name
+    if name.partition("/")[0] == "pocket":
+        from dop_search.models.pocket import pocket_path
+
+        source = str(pocket_path())
+    try:
+        config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration of {name!r}: {str(error).splitlines()[0]}; point to a local folder"
+        ) from error
+    return random_model(config, device, dtype, attn), processor
 
 
 def _log(uri: str, result: Comparison) -> None:

@@ -190,6 +190,7 @@ def test_reading_leaves_the_model_as_it_was() -> None:
         (["--shape", "tiny", "--weights", "pretrained"], "a --shape has no pretrained weights"),
         (["--shape", "tiny", "--strategy", "nowhere.json"], "no strategy file at 'nowhere.json'"),
         (["--shape", "tiny", "--device", "gpu"], "`--device` must be auto, cpu or cuda[:index], but got 'gpu'"),
+        (["--model", "./nowhere", "--weights", "random"], "cannot read the configuration of './nowhere'"),
         (["--shape", "tiny", "--table", "t.json"], "--table needs --validate-table"),
         (["--shape", "tiny", "--text-tokens", "1"], "`text_tokens >= 2` must hold"),
     ],
@@ -197,6 +198,30 @@ def test_reading_leaves_the_model_as_it_was() -> None:
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_needs_no_weights_to_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dop_search.models.pocket import pocket_path
+
+    for file in pocket_path().iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    arguments = [
+        "--model",
+        str(tmp_path),
+        "--weights",
+        "random",
+        "--ratio",
+        "--rounds",
+        "1",
+        "--tokens",
+        "1",
+        "--quiet",
+    ]
+    assert main([*arguments, "--warmup", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "random weights" in output
+    assert "256 visual tokens" in output
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
