@@ -11,12 +11,13 @@ from typing import Any
 
 from dop_search.errors import StrategyError
 from dop_search.operations import MODULES
+from dop_search.policy import GroupPolicy
 
 Pool = frozenset[int]
 """Groups whose tokens a stage ranks together."""
 
 
-def first_differences(policies: Sequence[Any], num_layers: int) -> tuple[int, ...]:
+def first_differences(policies: Sequence[GroupPolicy], num_layers: int) -> tuple[int, ...]:
     """Per group the first layer in which it does otherwise than group 0; ``num_layers`` if it never does."""
     result = []
     for policy in policies:
@@ -25,13 +26,13 @@ def first_differences(policies: Sequence[Any], num_layers: int) -> tuple[int, ..
     return tuple(result)
 
 
-def stage_pools(policies: Sequence[Any], stages: Sequence[int], num_layers: int) -> tuple[Pool, ...]:
+def stage_pools(policies: Sequence[GroupPolicy], stages: Sequence[int], num_layers: int) -> tuple[Pool, ...]:
     """Per stage the groups that have done the same until then, group 0 among them."""
     differences = first_differences(policies, num_layers)
     return tuple(frozenset(g for g, layer in enumerate(differences) if layer >= stage) for stage in stages)
 
 
-def ranked_until(policies: Sequence[Any], stages: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def ranked_until(policies: Sequence[GroupPolicy], stages: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Per group the last stage that ranks it; 0 if none does."""
     pools = stage_pools(policies, stages, num_layers)
     return tuple(
@@ -41,7 +42,7 @@ def ranked_until(policies: Sequence[Any], stages: Sequence[int], num_layers: int
 
 
 def check_stages(
-    policies: Sequence[Any], stages: Sequence[Any], num_layers: int, num_visual_tokens: int | None
+    policies: Sequence[GroupPolicy], stages: Sequence[Any], num_layers: int, num_visual_tokens: int | None
 ) -> None:
     """Refuse stages that cannot be run.
 

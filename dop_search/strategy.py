@@ -12,45 +12,12 @@ import numpy as np
 
 from dop_search.errors import StrategyError
 from dop_search.files import write_text_atomic
-from dop_search.operations import MODULES, Module, Operation, TokenGroup, group_sizes
+from dop_search.operations import MODULES, Operation, TokenGroup, group_sizes
+from dop_search.policy import GroupPolicy, Layers, layers_text, policy_json
 from dop_search.staging import check_stages, ranked_until
 
 FORMAT = "dop_search.strategy"
 VERSION = 1
-
-Layers = tuple[int, ...]
-"""The decoder layers in which a module runs, sorted."""
-
-ALL_KEPT = TokenGroup(1.0)
-"""The single group of a strategy that treats all kept tokens alike."""
-
-
-@dataclass(frozen=True)
-class GroupPolicy:
-    """For one token group: the layers in which each module processes it."""
-
-    q: Layers
-    kv: Layers
-    mlp: Layers
-    group: TokenGroup = ALL_KEPT
-
-    def layers(self, module: Module) -> Layers:
-        """The layers in which ``module`` runs."""
-        return {Module.Q: self.q, Module.KV: self.kv, Module.MLP: self.mlp}[module]
-
-    def depth(self, module: Module) -> int | None:
-        """The exit depth ``d`` when the module runs in exactly the layers ``< d``, else ``None``."""
-        layers = self.layers(module)
-        return len(layers) if layers == tuple(range(len(layers))) else None
-
-    def canonical(self, ranked_at: int = 0) -> GroupPolicy:
-        """Drop dead operations: a token's state is read where it is a key, and where it is ranked."""
-        last_read = max(self.kv[-1] if self.kv else 0, ranked_at)
-        return replace(
-            self,
-            q=tuple(layer for layer in self.q if layer < last_read),
-            mlp=tuple(layer for layer in self.mlp if layer < last_read),
-        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +214,7 @@ class Strategy:
         """A string that two strategies share only when they compute the same function; names evaluations."""
         canonical = self.canonical()
         return json.dumps(
-            [canonical.num_visual_tokens, _selector_json(canonical), [_policy_json(p) for p in canonical.groups]],
+            [canonical.num_visual_tokens, _selector_json(canonical), [policy_json(p) for p in canonical.groups]],
             sort_keys=True,
         )
 
@@ -280,7 +247,7 @@ class Strategy:
         parts = []
         for policy in self.groups:
             prefix = f"{policy.group.share:.0%}: " if len(self.groups) > 1 else ""
-            parts.append(prefix + " ".join(f"{m.value}{_layers_text(policy.layers(m))}" for m in MODULES))
+            parts.append(prefix + " ".join(f"{m.value}{layers_text(policy.layers(m))}" for m in MODULES))
         kept = "all" if self.num_visual_tokens is None else str(self.num_visual_tokens)
         return " | ".join(parts) + f" n_v={kept}"
 
@@ -293,7 +260,7 @@ class Strategy:
             "version": VERSION,
             "num_layers": self.num_layers,
             "num_visual_tokens": self.num_visual_tokens,
-            "groups": [_policy_json(policy) for policy in self.groups],
+            "groups": [policy_json(policy) for policy in self.groups],
             "depth_ratios": self.depth_ratios(),
             **_selector_json(self),
             "model_fingerprint": self.model_fingerprint,
@@ -339,22 +306,6 @@ def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise StrategyError(f"`num_visual_tokens >= 0` must hold for an integer (None: all), but got {value!r}")
     return int(value)
-
-
-def _layers_text(layers: Layers) -> str:
-    if layers == tuple(range(len(layers))):
-        return f"≤{len(layers)}"
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"∈[{layers[0]},{layers[-1] + 1})"
-    return "∈{" + ",".join(map(str, layers)) + "}"
-
-
-def _policy_json(policy: GroupPolicy) -> dict[str, Any]:
-    result: dict[str, Any] = {"share": policy.group.share}
-    for module in MODULES:
-        depth = policy.depth(module)
-        result[module.value] = list(policy.layers(module)) if depth is None else depth
-    return result
 
 
 def _selector_json(strategy: Strategy) -> dict[str, Any]:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,14 +24,22 @@ from dop_search.record import (
     CURVES_FILE,
     RECORD_FILE,
     SAMPLES_FILE,
-    Provenance,
     Record,
     Result,
 )
-from dop_search.report.text import policy_text
 from dop_search.report.write import PAGE_FILE, PLOTS_FOLDER
 from dop_search.score_metrics import score_columns, score_metrics, strategy_key
 from dop_search.strategy import Strategy
+from dop_search.tracked_values import (
+    provenance_tags,
+    result_metrics,
+    result_params,
+    search_tags,
+    shared_metrics,
+    shared_params,
+    started_ms,
+    strategy_params,
+)
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -156,9 +162,11 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
     client = MlflowClient(resolve_uri(config))
     experiment = _experiment(client, config)
     name = config.run_name or f"{record.model.name} {record.space.name} {record.solver.name}"
-    run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=_tags(record), run_name=name)
+    run = client.create_run(
+        experiment, start_time=started_ms(record.provenance), tags=search_tags(record), run_name=name
+    )
     identifier = str(run.info.run_id)
-    _log(client, identifier, _shared_params(record), _shared_metrics(record))
+    _log(client, identifier, shared_params(record), shared_metrics(record))
     for file in (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER):
         path = run_dir / file
         if path.is_dir():
@@ -172,11 +180,11 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
 
 
 def _log_result(client: MlflowClient, experiment: str, parent: str, record: Record, result: Result) -> None:
-    tags = {**_tags(record), "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
+    tags = {**search_tags(record), "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
     name = f"{record.space.name} @ {result.budget_text}"
-    run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=tags, run_name=name)
+    run = client.create_run(experiment, start_time=started_ms(record.provenance), tags=tags, run_name=name)
     identifier = str(run.info.run_id)
-    _log(client, identifier, {**_shared_params(record), **result_params(result)}, result_metrics(result))
+    _log(client, identifier, {**shared_params(record), **result_params(result)}, result_metrics(result))
     client.log_dict(identifier, result.strategy.to_json(), "strategy.json")
     if result.scores:
         client.log_table(identifier, score_columns(result.scores), SCORE_TABLE)
@@ -212,7 +220,7 @@ def _log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -
     client = MlflowClient(resolve_uri(config))
     experiment = _experiment(client, config)
     shared = {"model": record.model.name, "suite": record.suite.suite, "limit": str(record.suite.limit)}
-    tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **_provenance_tags(record.provenance)}
+    tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **provenance_tags(record.provenance)}
     full = {f"score_full/{name}": value for name, value in record.full.items()}
     runs: list[tuple[str, dict[str, str], dict[str, str], dict[str, float], StrategyScores | None]] = []
     for item in record.strategies:
@@ -227,7 +235,7 @@ def _log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -
     identifiers = []
     for name, its_tags, params, metrics, strategy_scores in runs:
         title = config.run_name or f"{record.model.name} {record.suite.suite} {name}"
-        run = client.create_run(experiment, start_time=_started_ms(record.provenance), tags=its_tags, run_name=title)
+        run = client.create_run(experiment, start_time=started_ms(record.provenance), tags=its_tags, run_name=title)
         identifier = str(run.info.run_id)
         _log(client, identifier, params, metrics)
         client.log_artifact(identifier, str(run_dir / SCORES_FILE))
@@ -254,115 +262,6 @@ def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> d
     if found:
         tags["search_run_id"] = str(found[0].info.run_id)
     return tags
-
-
-def result_params(result: Result) -> dict[str, str]:
-    """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
-    return {"budget": result.budget_text, **strategy_params(result.strategy)}
-
-
-def strategy_params(strategy: Strategy) -> dict[str, str]:
-    """Depths, depth ratios and visual tokens, as in :func:`result_params`."""
-    policy = policy_text(strategy)
-    params = {
-        "D_A": ", ".join(policy.attention),
-        "D_P": ", ".join(policy.mlp),
-        "n_v": policy.num_visual_tokens,
-        "D_A_ratio": ", ".join(policy.attention_ratio),
-        "D_P_ratio": ", ".join(policy.mlp_ratio),
-        "strategy": strategy.describe(),
-    }
-    for module, depths in (strategy.depths() or {}).items():
-        params[f"depth_{module}"] = ", ".join(map(str, depths))
-        params[f"depth_ratio_{module}"] = ", ".join(f"{depth / strategy.num_layers:.4f}" for depth in depths)
-    return params
-
-
-def result_metrics(result: Result) -> dict[str, float]:
-    """Every number of a result by a name that is the same across methods; what was not measured is left out."""
-    values: dict[str, float | None] = {
-        "flops_ratio": result.flops_ratio,
-        "kv_ratio": result.kv_ratio,
-        "kl_additive": result.kl_additive,
-        "kl_search": result.kl_search,
-        "kl_heldout": result.kl_heldout,
-        "accuracy_full": result.accuracy_full,
-        "accuracy_pruned": result.accuracy_pruned,
-        "num_validation_runs": float(result.num_validation_runs),
-        "seconds": result.seconds,
-        "latency_ratio": result.latency_ratio,
-        "latency_ms": result.latency_ms,
-    }
-    uniform = result.uniform
-    if uniform is not None:
-        values |= {
-            "uniform_num_visual_tokens": float(uniform.num_visual_tokens),
-            "uniform_flops_ratio": uniform.flops_ratio,
-            "uniform_kl_search": uniform.kl_search,
-            "uniform_kl_heldout": uniform.kl_heldout,
-            "uniform_accuracy": uniform.accuracy,
-            "uniform_latency_ratio": uniform.latency_ratio,
-        }
-    intervals = {
-        "kl_search": result.kl_search_ci95,
-        "kl_heldout": result.kl_heldout_ci95,
-        "uniform_kl_heldout": uniform.kl_heldout_ci95 if uniform is not None else None,
-        "kl_heldout_difference": result.kl_heldout_difference_ci95,
-    }
-    for name, interval in intervals.items():
-        if interval is not None:
-            values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
-    values |= score_metrics(result.scores, result.relative_mean)
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-
-
-def _shared_params(record: Record) -> dict[str, str]:
-    params = {
-        "model": record.model.name,
-        "num_layers": str(record.model.num_layers),
-        "data": record.data.name,
-        "num_samples": str(record.data.num_samples),
-        "averaging": record.data.averaging,
-        "answers": record.data.answers,
-        "data_seed": str(record.data.seed),
-    }
-    for name, part in (("selector", record.selector), ("space", record.space), ("solver", record.solver)):
-        params[name] = part.name
-        params |= {f"{name}.{key}": str(value) for key, value in part.options.items()}
-    return params
-
-
-def _shared_metrics(record: Record) -> dict[str, float]:
-    metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
-    metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
-    if record.floor_ratio is not None:
-        metrics["floor_ratio"] = record.floor_ratio
-    return metrics
-
-
-def _tags(record: Record) -> dict[str, str]:
-    tags = {"kind": "search", "model_fingerprint": record.model.fingerprint}
-    tags |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
-    return tags | _provenance_tags(record.provenance)
-
-
-def _provenance_tags(provenance: Provenance | None) -> dict[str, str]:
-    if provenance is None:
-        return {}
-    tags = {f"version.{name}": version for name, version in provenance.versions.items()}
-    if provenance.search_id is not None:
-        tags["search_id"] = provenance.search_id
-    if provenance.git_commit is not None:
-        tags["mlflow.source.git.commit"] = provenance.git_commit
-    if provenance.command is not None:
-        tags["command"] = provenance.command
-    return tags
-
-
-def _started_ms(provenance: Provenance | None) -> int:
-    if provenance is None:
-        return int(time.time() * 1000)
-    return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
 
 
 def _refused(config: TrackingConfig, error: Exception, run_dir: Path) -> str:

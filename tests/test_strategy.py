@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dop_search.errors import StrategyError
 from dop_search.operations import MODULES, ModelDims, Module, Operation, TokenGroup, all_operations, group_sizes
-from dop_search.strategy import GroupPolicy, Strategy
+from dop_search.policy import GroupPolicy
+from dop_search.strategy import Strategy
 from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategies
 
 NUM_LAYERS = 5

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dop_search.baselines.pricing import TOLERANCE
 from dop_search.errors import BudgetError
 from dop_search.operations import TokenGroup
-from dop_search.strategy import GroupPolicy, Strategy
+from dop_search.policy import GroupPolicy
+from dop_search.strategy import Strategy
 
 REAL_STEPS = 50
 """Bisections of a real hyperparameter: its strategies are discrete, so that this finds the step next to the target."""

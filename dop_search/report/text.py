@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop_search.operations import Module
+from dop_search.policy import GroupPolicy
 from dop_search.record import Record, Result
-from dop_search.strategy import GroupPolicy, Strategy
+from dop_search.strategy import Strategy
 
 NONE = "–"
 

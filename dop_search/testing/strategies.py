@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dop_search.operations import MODULES, TokenGroup
-from dop_search.strategy import GroupPolicy, Layers, Strategy
+from dop_search.policy import GroupPolicy, Layers
+from dop_search.strategy import Strategy
 
 _SHARES: tuple[tuple[float, ...], ...] = (
     (1.0,),
