@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import Selector
 
@@ -25,6 +26,7 @@ class EncodedSample:
         visual: ``[length]`` boolean.
         prompt_length: tokens of the prompt; the answer's first token is predicted at ``prompt_length - 1``.
         ranking: visual tokens, best first.
+        chooser: for selectors whose choice depends on the number of kept tokens; ``None``: the head of ``ranking``.
     """
 
     embeds: Tensor
@@ -32,6 +34,11 @@ class EncodedSample:
     visual: Tensor
     prompt_length: int
     ranking: np.ndarray
+    chooser: Chooser | None = None
+
+    def choice(self, num_kept: int) -> Choice:
+        """Which visual tokens are kept when ``num_kept`` are, and what the decoder receives for merged ones."""
+        return Choice(self.ranking) if self.chooser is None else self.chooser(num_kept)
 
     @property
     def length(self) -> int:
@@ -99,12 +106,21 @@ def encode(
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    prompt_length = inputs["input_ids"].shape[1]
+    seen = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
+    source.prepare(kwargs["inputs_embeds"], ids, visual, seen)
+    chooser = None
+    if selector.chooses_per_count:
+        (sample,) = source.sample_inputs(visual_counts(visual), kwargs["inputs_embeds"], ids, visual, seen)
+        pixels = inputs["pixel_values"] if selector.changes_tower else None
+        chooser = source.chooser(replace(sample, embeds=kwargs["inputs_embeds"][0][visual[0]], pixel_values=pixels))
     return EncodedSample(
         embeds=kwargs["inputs_embeds"][0],
         position_ids=position_ids.reshape(-1, ids.shape[1]),
         visual=visual[0],
-        prompt_length=inputs["input_ids"].shape[1],
+        prompt_length=prompt_length,
         ranking=source.rank(visual_counts(visual))[0],
+        chooser=chooser,
     )
 
 

@@ -52,6 +52,7 @@ class _Walk:
     """One batch of strategies with the same kept tokens and groups, on one chunk."""
 
     chunk: PackedChunk
+    strategy: Strategy
     layout: Layout
     tables: ForwardTables
     entry: Tensor | None
@@ -174,7 +175,14 @@ class DivergenceEngine:
             first = strategies[bucket[0]]
             layout, tables, entry = chunk.layout(first)
             walk = _Walk(
-                chunk, layout, tables, entry, frozenset(range(len(first.groups))), self.share_prefixes, self.early_start
+                chunk,
+                first,
+                layout,
+                tables,
+                entry,
+                frozenset(range(len(first.groups))),
+                self.share_prefixes,
+                self.early_start,
             )
             candidates = [
                 _Candidate(index, layer_steps(strategies[index]))
@@ -227,7 +235,7 @@ class DivergenceEngine:
         if walk.entry is None:
             return walk.chunk.full_hidden(layer)
         assert layer == 0
-        return walk.chunk.embeds.index_select(0, walk.entry)
+        return walk.chunk.entry_embeds(walk.strategy, walk.entry)
 
     def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> np.ndarray:
         logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()

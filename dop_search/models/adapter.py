@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.errors import DopError, UnsupportedModelError
+from dop_search.models.capture import VisionTower, attention_values, refuse
 from dop_search.operations import ModelDims
 
 
@@ -113,6 +114,51 @@ class ModelAdapter(ABC):
         cos, sin = self.text_model.rotary_emb(embeds, position_ids=position_ids)
         return cos, sin
 
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The vision tower for selectors that look into it.
+
+        Raises:
+            UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
+        """
+        kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
+        raise refuse(["what it computes"], f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """Per-patch values of the tower, ``[images or tiles, patches, channels]``, in the order of the visual tokens.
+
+        Returns:
+            ``[visual tokens of the encoded images, channels]``.
+        """
+        return values.flatten(0, 1)
+
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
+        """For any-resolution images: each sample's ``tiles`` and ``tile_grid`` of ``SelectorInputs``, else ``None``."""
+        return [None] * len(num_visual)
+
+    def decode_text(self, input_ids: Tensor) -> str:
+        """The text of some tokens, by the tokenizer that the model was loaded with.
+
+        Raises:
+            DopError: if the model was not loaded from a checkpoint with a tokenizer.
+        """
+        if not hasattr(self, "_tokenizer"):
+            source = self.model.config._name_or_path
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(source) if source else None
+            except OSError as error:
+                raise DopError(f"cannot load the tokenizer of {source!r}: {error}") from error
+        if self._tokenizer is None:
+            raise DopError(
+                "the selector reads the prompt's text, but the model was built without a checkpoint's tokenizer"
+            )
+        return str(self._tokenizer.decode(input_ids.tolist(), skip_special_tokens=True)).strip()
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Vision tower and projector: ``[visual tokens of the images, hidden_size]``."""
+        model: Any = self.model
+        return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
+
     @abstractmethod
     def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
         """Hand ``receive`` the CLS token's attention whenever the vision tower runs.
@@ -130,12 +176,8 @@ def cls_attention_hook(attention: Any, receive: Callable[[Tensor], None]) -> Rem
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        batch, _length, _ = hidden.shape
-        shape = (batch, -1, attention.num_heads, attention.head_dim)
-        query = attention.q_proj(hidden[:, :1]).view(shape).transpose(1, 2)
-        keys = attention.k_proj(hidden).view(shape).transpose(1, 2)
-        scores = (query @ keys.transpose(2, 3)).squeeze(2) * attention.head_dim**-0.5
-        receive(scores.float().softmax(dim=-1).mean(dim=1)[:, 1:].detach())
+        values = attention_values(attention, hidden.detach(), frozenset({"cls_attention"}), num_extra=1)
+        receive(values["cls_attention"][..., 0])
 
     handle: RemovableHandle = attention.register_forward_pre_hook(hook, with_kwargs=True)
     return handle

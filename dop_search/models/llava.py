@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.errors import UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter, cls_attention_hook
+from dop_search.models.capture import VisionTower, refuse
 
 
 class LlavaAdapter(ModelAdapter):
@@ -37,6 +38,29 @@ class LlavaAdapter(ModelAdapter):
         vision = self.model.config.vision_config
         extra = 0 if self.model.config.vision_feature_select_strategy == "default" else 1
         return int((vision.image_size // vision.patch_size) ** 2 + extra)
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """See base class."""
+        config, model = self.model.config, self.model.model
+        layer, kind = config.vision_feature_layer, config.vision_config.model_type
+        strategy = config.vision_feature_select_strategy
+        has_cls = kind == "clip_vision_model"
+        if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or layer == 0:
+            raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
+        if strategy != ("default" if has_cls else "full"):
+            raise refuse(["what it computes"], f"vision_feature_select_strategy={strategy!r} on {kind!r}")
+        layers = model.vision_tower.encoder.layers
+        return VisionTower(
+            module=model.vision_tower,
+            layers=layers,
+            feature_layer=layer % len(layers) if layer < 0 else layer - 1,
+            has_cls=has_cls,
+            width=config.vision_config.hidden_size,
+            patch_size=config.vision_config.patch_size,
+            final_norm=model.vision_tower.post_layernorm,
+            project=model.multi_modal_projector,
+        )
 
     def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
         """See base class."""

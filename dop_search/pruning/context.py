@@ -96,7 +96,7 @@ def prune_(model: PreTrainedModel, strategy: Strategy, rankings: Sequence[np.nda
     if strategy.is_empty:
         return handle
     selector = None if rankings is not None else make_selector(strategy.selector, strategy.selector_options)
-    source = RankingSource(adapter, selector, explicit_rankings(rankings))
+    source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
     decoder = PrunedDecoder(adapter, strategy, source)
     text_model = adapter.text_model
     handle._sources.append(source)

@@ -1,9 +1,10 @@
-"""Rankings of the visual tokens of a batch, from what the vision tower showed while it encoded the images."""
+"""Rankings of the visual tokens of a batch, from what the vision tower and the decoder's input show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import TOWER_FIELDS, TowerCapture
+from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
+from dop_search.selectors.base import TowerPatch
 
 
 class RankingSource:
@@ -22,16 +26,36 @@ class RankingSource:
         adapter: the model.
         selector: the criterion; ``None`` if rankings are given.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
+        num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
+
+    Raises:
+        UnsupportedModelError: if the model lacks what the selector needs.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, selector: Selector | None, rankings: Sequence[np.ndarray] | None = None
+        self,
+        adapter: ModelAdapter,
+        selector: Selector | None,
+        rankings: Sequence[np.ndarray] | None = None,
+        num_kept: int | None = None,
     ) -> None:
-        self.adapter, self.selector, self.rankings = adapter, selector, rankings
+        self.adapter, self.rankings = adapter, rankings
+        self.selector = None if rankings is not None else selector
         self.handles: list[RemovableHandle] = []
+        self.needs = frozenset[str]() if self.selector is None else self.selector.needs()
         self._cls_attention: Tensor | None = None
-        if rankings is None and selector is not None and "cls_attention" in selector.requires:
+        self._capture: TowerCapture | None = None
+        self._patch: TowerPatch | None = None
+        self._prepared: list[np.ndarray] | None = None
+        if self.selector is None:
+            return
+        self.selector.prepare(adapter.vision_tower.width if "patch_states" in self.needs else None)
+        if "cls_attention" in self.needs:
             self.handles.append(adapter.capture_cls_attention(self._receive))
+        if names := self.needs & set(TOWER_FIELDS) - {"cls_attention"}:
+            self._capture = TowerCapture(adapter.vision_tower, names)
+        if self.selector.changes_tower:
+            self._patch = patch_tower(adapter, self.selector, num_kept)
 
     def _receive(self, attention: Tensor) -> None:
         self._cls_attention = attention
@@ -41,9 +65,49 @@ class RankingSource:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self._capture is not None:
+            self._capture.close()
+        if self._patch is not None:
+            self._patch.restore()
+
+    def prepare(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        visual: Tensor,
+        valid: Tensor | None = None,
+        num_kept: Callable[[int], int] | None = None,
+    ) -> Tensor:
+        """Choose the tokens of each sample of a batch; :meth:`rank` then returns the rankings.
+
+        Args:
+            embeds: ``[batch, length, hidden_size]`` what the decoder is about to receive.
+            input_ids: ``[batch, length]``.
+            visual: ``[batch, length]`` which tokens are visual.
+            valid: ``[batch, length]`` which tokens are real; ``None``: all.
+            num_kept: from a sample's visual tokens to those kept; ``None``: all are.
+
+        Returns:
+            ``embeds``, with the merged features of selectors that merge.
+        """
+        if self.selector is None:
+            return embeds
+        choices = []
+        for inputs in self.sample_inputs(visual_counts(visual), embeds, input_ids, visual, valid):
+            total = inputs.num_visual_tokens if num_kept is None else num_kept(inputs.num_visual_tokens)
+            choices.append(self._choose(inputs, total, embeds.dtype))
+        self._prepared = [choice.order for choice in choices]
+        if all(choice.embeds is None for choice in choices):
+            return embeds
+        embeds = embeds.clone()
+        for row, choice in enumerate(choices):
+            if choice.embeds is not None:
+                place = visual[row].nonzero()[:, 0][torch.from_numpy(choice.slots).to(visual.device)]
+                embeds[row, place] = choice.embeds.to(embeds.device, embeds.dtype)
+        return embeds
 
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
-        """One ranking per sample.
+        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
 
         Args:
             num_visual: visual tokens per sample.
@@ -53,15 +117,68 @@ class RankingSource:
         """
         if self.rankings is not None:
             return self._given(len(num_visual))
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            return prepared
         assert self.selector is not None
-        scores = self._split_attention(num_visual) if "cls_attention" in self.selector.requires else None
+        return [self.selector.rank(inputs) for inputs in self.sample_inputs(num_visual)]
+
+    def chooser(self, inputs: SelectorInputs) -> Chooser:
+        """Chooses for any number of kept tokens from the inputs of one sample."""
+        assert self.selector is not None
+        return Chooser(self.adapter, self.selector, inputs)
+
+    def sample_inputs(
+        self,
+        num_visual: Sequence[int],
+        embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        visual: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> list[SelectorInputs]:
+        """What the selector sees of each sample. See :meth:`prepare` for the arguments.
+
+        Raises:
+            DopError: if the encoded images do not fit the batch.
+        """
+        tower = {name: self._split(values, num_visual) for name, values in self._tower_values().items()}
+        tiles = self.adapter.token_tiles(num_visual) if "tiles" in self.needs else [None] * len(num_visual)
         result = []
         for index, count in enumerate(num_visual):
             inputs = SelectorInputs(num_visual_tokens=count, image_grids=self._grids(count))
-            if scores is not None:
-                inputs = replace(inputs, cls_attention=scores[index])
-            result.append(self.selector.rank(inputs))
+            captured: dict[str, Any] = {name: _squeeze(name, parts[index]) for name, parts in tower.items()}
+            inputs = replace(inputs, **captured)
+            if (tiling := tiles[index]) is not None:
+                inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1])
+            if embeds is not None and input_ids is not None and visual is not None:
+                real = None if valid is None else valid[index]
+                inputs = self._with_decoder_inputs(inputs, embeds[index], input_ids[index], visual[index], real)
+            result.append(inputs)
         return result
+
+    def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
+        assert self.selector is not None
+        if self._patch is None:
+            return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
+        if self._patch.num_runs == 0:
+            raise DopError(
+                f"{self.selector.name!r} changes what the vision tower computes, but the tower has not run inside "
+                "this context: pass `pixel_values` to the pruned model"
+            )
+        check_one_image(self.adapter, inputs.num_visual_tokens)
+        return Choice(self.selector.rank(inputs, num_kept))
+
+    def _with_decoder_inputs(
+        self, inputs: SelectorInputs, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None
+    ) -> SelectorInputs:
+        text = text_read_with_image(visual, valid)
+        if "embeds" in self.needs:
+            inputs = replace(inputs, embeds=embeds[visual].detach())
+        if "text_embeds" in self.needs:
+            inputs = replace(inputs, text_embeds=embeds[text].detach())
+        if "text" in self.needs:
+            inputs = replace(inputs, text=self.adapter.decode_text(input_ids[text]))
+        return inputs
 
     def _given(self, batch: int) -> list[np.ndarray]:
         assert self.rankings is not None
@@ -76,23 +193,45 @@ class RankingSource:
             return (self.adapter.image_grid(num_visual),)
         return (self.adapter.image_grid(per_image),) * (num_visual // per_image)
 
-    def _split_attention(self, num_visual: Sequence[int]) -> list[Tensor]:
-        attention = self._cls_attention
-        if attention is None:
+    def _tower_values(self) -> dict[str, Tensor]:
+        """Per field ``[visual tokens that the tower encoded, channels]``."""
+        values: dict[str, Tensor] = {} if self._capture is None else dict(self._capture.values)
+        if self._cls_attention is not None:
+            values["cls_attention"] = self._cls_attention[..., None]
+        if self._patch is not None:
+            values.update(self._patch.values)
+        missing = self.needs & set(TOWER_FIELDS) - set(values)
+        if missing:
             raise DopError(
-                "the selector needs the vision tower's CLS attention, but the tower has not run inside this context: "
-                "pass `pixel_values` to the pruned model, or give `rankings=`"
+                f"the selector needs {', '.join(sorted(missing))} of the vision tower, but the tower has not run "
+                "inside this context: pass `pixel_values` to the pruned model, or give `rankings=`"
             )
-        available, wanted = attention.numel(), sum(num_visual)
+        return {name: self.adapter.to_token_order(value) for name, value in values.items()}
+
+    def _split(self, values: Tensor, num_visual: Sequence[int]) -> list[Tensor]:
+        available, wanted = len(values), sum(num_visual)
         if available == 0 or wanted % available:
             raise DopError(f"{wanted} visual tokens in the batch do not match {available} tokens encoded by the tower")
         repeats = wanted // available  # generate() encodes an image once for all of its beams
-        flat, scores, start = attention.reshape(-1), [], 0
+        parts, start = [], 0
         for index, count in enumerate(num_visual):
-            scores.append(flat[start : start + count])
+            parts.append(values[start : start + count])
             if (index + 1) % repeats == 0:
                 start += count
-        return scores
+        return parts
+
+
+def _squeeze(name: str, values: Tensor) -> Tensor:
+    """Scores have one value per token, keys and features a vector."""
+    return values[:, 0] if name.endswith("attention") or name == "tower_sizes" else values
+
+
+def text_read_with_image(visual: Tensor, valid: Tensor | None) -> Tensor:
+    """``[length]``: the real text tokens after the last visual one; if there are none, all real text tokens."""
+    text = ~visual if valid is None else ~visual & valid
+    seen = visual.flip(0).cumsum(0).flip(0) > 0
+    after = text & ~seen
+    return after if bool(after.any()) else text
 
 
 def visual_counts(visual: Tensor) -> list[int]:
