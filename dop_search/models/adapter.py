@@ -115,8 +115,8 @@ class ModelAdapter(ABC):
         return cos, sin
 
     @property
-    def vision_tower(self) -> VisionTower:
-        """The vision tower for selectors that look into it.
+    def tower(self) -> VisionTower:
+        """The vision tower for selectors that look into it or change it.
 
         Raises:
             UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
@@ -169,6 +169,19 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModelError: if the vision tower has no CLS token; the message names selectors that work.
         """
+
+    def capture_received_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
+        """As :meth:`capture_cls_attention`, with the attention that each patch receives from all patches."""
+        tower = self.tower
+        attention = tower.layers[tower.feature_layer].self_attn
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = (args[0] if args else kwargs["hidden_states"]).detach()
+            values = attention_values(attention, hidden, frozenset({"received_attention"}), tower.num_extra)
+            receive(values["received_attention"][..., 0])
+
+        handle: RemovableHandle = attention.register_forward_pre_hook(hook, with_kwargs=True)
+        return handle
 
 
 def cls_attention_hook(attention: Any, receive: Callable[[Tensor], None]) -> RemovableHandle:

@@ -45,6 +45,8 @@ class VisionTower:
         has_cls: whether the first token is a CLS token, which the projector does not receive.
         width: channels.
         patch_size: pixels per side of a patch.
+        grid: rows and columns of the visual tokens of every image, where each image is one run of the tower and each
+            patch one token; ``None`` otherwise (any-resolution tiles).
         final_norm: norm after the last layer; ``None`` if the tower has none.
         project: from projector inputs ``[n, width]`` to decoder inputs ``[n, hidden_size]``, token by token; ``None``
             where the projector mixes tokens.
@@ -56,6 +58,7 @@ class VisionTower:
     has_cls: bool
     width: int
     patch_size: int
+    grid: tuple[int, int] | None
     final_norm: Any | None
     project: Callable[[Tensor], Tensor] | None
 
@@ -73,19 +76,21 @@ def refuse(wanted: Iterable[str], why: str) -> UnsupportedModelError:
     )
 
 
-class TowerCapture:
-    """Watches a tower; after each of its forwards ``values`` holds ``[images, patches, channels]`` per field.
+class TowerWatch:
+    """Watches a tower; after each of its forwards ``values`` holds ``[visual tokens, channels]`` per field.
 
     Args:
         tower: the tower.
         names: of :data:`TOWER_FIELDS`.
+        to_token_order: from ``[images or tiles, patches, channels]`` to ``[visual tokens, channels]``; called while the
+            tower runs.
 
     Raises:
         UnsupportedModelError: if the tower has no CLS token and a name needs one.
     """
 
-    def __init__(self, tower: VisionTower, names: Iterable[str]) -> None:
-        self.tower, self.names = tower, frozenset(names)
+    def __init__(self, tower: VisionTower, names: Iterable[str], to_token_order: Callable[[Tensor], Tensor]) -> None:
+        self.tower, self.names, self.to_token_order = tower, frozenset(names), to_token_order
         if not tower.has_cls and (missing := self.names & CLS_FIELDS):
             raise refuse(missing, "the vision tower has no CLS token (try the selector's option attention=received)")
         self.values: dict[str, Tensor] = {}
@@ -111,21 +116,22 @@ class TowerCapture:
     def _watch_attention(self, attention: Any, wanted: frozenset[str]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = (args[0] if args else kwargs["hidden_states"]).detach()
-            self.values.update(attention_values(attention, hidden, wanted, self.tower.num_extra))
+            for name, values in attention_values(attention, hidden, wanted, self.tower.num_extra).items():
+                self.values[name] = self.to_token_order(values)
 
         self.handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _keep_features(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         patches = output[:, self.tower.num_extra :].detach()
         if "features" in self.names:
-            self.values["features"] = patches
+            self.values["features"] = self.to_token_order(patches)
         if "cls_feature" in self.names:
-            self.values["cls_feature"] = output[:, :1].detach().expand_as(patches)
+            self.values["cls_feature"] = self.to_token_order(output[:, :1].detach().expand_as(patches))
 
     def _keep_states(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         norm = self.tower.final_norm
         states = output[:, self.tower.num_extra :].detach()
-        self.values["patch_states"] = states if norm is None else norm(states)
+        self.values["patch_states"] = self.to_token_order(states if norm is None else norm(states))
 
 
 def attention_values(attention: Any, hidden: Tensor, wanted: frozenset[str], num_extra: int) -> dict[str, Tensor]:
@@ -156,12 +162,12 @@ def attention_values(attention: Any, hidden: Tensor, wanted: frozenset[str], num
             full_width = flat_query @ flat_keys.transpose(1, 2) * flat_keys.shape[-1] ** -0.5
             result["last_cls_attention"] = full_width.softmax(dim=-1)[:, 0, num_extra:, None]
     if "received_attention" in wanted:
-        queries = attention.q_proj(hidden).float().view(heads).transpose(1, 2)
+        queries = attention.q_proj(hidden).float().view(heads).transpose(1, 2)[:, :, num_extra:]
         received = torch.zeros(batch, length, device=hidden.device)
-        for start in range(0, length, QUERY_BLOCK):
+        for start in range(0, queries.shape[2], QUERY_BLOCK):
             block = queries[:, :, start : start + QUERY_BLOCK] @ keys.transpose(2, 3) * scale
             received += block.softmax(dim=-1).sum(dim=2).mean(dim=1)
-        result["received_attention"] = (received / length)[:, num_extra:, None]
+        result["received_attention"] = (received / queries.shape[2])[:, num_extra:, None]
     if "keys" in wanted:
         result["keys"] = keys.mean(dim=1)[:, num_extra:]
     if "last_keys" in wanted:

@@ -40,17 +40,18 @@ class LlavaAdapter(ModelAdapter):
         return int((vision.image_size // vision.patch_size) ** 2 + extra)
 
     @property
-    def vision_tower(self) -> VisionTower:
+    def tower(self) -> VisionTower:
         """See base class."""
         config, model = self.model.config, self.model.model
         layer, kind = config.vision_feature_layer, config.vision_config.model_type
         strategy = config.vision_feature_select_strategy
         has_cls = kind == "clip_vision_model"
-        if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or layer == 0:
+        if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or not layer:
             raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
         if strategy != ("default" if has_cls else "full"):
             raise refuse(["what it computes"], f"vision_feature_select_strategy={strategy!r} on {kind!r}")
         layers = model.vision_tower.encoder.layers
+        side = config.vision_config.image_size // config.vision_config.patch_size
         return VisionTower(
             module=model.vision_tower,
             layers=layers,
@@ -58,6 +59,7 @@ class LlavaAdapter(ModelAdapter):
             has_cls=has_cls,
             width=config.vision_config.hidden_size,
             patch_size=config.vision_config.patch_size,
+            grid=(side, side) if config.model_type == "llava" else None,
             final_norm=model.vision_tower.post_layernorm,
             project=model.multi_modal_projector,
         )

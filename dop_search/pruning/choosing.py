@@ -48,7 +48,7 @@ def as_choice(adapter: ModelAdapter, selection: Selection, dtype: torch.dtype) -
         return Choice(selection.order)
     embeds = selection.features.to(dtype)
     if selection.space == "features":
-        project = adapter.vision_tower.project
+        project = adapter.tower.project
         if project is None:
             raise UnsupportedModelError(
                 f"the projector of {type(adapter.model).__name__} mixes tokens, so that features cannot be merged in "
@@ -97,31 +97,27 @@ class Chooser:
             embeds = self.adapter.encode_images(self.inputs.tensor("pixel_values"))
         finally:
             patch.restore()
-        noticed: dict[str, Any] = {
-            name: self.adapter.to_token_order(values)[:, 0] for name, values in patch.values.items()
-        }
+        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.values.items()}
         order = self.selector.rank(replace(self.inputs, **noticed), num_kept)
         slots = order[:num_kept]
         return Choice(order, slots, embeds[torch.from_numpy(slots).to(embeds.device)])
 
 
 def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None) -> TowerPatch | None:
-    """Make the tower compute for ``num_kept`` tokens; ``None`` if that is all of them or none.
+    """Make the tower compute for ``num_kept`` tokens per image; ``None`` if that is all of them or none.
 
     Raises:
         UnsupportedModelError: if the model's images do not all have the same number of tokens.
     """
-    if num_kept is None or num_kept == 0:
-        return None
-    per_image = adapter.tokens_per_image
-    if per_image is None:
+    tower = adapter.tower
+    if tower.grid is None:
         raise UnsupportedModelError(
             f"{selector.name!r} changes what the vision tower computes and needs images of one size, but "
             f"{type(adapter.model).__name__} takes any; use avg_pool or another selector"
         )
-    if num_kept >= per_image:
+    if num_kept is None or not 0 < num_kept < tower.grid[0] * tower.grid[1]:
         return None
-    return selector.patch_tower(adapter.vision_tower, num_kept, adapter.image_grid(per_image))
+    return selector.patch_tower(tower, num_kept, tower.grid)
 
 
 def check_one_image(adapter: ModelAdapter, num_visual: int) -> None:
@@ -130,10 +126,11 @@ def check_one_image(adapter: ModelAdapter, num_visual: int) -> None:
     Raises:
         DopError: if the sample's visual tokens are not those of one image.
     """
-    if num_visual != adapter.tokens_per_image:
+    rows, columns = adapter.tower.grid or (0, 0)
+    if num_visual != rows * columns:
         raise DopError(
-            f"a selector that changes the vision tower needs one image per sample ({adapter.tokens_per_image} visual "
-            f"tokens), but a sample has {num_visual}"
+            f"a selector that changes the vision tower needs one image per sample ({rows * columns} visual tokens), "
+            f"but a sample has {num_visual}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import TOWER_FIELDS, TowerCapture
+from dop_search.models.capture import TOWER_FIELDS, TowerWatch
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
+
+ATTENTION = frozenset({"cls_attention", "received_attention"})
+"""Captured by methods of the adapter, which know more towers than :class:`TowerWatch` does."""
 
 
 class RankingSource:
@@ -43,30 +47,27 @@ class RankingSource:
         self.selector = None if rankings is not None else selector
         self.handles: list[RemovableHandle] = []
         self.needs = frozenset[str]() if self.selector is None else self.selector.needs()
-        self._cls_attention: Tensor | None = None
-        self._capture: TowerCapture | None = None
+        self._attention: dict[str, Tensor] = {}
+        self._watch: TowerWatch | None = None
         self._patch: TowerPatch | None = None
         self._prepared: list[np.ndarray] | None = None
         if self.selector is None:
             return
-        self.selector.prepare(adapter.vision_tower.width if "patch_states" in self.needs else None)
-        if "cls_attention" in self.needs:
-            self.handles.append(adapter.capture_cls_attention(self._receive))
-        if names := self.needs & set(TOWER_FIELDS) - {"cls_attention"}:
-            self._capture = TowerCapture(adapter.vision_tower, names)
+        self.selector.prepare(adapter.tower.width if "patch_states" in self.needs else None)
+        for name in sorted(self.needs & ATTENTION):
+            self.handles.append(getattr(adapter, f"capture_{name}")(partial(self._attention.__setitem__, name)))
+        if names := self.needs & set(TOWER_FIELDS) - ATTENTION:
+            self._watch = TowerWatch(adapter.tower, names, adapter.to_token_order)
         if self.selector.changes_tower:
             self._patch = patch_tower(adapter, self.selector, num_kept)
-
-    def _receive(self, attention: Tensor) -> None:
-        self._cls_attention = attention
 
     def close(self) -> None:
         """Stop watching."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        if self._capture is not None:
-            self._capture.close()
+        if self._watch is not None:
+            self._watch.close()
         if self._patch is not None:
             self._patch.restore()
 
@@ -195,18 +196,17 @@ class RankingSource:
 
     def _tower_values(self) -> dict[str, Tensor]:
         """Per field ``[visual tokens that the tower encoded, channels]``."""
-        values: dict[str, Tensor] = {} if self._capture is None else dict(self._capture.values)
-        if self._cls_attention is not None:
-            values["cls_attention"] = self._cls_attention[..., None]
+        values: dict[str, Tensor] = {} if self._watch is None else dict(self._watch.values)
+        values |= {name: scores.reshape(-1, 1) for name, scores in self._attention.items()}
         if self._patch is not None:
-            values.update(self._patch.values)
+            values |= {name: value.flatten(0, 1) for name, value in self._patch.values.items()}
         missing = self.needs & set(TOWER_FIELDS) - set(values)
         if missing:
             raise DopError(
                 f"the selector needs {', '.join(sorted(missing))} of the vision tower, but the tower has not run "
                 "inside this context: pass `pixel_values` to the pruned model, or give `rankings=`"
             )
-        return {name: self.adapter.to_token_order(value) for name, value in values.items()}
+        return values
 
     def _split(self, values: Tensor, num_visual: Sequence[int]) -> list[Tensor]:
         available, wanted = len(values), sum(num_visual)
