@@ -159,10 +159,11 @@ def tome_layer(layer, rows: np.ndarray, size: np.ndarray, origin: list[list[int]
     rows = rows + _linear(attention.out_proj, mixed)
     metric = k.reshape(len(k), heads, dim).mean(axis=1)
     even, odd = list(range(0, len(rows), 2)), list(range(1, len(rows), 2))
+    unit = metric / np.sqrt((metric**2).sum(axis=1, keepdims=True))
     links = []
     for e in even[1:]:  # the first token is CLS
-        o = max(odd, key=lambda o: cosine(metric[e], metric[o]))
-        links.append((cosine(metric[e], metric[o]), e, o))
+        similarity = unit[odd] @ unit[e]
+        links.append((similarity.max(), e, odd[int(similarity.argmax())]))
     links.sort(key=lambda link: -link[0])
     groups = {o: [o] for o in odd}
     gone = set()
