@@ -72,7 +72,7 @@ class LlavaAdapter(ModelAdapter):
             raise UnsupportedModelError(
                 f"`cls_attention` needs a CLIP vision tower with one feature layer, but this model has "
                 f"{config.vision_config.model_type!r} with vision_feature_layer={feature_layer}; "
-                "use selector=uniform_grid or selector=random"
+                "use selector=uniform_grid, random or divprune"
             )
         layers = self.model.model.vision_tower.encoder.layers
         index = feature_layer if feature_layer < 0 else feature_layer - 1

@@ -23,6 +23,9 @@ class VisPrunerSelector(Selector):
     (the even survivors, most similar first, and then the odd ones make the next list), until ``T`` tokens are left.
     Similarities are those of the projector's inputs. No merging.
 
+    The rounds make the choice discontinuous: where two attention values agree up to rounding, swapping them changes
+    every later even/odd split, so that batch size, device or data type can change the kept tokens of such an image.
+
     Options:
         important_share: share of the tokens chosen by attention (the paper: 0.5).
         step: tokens removed per round.

@@ -4,6 +4,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Many small computations: a second thread would mostly wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
