@@ -89,7 +89,8 @@ class Chooser:
         return as_choice(self.adapter, self.selector.select(inputs, num_kept), inputs.tensor("embeds").dtype)
 
     def _through_tower(self, num_kept: int) -> Choice:
-        check_one_image(self.adapter, self.inputs.num_visual_tokens)
+        if 0 < num_kept < self.inputs.num_visual_tokens:
+            check_one_image(self.adapter, self.inputs.num_visual_tokens)
         patch = patch_tower(self.adapter, self.selector, num_kept)
         if patch is None:
             return Choice(self.selector.rank(self.inputs, num_kept))

@@ -159,6 +159,8 @@ class RankingSource:
 
     def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
         assert self.selector is not None
+        if self.selector.changes_tower and 0 < num_kept < inputs.num_visual_tokens:
+            check_one_image(self.adapter, inputs.num_visual_tokens)
         if self._patch is None:
             return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
         if self._patch.num_runs == 0:
@@ -166,7 +168,6 @@ class RankingSource:
                 f"{self.selector.name!r} changes what the vision tower computes, but the tower has not run inside "
                 "this context: pass `pixel_values` to the pruned model"
             )
-        check_one_image(self.adapter, inputs.num_visual_tokens)
         return Choice(self.selector.rank(inputs, num_kept))
 
     def _with_decoder_inputs(

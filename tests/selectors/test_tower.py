@@ -163,9 +163,10 @@ def test_tome_refuses_flash_attention_and_too_few_tokens(pocket, monkeypatch):
         selector.patch_tower(view, 64, view.grid)
 
 
-def test_several_images_per_sample_are_refused_by_tower_selectors():
+@pytest.mark.parametrize("num_kept", [6, 20], ids=["fewer than one image", "more than one image"])
+def test_several_images_per_sample_are_refused_by_tower_selectors(num_kept):
     model = tiny_model("llava")
     sample = tiny_sample(model, 2, 2, num_images=2)
-    strategy = dop.Strategy.full(4, num_visual_tokens=6, selector="resize")
+    strategy = dop.Strategy.full(4, num_visual_tokens=num_kept, selector="resize")
     with torch.no_grad(), dop.pruned(model, strategy), pytest.raises(DopError, match=r"one image per sample \(16.*32"):
         model(**sample)
