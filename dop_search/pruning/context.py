@@ -113,7 +113,7 @@ def prune_(
     if strategy.is_empty:
         return handle
     selector = None if rankings is not None else make_selector(strategy.selector, strategy.selector_options)
-    source = RankingSource(adapter, selector, explicit_rankings(rankings))
+    source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
     decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile))
     text_model = adapter.text_model
     handle._sources.append(source)
