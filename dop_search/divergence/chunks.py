@@ -13,6 +13,7 @@ from dop_search.divergence.encoding import EncodedSample, rotary
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.choosing import Choice
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
@@ -117,7 +118,7 @@ class PackedChunk:
         all), and what is added to visual tokens behind the first layers.
         """
         groups = [
-            assign_groups(visual, sample.encoded.ranking, strategy)
+            assign_groups(visual, self._choice(sample, strategy).order, strategy)
             for visual, sample in zip(self._visual, self.samples, strict=True)
         ]
         layout, kept = pack(
@@ -135,6 +136,21 @@ class PackedChunk:
         entry = layout.tensor(rows)
         tables = ForwardTables(self.cos.index_select(0, entry), self.sin.index_select(0, entry))
         return layout, tables, entry, injected
+
+    def entry_embeds(self, strategy: Strategy, entry: Tensor) -> Tensor:
+        """The decoder's input at the rows ``entry``, with the features that the selector merges at this strategy."""
+        embeds = self.embeds
+        for offset, visual, sample in zip(self.offsets, self._visual, self.samples, strict=False):
+            choice = self._choice(sample, strategy)
+            if choice.embeds is not None:
+                embeds = embeds.clone() if embeds is self.embeds else embeds
+                place = torch.from_numpy(offset + np.flatnonzero(visual)[choice.slots]).to(embeds.device)
+                embeds[place] = choice.embeds.to(embeds.device, embeds.dtype)
+        return embeds.index_select(0, entry)
+
+    @staticmethod
+    def _choice(sample: TeacherSample, strategy: Strategy) -> Choice:
+        return sample.encoded.choice(strategy.num_kept(sample.encoded.num_visual))
 
     def full_hidden(self, layer: int) -> Tensor:
         """The full model's hidden states before ``layer``: ``[rows, hidden_size]``."""

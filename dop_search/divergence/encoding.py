@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import with_answer
+from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import Selector
 
@@ -28,6 +29,7 @@ class EncodedSample:
         ranking: visual tokens, best first.
         deepstack: per decoder layer from the first on ``[num_visual, hidden_size]``, added to the visual tokens behind
             that layer; empty in most families.
+        chooser: for selectors whose choice depends on the number of kept tokens; ``None``: the head of ``ranking``.
     """
 
     embeds: Tensor
@@ -36,6 +38,11 @@ class EncodedSample:
     prompt_length: int
     ranking: np.ndarray
     deepstack: tuple[Tensor, ...] = ()
+    chooser: Chooser | None = None
+
+    def choice(self, num_kept: int) -> Choice:
+        """Which visual tokens are kept when ``num_kept`` are, and what the decoder receives for merged ones."""
+        return Choice(self.ranking) if self.chooser is None else self.chooser(num_kept)
 
     @property
     def length(self) -> int:
@@ -104,13 +111,22 @@ def encode(
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
     deepstack = adapter.pop_deepstack(kwargs)
+    embeds, prompt_length = kwargs["inputs_embeds"], inputs["input_ids"].shape[1]
+    prompt = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
+    source.prepare(embeds, ids, visual, prompt)
+    chooser = None
+    if selector.chooses_per_count and bool(visual.any()):
+        (sample,) = source.sample_inputs(visual_counts(visual), embeds, ids, visual, prompt)
+        pixels = inputs["pixel_values"] if selector.changes_tower else None
+        chooser = source.chooser(replace(sample, embeds=embeds[0][visual[0]], pixel_values=pixels))
     return EncodedSample(
-        embeds=kwargs["inputs_embeds"][0],
+        embeds=embeds[0],
         position_ids=position_ids.reshape(-1, ids.shape[1]),
         visual=visual[0],
-        prompt_length=inputs["input_ids"].shape[1],
+        prompt_length=prompt_length,
         ranking=source.rank(visual_counts(visual))[0],
         deepstack=deepstack,
+        chooser=chooser,
     )
 
 

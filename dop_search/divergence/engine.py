@@ -57,6 +57,7 @@ class _Walk:
     """One batch of strategies with the same kept tokens and groups, on one chunk."""
 
     chunk: PackedChunk
+    strategy: Strategy
     layout: Layout
     tables: ForwardTables
     entry: Tensor | None
@@ -202,7 +203,8 @@ class DivergenceEngine:
             first = strategies[bucket[0]]
             layout, tables, entry, injected = chunk.layout(first)
             all_groups = frozenset(range(len(first.groups)))
-            walk = _Walk(chunk, layout, tables, entry, injected, all_groups, self.share_prefixes, self.early_start)
+            shortcuts = (self.share_prefixes, self.early_start)
+            walk = _Walk(chunk, first, layout, tables, entry, injected, all_groups, *shortcuts)
             candidates = [
                 _Candidate(index, layer_steps(strategies[index]))
                 for index in bucket
@@ -256,7 +258,7 @@ class DivergenceEngine:
         if walk.entry is None:
             return walk.chunk.full_hidden(layer)
         assert layer == 0
-        return walk.chunk.embeds.index_select(0, walk.entry)
+        return walk.chunk.entry_embeds(walk.strategy, walk.entry)
 
     def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> np.ndarray:
         logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()

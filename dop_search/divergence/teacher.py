@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from dop_search.data.samples import Sample, ValidationSet, alike_batches
 from dop_search.divergence.encoding import EncodedSample, encode
 from dop_search.errors import CacheError, NumericalError
 from dop_search.files import write_atomic
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
+from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
 
 FORMAT = "dop_search.teacher"
-VERSION = 2
+VERSION = 3
 Progress = Callable[[int, int], None]
 
 
@@ -100,7 +102,7 @@ def make_teacher(
     fingerprint = teacher_fingerprint(loaded, data, selector, max_new_tokens, answers)
     path = None if cache_dir is None else cache_dir / f"teacher-{fingerprint}.safetensors"
     if path is not None and path.exists():
-        return _read(path, fingerprint, data, loaded.adapter.device)
+        return _read(path, fingerprint, data, loaded.adapter, selector)
     observed: dict[int, TeacherSample] = {}
     for batch in alike_batches(data.samples, batch_size):
         ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers)
@@ -182,35 +184,39 @@ def _write(path: Path, teacher: Teacher) -> None:
         tensors[f"{index}.log_probs"] = sample.log_probs.contiguous()
         for layer, features in enumerate(encoded.deepstack):
             tensors[f"{index}.deepstack.{layer}"] = features.contiguous()
-        facts.append(
-            {
-                "id": sample.id,
-                "answer_ids": sample.answer_ids,
-                "prompt_length": encoded.prompt_length,
-                "deepstack": len(encoded.deepstack),
-            }
-        )
+        fact: dict[str, Any] = {
+            "id": sample.id,
+            "answer_ids": sample.answer_ids,
+            "prompt_length": encoded.prompt_length,
+            "deepstack": len(encoded.deepstack),
+        }
+        if encoded.chooser is not None:
+            kept, fact["selector_inputs"] = inputs_to_file(encoded.chooser.inputs)
+            tensors |= {f"{index}.{name}": tensor for name, tensor in kept.items()}
+        facts.append(fact)
     metadata = {"format": FORMAT, "fingerprint": teacher.fingerprint, "samples": json.dumps(facts)}
     save_file(tensors, path, metadata=metadata)
 
 
-def _read(path: Path, fingerprint: str, data: ValidationSet, device: torch.device) -> Teacher:
+def _read(path: Path, fingerprint: str, data: ValidationSet, adapter: ModelAdapter, selector: Selector) -> Teacher:
     remedy = "delete it, or choose another cache_dir, and run again"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=str(adapter.device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
                 raise CacheError(f"{str(path)!r} belongs to another model, data set or version; {remedy}")
             facts = json.loads(metadata["samples"])
             if tuple(fact["id"] for fact in facts) != data.ids:
                 raise CacheError(f"{str(path)!r} holds other samples than the validation set; {remedy}")
-            samples = tuple(_read_sample(file, index, fact) for index, fact in enumerate(facts))
+            samples = tuple(_read_sample(file, index, fact, adapter, selector) for index, fact in enumerate(facts))
     except SafetensorError as error:
         raise CacheError(f"{str(path)!r} is corrupt ({error}); {remedy}") from error
     return Teacher(samples, fingerprint)
 
 
-def _read_sample(file: Any, index: int, fact: dict[str, Any]) -> TeacherSample:
+def _read_sample(
+    file: Any, index: int, fact: dict[str, Any], adapter: ModelAdapter, selector: Selector
+) -> TeacherSample:
     encoded = EncodedSample(
         embeds=file.get_tensor(f"{index}.embeds"),
         position_ids=file.get_tensor(f"{index}.position_ids"),
@@ -219,4 +225,12 @@ def _read_sample(file: Any, index: int, fact: dict[str, Any]) -> TeacherSample:
         ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
         deepstack=tuple(file.get_tensor(f"{index}.deepstack.{layer}") for layer in range(fact["deepstack"])),
     )
+    if "selector_inputs" in fact:
+        names = set(file.keys())
+        inputs = inputs_from_file(
+            fact["selector_inputs"],
+            lambda name: file.get_tensor(f"{index}.{name}") if f"{index}.{name}" in names else None,
+            encoded.embeds[encoded.visual],
+        )
+        encoded = replace(encoded, chooser=Chooser(adapter, selector, inputs))
     return TeacherSample(fact["id"], encoded, tuple(fact["answer_ids"]), file.get_tensor(f"{index}.log_probs"))

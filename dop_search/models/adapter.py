@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dop_search.errors import DopError, UnsupportedModelError
+from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
 from dop_search.models.tower import (
     Grids,
     TowerCapture,
@@ -32,6 +33,8 @@ class ModelAdapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    has_deepstack: ClassVar[bool] = False
+    """Whether the decoder adds vision features behind its first layers, see :meth:`pop_deepstack`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -146,12 +149,45 @@ class ModelAdapter(ABC):
         """The inverse of :meth:`pop_deepstack`; ``visual`` is ``[batch, length]`` boolean."""
         return {}
 
+    def decode_text(self, input_ids: Tensor) -> str:
+        """The text of some tokens, by the tokenizer that the model was loaded with.
+
+        Raises:
+            DopError: if the model was not loaded from a checkpoint with a tokenizer.
+        """
+        if not hasattr(self, "_tokenizer"):
+            source = self.model.config._name_or_path
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(source) if source else None
+            except OSError as error:
+                raise DopError(f"cannot load the tokenizer of {source!r}: {error}") from error
+        if self._tokenizer is None:
+            raise DopError(
+                "the selector reads the prompt's text, but the model was built without a checkpoint's tokenizer"
+            )
+        return str(self._tokenizer.decode(input_ids.tolist(), skip_special_tokens=True)).strip()
+
     # -- what the vision tower shows --------------------------------------------------------------
 
     @property
     @abstractmethod
     def vision_tower(self) -> Any:
         """The image encoder."""
+
+    @property
+    def tower_view(self) -> TowerView:
+        """The vision tower for selectors that look deeper into it than its attention, or change it.
+
+        Raises:
+            UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
+        """
+        kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
+        raise refuse(["what it computes"], f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Vision tower and projector: ``[visual tokens of the images, hidden_size]``."""
+        model: Any = self.model
+        return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
 
     @abstractmethod
     def token_grids(self, call: VisionCall) -> list[Grids]:
@@ -173,6 +209,28 @@ class ModelAdapter(ABC):
             ``[visual tokens, channels]`` in the order of the placeholder tokens of images, or of videos. Tokens made
             of several patches get their mean, tokens made of none (newlines) the mean of their row.
         """
+
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
+        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut.
+
+        Raises:
+            UnsupportedModelError: if images are cut into tiles that this family's adapter cannot tell apart.
+        """
+        return [None] * len(num_visual)
+
+    def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
+        """Hand ``receive`` a field of ``SelectorInputs`` by visual token, whenever the decoder is about to read images.
+
+        Raises:
+            UnsupportedModelError: if the vision tower cannot give it; the message names selectors that work.
+        """
+        if name in ATTENTION_FIELDS:
+            of_attention: dict[str, Callable[..., RemovableHandle | TowerCapture]] = {
+                "cls_attention": self.capture_cls_attention,
+                "received_attention": self.capture_received_attention,
+            }
+            return of_attention[name](receive)
+        return capture_field(self, name, receive)
 
     def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
         """Hand ``receive`` the CLS token's attention whenever the decoder is about to read new images.

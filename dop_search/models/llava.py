@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import TowerView, refuse
 from dop_search.models.tower import Grids, VisionCall
 
 
@@ -27,6 +28,31 @@ class LlavaAdapter(ModelAdapter):
         """Patches of a tile in one direction."""
         vision = self.model.config.vision_config
         return int(vision.image_size // vision.patch_size)
+
+    @property
+    def tower_view(self) -> TowerView:
+        """See base class; the any-resolution families pack their tiles behind the projector."""
+        config, model = self.model.config, self.model.model
+        layer, kind = config.vision_feature_layer, config.vision_config.model_type
+        strategy = config.vision_feature_select_strategy
+        has_cls = kind == "clip_vision_model"
+        if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or not layer:
+            raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
+        if strategy != ("default" if has_cls else "full"):
+            raise refuse(["what it computes"], f"vision_feature_select_strategy={strategy!r} on {kind!r}")
+        layers, side = self.vision_tower.encoder.layers, self.patches_per_side
+        one_run_per_image = config.model_type == "llava"
+        return TowerView(
+            module=self.vision_tower,
+            layers=layers,
+            feature_layer=layer % len(layers) if layer < 0 else layer - 1,
+            has_cls=has_cls,
+            width=config.vision_config.hidden_size,
+            patch_size=config.vision_config.patch_size,
+            grid=(side, side) if one_run_per_image else None,
+            final_norm=self.vision_tower.post_layernorm,
+            project=model.multi_modal_projector if one_run_per_image else None,
+        )
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import refuse
 from dop_search.models.llava import LlavaAdapter
 from dop_search.models.tower import Grids, VisionCall
 
@@ -44,6 +45,10 @@ class LlavaNextAdapter(LlavaAdapter):
             start = self.patches_per_side**2 if tiles > 1 else 0
             parts.append(fill_newlines(tokens[:, :-1], tokens[:, -1] < 0.5, start))
         return torch.cat(parts)
+
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
+        """See base class."""
+        raise refuse(["tiles"], f"which tile a token is from is not known for {type(self.model).__name__}")
 
     def tiles_per_image(self, call: VisionCall) -> list[int]:
         """How many tiles the tower sees of each image, the base view included."""

@@ -14,6 +14,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """``Qwen3VLForConditionalGeneration`` (deepstack: arXiv 2406.04334)."""
 
     model_types = ("qwen3_vl",)
+    has_deepstack = True
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """See base class."""

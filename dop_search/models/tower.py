@@ -176,23 +176,32 @@ class VisionWatch:
 
 
 Read = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
-"""What a capture computes from the arguments of an attention module: ``[tiles or images, patches]``."""
+"""What a capture computes from the arguments of a module of the tower, or from its output as the only argument:
+``[tiles or images, patches]``, or with a last axis of channels."""
 
 
 class TowerCapture:
-    """Computes something whenever an attention module of the vision tower runs, and hands it over by visual token.
+    """Computes something whenever a module of the vision tower runs, and hands it over by visual token.
 
-    ``receive`` gets ``[visual tokens of the batch]`` when the decoder is about to read them.
+    ``receive`` gets ``[visual tokens of the batch]``, or with a last axis of channels, when the decoder is about to
+    read them. With ``of_output`` it is computed from what the module returns, otherwise from what it is given.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, attention: nn.Module, read: Read, receive: Callable[[Tensor], None]
+        self,
+        adapter: ModelAdapter,
+        module: nn.Module,
+        read: Read,
+        receive: Callable[[Tensor], None],
+        of_output: bool = False,
     ) -> None:
         self.adapter, self.read, self.receive = adapter, read, receive
         self.watch = adapter.vision_watch.open()
         self.values: dict[Modality, Tensor] = {}
         self._hooks = [
-            attention.register_forward_pre_hook(self._tower_runs, with_kwargs=True),
+            module.register_forward_hook(self._tower_ran)
+            if of_output
+            else module.register_forward_pre_hook(self._tower_runs, with_kwargs=True),
             adapter.text_model.register_forward_pre_hook(self._decoder_reached),
         ]
 
@@ -204,7 +213,11 @@ class TowerCapture:
 
     def _tower_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = self.read(module, args, kwargs).detach()
-        self.values[self.watch.current().modality] = self.adapter.to_token_order(values[..., None])[:, 0]
+        of_tokens = self.adapter.to_token_order(values if values.ndim == 3 else values[..., None])
+        self.values[self.watch.current().modality] = of_tokens if values.ndim == 3 else of_tokens[:, 0]
+
+    def _tower_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._tower_runs(module, (output,), {})
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.values:

@@ -116,7 +116,7 @@ def prune_(
     stages = StagePlan(strategy) if strategy.stages and rankings is None else None
     known = rankings is not None or stages is not None
     selector = None if known else make_selector(strategy.selector, strategy.selector_options)
-    source = RankingSource(adapter, selector, explicit_rankings(rankings))
+    source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
     decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile), stages)
     text_model = adapter.text_model
     handle._sources.append(source)

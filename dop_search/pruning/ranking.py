@@ -1,9 +1,10 @@
-"""Rankings of the visual tokens of a batch, from what the vision tower showed while it encoded the images."""
+"""Rankings of the visual tokens of a batch, from what the vision tower and the decoder's input show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dop_search.errors import DopError
+from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import TOWER_FIELDS
 from dop_search.models.tower import TowerCapture, VisionWatch
+from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
+from dop_search.selectors.base import TowerPatch
+
+CAPTURED = frozenset(TOWER_FIELDS)
 
 
 class RankingSource:
@@ -24,33 +30,89 @@ class RankingSource:
         adapter: the model.
         selector: the criterion; ``None`` if rankings are given.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
+        num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
+
+    Raises:
+        UnsupportedModelError: if the model lacks what the selector needs.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, selector: Selector | None, rankings: Sequence[np.ndarray] | None = None
+        self,
+        adapter: ModelAdapter,
+        selector: Selector | None,
+        rankings: Sequence[np.ndarray] | None = None,
+        num_kept: int | None = None,
     ) -> None:
-        self.adapter, self.selector, self.rankings = adapter, selector, rankings
+        self.adapter, self.rankings = adapter, rankings
+        self.selector = None if rankings is not None else selector
         self.handles: list[RemovableHandle | TowerCapture | VisionWatch] = []
-        self._scores: Tensor | None = None
-        self._captured: str | None = None
-        if rankings is None and selector is not None:
-            for name in ("cls_attention", "received_attention"):
-                if name in selector.requires:
-                    self._captured = name
-                    self.handles.append(getattr(adapter, f"capture_{name}")(self._receive))
+        self.needs = frozenset[str]() if self.selector is None else self.selector.needs()
+        self.captured: dict[str, Tensor] = {}
+        self._patch: TowerPatch | None = None
+        self._prepared: list[np.ndarray] | None = None
+        if self.selector is None:
+            return
+        check_model(adapter, self.selector)
+        self.selector.prepare(adapter.tower_view.width if "patch_states" in self.needs else None)
+        try:
+            for name in sorted(self.needs & CAPTURED):
+                self.handles.append(adapter.capture(name, partial(self.captured.__setitem__, name)))
             self.handles.append(adapter.vision_watch.open())
-
-    def _receive(self, scores: Tensor) -> None:
-        self._scores = scores
+            if self.selector.changes_tower:
+                self._patch = patch_tower(adapter, self.selector, num_kept)
+        except DopError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stop watching."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self._patch is not None:
+            self._patch.restore()
+
+    def prepare(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        visual: Tensor,
+        valid: Tensor | None = None,
+        num_kept: Callable[[int], int] | None = None,
+    ) -> Tensor:
+        """Choose the tokens of each sample of a batch; :meth:`rank` then returns the rankings.
+
+        Args:
+            embeds: ``[batch, length, hidden_size]`` what the decoder is about to receive.
+            input_ids: ``[batch, length]``.
+            visual: ``[batch, length]`` which tokens are visual.
+            valid: ``[batch, length]`` which tokens are real; ``None``: all.
+            num_kept: from a sample's visual tokens to those kept; ``None``: all are.
+
+        Returns:
+            ``embeds``, with the merged features of selectors that merge.
+        """
+        if self.selector is None:
+            return embeds
+        choices = []
+        for inputs in self.sample_inputs(visual_counts(visual), embeds, input_ids, visual, valid):
+            if inputs.num_visual_tokens == 0:
+                choices.append(Choice(np.empty(0, dtype=np.int64)))
+                continue
+            total = inputs.num_visual_tokens if num_kept is None else num_kept(inputs.num_visual_tokens)
+            choices.append(self._choose(inputs, total, embeds.dtype))
+        self._prepared = [choice.order for choice in choices]
+        if all(choice.embeds is None for choice in choices):
+            return embeds
+        embeds = embeds.clone()
+        for row, choice in enumerate(choices):
+            if choice.embeds is not None:
+                place = visual[row].nonzero()[:, 0][torch.from_numpy(choice.slots).to(visual.device)]
+                embeds[row, place] = choice.embeds.to(embeds.device, embeds.dtype)
+        return embeds
 
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
-        """One ranking per sample.
+        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
 
         Args:
             num_visual: visual tokens per sample.
@@ -60,18 +122,73 @@ class RankingSource:
         """
         if self.rankings is not None:
             return self._given(len(num_visual))
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            return prepared
         assert self.selector is not None
-        name = self._captured
-        scores = None if name is None else self._split_scores(num_visual)
+        return [
+            self.selector.rank(inputs) if inputs.num_visual_tokens else np.empty(0, dtype=np.int64)
+            for inputs in self.sample_inputs(num_visual)
+        ]
+
+    def chooser(self, inputs: SelectorInputs) -> Chooser:
+        """Chooses for any number of kept tokens from the inputs of one sample."""
+        assert self.selector is not None
+        return Chooser(self.adapter, self.selector, inputs)
+
+    def sample_inputs(
+        self,
+        num_visual: Sequence[int],
+        embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        visual: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> list[SelectorInputs]:
+        """What the selector sees of each sample. See :meth:`prepare` for the arguments.
+
+        Raises:
+            DopError: if the encoded images do not fit the batch.
+        """
+        tower = {name: self._split(values, num_visual) for name, values in self._tower_values().items()}
         grids = self.adapter.image_grids(num_visual)
+        tiles = self.adapter.token_tiles(num_visual) if "tiles" in self.needs else [None] * len(num_visual)
         result = []
         for index, count in enumerate(num_visual):
             inputs = SelectorInputs(num_visual_tokens=count, image_grids=grids[index])
-            if scores is not None and name is not None:
-                captured: dict[str, Any] = {name: scores[index]}
-                inputs = replace(inputs, **captured)
-            result.append(self.selector.rank(inputs))
+            captured: dict[str, Any] = {name: _squeeze(name, parts[index]) for name, parts in tower.items()}
+            inputs = replace(inputs, **captured)
+            if (tiling := tiles[index]) is not None:
+                inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1])
+            if embeds is not None and input_ids is not None and visual is not None:
+                real = None if valid is None else valid[index]
+                inputs = self._with_decoder_inputs(inputs, embeds[index], input_ids[index], visual[index], real)
+            result.append(inputs)
         return result
+
+    def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
+        assert self.selector is not None
+        if self.selector.changes_tower and 0 < num_kept < inputs.num_visual_tokens:
+            check_one_image(self.adapter, inputs.num_visual_tokens)
+        if self._patch is None:
+            return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
+        if self._patch.num_runs == 0:
+            raise DopError(
+                f"{self.selector.name!r} changes what the vision tower computes, but the tower has not run inside "
+                "this context: pass `pixel_values` to the pruned model"
+            )
+        return Choice(self.selector.rank(inputs, num_kept))
+
+    def _with_decoder_inputs(
+        self, inputs: SelectorInputs, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None
+    ) -> SelectorInputs:
+        text = text_read_with_image(visual, valid)
+        if "embeds" in self.needs:
+            inputs = replace(inputs, embeds=embeds[visual].detach())
+        if "text_embeds" in self.needs:
+            inputs = replace(inputs, text_embeds=embeds[text].detach())
+        if "text" in self.needs:
+            inputs = replace(inputs, text=self.adapter.decode_text(input_ids[text]))
+        return inputs
 
     def _given(self, batch: int) -> list[np.ndarray]:
         assert self.rankings is not None
@@ -80,23 +197,66 @@ class RankingSource:
         repeats = batch // len(self.rankings)  # beams and returned sequences repeat each sample
         return [np.asarray(ranking) for ranking in self.rankings for _ in range(repeats)]
 
-    def _split_scores(self, num_visual: Sequence[int]) -> list[Tensor]:
-        attention = self._scores
-        if attention is None:
+    def _tower_values(self) -> dict[str, Tensor]:
+        """Per field ``[visual tokens that the tower encoded, channels]``."""
+        values = {name: value.reshape(len(value), -1) for name, value in self.captured.items()}
+        if self._patch is not None:
+            values |= {name: value.flatten(0, 1) for name, value in self._patch.values.items()}
+        missing = self.needs & CAPTURED - set(values)
+        if missing:
+            names = ", ".join(f"`{name}`" for name in sorted(missing))
             raise DopError(
-                f"the selector needs `{self._captured}` of the vision tower, which has not run inside this context: "
+                f"the selector needs {names} of the vision tower, which has not run inside this context: "
                 "pass `pixel_values` to the pruned model, or give `rankings=`"
             )
-        available, wanted = attention.numel(), sum(num_visual)
+        return values
+
+    def _split(self, values: Tensor, num_visual: Sequence[int]) -> list[Tensor]:
+        available, wanted = len(values), sum(num_visual)
         if available == 0 or wanted % available:
             raise DopError(f"{wanted} visual tokens in the batch do not match {available} tokens encoded by the tower")
         repeats = wanted // available  # generate() encodes an image once for all of its beams
-        flat, scores, start = attention.reshape(-1), [], 0
+        parts, start = [], 0
         for index, count in enumerate(num_visual):
-            scores.append(flat[start : start + count])
+            parts.append(values[start : start + count])
             if (index + 1) % repeats == 0:
                 start += count
-        return scores
+        return parts
+
+
+def _squeeze(name: str, values: Tensor) -> Tensor:
+    """Scores have one value per token, keys and features a vector."""
+    return values[:, 0] if name.endswith("attention") or name == "tower_sizes" else values
+
+
+def text_read_with_image(visual: Tensor, valid: Tensor | None) -> Tensor:
+    """``[length]``: the real text tokens after the last visual one; if there are none, all real text tokens."""
+    text = ~visual if valid is None else ~visual & valid
+    seen = visual.flip(0).cumsum(0).flip(0) > 0
+    after = text & ~seen
+    return after if bool(after.any()) else text
+
+
+def check_model(adapter: ModelAdapter, selector: Selector) -> None:
+    """Refuse a selector whose result would not be what it says on this family.
+
+    Raises:
+        UnsupportedModelError: naming selectors that work.
+    """
+    if selector.merges and adapter.has_deepstack:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "
+            "features behind its first layers as well, which would stay unmerged; use selector=divprune, "
+            "cdpruner_llm, received_attention, uniform_grid or random"
+        )
+    if selector.merges and "features" in selector.needs() and adapter.tower_view.project is None:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges patches in front of the projector, but visual tokens of "
+            f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
+            "selectors that merge behind the projector are avg_pool and trim_llm"
+        )
+    if "tiles" in selector.needs():
+        adapter.token_tiles([])
 
 
 def visual_counts(visual: Tensor) -> list[int]:

@@ -85,6 +85,7 @@ class PrunedDecoder:
         state.open = True
         try:
             if length > 1 and bool(visual.any()):
+                inputs_embeds = self.rankings.prepare(inputs_embeds, seen_ids, visual, valid, self.strategy.num_kept)
                 hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state, deepstack)
             else:
                 hidden = self._extend(inputs_embeds, valid, rope, past_key_values, state)

@@ -7,15 +7,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from dop_search.errors import DopError
-from dop_search.selectors.base import Selector, SelectorInputs
+from dop_search.selectors.avg_pool import AvgPoolSelector
+from dop_search.selectors.base import Selection, Selector, SelectorInputs
+from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
+from dop_search.selectors.divprune import DivPruneSelector
+from dop_search.selectors.hired import HiredSelector
+from dop_search.selectors.holov import HoloVSelector
+from dop_search.selectors.prumerge import PruMergePlusSelector
 from dop_search.selectors.random_order import RandomSelector
 from dop_search.selectors.received_attention import ReceivedAttentionSelector
+from dop_search.selectors.resize import ResizeSelector
+from dop_search.selectors.tome import ToMeSelector
+from dop_search.selectors.trim import TrimLlmSelector, TrimSelector
 from dop_search.selectors.uniform_grid import UniformGridSelector
+from dop_search.selectors.visionzip import VisionZipSelector
+from dop_search.selectors.vispruner import VisPrunerSelector
 
 SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
-    for selector in (ClsAttentionSelector, RandomSelector, ReceivedAttentionSelector, UniformGridSelector)
+    for selector in (
+        AvgPoolSelector,
+        CdprunerLlmSelector,
+        CdprunerSelector,
+        ClsAttentionSelector,
+        DivPruneSelector,
+        HiredSelector,
+        HoloVSelector,
+        PruMergePlusSelector,
+        RandomSelector,
+        ReceivedAttentionSelector,
+        ResizeSelector,
+        ToMeSelector,
+        TrimLlmSelector,
+        TrimSelector,
+        UniformGridSelector,
+        VisPrunerSelector,
+        VisionZipSelector,
+    )
 }
 
 
@@ -36,4 +65,4 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     return SELECTORS[name](**(options or {}))
 
 
-__all__ = ["SELECTORS", "Selector", "SelectorInputs", "make_selector"]
+__all__ = ["SELECTORS", "Selection", "Selector", "SelectorInputs", "make_selector"]

@@ -3,30 +3,98 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dop_search.errors import DopError
+from dop_search.operations import ModelDims
+
+if TYPE_CHECKING:
+    from dop_search.models.capture import TowerView
 
 
 @dataclass(frozen=True)
 class SelectorInputs:
-    """What a criterion may look at, for one sample.
+    """What a criterion may look at, for one sample. Only what :meth:`Selector.needs` names is there.
+
+    ``n`` is the number of visual tokens; every per-token tensor is in the order of the visual tokens. "The layer that
+    feeds the projector" is the tower's layer whose output the projector receives (``vision_feature_layer``).
 
     Attributes:
         num_visual_tokens: tokens to rank.
-        image_grids: rows and columns of each image, in the order of the tokens.
-        cls_attention: attention of the vision tower's CLS token (``[num_visual_tokens]``), if asked for.
-        received_attention: mean attention that patches of the vision tower receive (``[num_visual_tokens]``), likewise.
+        image_grids: rows and columns of consecutive pieces of tokens: images, and what any-resolution models cut them
+            into; newline tokens are a column of their grid, or a ``(1, 1)`` grid.
+        cls_attention: ``[n]`` head-mean attention of the CLS token in the layer that feeds the projector.
+        received_attention: ``[n]`` attention that a token receives there (or in the last layer that attends to whole
+            images), mean over heads and over the patches that ask.
+        first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
+        last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
+        keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
+        last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
+        features: ``[n, width]`` what the projector receives.
+        cls_feature: ``[n, width]`` what the projector would receive for the CLS token of the token's image.
+        patch_states: ``[n, width]`` the tower's last layer after its final norm, as CLIP's own head sees it.
+        tower_sizes: ``[n]`` patches that a token stands for after merging in the tower, 0 where it was merged away.
+        embeds: ``[n, hidden_size]`` projected visual tokens, as the decoder receives them.
+        text_embeds: ``[t, hidden_size]`` embeddings of the text that is read with the image.
+        text: that text, without special tokens.
+        tiles: ``[n]`` for any-resolution models, which tile a token is from: 0 the whole image, 1 … the crops in
+            reading order, -1 none (newline tokens).
+        tile_grid: rows and columns of the crops.
+        pixel_values: the sample's images as the tower receives them; for selectors that change what the tower does.
     """
 
     num_visual_tokens: int
     image_grids: tuple[tuple[int, int], ...]
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
+    first_cls_attention: Tensor | None = None
+    last_cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    last_keys: Tensor | None = None
+    features: Tensor | None = None
+    cls_feature: Tensor | None = None
+    patch_states: Tensor | None = None
+    tower_sizes: Tensor | None = None
+    embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    text: str | None = None
+    tiles: Tensor | None = None
+    tile_grid: tuple[int, int] | None = None
+    pixel_values: Tensor | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """A field that the selector asked for.
+
+        Raises:
+            DopError: if it was not captured.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
+        return value
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector decided for one sample and one number of kept tokens.
+
+    Attributes:
+        order: visual tokens, best first; the first ``num_kept`` enter the decoder.
+        slots: visual tokens that receive another feature, all of them among the kept ones.
+        features: ``[len(slots), width]`` their features.
+        space: whether ``features`` are projector inputs or decoder inputs.
+    """
+
+    order: np.ndarray
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    features: Tensor | None = None
+    space: Literal["features", "embeds"] = "embeds"
 
 
 @dataclass(frozen=True)
@@ -34,20 +102,102 @@ class Selector(ABC):
     """Ranks the visual tokens of a sample. A new criterion is one subclass in one file, listed in ``SELECTORS``.
 
     Options are dataclass fields. ``requires`` names the fields of :class:`SelectorInputs` that have to be captured.
-    A ranking depends on the sample alone, never on the rest of the batch.
+    A selection depends on the sample alone, never on the rest of the batch; equal scores keep the order of the tokens.
+
+    Attributes:
+        nested: whether the first ``T`` of one ranking are the choice for every ``T``, so that one ranking serves all.
+        merges: whether kept tokens receive other features (:meth:`select`), which depend on their number.
+        changes_tower: whether the vision tower itself computes something else (:meth:`patch_tower`).
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
+    changes_tower: ClassVar[bool] = False
 
     @abstractmethod
-    def rank(self, inputs: SelectorInputs) -> np.ndarray:
-        """Indices of the visual tokens, best first: a permutation of ``0 .. num_visual_tokens - 1``."""
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """Indices of the visual tokens, best first: a permutation of ``0 .. num_visual_tokens - 1``.
+
+        Args:
+            inputs: one sample.
+            num_kept: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
+                leave the tokens after them in any order.
+        """
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """The ranking together with merged features. Keeping none or all tokens merges nothing."""
+        return Selection(self.rank(inputs, num_kept))
+
+    def needs(self) -> frozenset[str]:
+        """Fields of :class:`SelectorInputs` to capture; by default ``requires``, may depend on the options."""
+        return self.requires
+
+    def prepare(self, tower_width: int | None) -> None:  # noqa: B027 (optional, not abstract)
+        """Load what the selector needs besides the model, before the first image.
+
+        Args:
+            tower_width: channels of the vision tower, where known.
+
+        Raises:
+            UnsupportedModelError: if it cannot be had.
+        """
+
+    def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
+        """Make the tower compute for ``num_kept`` tokens per image, until the patch is restored.
+
+        Only for selectors with ``changes_tower``.
+        """
+        raise NotImplementedError
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out.
+
+        Args:
+            num_visual: visual tokens of the sample.
+            dims: the decoder.
+            num_kept: tokens kept; ``None``: all.
+            vision_width: channels of the vision tower; the decoder's width, an upper bound, where not given.
+        """
+        return 0
+
+    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """Patches of one image in each layer of the tower that feeds the projector: (attention, MLP).
+
+        Args:
+            num_visual: patches without the selector.
+            num_kept: tokens kept.
+            num_layers: layers of the tower up to the one that feeds the projector.
+        """
+        return ((num_visual, num_visual),) * num_layers
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """Names of the options."""
         return tuple(item.name for item in fields(cls))
+
+    @property
+    def chooses_per_count(self) -> bool:
+        """Whether the choice has to be made again for every number of kept tokens."""
+        return self.merges or self.changes_tower or not self.nested
+
+
+class TowerPatch(ABC):
+    """A change of a vision tower instance.
+
+    ``values`` holds what it noticed in the last run, per field ``[images, patches, 1]``; ``num_runs`` counts its runs.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.num_runs = 0
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Make the tower what it was."""
 
 
 def descending(scores: Tensor) -> np.ndarray:
@@ -60,3 +210,37 @@ def descending(scores: Tensor) -> np.ndarray:
     if not np.isfinite(values).all():
         raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")
     return np.argsort(-values, kind="stable")
+
+
+def kept_count(inputs: SelectorInputs, num_kept: int | None) -> int:
+    """``num_kept`` as a number within ``0 .. num_visual_tokens``."""
+    return inputs.num_visual_tokens if num_kept is None else max(0, min(num_kept, inputs.num_visual_tokens))
+
+
+def cosine_matrix(rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Cosine similarity of every row with every column, float32 ``[rows, columns]``."""
+    rows = torch.nn.functional.normalize(rows.detach().float(), dim=-1)
+    columns = rows if columns is None else torch.nn.functional.normalize(columns.detach().float(), dim=-1)
+    return rows @ columns.T
+
+
+def finite_array(values: Tensor) -> np.ndarray:
+    """A float64 array on the host.
+
+    Raises:
+        DopError: if a value is not finite.
+    """
+    array = values.detach().double().cpu().numpy()
+    if not np.isfinite(array).all():
+        raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")
+    return array
+
+
+def with_rest(chosen: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """A permutation that starts with ``chosen`` and continues with ``rest`` in its own order."""
+    return np.concatenate([chosen, rest[~np.isin(rest, chosen)]]).astype(np.int64)
+
+
+def options_of(selector: Selector) -> Mapping[str, Any]:
+    """The options of a selector by name."""
+    return {name: getattr(selector, name) for name in selector.option_names()}

@@ -1,4 +1,4 @@
-"""Rank visual tokens by how much the vision tower's CLS token attends to them."""
+"""FasterVLM: rank visual tokens by how much the vision tower's CLS token attends to them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dop_search.operations import ModelDims
 from dop_search.selectors.base import Selector, SelectorInputs, descending
 
 
 @dataclass(frozen=True)
 class ClsAttentionSelector(Selector):
-    """Head-mean CLS attention in the layer that feeds the projector (FasterVLM, arXiv 2412.01818)."""
+    """FasterVLM (arXiv 2412.01818): the first ``T`` by CLS attention ``a_i = mean_heads softmax(q_cls K^T / √d)_i``.
+
+    The attention is that of the layer whose output the projector receives: layer −2 on LLaVA, which is what the paper
+    reads; on a model that feeds another layer to its projector it is that layer's.
+
+    Not reproduced: the paper renumbers positions after dropping tokens, here kept tokens keep theirs.
+    """
 
     name = "cls_attention"
     requires = frozenset({"cls_attention"})
 
-    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        assert inputs.cls_attention is not None
-        return descending(inputs.cls_attention)
+        return descending(inputs.tensor("cls_attention"))
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """The CLS row of scores; keys are projected once more, from the layer's input."""
+        width = vision_width or dims.hidden_size
+        return 2 * num_visual * width * (width + 1)

@@ -16,6 +16,6 @@ class RandomSelector(Selector):
     name = "random"
     seed: int = 0
 
-    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
         return np.random.default_rng([self.seed, inputs.num_visual_tokens]).permutation(inputs.num_visual_tokens)

@@ -19,7 +19,6 @@ class ReceivedAttentionSelector(Selector):
     name = "received_attention"
     requires = frozenset({"received_attention"})
 
-    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        assert inputs.received_attention is not None
-        return descending(inputs.received_attention)
+        return descending(inputs.tensor("received_attention"))

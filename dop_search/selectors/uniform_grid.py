@@ -19,7 +19,7 @@ class UniformGridSelector(Selector):
 
     name = "uniform_grid"
 
-    def rank(self, inputs: SelectorInputs) -> np.ndarray:
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
         orders, start = [], 0
         for rows, columns in inputs.image_grids:
@@ -33,12 +33,17 @@ class UniformGridSelector(Selector):
 def farthest_point_order(rows: int, columns: int) -> np.ndarray:
     """Visit a grid starting near its centre, each time the point farthest from all visited ones."""
     points = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
-    order = [(rows // 2) * columns + columns // 2]
+    result = spread_order(points, (rows // 2) * columns + columns // 2)
+    result.setflags(write=False)
+    return result
+
+
+def spread_order(points: np.ndarray, first: int) -> np.ndarray:
+    """Visit ``points`` (``[n, 2]``) from ``first`` on, each time the one farthest from all visited ones."""
+    order = [first]
     distance = np.full(len(points), np.inf)
     while len(order) < len(points):
         distance = np.minimum(distance, ((points - points[order[-1]]) ** 2).sum(axis=1))
         distance[order[-1]] = -1.0
         order.append(int(distance.argmax()))
-    result = np.array(order)
-    result.setflags(write=False)
-    return result
+    return np.array(order)

@@ -212,7 +212,7 @@ def test_scores_of_a_video_and_an_image_stand_where_their_tokens_stand(family):
                 model(**batch)
         finally:
             source.close()
-        return source._scores, batch["input_ids"][0]
+        return source.captured["received_attention"], batch["input_ids"][0]
 
     of_image, _ = scores(marks["image"], images=[image])
     of_video, _ = scores(marks["video"], videos=[video])

@@ -1,0 +1,153 @@
+"""What a CLIP- or SigLIP-style vision tower shows to a selector besides its attention: keys, features, states.
+
+Nothing here needs eager attention: scores are computed from the input of the attention module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dop_search.errors import UnsupportedModelError
+from dop_search.models.tower import Read, TowerCapture, cls_attention
+
+if TYPE_CHECKING:
+    from dop_search.models.adapter import ModelAdapter
+
+ATTENTION_FIELDS = ("cls_attention", "received_attention")
+"""Captured by methods of the adapter, which know more towers than :class:`TowerView` covers."""
+
+VIEW_FIELDS = (
+    "first_cls_attention",
+    "last_cls_attention",
+    "keys",
+    "last_keys",
+    "features",
+    "cls_feature",
+    "patch_states",
+)
+"""Captured through a :class:`TowerView`; see ``dop_search.selectors.SelectorInputs`` for their meaning."""
+
+TOWER_FIELDS = (*ATTENTION_FIELDS, *VIEW_FIELDS)
+
+CLS_FIELDS = frozenset({"first_cls_attention", "last_cls_attention", "cls_feature", "patch_states"})
+
+
+@dataclass(frozen=True)
+class TowerView:
+    """A vision tower that selectors can look into.
+
+    Attributes:
+        module: its forward takes ``pixel_values`` and ``interpolate_pos_encoding``.
+        layers: encoder layers with ``layer_norm1``, ``self_attn`` (``q_proj``, ``k_proj``), ``layer_norm2``, ``mlp``.
+        feature_layer: index of the layer whose output the projector receives.
+        has_cls: whether the first token is a CLS token, which the projector does not receive.
+        width: channels.
+        patch_size: pixels per side of a patch.
+        grid: rows and columns of the visual tokens of every image, where each image is one run of the tower and each
+            patch one token; ``None`` otherwise (any-resolution tiles).
+        final_norm: norm after the last layer; ``None`` if the tower has none.
+        project: from projector inputs ``[n, width]`` to decoder inputs ``[n, hidden_size]``, token by token; ``None``
+            where a visual token is not the projection of one patch.
+    """
+
+    module: Any
+    layers: Sequence[Any]
+    feature_layer: int
+    has_cls: bool
+    width: int
+    patch_size: int
+    grid: tuple[int, int] | None
+    final_norm: Any | None
+    project: Callable[[Tensor], Tensor] | None
+
+    @property
+    def num_extra(self) -> int:
+        """Tokens in front of the patches."""
+        return int(self.has_cls)
+
+
+def refuse(wanted: Iterable[str], why: str) -> UnsupportedModelError:
+    """The error for a tower that cannot give what a selector needs."""
+    return UnsupportedModelError(
+        f"{why}, so that {', '.join(f'`{name}`' for name in sorted(wanted))} cannot be had from it; selectors that "
+        "work on every model are uniform_grid, random, divprune and cdpruner_llm"
+    )
+
+
+def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
+    """Capture one of :data:`VIEW_FIELDS` as :class:`TowerCapture` does.
+
+    Raises:
+        UnsupportedModelError: if the tower is not covered, or has no CLS token and the field needs one.
+    """
+    view = adapter.tower_view
+    if not view.has_cls and name in CLS_FIELDS:
+        raise refuse([name], "the vision tower has no CLS token (try the selector's option attention=received)")
+    extra, norm = view.num_extra, view.final_norm
+    feature, last = view.layers[view.feature_layer], view.layers[-1]
+
+    def features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        patches: Tensor = args[0][:, extra:]
+        return patches
+
+    def cls_feature(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        output: Tensor = args[0]
+        return output[:, :1].expand_as(output[:, 1:])
+
+    def patch_states(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        states: Tensor = args[0][:, extra:]
+        return states if norm is None else norm(states)
+
+    def keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        heads = _wide_keys(attention, args, kwargs).unflatten(-1, (attention.num_heads, attention.head_dim))
+        return heads.mean(dim=2)[:, extra:]
+
+    def last_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return _wide_keys(attention, args, kwargs)[:, extra:]
+
+    where: dict[str, tuple[Any, Read, bool]] = {
+        "first_cls_attention": (view.layers[0].self_attn, cls_attention, False),
+        "last_cls_attention": (last.self_attn, wide_cls_attention, False),
+        "keys": (feature.self_attn, keys, False),
+        "last_keys": (last.self_attn, last_keys, False),
+        "features": (feature, features, True),
+        "cls_feature": (feature, cls_feature, True),
+        "patch_states": (last, patch_states, True),
+    }
+    module, read, of_output = where[name]
+    return TowerCapture(adapter, module, read, receive, of_output)
+
+
+def wide_cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The CLS row of an attention as if it had one head over its full width: ``[images, patches]`` float32."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    query, key = attention.q_proj(hidden[:, :1]).float(), _wide_keys(attention, args, kwargs)
+    scores: Tensor = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)[:, 0, 1:]
+
+
+def _wide_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Keys of all tokens, heads side by side, from the input of the module: ``[images, tokens, width]`` float32."""
+    keys: Tensor = attention.k_proj(args[0] if args else kwargs["hidden_states"]).float()
+    return keys
+
+
+def tower_flops(view: TowerView, tokens: Sequence[tuple[int, int]]) -> int:
+    """FLOPs of the encoder layers on one image (1 MAC = 2 FLOPs; norms and the patch embedding left out).
+
+    Args:
+        view: the tower.
+        tokens: per layer the patches in attention and in the MLP (see ``Selector.tower_tokens``); layers after these
+            run on as many patches as the last one's MLP.
+    """
+    inner = view.layers[0].mlp.fc1.out_features
+    padded = [*tokens, *[(tokens[-1][1], tokens[-1][1])] * (len(view.layers) - len(tokens))]
+    total = 0
+    for patches_in, patches_out in padded:
+        n_in, n_out = patches_in + view.num_extra, patches_out + view.num_extra
+        total += 8 * n_in * view.width**2 + 4 * n_in**2 * view.width + 4 * n_out * view.width * inner
+    return total

@@ -1,0 +1,29 @@
+"""Which attention a method ranks by where the paper offers two: the CLS token's, or what a token receives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dop_search.errors import DopError
+from dop_search.selectors.base import SelectorInputs
+
+ATTENTION_FIELDS = {"cls": "cls_attention", "received": "received_attention"}
+
+
+def attention_field(attention: str) -> str:
+    """The field of :class:`SelectorInputs` for a selector's option ``attention``.
+
+    Raises:
+        DopError: on an unknown value.
+    """
+    if attention not in ATTENTION_FIELDS:
+        raise DopError(
+            f"`attention` must be cls (the CLS token's row) or received (mean over all queries, for towers without "
+            f"a CLS token), but got {attention!r}"
+        )
+    return ATTENTION_FIELDS[attention]
+
+
+def attention_of(inputs: SelectorInputs, attention: str) -> Tensor:
+    """``[n]`` the chosen attention."""
+    return inputs.tensor(attention_field(attention))

@@ -1,0 +1,57 @@
+"""Average pooling of the token grid: a control that keeps a little of every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dop_search.operations import ModelDims
+from dop_search.selectors.base import Selection, Selector, SelectorInputs, with_rest
+from dop_search.selectors.grid_cells import balanced_cells
+from dop_search.selectors.sharing import per_image
+from dop_search.selectors.uniform_grid import spread_order
+
+
+@dataclass(frozen=True)
+class AvgPoolSelector(Selector):
+    """Cut the token grid into ``T`` boxes of nearly equal size; the token in the middle of each becomes the box's mean.
+
+    Means are taken of the projected tokens. The boxes come in an order that spreads over the image.
+    Tokens that form no rectangle (any-resolution images with newline tokens) are pooled along their sequence.
+    """
+
+    name = "avg_pool"
+    requires = frozenset({"embeds"})
+    nested = False
+    merges = True
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return self.select(inputs, num_kept).order
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """See base class."""
+        return per_image(inputs, num_kept, self._one_image)
+
+    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        (rows, columns), count = inputs.image_grids[0], inputs.num_visual_tokens
+        everything = np.arange(count)
+        if num_kept == 0:
+            return Selection(everything)
+        cells, middles = balanced_cells(rows, columns, num_kept)
+        points = np.stack(np.divmod(middles, columns), axis=1)
+        order = with_rest(middles[spread_order(points, len(points) // 2)], everything)
+        if num_kept == count:
+            return Selection(order)
+        embeds = inputs.tensor("embeds").float()
+        index = torch.from_numpy(cells).to(embeds.device)
+        member = torch.nn.functional.one_hot(index, num_kept).T.float()  # a product adds in a fixed order
+        return Selection(order, middles, member @ embeds / member.sum(dim=1, keepdim=True))
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """The means."""
+        return num_visual * dims.hidden_size

@@ -1,0 +1,152 @@
+"""CDPruner: a determinantal point process over visual tokens, conditioned on the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dop_search.errors import DopError
+from dop_search.operations import ModelDims
+from dop_search.selectors.base import Selector, SelectorInputs, cosine_matrix, finite_array, kept_count, with_rest
+from dop_search.selectors.clip_text import clip_text
+
+EXHAUSTED = 1e-10
+"""Conditional variance, relative to the largest, below which a kernel has no more directions to offer."""
+
+
+@dataclass(frozen=True)
+class _CdprunerBase(Selector):
+    """Greedy MAP of the DPP with kernel ``diag(r) S diag(r)``; subclasses say what relevance is."""
+
+    def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
+        """``[n]`` higher for tokens that matter more to the text."""
+        raise NotImplementedError
+
+    def weight(self) -> float | None:
+        """The option ``theta``."""
+        raise NotImplementedError
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        relevance = normalised(finite_array(self.similarity_to_text(inputs)))
+        if (theta := self.weight()) is not None:
+            relevance = np.exp(theta / (2.0 * (1.0 - theta)) * relevance)
+        similarity = finite_array(cosine_matrix(inputs.tensor("embeds")))
+        kernel = relevance[:, None] * similarity * relevance[None, :]
+        chosen = greedy_map(kernel, kept_count(inputs, num_kept))
+        return with_rest(chosen, np.argsort(-relevance, kind="stable"))
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """All pairwise cosines and the incremental Cholesky factor; the text encoder is left out."""
+        kept = num_visual if num_kept is None else num_kept
+        return 2 * num_visual**2 * dims.hidden_size + num_visual * kept**2
+
+
+@dataclass(frozen=True)
+class CdprunerSelector(_CdprunerBase):
+    """CDPruner (arXiv 2506.10967).
+
+    ``S`` is the cosine similarity of the projected tokens. Relevance is ``−mean_k cos(p_i, t_k)`` in CLIP's shared
+    space, scaled to [0, 1], with patches ``p_i`` (CLIP's visual projection of the normed last states of the tower) and
+    text segments ``t_k`` of at most 77 tokens; the sign is the paper's, since CLIP's patch–text similarity is inverted.
+    Tokens are taken greedily to maximise ``det`` of the kernel's submatrix (incremental Cholesky factor).
+
+    Options:
+        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
+            text encoder. Without it the selector refuses; ``cdpruner_llm`` needs none.
+        theta: weight of relevance in [0, 1), ``r ← exp(θ / (2 (1 − θ)) · r)``; ``None``: ``r`` as it is (the default of
+            the paper's released code).
+
+    Not reproduced: the per-crop budget of LLaVA-NeXT (tokens of a sample are ranked together); renumbered positions.
+    The text is what is read after the image, the template's closing words included.
+    """
+
+    clip: str = ""
+    theta: float | None = None
+
+    name = "cdpruner"
+    requires = frozenset({"patch_states", "text", "embeds"})
+
+    def __post_init__(self) -> None:
+        check_theta(self.theta)
+
+    def prepare(self, tower_width: int | None) -> None:
+        """See base class."""
+        clip_text(self.clip, "cdpruner", "cdpruner_llm", tower_width)
+
+    def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
+        """See base class."""
+        encoder = clip_text(self.clip, "cdpruner", "cdpruner_llm", None)
+        patches = encoder.project_patches(inputs.tensor("patch_states"))
+        return -cosine_matrix(patches, encoder.encode(inputs.text or "")).mean(dim=1)
+
+    def weight(self) -> float | None:
+        """See base class."""
+        return self.theta
+
+
+@dataclass(frozen=True)
+class CdprunerLlmSelector(_CdprunerBase):
+    """CDPruner with relevance from the decoder's embedding space: ``mean_k cos(e_i, t_k)`` over the text's tokens.
+
+    What the paper describes for models without CLIP's text encoder (Qwen2.5-VL, InternVL3; no code was released).
+
+    Options:
+        theta: weight of relevance, see :class:`CdprunerSelector`.
+        negate: turn the sign round, as CLIP's space needs it.
+    """
+
+    theta: float | None = None
+    negate: bool = False
+
+    name = "cdpruner_llm"
+    requires = frozenset({"embeds", "text_embeds"})
+
+    def __post_init__(self) -> None:
+        check_theta(self.theta)
+
+    def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
+        """See base class."""
+        similarity = cosine_matrix(inputs.tensor("embeds"), inputs.tensor("text_embeds")).mean(dim=1)
+        return -similarity if self.negate else similarity
+
+    def weight(self) -> float | None:
+        """See base class."""
+        return self.theta
+
+
+def check_theta(theta: float | None) -> None:
+    """Refuse a weight outside [0, 1)."""
+    if theta is not None and not 0.0 <= theta < 1.0:
+        raise DopError(f"`0 <= theta < 1` must hold, but got {theta}")
+
+
+def normalised(values: np.ndarray) -> np.ndarray:
+    """Scaled to (0, 1]; the least relevant token keeps a trace, so that it can still be chosen."""
+    span = values.max() - values.min()
+    return np.ones_like(values) if span == 0 else (values - values.min() + 1e-6) / (span + 1e-6)
+
+
+def greedy_map(kernel: np.ndarray, num_chosen: int) -> np.ndarray:
+    """Indices that greedily maximise ``log det kernel[chosen, chosen]``, in the order in which they are taken.
+
+    Stops early when the kernel has no more directions to offer (its rank is reached).
+    """
+    variance = kernel.diagonal().copy()
+    limit = EXHAUSTED * variance.max()
+    factor = np.zeros((num_chosen, len(kernel)))
+    chosen: list[int] = []
+    for step in range(num_chosen):
+        best = int(variance.argmax())
+        if variance[best] <= limit:
+            break
+        row = (kernel[best] - factor[:step, best] @ factor[:step]) / np.sqrt(variance[best])
+        factor[step] = row
+        variance = variance - row**2
+        chosen.append(best)
+        variance[chosen] = -np.inf
+    return np.array(chosen, dtype=np.int64)

@@ -1,0 +1,85 @@
+"""The text side of the CLIP model that a vision tower comes from: multimodal checkpoints leave it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop_search.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """CLIP's text encoder and both projections into the shared space.
+
+    Attributes:
+        model: a ``CLIPModel`` whose vision encoder has been dropped.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def tower_width(self) -> int:
+        """Channels of the vision tower that it belongs to."""
+        return int(self.model.visual_projection.in_features)
+
+    @torch.inference_mode()
+    def encode(self, text: str) -> Tensor:
+        """``[segments, projection_dim]`` of a text, cut into segments that the encoder can take."""
+        longest = self.model.config.text_config.max_position_embeddings - 2
+        begin, *ids, end = self.tokenizer(text)["input_ids"]
+        cuts = range(0, max(1, len(ids)), longest)
+        states = [self._segment([begin, *ids[start : start + longest], end]) for start in cuts]
+        return torch.cat(states)
+
+    def _segment(self, ids: list[int]) -> Tensor:
+        device = self.model.text_projection.weight.device
+        pooled = self.model.text_model(input_ids=torch.tensor([ids], device=device)).pooler_output
+        projected: Tensor = self.model.text_projection(pooled)
+        return projected
+
+    @torch.inference_mode()
+    def project_patches(self, patch_states: Tensor) -> Tensor:
+        """``[n, projection_dim]`` of ``[n, width]`` states of the tower after its final norm."""
+        weight = self.model.visual_projection.weight
+        return patch_states.to(weight.device, torch.float32) @ weight.T
+
+
+def clip_text(path: str, method: str, variant: str, tower_width: int | None) -> ClipText:
+    """The text encoder of the checkpoint at ``path``.
+
+    Raises:
+        UnsupportedModelError: if no checkpoint is named, it cannot be read, or belongs to another tower.
+    """
+    if not path:
+        raise UnsupportedModelError(
+            f"{method!r} compares image and question in CLIP's space, but the model has no text encoder of its own; "
+            f"set the option clip=<hub id or folder of the CLIP checkpoint that the vision tower comes from>, or use "
+            f"selector={variant}, which compares them in the decoder's embedding space"
+        )
+    found = _load(path)
+    if tower_width is not None and found.tower_width != tower_width:
+        raise UnsupportedModelError(
+            f"the vision tower has {tower_width} channels, but {path!r} is for {found.tower_width}; "
+            "set clip= to the checkpoint that the vision tower comes from"
+        )
+    return found
+
+
+@lru_cache(maxsize=2)
+def _load(path: str) -> ClipText:
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise UnsupportedModelError(f"cannot load CLIP from {path!r}: {str(error).splitlines()[0]}") from error
+    del model.vision_model
+    return ClipText(model.eval(), tokenizer)

@@ -1,0 +1,86 @@
+"""HiRED: a token budget per crop of an any-resolution image, then CLS attention within each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop_search.errors import DopError
+from dop_search.operations import ModelDims
+from dop_search.selectors.base import Selector, SelectorInputs, descending, kept_count
+from dop_search.selectors.sharing import shares
+
+
+@dataclass(frozen=True)
+class HiredSelector(Selector):
+    """HiRED (arXiv 2408.10945).
+
+    Of ``T`` tokens the whole image gets ``full_share · T``. For the rest, the as many positions of the whole image with
+    the highest CLS attention in the tower's *first* layer are counted per crop, and the crops share the rest in
+    proportion (largest remainders). Within the whole image and within each crop the tokens with the highest CLS
+    attention in the layer that feeds the projector (layer 22 of CLIP ViT-L, as in the paper) are kept.
+
+    A model with one image and no crops (LLaVA-1.5) makes this plain ``cls_attention``.
+
+    Options:
+        full_share: share of the budget for the whole image.
+
+    Not reproduced: newline tokens come last (the paper keeps those of kept rows); a crop's region of the whole image
+    is taken on the grid of crops, without the padding of the image's aspect ratio.
+    """
+
+    full_share: float = 0.5
+
+    name = "hired"
+    requires = frozenset({"cls_attention", "first_cls_attention", "tiles"})
+    nested = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.full_share <= 1.0:
+            raise DopError(f"`0 <= full_share <= 1` must hold, but got {self.full_share}")
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        by_attention = descending(inputs.tensor("cls_attention"))
+        if inputs.tiles is None or inputs.tile_grid is None:
+            return by_attention
+        tiles = inputs.tiles.cpu().numpy().astype(np.int64)
+        sizes = np.bincount(tiles[tiles >= 0], minlength=1 + inputs.tile_grid[0] * inputs.tile_grid[1])
+        total = min(kept_count(inputs, num_kept), int(sizes.sum()))
+        budgets = self._budgets(inputs, tiles, sizes, total)
+        kept = np.zeros(len(tiles), dtype=np.bool_)
+        for tile, budget in enumerate(budgets):
+            kept[by_attention[tiles[by_attention] == tile][:budget]] = True
+        is_kept, is_patch = kept[by_attention], tiles[by_attention] >= 0
+        return np.concatenate(
+            [by_attention[is_kept], by_attention[~is_kept & is_patch], by_attention[~is_kept & ~is_patch]]
+        )
+
+    def _budgets(self, inputs: SelectorInputs, tiles: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
+        assert inputs.tile_grid is not None
+        whole = min(int(self.full_share * total + 0.5), int(sizes[0]))
+        crops = self._crop_counts(inputs, tiles, inputs.tile_grid, total - whole)
+        budgets = np.concatenate([[whole], shares(crops.astype(np.float64), sizes[1:], total - whole)])
+        budgets[0] += total - budgets.sum()  # what the crops cannot take
+        return budgets
+
+    def _crop_counts(
+        self, inputs: SelectorInputs, tiles: np.ndarray, tile_grid: tuple[int, int], number: int
+    ) -> np.ndarray:
+        """How many of the ``number`` best positions of the whole image lie in each crop's region."""
+        whole = np.flatnonzero(tiles == 0)
+        side = int(len(whole) ** 0.5 + 0.5)
+        if side * side != len(whole):
+            raise DopError(f"hired needs a square whole image, but its tile has {len(whole)} tokens")
+        scores = inputs.tensor("first_cls_attention")[inputs.tensor("tiles") == 0]
+        row, column = np.divmod(descending(scores)[:number], side)
+        crop = row * tile_grid[0] // side * tile_grid[1] + column * tile_grid[1] // side
+        return np.bincount(crop, minlength=tile_grid[0] * tile_grid[1])
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """The CLS rows of two layers with their keys."""
+        width = vision_width or dims.hidden_size
+        return 4 * num_visual * width * (width + 1)

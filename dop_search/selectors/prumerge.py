@@ -1,0 +1,95 @@
+"""LLaVA-PruMerge+: outliers of the CLS attention, completed by strided tokens, each merged with its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dop_search.operations import ModelDims
+from dop_search.selectors.base import (
+    Selection,
+    Selector,
+    SelectorInputs,
+    cosine_matrix,
+    descending,
+    finite_array,
+    with_rest,
+)
+from dop_search.selectors.sharing import per_image
+
+
+@dataclass(frozen=True)
+class PruMergePlusSelector(Selector):
+    """LLaVA-PruMerge+ (arXiv 2403.15388), without fine-tuning, completed to a fixed number of tokens.
+
+    With ``a = softmax(q_cls K^T / √C)`` over the full width of the tower's last layer, tokens above
+    ``Q3 + iqr_factor · (Q3 − Q1)`` are outliers. Of ``T`` tokens one is the summary; the others are the outliers
+    (the highest first, if they are too many) and evenly strided tokens among the remaining ones. In the projector's
+    input each kept token becomes ``x_i + Σ a_j x_j`` over the ``num_neighbors`` other tokens whose keys are most
+    similar (cosine), and the summary is ``Σ a_j x_j`` over all dropped ones, in the place of the last dropped token.
+
+    Options:
+        num_neighbors: tokens merged into each kept one.
+        iqr_factor: how far above the third quartile an outlier is.
+        summary: whether one token summarises the dropped ones (from ``T = 2`` on).
+
+    Not reproduced: the paper chooses the number of tokens by itself (about 25 % for the + variant); a fixed number is
+    how later papers compare it. Positions are not renumbered. The paper's LoRA variant is another model.
+    """
+
+    num_neighbors: int = 32
+    iqr_factor: float = 1.5
+    summary: bool = True
+
+    name = "prumerge_plus"
+    requires = frozenset({"last_cls_attention", "last_keys", "features"})
+    nested = False
+    merges = True
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return self.select(inputs, num_kept).order
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """See base class."""
+        return per_image(inputs, num_kept, self._one_image)
+
+    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        attention = inputs.tensor("last_cls_attention")
+        by_attention, count = descending(attention), inputs.num_visual_tokens
+        if not 0 < num_kept < count:
+            return Selection(by_attention)
+        summary = int(self.summary and num_kept > 1)
+        kept = self._kept(finite_array(attention), by_attention, num_kept - summary)
+        dropped = np.setdiff1d(np.arange(count), kept)
+        features = inputs.tensor("features").float()
+        weights = attention.to(features.device).float()[:, None]
+        index = torch.from_numpy(kept).to(features.device)
+        similarity = cosine_matrix(inputs.tensor("last_keys")).to(features.device)[index]
+        similarity[torch.arange(len(kept), device=features.device), index] = -torch.inf  # others only
+        nearest = similarity.topk(min(self.num_neighbors, count - 1), dim=1).indices
+        merged = features[index] + (weights[nearest] * features[nearest]).sum(dim=1)
+        order, slots = kept, kept
+        if summary:
+            gone = torch.from_numpy(dropped).to(features.device)
+            merged = torch.cat([merged, (weights[gone] * features[gone]).sum(dim=0, keepdim=True)])
+            order = slots = np.concatenate([kept, dropped[-1:]])
+        return Selection(with_rest(order, by_attention), slots, merged, "features")
+
+    def _kept(self, attention: np.ndarray, by_attention: np.ndarray, count: int) -> np.ndarray:
+        low, high = np.quantile(attention, [0.25, 0.75])
+        outliers = by_attention[attention[by_attention] > high + self.iqr_factor * (high - low)][:count]
+        rest = np.setdiff1d(np.arange(len(attention)), outliers)
+        missing = count - len(outliers)
+        strided = rest[np.arange(missing) * len(rest) // max(1, missing)]
+        return np.concatenate([outliers, strided])
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """Keys and the CLS row, key similarities, and the weighted sums."""
+        width = vision_width or dims.hidden_size
+        kept = num_visual if num_kept is None else num_kept
+        return 2 * num_visual * width * (width + 1 + kept) + 2 * width * (kept * self.num_neighbors + num_visual)

@@ -1,0 +1,118 @@
+"""TRIM: the tokens that are related to the question, and one that stands for all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.operations import ModelDims
+from dop_search.selectors.base import (
+    Selection,
+    Selector,
+    SelectorInputs,
+    cosine_matrix,
+    descending,
+    kept_count,
+    with_rest,
+)
+from dop_search.selectors.clip_text import clip_text
+
+
+@dataclass(frozen=True)
+class _TrimBase(Selector):
+    """The ``T − 1`` tokens with the highest relevance, and the mean of all others as one more token."""
+
+    nested = False
+    merges = True
+
+    def relevance(self, inputs: SelectorInputs) -> Tensor:
+        """``[n]`` relevance of each token to the text."""
+        raise NotImplementedError
+
+    def _merges(self) -> bool:
+        raise NotImplementedError
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return self.select(inputs, num_kept).order
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """See base class."""
+        order, total = descending(self.relevance(inputs)), kept_count(inputs, num_kept)
+        if not self._merges() or not 1 < total < inputs.num_visual_tokens:
+            return Selection(order)
+        kept, dropped = order[: total - 1], np.sort(order[total - 1 :])
+        embeds = inputs.tensor("embeds")
+        mean = embeds[torch.from_numpy(dropped).to(embeds.device)].float().mean(dim=0, keepdim=True)
+        return Selection(with_rest(np.concatenate([kept, dropped[-1:]]), order), dropped[-1:], mean)
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """One similarity per token and the mean; the text encoder is left out."""
+        return 3 * num_visual * dims.hidden_size
+
+
+@dataclass(frozen=True)
+class TrimSelector(_TrimBase):
+    """TRIM (arXiv 2409.10994) with a fixed number of tokens.
+
+    Relevance is ``softmax_i(−cos(t, p_i))`` with the pooled text ``t`` and the patches ``p_i`` in CLIP's shared space
+    (``p_i`` = CLIP's visual projection of the normed last states of the tower; CLIP's patch–text similarity is
+    inverted, hence the sign). The mean of all other projected tokens stands in the place of the last dropped one.
+
+    Options:
+        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
+            text encoder. Without it the selector refuses; ``trim_llm`` needs none.
+        mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
+
+    Not reproduced: the paper chooses the number of tokens by an interquartile rule, here it is given; positions are not
+    renumbered; no fine-tuning. The text is what is read after the image, the template's closing words included.
+    """
+
+    clip: str = ""
+    mean_token: bool = True
+
+    name = "trim"
+    requires = frozenset({"patch_states", "text", "embeds"})
+
+    def prepare(self, tower_width: int | None) -> None:
+        """See base class."""
+        clip_text(self.clip, "trim", "trim_llm", tower_width)
+
+    def relevance(self, inputs: SelectorInputs) -> Tensor:
+        """See base class."""
+        encoder = clip_text(self.clip, "trim", "trim_llm", None)
+        text = encoder.encode(inputs.text or "").mean(dim=0, keepdim=True)
+        similarity = cosine_matrix(encoder.project_patches(inputs.tensor("patch_states")), text)[:, 0]
+        return (-similarity).softmax(dim=0)
+
+    def _merges(self) -> bool:
+        return self.mean_token
+
+
+@dataclass(frozen=True)
+class TrimLlmSelector(_TrimBase):
+    """TRIM's selection with relevance ``cos(mean of the text embeddings, e_i)`` in the decoder's input space.
+
+    A stand-in of our own for models without CLIP's text encoder, not the paper's method (see :class:`TrimSelector`).
+
+    Options:
+        mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
+    """
+
+    mean_token: bool = True
+
+    name = "trim_llm"
+    requires = frozenset({"embeds", "text_embeds"})
+
+    def relevance(self, inputs: SelectorInputs) -> Tensor:
+        """See base class."""
+        text = inputs.tensor("text_embeds").float().mean(dim=0, keepdim=True)
+        return cosine_matrix(inputs.tensor("embeds"), text)[:, 0]
+
+    def _merges(self) -> bool:
+        return self.mean_token

@@ -1,0 +1,121 @@
+"""VisionZip: the tokens that dominate attention, and the rest merged into a few contextual ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_search.errors import DopError
+from dop_search.operations import ModelDims
+from dop_search.selectors.attention_choice import attention_field, attention_of
+from dop_search.selectors.base import Selection, Selector, SelectorInputs, cosine_matrix, descending, with_rest
+from dop_search.selectors.sharing import per_image
+
+
+@dataclass(frozen=True)
+class VisionZipSelector(Selector):
+    """VisionZip (arXiv 2412.04467), without fine-tuning.
+
+    With ``T`` tokens, ``C = round(contextual_share · T)`` are contextual and ``T − C`` dominant (192 = 162 + 30,
+    128 = 108 + 20, 64 = 54 + 10, as published). Dominant: the CLS token and the patches with the highest attention.
+    Of the other patches every ``⌊m / C⌋``-th is a target; each of the rest goes to the target with the most similar
+    head-mean key (cosine), and a target becomes ``target + mean(assigned)`` in the projector's input. All of it is
+    read from the layer that feeds the projector.
+
+    Options:
+        contextual_share: share of contextual tokens.
+        cls_token: whether the CLS token is among the dominant ones, as in the paper (from ``T = 2`` on). It stands in
+            the place of the first dropped token.
+        attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token, which
+            then has no place among the dominant tokens either.
+
+    Not reproduced: the paper's fine-tuned projector; renumbered positions (kept tokens keep theirs); for
+    any-resolution models the tokens of a sample count as one image instead of a budget per crop.
+    """
+
+    contextual_share: float = 10 / 64
+    cls_token: bool = True
+    attention: str = "cls"
+
+    name = "visionzip"
+    nested = False
+    merges = True
+
+    def __post_init__(self) -> None:
+        attention_field(self.attention)
+        if not 0.0 <= self.contextual_share < 1.0:
+            raise DopError(f"`0 <= contextual_share < 1` must hold, but got {self.contextual_share}")
+
+    @property
+    def _takes_cls(self) -> bool:
+        return self.cls_token and self.attention == "cls"
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        cls = {"cls_feature"} if self._takes_cls else set()
+        return frozenset({attention_field(self.attention), "keys", "features", *cls})
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return self.select(inputs, num_kept).order
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """See base class."""
+        return per_image(inputs, num_kept, self._one_image)
+
+    def split(self, num_kept: int) -> tuple[int, int]:
+        """Dominant (the CLS token included) and contextual tokens among ``num_kept``."""
+        contextual = int(self.contextual_share * num_kept + 0.5)
+        return num_kept - contextual, contextual
+
+    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        by_attention = descending(attention_of(inputs, self.attention))
+        count = inputs.num_visual_tokens
+        if not 0 < num_kept < count:
+            return Selection(by_attention)
+        dominant, contextual = self.split(num_kept)
+        cls = int(self._takes_cls and dominant > 0 and num_kept > 1)
+        chosen = by_attention[: dominant - cls]
+        rest = np.setdiff1d(np.arange(count), chosen)
+        targets, merged = merge_into_targets(inputs.tensor("features"), inputs.tensor("keys"), rest, contextual)
+        slots, features = [targets], [merged]
+        if cls:
+            free = np.setdiff1d(rest, targets)[:1]
+            chosen = np.concatenate([free, chosen])
+            slots.append(free)
+            features.append(inputs.tensor("cls_feature")[:1].float())
+        order = with_rest(np.concatenate([chosen, targets]), by_attention)
+        return Selection(order, np.concatenate(slots), torch.cat(features), "features")
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """CLS row and keys, similarities of the rest with the targets, and the means."""
+        width = vision_width or dims.hidden_size
+        _, contextual = self.split(num_visual if num_kept is None else num_kept)
+        return 2 * num_visual * width * (width + 1) + 2 * num_visual * contextual * dims.head_dim + num_visual * width
+
+
+def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
+    """Merge the tokens ``rest`` into ``count`` evenly strided ones among them.
+
+    Returns:
+        The target tokens, and ``[count, width]`` float32 features ``target + mean(assigned)``.
+    """
+    if count == 0:
+        return np.empty(0, dtype=np.int64), features.new_empty(0, features.shape[1], dtype=torch.float32)
+    step = max(1, len(rest) // count)
+    at = np.arange(0, len(rest), step)[:count]
+    targets, others = rest[at], np.delete(rest, at)
+    rows = features.float()
+    index = torch.from_numpy(targets).to(rows.device)
+    result = rows[index]
+    if len(others) == 0:
+        return targets, result
+    other_index = torch.from_numpy(others).to(rows.device)
+    nearest = cosine_matrix(keys[other_index], keys[index]).argmax(dim=1)
+    assigned = torch.nn.functional.one_hot(nearest, count).T.float()  # a product adds in a fixed order
+    return targets, result + assigned @ rows[other_index] / assigned.sum(dim=1, keepdim=True).clamp_min(1.0)

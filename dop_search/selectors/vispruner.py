@@ -1,0 +1,86 @@
+"""VisPruner: half of the tokens by attention, the other half by removing duplicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop_search.errors import DopError
+from dop_search.operations import ModelDims
+from dop_search.selectors.attention_choice import attention_field, attention_of
+from dop_search.selectors.base import Selection, Selector, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.sharing import per_image
+
+
+@dataclass(frozen=True)
+class VisPrunerSelector(Selector):
+    """VisPruner (arXiv 2412.01818v2).
+
+    Of ``T`` tokens, ``⌊important_share · T⌋`` are those with the highest attention in the layer that feeds the
+    projector. From the others, listed by attention, the ``step`` most duplicated are removed again and again: the list
+    is split into its even and odd places, and the even tokens with the highest cosine similarity to any odd one go
+    (the even survivors, most similar first, and then the odd ones make the next list), until ``T`` tokens are left.
+    Similarities are those of the projector's inputs. No merging.
+
+    The rounds make the choice discontinuous: where two attention values agree up to rounding, swapping them changes
+    every later even/odd split, so that batch size, device or data type can change the kept tokens of such an image.
+
+    Options:
+        important_share: share of the tokens chosen by attention (the paper: 0.5).
+        step: tokens removed per round.
+        attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token.
+
+    Not reproduced: renumbered positions; the per-crop budget and fixed anchor size for LLaVA-NeXT.
+    """
+
+    important_share: float = 0.5
+    step: int = 8
+    attention: str = "cls"
+
+    name = "vispruner"
+    nested = False
+
+    def __post_init__(self) -> None:
+        attention_field(self.attention)
+        if not 0.0 <= self.important_share <= 1.0 or self.step < 1:
+            raise DopError(
+                f"`0 <= important_share <= 1` and `step >= 1` must hold, but got "
+                f"(important_share={self.important_share}, step={self.step})"
+            )
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        return frozenset({attention_field(self.attention), "features"})
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return per_image(inputs, num_kept, self._one_image).order
+
+    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        by_attention = descending(attention_of(inputs, self.attention))
+        num_important = int(self.important_share * num_kept + 1e-9)
+        important, rest = by_attention[:num_important], by_attention[num_important:]
+        if not 0 < num_kept < inputs.num_visual_tokens:
+            return Selection(by_attention)
+        similarity = finite_array(cosine_matrix(inputs.tensor("features")))
+        removed: list[np.ndarray] = []
+        while (surplus := len(rest) - (num_kept - num_important)) > 0:
+            even, odd = rest[::2], rest[1::2]
+            if len(odd) == 0:
+                removed.append(rest)
+                rest = rest[:0]
+                continue
+            by_duplicity = np.argsort(-similarity[np.ix_(even, odd)].max(axis=1), kind="stable")
+            count = min(self.step, surplus)
+            removed.append(even[by_duplicity[:count]])
+            rest = np.concatenate([even[by_duplicity[count:]], odd])
+        diverse = by_attention[np.isin(by_attention, rest)]
+        return Selection(np.concatenate([important, diverse, *reversed(removed)]))
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """CLS row and keys, and all pairwise cosines."""
+        width = vision_width or dims.hidden_size
+        return 2 * num_visual * width * (width + 1 + num_visual)

@@ -1,0 +1,146 @@
+"""Every selector on every family: it runs and is the same in a batch, or refuses before anything is touched."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import dop_search as dop
+from dop_search.errors import UnsupportedModelError
+from dop_search.models import FAMILIES, adapter_for
+from dop_search.models.prompts import chat_prompt
+from dop_search.pruning.ranking import RankingSource
+from dop_search.selectors import SELECTORS, make_selector
+from dop_search.testing.measure import model_state, state_difference
+from dop_search.testing.models import tiny_model
+from dop_search.testing.processors import drawn_image, tiny_processor
+
+HAS_CLS = ("llava", "llava_next", "internvl")
+EVERYWHERE = {"cdpruner_llm", "divprune", "random", "received_attention", "uniform_grid"}
+MERGING_BEHIND_THE_PROJECTOR = {"avg_pool", "trim_llm"}
+
+
+@cache
+def model_of(family):
+    """Has run once: transformers installs hooks of its own in a first forward."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model(**prompts(family, (0,)))
+    return model
+
+
+def working(family):
+    """What the families offer, from how they are built; CLIP's text encoder is in none of them."""
+    names = EVERYWHERE | (set() if family == "qwen3_vl" else MERGING_BEHIND_THE_PROJECTOR)
+    if family in HAS_CLS:
+        names |= {"cls_attention", "holov"}
+    if family in ("llava", "llava_next"):
+        names |= {"vispruner"}
+    if family == "llava":
+        names |= {"hired", "prumerge_plus", "resize", "tome", "visionzip"}
+    return names
+
+
+WORKING = [(family, name) for family in FAMILIES for name in sorted(working(family))]
+REFUSED = [(family, name) for family in FAMILIES for name in sorted(set(SELECTORS) - working(family))]
+BY_RECEIVED = [
+    (family, name)
+    for family in FAMILIES
+    for name in ("holov", "vispruner")
+    if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
+]
+
+
+def prompts(family, seeds):
+    processor = tiny_processor(family)
+    images = [[drawn_image(50 + 3 * seed, 40 + 5 * seed, seed)] for seed in seeds]
+    texts = [chat_prompt(processor, f"What is in it {seed}?") for seed in seeds]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def last_logits(family, inputs, name, options):
+    model = model_of(family)
+    chosen = dop.Strategy.full(4, num_visual_tokens=5, selector=name, selector_options=options)
+    with torch.no_grad(), dop.pruned(model, chosen):
+        return model(**inputs).logits[:, -1]
+
+
+def check_runs(family, name, options=None):
+    model, options = model_of(family), options or {}
+    before = model_state(model)
+    together = last_logits(family, prompts(family, (0, 2)), name, options)
+    for row, seed in enumerate((0, 2)):
+        alone = last_logits(family, prompts(family, (seed,)), name, options)[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(model(**prompts(family, (0, 2))).logits[:, -1], together, atol=1e-3)
+    assert state_difference(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize(("family", "name"), WORKING)
+def test_runs_and_does_not_depend_on_the_batch(family, name):
+    check_runs(family, name)
+
+
+@pytest.mark.parametrize(("family", "name"), BY_RECEIVED)
+def test_runs_by_received_attention_without_a_cls_token(family, name):
+    check_runs(family, name, {"attention": "received"})
+
+
+@pytest.mark.parametrize(("family", "name"), REFUSED)
+def test_refuses_what_it_cannot_do_and_leaves_nothing_behind(family, name):
+    model = model_of(family)
+    before = model_state(model)
+    options = {"attention": "received"} if name == "visionzip" else {}
+    with pytest.raises(UnsupportedModelError, match=r"selector|clip="):
+        dop.prune_(model, dop.Strategy.full(4, num_visual_tokens=5, selector=name, selector_options=options))
+    assert state_difference(before, model_state(model)) == []
+    assert adapter_for(model).vision_watch._open == 0
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_features_stand_where_their_tokens_stand(family):
+    """Projecting the captured features gives the decoder's input, newline and unpadded tokens aside."""
+    model, inputs = model_of(family), prompts(family, (1,))
+    adapter, seen = adapter_for(model), {}
+    handle = adapter.capture("features", lambda values: seen.update(features=values))
+    hook = adapter.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        handle.remove()
+        hook.remove()
+    embeds = seen["embeds"][adapter.visual_token_mask(inputs["input_ids"])]
+    newline = (embeds - model.model.image_newline).abs().amax(dim=-1) < 1e-6
+    assert 0 < newline.sum() < len(newline)
+    with torch.no_grad():
+        projected = model.model.multi_modal_projector(seen["features"])
+    torch.testing.assert_close(projected[~newline], embeds[~newline], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["divprune", "uniform_grid", "holov", "avg_pool"])
+def test_a_prompt_without_image_in_the_batch(name):
+    """It has nothing to choose; the other prompt's choice is what it is alone."""
+    model, processor = model_of("llava"), tiny_processor("llava")
+    image = drawn_image(50, 40)
+    texts = [chat_prompt(processor, "What is in it?"), chat_prompt(processor, "Hello, what is this?", 0)]
+    inputs = processor(text=texts, images=[image], padding=True, return_tensors="pt")
+    chosen = dop.Strategy.full(4, num_visual_tokens=5, selector=name)
+    with torch.no_grad():
+        full = model(**inputs).logits[1, -1]
+        with dop.pruned(model, chosen):
+            logits = model(**inputs).logits[:, -1]
+            alone = model(**processor(text=texts[:1], images=[image], return_tensors="pt")).logits[0, -1]
+    torch.testing.assert_close(logits[0], alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[1], full, rtol=1e-3, atol=1e-4)
+
+
+def test_refusals_say_why_and_what_works():
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3VL.*behind its first layers.*divprune"):
+        RankingSource(adapter_for(model_of("qwen3_vl")), make_selector("avg_pool"))
+    with pytest.raises(UnsupportedModelError, match=r"LlavaNext.*single patches.*avg_pool and trim_llm"):
+        RankingSource(adapter_for(model_of("llava_next")), make_selector("visionzip"))
