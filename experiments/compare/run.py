@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
 
 SELECTOR = "cls_attention"
-OURS = ("dop", "dop_split")
+OURS = ("dop", "dop_split", "dop_split@received_attention", "dop_split@divprune")
+"""Search spaces of ours, over ``SELECTOR`` or over the selector behind the ``@``."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.15, 0.1], help="FLOPs ratios")
-    parser.add_argument("--num-search", type=int, default=96)
+    parser.add_argument("--num-search", type=int, default=96, help="samples that our search and the baselines' own see")
     parser.add_argument("--num-heldout", type=int, default=192)
     parser.add_argument("--num-test", type=int, default=204)
     parser.add_argument("--methods", nargs="+", default=[*OURS, *BASELINES])
@@ -51,17 +52,22 @@ def compare(loaded: Any, args: argparse.Namespace) -> None:
     """Measure every row that ``args.out`` lacks."""
     sizes = {"search": args.num_search, "heldout": args.num_heldout, "test": args.num_test}
     data = {split: dop.validation_set("pocket", size, split=split) for split, size in sizes.items()}
-    ranker = make_selector(SELECTOR)
-    teachers = {s: make_teacher(loaded, data[s], ranker, cache_dir=args.cache_dir) for s in ("search", "heldout")}
-    context = FitContext.from_teacher(loaded, teachers["search"], SELECTOR)
-    fits: dict[str, Callable[[float], FittedMethod]] = {
-        name: lambda ratio, name=name: BASELINES[name].fit(context, ratio) for name in BASELINES
+    teachers = {
+        split: make_teacher(loaded, data[split], make_selector(SELECTOR), cache_dir=args.cache_dir)
+        for split in ("search", "heldout")
     }
-    for space in OURS:
-        measured = dop.profile(
-            loaded, data["search"], SELECTOR, space=space, teacher=teachers["search"], cache_dir=args.cache_dir
-        )
-        fits[space] = lambda ratio, p=measured, space=space: found(p.rerank(dop.Budget(flops_ratio=ratio)), p, space)
+    context = FitContext.from_teacher(loaded, teachers["search"], SELECTOR)
+    profiles: dict[str, dop.Profile] = {}
+
+    def fit(name: str, ratio: float) -> FittedMethod:
+        if name in BASELINES:
+            return BASELINES[name].fit(context, ratio)
+        if name not in profiles:
+            space, _, selector = name.partition("@")
+            profiles[name] = dop.profile(
+                loaded, data["search"], selector or SELECTOR, space=space, cache_dir=args.cache_dir
+            )
+        return found(profiles[name].rerank(dop.Budget(flops_ratio=ratio)), profiles[name], name)
 
     known = json.loads(args.out.read_text()) if args.out.exists() else {"sizes": sizes, "full": {}, "rows": []}
     if known["sizes"] != sizes:
@@ -77,7 +83,7 @@ def compare(loaded: Any, args: argparse.Namespace) -> None:
             if (budget, name) not in done:
                 row = {"method": name, "budget": budget}
                 try:
-                    row |= measure(loaded, fits[name](budget), data["heldout"].samples, teachers["heldout"], samples)
+                    row |= measure(loaded, fit(name, budget), data["heldout"].samples, teachers["heldout"], samples)
                 except DopError as error:
                     row["infeasible"] = str(error)
                 known["rows"].append(row)
@@ -85,10 +91,10 @@ def compare(loaded: Any, args: argparse.Namespace) -> None:
             notify(count, len(todo), "methods at equal FLOPs")
 
 
-def found(strategy: Strategy, profile: dop.Profile, space: str) -> FittedMethod:
+def found(strategy: Strategy, profile: dop.Profile, name: str) -> FittedMethod:
     """A strategy of our own search, as the baselines are handed over."""
     ratio = profile.problem().cost_model.ratio(strategy)
-    return FittedMethod(space, ratio, ratio, {"strategy": strategy.describe()}, strategy=strategy)
+    return FittedMethod(name, ratio, ratio, {"strategy": strategy.describe()}, strategy=strategy)
 
 
 def measure(
