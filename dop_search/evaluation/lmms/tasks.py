@@ -30,6 +30,11 @@ _STATIC_METRICS = {
 }
 """``Benchmark.value`` → metric → aggregation that asks no judge."""
 
+_CIDER_ALONE = {
+    name: {f"{name}_CIDEr": f"lmms_eval.tasks.{name}.utils.{name}_cider"} for name in ("nocaps", "textcaps")
+}
+"""The six other metrics of captions take most of the time and are not the score."""
+
 _JUDGED_BY_SAMPLE = ("mmbench_en", "mmbench_cn")
 """Their judge is asked once per sample when values are read, and not again for lmms-eval's aggregate."""
 
@@ -117,10 +122,11 @@ def _task(suite: Suite, benchmark: Benchmark, data_dir: Path, revisions: dict[st
         task["dataset_kwargs"] = {"revision": revision} if revision else {}
         if benchmark.name == "gqa":
             task["process_docs"] = _Function("gqa_images.with_images_at_revision")
-    if not suite.judge and benchmark.value in _STATIC_METRICS:
+    metrics = _CIDER_ALONE if benchmark.value in _CIDER_ALONE else {} if suite.judge else _STATIC_METRICS
+    if benchmark.value in metrics:
         task["metric_list"] = [
             {"metric": metric, "aggregation": _Function(function), "higher_is_better": True}
-            for metric, function in _STATIC_METRICS[benchmark.value].items()
+            for metric, function in metrics[benchmark.value].items()
         ]
     elif suite.judge and benchmark.value in _JUDGED_BY_SAMPLE:
         task["metric_list"] = []
