@@ -13,6 +13,7 @@ from dop_search.config import SearchConfig
 from dop_search.errors import BudgetError
 from dop_search.progress import Progress
 from dop_search.record import RECORD_FILE, Record
+from dop_search.testing.command_line import exit_status
 from dop_search.testing.records import example_record
 
 
@@ -42,20 +43,15 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
     return stand_in
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(*arguments: str) -> int:
     """The exit status of ``dop-search ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["dop-search", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+    return exit_status(main, "dop-search", *arguments)
 
 
 def test_a_run_prints_the_table_and_where_everything_is(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "budget=0.3", "space=dop", "hydra.run.dir=here") == 0
+    assert run("budget=0.3", "space=dop", "hydra.run.dir=here") == 0
     config, run_dir = pipeline.calls[0]
     assert ([budget.plain for budget in config.budget], config.space.name) == ([0.3], "dop")
     assert run_dir == tmp_path / "here"
@@ -68,7 +64,7 @@ def test_a_run_prints_the_table_and_where_everything_is(
 
 
 def test_a_sweep_runs_every_combination(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "-m", "budget=0.15,0.3,{kv_ratio: 0.5}", "space=dop,uniform", "tracking=none") == 0
+    assert run("-m", "budget=0.15,0.3,{kv_ratio: 0.5}", "space=dop,uniform", "tracking=none") == 0
     combinations = [(config.budget[0].plain, config.space.name) for config, _ in pipeline.calls]
     assert combinations == [
         (budget, space) for budget in (0.15, 0.3, {"kv_ratio": 0.5}) for space in ("dop", "uniform")
@@ -77,14 +73,14 @@ def test_a_sweep_runs_every_combination(pipeline: Pipeline, monkeypatch: pytest.
 
 
 def test_the_sweep_experiment_is_a_sweep(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "experiment=sweep_spaces", "tracking=none") == 0
+    assert run("experiment=sweep_spaces", "tracking=none") == 0
     assert [config.space.name for config, _ in pipeline.calls] == ["uniform", "dop", "dop_split", "dop_groups"]
 
 
 def test_groups_of_ones_own(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "local.yaml").write_text("name_or_path: /models/local\n")
-    assert run(monkeypatch, "--config-dir", str(tmp_path / "mine"), "model=local", "tracking=none") == 0
+    assert run("--config-dir", str(tmp_path / "mine"), "model=local", "tracking=none") == 0
     assert pipeline.calls[0][0].model.name_or_path == "/models/local"
 
 
@@ -106,7 +102,7 @@ def test_an_error_is_a_message_and_a_status(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    assert run(monkeypatch, *arguments) == 1
+    assert run(*arguments) == 1
     captured = capsys.readouterr()
     assert expected in captured.err
     assert "Traceback" not in captured.err + captured.out
@@ -116,7 +112,7 @@ def test_an_error_is_a_message_and_a_status(
 def test_one_infeasible_job_does_not_stop_a_sweep_but_fails_it(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "-m", "budget=0.05,0.3", "tracking=none") == 1
+    assert run("-m", "budget=0.05,0.3", "tracking=none") == 1
     assert [config.budget[0].plain for config, _ in pipeline.calls] == [0.05, 0.3]
     assert len(list(tmp_path.rglob(RECORD_FILE))) == 1
     assert "the smallest feasible is 0.09" in capsys.readouterr().err
@@ -125,7 +121,7 @@ def test_one_infeasible_job_does_not_stop_a_sweep_but_fails_it(
 def test_help_lists_groups_and_examples_and_runs_nothing(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "--help") == 0
+    assert run("--help") == 0
     output = capsys.readouterr().out
     for text in ("budget=0.3", "space: dop, dop_groups, dop_split, uniform", "llava_next_7b", "experiment=smoke"):
         assert text in output
@@ -140,5 +136,5 @@ def test_ctrl_c_says_how_to_continue(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupted)
-    assert run(monkeypatch, "tracking=none") == 130
+    assert run("tracking=none") == 130
     assert "continues where it stopped" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from dop_search.eval_pipeline import read_strategies
 from dop_search.eval_record import SCORES_FILE, EvalRecord
 from dop_search.progress import Progress
 from dop_search.strategy import Strategy
+from dop_search.testing.command_line import exit_status
 from dop_search.testing.score_records import example_evaluation
 
 
@@ -45,20 +46,15 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
     return stand_in
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(*arguments: str) -> int:
     """The exit status of ``dop-eval ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["dop-eval", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+    return exit_status(main, "dop-eval", *arguments)
 
 
 def test_scores_are_printed_and_saved(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "strategy=[a.json,b.json]", "limit=20", "tracking=none", "hydra.run.dir=here") == 0
+    assert run("strategy=[a.json,b.json]", "limit=20", "tracking=none", "hydra.run.dir=here") == 0
     (config,) = pipeline.calls
     assert config.strategy == ("a.json", "b.json")
     assert (config.suite.name, config.suite.limit, config.suite.batch_size) == ("pocket13", 20, 16)
@@ -75,7 +71,7 @@ def test_one_file_a_list_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
         ("strategy=[a.json]", ("a.json",)),
         ("strategy=null", ()),
     ):
-        assert run(monkeypatch, argument, "tracking=none", "eval=dop13_static", "eval.benchmarks=[gqa,pope]") == 0
+        assert run(argument, "tracking=none", "eval=dop13_static", "eval.benchmarks=[gqa,pope]") == 0
         assert pipeline.calls[-1].strategy == expected
         assert pipeline.calls[-1].suite.benchmarks == ("gqa", "pope")
 
@@ -97,7 +93,7 @@ def test_an_error_is_a_message_and_a_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, *arguments, "tracking=none") == 1
+    assert run(*arguments, "tracking=none") == 1
     captured = capsys.readouterr()
     assert expected in captured.err
     assert "Traceback" not in captured.err + captured.out
@@ -107,7 +103,7 @@ def test_an_error_is_a_message_and_a_status(
 def test_help_shows_examples_and_suites_and_runs_nothing(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "--help") == 0
+    assert run("--help") == 0
     output = capsys.readouterr().out
     for text in ("dop-eval strategy=outputs", "dop13_static", "pocket13", "limit: null", "llava_next_7b"):
         assert text in output

@@ -7,42 +7,21 @@ after having had all operations below it. Published: K = 2, 4 + 4 pivots, reduct
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_integer
-from dop_search.strategy import Strategy
+from dop_search.baselines.one_stage import OneStage
 
 
 @dataclass(frozen=True)
-class Dart(Method):
-    """Solved for the number of tokens kept from layer ``layer`` on."""
+class Dart(OneStage):
+    """Ranks at the door of layer K."""
 
     name = "dart"
-    layer: int = 2
+    title = "DART"
     num_pivots: int = 4
 
-    def strategy(self, num_layers: int, num_visual: int, kept: int) -> Strategy:
-        """Keep ``kept`` of ``num_visual`` tokens from layer ``K`` on."""
-        return nested_strategy(
-            num_layers,
-            [num_layers, self.layer],
-            [kept, num_visual - kept],
-            num_visual,
-            selector="dart",
-            selector_options={"stages": [self.layer], "num_pivots": self.num_pivots},
-        )
-
-    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
+    def selector_options(self) -> Mapping[str, Any]:
         """See base class."""
-        layers, visual = context.num_layers, context.num_visual
-        kept = solve_integer(
-            lambda n: context.pricing.ratio(self.strategy(layers, visual, n)),
-            0,
-            visual,
-            flops_ratio,
-            f"DART with K={self.layer}",
-        )
-        return self.fitted(
-            context, flops_ratio, self.strategy(layers, visual, kept), {"K": self.layer, "kept_tokens": kept}
-        )
+        return {"stages": [self.layer], "num_pivots": self.num_pivots}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from dop_search.baselines.pricing import TOLERANCE
@@ -75,20 +76,18 @@ def fewest_layers(ratio: Callable[[int], float], num_layers: int, target: float)
     return next((layers for layers in range(num_layers) if ratio(layers) >= target), num_layers)
 
 
-def nested_strategy(
-    num_layers: int, exits: Sequence[int], sizes: Sequence[int], num_visual: int, **fields: object
-) -> Strategy:
-    """Nested token groups, best first: ``sizes[g]`` of ``num_visual`` tokens have all operations below ``exits[g]``.
+def nested_strategy(num_layers: int, exits: Sequence[int], counts: Sequence[int], **fields: object) -> Strategy:
+    """Visual tokens leave for good, worst first: ``counts[0]`` enter, ``counts[i + 1]`` are left from ``exits[i]`` on.
 
-    Empty groups are left out.
+    One token group per exit, and one that stays; empty groups are left out.
     """
-    assert sum(sizes) == num_visual
-    assert min(sizes) >= 0
+    leaving = [before - after for before, after in itertools.pairwise(counts)]
+    assert min(leaving, default=0) >= 0
     groups = []
-    for depth, size in zip(exits, sizes, strict=True):
+    for depth, size in zip([num_layers, *reversed(exits)], [counts[-1], *reversed(leaving)], strict=True):
         if size:
             layers = tuple(range(depth))
-            groups.append(GroupPolicy(layers, layers, layers, TokenGroup(size / num_visual)))
+            groups.append(GroupPolicy(layers, layers, layers, TokenGroup(size / counts[0])))
     return Strategy(num_layers, tuple(groups), **fields)  # type: ignore[arg-type]
 
 

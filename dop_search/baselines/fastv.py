@@ -10,45 +10,24 @@ Not reproduced: the published code masks instead of dropping and ranks again at 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_integer
-from dop_search.strategy import Strategy
+from dop_search.baselines.one_stage import OneStage
 
 
 @dataclass(frozen=True)
-class FastV(Method):
-    """Solved for the number of tokens kept from layer ``layer`` (the paper's K) on."""
+class FastV(OneStage):
+    """The criterion's stage is the layer below K, whose attention ranks."""
 
     name = "fastv"
-    layer: int = 2
+    title = "FastV"
 
-    def strategy(self, num_layers: int, num_visual: int, kept: int) -> Strategy:
-        """Keep ``kept`` of ``num_visual`` tokens from layer ``K`` on."""
-        return nested_strategy(
-            num_layers,
-            [num_layers, self.layer],
-            [kept, num_visual - kept],
-            num_visual,
-            selector="fastv",
-            selector_options={"stages": [self.layer - 1]},
-        )
+    def selector_options(self) -> Mapping[str, Any]:
+        """See base class."""
+        return {"stages": [self.layer - 1]}
 
     def kept_for_average(self, average: float, num_layers: int, num_visual: int) -> int:
         """``n`` for an average of ``average`` tokens per layer, rounded."""
         return round((average * num_layers - self.layer * num_visual) / (num_layers - self.layer))
-
-    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
-        layers, visual = context.num_layers, context.num_visual
-        kept = solve_integer(
-            lambda n: context.pricing.ratio(self.strategy(layers, visual, n)),
-            0,
-            visual,
-            flops_ratio,
-            f"FastV with K={self.layer}",
-        )
-        return self.fitted(
-            context, flops_ratio, self.strategy(layers, visual, kept), {"K": self.layer, "kept_tokens": kept}
-        )

@@ -13,7 +13,6 @@ attention's map instead); a stage keeps the count of its own layer.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +87,10 @@ class FitPrune(Method):
             if counts[layer] < kept[-1]:
                 stages.append(layer)
                 kept.append(int(counts[layer]))
-        leaving = [before - after for before, after in itertools.pairwise(kept)]
         return nested_strategy(
             num_layers,
-            [num_layers, *reversed(stages)],
-            [kept[-1], *reversed(leaving)],
-            num_visual,
+            stages,
+            kept,
             selector="fitprune",
             selector_options={"stages": stages},
         )

@@ -10,7 +10,6 @@ Not reproduced: the published code renumbers the positions after each stage; her
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
@@ -31,12 +30,10 @@ class PyramidDrop(Method):
         """Stages at ``first``, ``2 first`` and ``3 first``."""
         stages = [first * (index + 1) for index in range(NUM_STAGES)]
         counts = [int(num_visual * share**index + 1e-9) for index in range(NUM_STAGES + 1)]
-        leaving = [before - after for before, after in itertools.pairwise(counts)]
         return nested_strategy(
             num_layers,
-            [num_layers, *reversed(stages)],
-            [counts[-1], *reversed(leaving)],
-            num_visual,
+            stages,
+            counts,
             selector="pyramiddrop",
             selector_options={"stages": stages},
         )

@@ -8,7 +8,6 @@ recycled tokens come on top of the lists, as in the paper, and are paid for.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +54,10 @@ class SparseVlm(Method):
         for best in keep:
             best = min(best, counts[-1])
             counts.append(with_recycled(counts[-1], best) if self.recycle and best else best)
-        leaving = [before - after for before, after in itertools.pairwise(counts)]
         return nested_strategy(
             num_layers,
-            [num_layers, *reversed(stages)],
-            [counts[-1], *reversed(leaving)],
-            num_visual,
+            stages,
+            counts,
             selector="sparsevlm",
             selector_options={"stages": stages, "recycle": self.recycle},
         )

@@ -96,19 +96,22 @@ def signed(sin: Tensor) -> Tensor:
     return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
 
-def backend(attention: Any) -> tuple[str, Any, dict[str, Any]]:
-    """Name, function and constant arguments of the attention backend that the model was loaded with."""
+def backend(attention: Any, masked: bool) -> tuple[str, Any, dict[str, Any]]:
+    """Name, function and constant arguments of the attention backend that the model was loaded with.
+
+    ``masked``: for a call with a mask, for which ``sdpa`` stands in where the backend takes none.
+    """
     implementation: str = attention.config._attn_implementation
     eager = sys.modules[type(attention).__module__].eager_attention_forward
     kwargs = {"dropout": attention.attention_dropout if attention.training else 0.0, "scaling": attention.scaling}
+    if masked and implementation.startswith(FLASH):
+        implementation = "sdpa"
     return implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager), kwargs
 
 
 def attend_text(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a text chunk over a layer's whole cache; ``mask`` as :func:`extension_mask` made it."""
-    implementation, function, kwargs = backend(attention)
-    if mask is not None and implementation.startswith(FLASH):
-        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    _, function, kwargs = backend(attention, mask is not None)
     context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
     return context
 
@@ -126,25 +129,24 @@ def attend(
 
     A mask is made only where plain causal attention would be wrong; ``eager`` always gets an additive one.
     """
-    implementation, function, kwargs = backend(attention)
+    segments = None if past_valid is not None else plan.segments
+    implementation, function, kwargs = backend(attention, segments is None)
     if implementation == "eager":
         mask, blind = tables.mask(plan, past_valid, additive=True)
         assert blind is not None
         context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
         return context.masked_fill(blind, 0.0)  # a query without any key receives nothing
-    flash = implementation.startswith(FLASH)
-    if plan.segments is None or past_valid is not None:
+    if segments is None:
         mask, _ = tables.mask(plan, past_valid, additive=False)
-        if flash:
-            function = ALL_ATTENTION_FUNCTIONS["sdpa"]
         context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
         return context
+    flash = implementation.startswith(FLASH)
     outputs = []
-    for segment in plan.segments:
+    for segment in segments:
         part = query[:, :, segment.start : segment.stop]
         seen_keys, seen_values = key[:, :, : segment.num_keys], value[:, :, : segment.num_keys]
         if not flash and 1 < part.shape[2] < segment.num_keys and part.device.type == "cuda":
-            outputs.append(lower_right(attention, part, seen_keys, seen_values, kwargs))
+            outputs.append(lower_right(part, seen_keys, seen_values, kwargs))
             continue
         triangle = None if flash else tables.triangle(part.shape[2], segment.num_keys)
         causal = triangle is None
@@ -152,8 +154,12 @@ def attend(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def lower_right(attention: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def lower_right(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Fewer queries than keys, causal from the bottom right: the fused kernels know this shape, so no mask is made.
+
+    Args:
+        query, key, value: ``[num_samples, heads or kv_heads, length, head_dim]``.
+        kwargs: ``dropout`` and ``scaling``.
 
     Returns:
         ``[num_samples, num_queries, heads, head_dim]``.

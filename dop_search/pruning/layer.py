@@ -19,7 +19,9 @@ from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups, LayerStep
 
-PLAIN_RMS_NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"})
+PLAIN_RMS_NORMS = frozenset(
+    {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"}
+)
 """Norms that are exactly ``x / rms(x) * weight``, so that one fused kernel can stand for their eight."""
 
 MAX_COMPILED_VARIANTS = 32

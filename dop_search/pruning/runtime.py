@@ -110,11 +110,12 @@ class PrunedDecoder:
         deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
         batch, length, width = embeds.shape
-        layout, entry = self._layout(visual, valid)
+        layout, places = self._layout(visual, valid)
+        entry = layout.tensor(places)
         tables = ForwardTables(*(part.expand(batch, -1, -1).flatten(0, 1).index_select(0, entry) for part in rope))
         injected = None
         if deepstack:
-            injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[entry.cpu().numpy()])
+            injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[places])
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         run = None
@@ -141,7 +142,8 @@ class PrunedDecoder:
         full = hidden.new_zeros(batch * length, width)
         return full.index_copy(0, final, hidden).view(batch, length, width)
 
-    def _layout(self, visual: Tensor, valid: Tensor | None) -> tuple[Layout, Tensor]:
+    def _layout(self, visual: Tensor, valid: Tensor | None) -> tuple[Layout, np.ndarray]:
+        """The packed rows, and the place of each in the padded batch."""
         batch, length = visual.shape
         counts = visual_counts(visual)
         rankings = self.rankings.rank(counts) if self.stages is None else [np.arange(count) for count in counts]
@@ -153,7 +155,7 @@ class PrunedDecoder:
         ]
         layout, kept = self.layouts.pack(groups, visual.device)
         entry = [row * length + place[keep] for row, (place, keep) in enumerate(zip(places, kept, strict=True))]
-        return layout, layout.tensor(np.concatenate(entry))
+        return layout, np.concatenate(entry)
 
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 

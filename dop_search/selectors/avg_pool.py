@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from dop_search.operations import ModelDims
-from dop_search.selectors.base import Selection, Selector, SelectorInputs, with_rest
+from dop_search.selectors.base import Selection, SelectorInputs, with_rest
 from dop_search.selectors.grid_cells import balanced_cells
-from dop_search.selectors.sharing import per_image
+from dop_search.selectors.sharing import PerImageSelector
 from dop_search.selectors.uniform_grid import spread_order
 
 
 @dataclass(frozen=True)
-class AvgPoolSelector(Selector):
+class AvgPoolSelector(PerImageSelector):
     """Cut the token grid into ``T`` boxes of nearly equal size; the token in the middle of each becomes the box's mean.
 
     Means are taken of the projected tokens. The boxes come in an order that spreads over the image.
@@ -24,18 +24,10 @@ class AvgPoolSelector(Selector):
 
     name = "avg_pool"
     requires = frozenset({"embeds"})
-    nested = False
     merges = True
 
-    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        return self.select(inputs, num_kept).order
-
-    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
-        return per_image(inputs, num_kept, self._one_image)
-
-    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         (rows, columns), count = inputs.image_grids[0], inputs.num_visual_tokens
         everything = np.arange(count)
         if num_kept == 0:

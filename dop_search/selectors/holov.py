@@ -9,12 +9,12 @@ import numpy as np
 from dop_search.errors import DopError
 from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_of
-from dop_search.selectors.base import Selection, Selector, SelectorInputs, cosine_matrix, descending, finite_array
-from dop_search.selectors.sharing import per_image, shares
+from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.sharing import PerImageSelector, shares
 
 
 @dataclass(frozen=True)
-class HoloVSelector(Selector):
+class HoloVSelector(PerImageSelector):
     """HoloV (NeurIPS 2025, *Don't Just Chase "Highlighted Tokens" in MLLMs*).
 
     The tokens are cut into ``num_segments`` equal runs. A token scores
@@ -36,7 +36,6 @@ class HoloVSelector(Selector):
     attention: str = "cls"
 
     name = "holov"
-    nested = False
 
     def __post_init__(self) -> None:
         attention_field(self.attention)
@@ -47,11 +46,8 @@ class HoloVSelector(Selector):
         """See base class."""
         return frozenset({attention_field(self.attention), "embeds"})
 
-    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        return per_image(inputs, num_kept, self._one_image).order
-
-    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         attention = attention_of(inputs, self.attention)
         by_attention = descending(attention)
         count = inputs.num_visual_tokens

@@ -10,18 +10,17 @@ import torch
 from dop_search.operations import ModelDims
 from dop_search.selectors.base import (
     Selection,
-    Selector,
     SelectorInputs,
     cosine_matrix,
     descending,
     finite_array,
     with_rest,
 )
-from dop_search.selectors.sharing import per_image
+from dop_search.selectors.sharing import PerImageSelector
 
 
 @dataclass(frozen=True)
-class PruMergePlusSelector(Selector):
+class PruMergePlusSelector(PerImageSelector):
     """LLaVA-PruMerge+ (arXiv 2403.15388), without fine-tuning, completed to a fixed number of tokens.
 
     With ``a = softmax(q_cls K^T / √C)`` over the full width of the tower's last layer, tokens above
@@ -45,18 +44,10 @@ class PruMergePlusSelector(Selector):
 
     name = "prumerge_plus"
     requires = frozenset({"last_cls_attention", "last_keys", "features"})
-    nested = False
     merges = True
 
-    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        return self.select(inputs, num_kept).order
-
-    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
-        return per_image(inputs, num_kept, self._one_image)
-
-    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         attention = inputs.tensor("last_cls_attention")
         by_attention, count = descending(attention), inputs.num_visual_tokens
         if not 0 < num_kept < count:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.selectors.base import Selection, SelectorInputs, kept_count
+from dop_search.selectors.base import Selection, Selector, SelectorInputs, kept_count
 
 Ranked = tuple[np.ndarray, np.ndarray]
 """Tokens, and how far down their image's order each one stands."""
@@ -89,3 +90,22 @@ def _one_image(inputs: SelectorInputs, part: slice, grid: tuple[int, int]) -> Se
         if isinstance(value := getattr(inputs, item.name), Tensor) and item.name not in whole
     }
     return replace(inputs, num_visual_tokens=part.stop - part.start, image_grids=(grid,), **cut)
+
+
+@dataclass(frozen=True)
+class PerImageSelector(Selector):
+    """A method that is defined on one image, for a given number of kept tokens; :meth:`one_image` is all it says."""
+
+    nested = False
+
+    @abstractmethod
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        """The choice for an image of its own."""
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return self.select(inputs, num_kept).order
+
+    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
+        """See base class."""
+        return per_image(inputs, num_kept, self.one_image)

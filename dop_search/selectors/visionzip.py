@@ -11,12 +11,12 @@ from torch import Tensor
 from dop_search.errors import DopError
 from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_of
-from dop_search.selectors.base import Selection, Selector, SelectorInputs, cosine_matrix, descending, with_rest
-from dop_search.selectors.sharing import per_image
+from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, with_rest
+from dop_search.selectors.sharing import PerImageSelector
 
 
 @dataclass(frozen=True)
-class VisionZipSelector(Selector):
+class VisionZipSelector(PerImageSelector):
     """VisionZip (arXiv 2412.04467), without fine-tuning.
 
     With ``T`` tokens, ``C = round(contextual_share · T)`` are contextual and ``T − C`` dominant (192 = 162 + 30,
@@ -41,7 +41,6 @@ class VisionZipSelector(Selector):
     attention: str = "cls"
 
     name = "visionzip"
-    nested = False
     merges = True
 
     def __post_init__(self) -> None:
@@ -58,20 +57,13 @@ class VisionZipSelector(Selector):
         cls = {"cls_feature"} if self._takes_cls else set()
         return frozenset({attention_field(self.attention), "keys", "features", *cls})
 
-    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
-        return self.select(inputs, num_kept).order
-
-    def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
-        return per_image(inputs, num_kept, self._one_image)
-
     def split(self, num_kept: int) -> tuple[int, int]:
         """Dominant (the CLS token included) and contextual tokens among ``num_kept``."""
         contextual = int(self.contextual_share * num_kept + 0.5)
         return num_kept - contextual, contextual
 
-    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        """See base class."""
         by_attention = descending(attention_of(inputs, self.attention))
         count = inputs.num_visual_tokens
         if not 0 < num_kept < count:

@@ -9,12 +9,12 @@ import numpy as np
 from dop_search.errors import DopError
 from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_of
-from dop_search.selectors.base import Selection, Selector, SelectorInputs, cosine_matrix, descending, finite_array
-from dop_search.selectors.sharing import per_image
+from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.sharing import PerImageSelector
 
 
 @dataclass(frozen=True)
-class VisPrunerSelector(Selector):
+class VisPrunerSelector(PerImageSelector):
     """VisPruner (arXiv 2412.01818v2).
 
     Of ``T`` tokens, ``⌊important_share · T⌋`` are those with the highest attention in the layer that feeds the
@@ -39,7 +39,6 @@ class VisPrunerSelector(Selector):
     attention: str = "cls"
 
     name = "vispruner"
-    nested = False
 
     def __post_init__(self) -> None:
         attention_field(self.attention)
@@ -53,11 +52,8 @@ class VisPrunerSelector(Selector):
         """See base class."""
         return frozenset({attention_field(self.attention), "features"})
 
-    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        return per_image(inputs, num_kept, self._one_image).order
-
-    def _one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         by_attention = descending(attention_of(inputs, self.attention))
         num_important = int(self.important_share * num_kept + 1e-9)
         important, rest = by_attention[:num_important], by_attention[num_important:]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dop_search.operations import ModelDims
-from dop_search.pruning.layer import project_heads, rotate
+from dop_search.pruning.layer import normalize, project_heads, rotate
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class StageSample:
     def normed(self, rows: Tensor | None = None) -> Tensor:
         """Normalised hidden states as the layer's projections see them."""
         hidden = self.hidden if rows is None else self.hidden.index_select(0, rows)
-        normed: Tensor = self.layer.input_layernorm(hidden)
-        return normed
+        return normalize(self.layer.input_layernorm, hidden)
 
     def queries(self, rows: Tensor) -> Tensor:
         """Rotated queries ``[heads, len(rows), head_dim]``."""

@@ -1,0 +1,49 @@
+"""Shortcuts of a layer that must not change what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from dop_search.models import FAMILIES, adapter_for
+from dop_search.pruning.attention import bottom_right_causal, lower_right
+from dop_search.pruning.layer import PLAIN_RMS_NORMS, normalize
+from dop_search.testing.models import tiny_model
+
+
+def norms_of(model_type: str) -> list[nn.Module]:
+    layer = adapter_for(tiny_model(model_type)).layers[0]
+    return [module for module in layer.modules() if "Norm" in type(module).__name__]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_familys_norms_are_fused_and_the_same(model_type: str) -> None:
+    norms = norms_of(model_type)
+    assert norms
+    assert {type(norm).__name__ for norm in norms} <= PLAIN_RMS_NORMS
+    for norm in norms:
+        x = torch.randn(7, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(normalize(norm, x), norm(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_hooked_norm_is_called() -> None:
+    (norm, *_) = norms_of("llava")
+    seen = []
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    normalize(norm, torch.ones(2, norm.weight.shape[0]))
+    handle.remove()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_lower_right_attention_is_causal_from_the_bottom_right(kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, generator=generator)
+    key, value = (torch.randn(2, kv_heads, 11, 8, generator=generator) for _ in range(2))
+    result = lower_right(query, key, value, {"dropout": 0.0, "scaling": 0.3})
+    repeated = [part.repeat_interleave(4 // kv_heads, dim=1) for part in (key, value)]
+    mask = bottom_right_causal(5, 11, query.device)
+    expected = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(result, expected)
