@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dop_search.command import print_end, run_command
-from dop_search.config import CONFIG_NAME, parse_config
+from dop_search.config import CONFIG_NAME, SearchConfig, parse_config
 from dop_search.progress import default_progress
 
 
@@ -28,6 +28,9 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     from dop_search.tracking import check_tracking, ui_command
 
     check_tracking(config.tracking)
+    if config.study is not None:
+        run_study_job(config)
+        return
     from dop_search.pipeline import run
     from dop_search.report import summary
     from dop_search.report.scores import score_summary
@@ -42,6 +45,22 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
         ],
         ui_command(config.tracking),
     )
+
+
+def run_study_job(config: SearchConfig) -> None:
+    """Measure a study, and print its table and where everything lies.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    from dop_search.report.studies import study_table
+    from dop_search.studies import run_study
+    from dop_search.tracking import ui_command
+
+    assert config.study is not None
+    table = study_table(run_study(config, default_progress()))
+    folder = os.path.relpath(config.study.folder)
+    print_end([] if table is None else [table], [f"Rows, figures: {folder}"], ui_command(config.tracking))
 
 
 if __name__ == "__main__":

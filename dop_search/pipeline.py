@@ -160,7 +160,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
             selector,
             space=config.space.name,
             shares=config.space.shares,
-            grid=_grid(config),
+            grid=CurveGrid.of(config.space.num_depth_levels, config.space.num_token_levels),
             teacher=teachers["search"],
             averaging=config.data.averaging,
             batch_size=config.batch_size,
@@ -195,13 +195,6 @@ def _with_latency(state: SearchRun) -> Profile:
             state.loaded.model, state.profile.counts, cache, shares=shares, clock=clock, on_progress=notify
         )
     return replace(state.profile, latency=table)
-
-
-def _grid(config: SearchConfig) -> CurveGrid:
-    tokens = config.space.num_token_levels
-    if config.space.num_depth_levels is None:
-        return CurveGrid(max_all_depths=10_000, num_token_levels=tokens)
-    return CurveGrid(max_all_depths=0, num_depths=config.space.num_depth_levels, num_token_levels=tokens)
 
 
 # -- one budget -----------------------------------------------------------------------------------

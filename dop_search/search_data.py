@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 def load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
     """The disjoint sets that a search needs; the test set only for ``eval=accuracy``."""
-    sizes: dict[Split, int] = {"search": config.data.num_samples, "heldout": config.data.num_heldout}
+    splits: list[Split] = ["search", "heldout"]
     if config.eval.name == "accuracy" and config.data.num_test:
-        sizes["test"] = config.data.num_test
-    return {
-        split: validation_set(
-            config.data.name,
-            size,
-            config.data.seed,
-            split,
-            path=config.data.path,
-            families=config.data.families,
-            sources=config.data.sources,
-        )
-        for split, size in sizes.items()
-    }
+        splits.append("test")
+    return {split: load_split(config.data, split) for split in splits}
+
+
+def load_split(config: DataConfig, split: Split) -> ValidationSet:
+    """The samples of one split, as many as the configuration says.
+
+    Raises:
+        DataError: if they cannot be had.
+    """
+    return validation_set(
+        config.name,
+        config.sizes[split],
+        config.seed,
+        split,
+        path=config.path,
+        families=config.families,
+        sources=config.sources,
+    )
 
 
 def data_sources(config: DataConfig) -> tuple[Source, ...]:

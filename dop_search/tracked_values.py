@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from dop_search.record import Provenance, Record, Result
 from dop_search.report.text import policy_text
@@ -124,3 +126,17 @@ def started_ms(provenance: Provenance | None) -> int:
     if provenance is None:
         return int(time.time() * 1000)
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
+
+
+def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
+    """A row of a study as parameters (texts, and the budget) and metrics (numbers, also those of nested mappings)."""
+    params = {name: value for name, value in row.items() if isinstance(value, str)}
+    if "budget" in row:
+        params["budget"] = str(row["budget"])
+    metrics: dict[str, float] = {}
+    for name, value in row.items():
+        items = value.items() if isinstance(value, Mapping) else [("", value)]
+        for inner, number in items:
+            if isinstance(number, (bool, int, float)) and math.isfinite(number):
+                metrics[f"{name}/{inner}" if inner else name] = float(number)
+    return {name: value[:500] for name, value in params.items()}, metrics

@@ -5,7 +5,9 @@ The only file that imports mlflow, and only when it logs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import socket
@@ -39,6 +41,7 @@ from dop_search.tracked_values import (
     shared_params,
     started_ms,
     strategy_params,
+    study_row_values,
 )
 
 if TYPE_CHECKING:
@@ -154,6 +157,56 @@ def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "
     except MlflowException as error:
         raise ConfigError(f"tracking.uri={config.uri!r} refused the run: {error}; set another store") from error
     return identifier
+
+
+def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -> str | None:
+    """Log a study: a run with its files, and a nested run per row with the same names of metrics for all rows.
+
+    A result that the store has already is not logged again.
+
+    Args:
+        config: where to.
+        result: the content of the study's ``result.json``.
+        folder: where that and the figures are.
+
+    Returns:
+        The id of the parent run, or ``None`` if nothing was logged.
+
+    Raises:
+        ConfigError: if mlflow is missing or refuses the store.
+    """
+    if config.backend == "none":
+        return None
+    check_tracking(config)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    digest = hashlib.sha256(json.dumps(result["rows"], sort_keys=True).encode()).hexdigest()[:16]
+    shared = {"study": result["study"], "model": str(result["setup"]["model"])}
+    tags = {"kind": "study", "rows_digest": digest, **shared}
+    try:
+        with _quiet():
+            client = MlflowClient(resolve_uri(config))
+            experiment = _experiment(client, config)
+            if client.search_runs([experiment], f"tags.rows_digest = '{digest}'", max_results=1):
+                return None
+            name = config.run_name or f"{shared['model']} {shared['study']}"
+            parent = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
+            _log(client, parent, shared, {"num_rows": float(len(result["rows"]))})
+            for file in sorted(folder.glob("*")):
+                if file.suffix in (".json", ".png"):
+                    client.log_artifact(parent, str(file))
+            for row in result["rows"]:
+                params, metrics = study_row_values(row)
+                its = {**shared, "kind": "study_row", "mlflow.parentRunId": parent}
+                title = " ".join(str(value) for value in params.values())[:200]
+                run = str(client.create_run(experiment, tags=its, run_name=title).info.run_id)
+                _log(client, run, {**shared, **params}, metrics)
+                client.set_terminated(run)
+            client.set_terminated(parent)
+    except MlflowException as error:
+        raise ConfigError(_refused(config, error, folder)) from error
+    return parent
 
 
 def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:

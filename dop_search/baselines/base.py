@@ -55,13 +55,22 @@ class FitContext:
         teacher: Teacher,
         selector: str = "cls_attention",
         selector_options: Mapping[str, Any] | None = None,
+        evaluate: Evaluate | None = None,
     ) -> FitContext:
-        """Everything from a model and its teacher, whose samples were ranked by ``selector``."""
-        engine = DivergenceEngine(loaded.adapter, teacher)
+        """Everything from a model and its teacher, whose samples were ranked by ``selector``.
+
+        ``evaluate``: scores on these samples, where they are kept; measured each time if not given.
+        """
+        if evaluate is None:
+            engine = DivergenceEngine(loaded.adapter, teacher)
+
+            def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
+                return np.asarray(engine.evaluate(strategies).mean(axis=1))
+
         return cls(
             dims=loaded.adapter.dims,
             counts=token_counts(teacher),
-            evaluate=lambda strategies: engine.evaluate(strategies).mean(axis=1),
+            evaluate=evaluate,
             loaded=loaded,
             teacher=teacher,
             selector=selector,
@@ -81,7 +90,8 @@ class FitContext:
     @cached_property
     def pricing(self) -> Pricing:
         """What strategies cost on the samples."""
-        return Pricing(self.dims, self.counts)
+        width = None if self.loaded is None else self.loaded.adapter.tower_view.width
+        return Pricing(self.dims, self.counts, width)
 
     def ranked(self) -> dict[str, Any]:
         """The context's selector as fields of a strategy."""

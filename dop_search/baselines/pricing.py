@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dop_search.cost import CostModel
 from dop_search.operations import ModelDims, TokenCounts
 from dop_search.pruning.stages import StagePlan
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 
 TOLERANCE = 0.01
@@ -17,12 +18,18 @@ TOLERANCE = 0.01
 class Pricing:
     """Prefill FLOPs on a set of samples, relative to the full model.
 
-    Counted as in :mod:`dop_search.cost.flops`, plus what rankings inside the decoder compute. Selectors that rank
-    before the decoder cost nothing here, as the vision tower does: both are reported beside the decoder.
+    Counted as in :mod:`dop_search.cost.flops`, plus what the ranking of visual tokens computes, before the decoder
+    (``Selector.selection_flops``) or inside it. The vision tower is reported beside the decoder.
+
+    Args:
+        dims: sizes of the decoder.
+        counts: text and visual tokens of each sample.
+        vision_width: channels of the vision tower; the decoder's width, an upper bound, where not given.
     """
 
-    def __init__(self, dims: ModelDims, counts: Sequence[TokenCounts]) -> None:
+    def __init__(self, dims: ModelDims, counts: Sequence[TokenCounts], vision_width: int | None = None) -> None:
         self.dims = dims
+        self.vision_width = vision_width
         self.cost_model = CostModel(dims, counts)
         self._unique = Counter(counts)
 
@@ -32,7 +39,26 @@ class Pricing:
         if strategy.stages:
             plan = StagePlan(strategy)
             total += sum(weight * plan.flops(self.dims, counts) for counts, weight in self._unique.items())
-        return total
+        return total + self._selection(strategy)
+
+    def selection_ratio(self, strategy: Strategy) -> float:
+        """FLOPs of choosing the tokens before the decoder, relative to all of the full model's."""
+        return self._selection(strategy) / self.cost_model.full_total
+
+    def _selection(self, strategy: Strategy) -> int:
+        """A strategy that keeps all tokens in one group needs no ranking."""
+        whole = strategy.num_visual_tokens is None and len(strategy.groups) == 1
+        if strategy.stages or whole:
+            return 0
+        selector = make_selector(strategy.selector, strategy.selector_options)
+        return sum(
+            weight
+            * selector.selection_flops(
+                counts.visual, self.dims, strategy.num_kept(counts.visual), vision_width=self.vision_width
+            )
+            for counts, weight in self._unique.items()
+            if strategy.num_kept(counts.visual) < counts.visual or len(strategy.groups) > 1
+        )
 
     def ratio(self, strategy: Strategy) -> float:
         """FLOPs relative to the full model's."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dop_search.data.sources import DatasetSource, TaskSource
+from dop_search.data.validation import Split
 
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
@@ -72,6 +73,11 @@ class DataConfig(Section):
     averaging: Literal["per_sample", "per_token"] = "per_sample"
     """Mean of the KL: over answer positions first and samples then, or over all positions at once."""
     seed: NonNegativeInt = 0
+
+    @property
+    def sizes(self) -> dict[Split, int]:
+        """Samples per split."""
+        return {"search": self.num_samples, "heldout": self.num_heldout, "test": self.num_test}
 
     @model_validator(mode="after")
     def _file_given(self) -> DataConfig:
@@ -265,8 +271,21 @@ class TrackingConfig(Section):
     run_name: str | None = None
 
 
+class StudyConfig(Section):
+    """A study instead of one search: a table of rows, see ``dop_search.studies``."""
+
+    name: str = Field(min_length=1)
+    """``compare``, ``additive_vs_exact``, …: the files in ``conf/experiment`` that set it are the way to choose one."""
+    folder: str = Field(default="outputs/studies", min_length=1)
+    """Where ``result.json`` and the figures are; rows that are there are not measured again."""
+    workers: PositiveInt = 1
+    """Processes that share the rows; with more than one, each computes on ``num_threads`` threads, or on one."""
+    options: dict[str, Any] = {}
+    """What the study can be told besides, e.g. which methods to compare."""
+
+
 class SearchConfig(Section):
-    """Everything that one search depends on."""
+    """Everything that one search, or one study, depends on."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -281,6 +300,8 @@ class SearchConfig(Section):
     each."""
     search: SolverConfig = AdditiveExactConfig()
     eval: EvalConfig = EvalConfig()
+    study: StudyConfig | None = None
+    """A table to measure instead of one search; ``null``: search."""
     tracking: TrackingConfig = TrackingConfig()
     batch_size: PositiveInt = 16
     """Samples per generation call; scoring batches by what fits the device."""

@@ -47,6 +47,13 @@ class CurveGrid:
                 f"(num_depths={self.num_depths}, num_token_levels={self.num_token_levels})"
             )
 
+    @classmethod
+    def of(cls, num_depth_levels: int | None, num_token_levels: int) -> CurveGrid:
+        """So many levels per curve; ``num_depth_levels=None``: every depth."""
+        if num_depth_levels is None:
+            return cls(max_all_depths=10_000, num_token_levels=num_token_levels)
+        return cls(max_all_depths=0, num_depths=num_depth_levels, num_token_levels=num_token_levels)
+
     def for_parameter(self, parameter: Parameter) -> tuple[int, ...]:
         """The measured levels of a parameter, ascending, its lowest and its full level among them."""
         low, high = parameter.levels[0], parameter.full

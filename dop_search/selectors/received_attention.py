@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dop_search.operations import ModelDims
 from dop_search.selectors.base import Selector, SelectorInputs, descending
 
 
@@ -18,6 +19,13 @@ class ReceivedAttentionSelector(Selector):
 
     name = "received_attention"
     requires = frozenset({"received_attention"})
+
+    def selection_flops(
+        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+    ) -> int:
+        """The scores of all patches; queries and keys are projected once more, from the layer's input."""
+        width = vision_width or dims.hidden_size
+        return 2 * num_visual * width * (2 * width + num_visual)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

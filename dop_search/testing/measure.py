@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from dop_search.models.fast_linear import available as fast_linear_available
+
 Flops = int
 
 
@@ -25,13 +27,19 @@ def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Fl
     backend = model.config.get_text_config()._attn_implementation
     if backend != "eager":
         raise ValueError(f"`attn_implementation` must be 'eager' to count FLOPs, but got {backend!r}")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    prices = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if fast_linear_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=prices) as counter, torch.no_grad():
         model(**inputs)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     decoder = f"{type(model).__name__}.model.language_model"
     if not by_module.get(decoder):
         raise ValueError(f"nothing was counted under {decoder!r}; counted modules: {sorted(by_module)}")
     return int(by_module[decoder] - by_module.get(f"{decoder}.rotary_emb", 0))
+
+
+def _linear_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: Any) -> Flops:
+    """A linear layer that runs through oneDNN, see ``fast_linear``; arguments are shapes."""
+    return 2 * rows.numel() * weight[0]
 
 
 def cache_lengths(cache: Any) -> list[int]:

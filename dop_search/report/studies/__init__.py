@@ -1,0 +1,41 @@
+"""Figures and tables of studies, drawn from ``result.json`` alone: one file per study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dop_search.report.studies import compare
+from dop_search.report.style import save_figure
+
+Result = Mapping[str, Any]
+"""The content of a study's ``result.json``."""
+
+FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType({"compare": compare.figures})
+TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType({"compare": compare.table})
+
+
+def draw_study(result: Result, folder: Path) -> list[Path]:
+    """Write a study's figures as PNG into its folder; a study without rows has none.
+
+    Returns:
+        The files written.
+    """
+    if not result["rows"]:
+        return []
+    paths = []
+    for name, figure in FIGURES[result["study"]](result).items():
+        paths.append(folder / f"{name}.png")
+        save_figure(figure, paths[-1])
+    return paths
+
+
+def study_table(result: Result) -> Table | None:
+    """What a study found, for a terminal; ``None`` for studies that only draw."""
+    make = TABLES.get(result["study"])
+    return None if make is None else make(result)

@@ -1,0 +1,100 @@
+"""What a fitted method costs when it runs: FLOPs as counted, prefill time as a ratio, the selection's own time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dop_search.baselines.evaluate import Runnable, applied
+from dop_search.benchmarking.timing import Clock, now_ms, prefill_timer
+from dop_search.data.samples import Sample
+from dop_search.models.loading import LoadedModel
+from dop_search.models.prompts import model_inputs
+from dop_search.pruning.ranking import RankingSource
+from dop_search.strategy import Strategy
+from dop_search.testing.measure import count_decoder_flops
+
+
+def counted_flops_ratio(loaded: LoadedModel, sample: Sample, method: Runnable) -> float:
+    """FLOPs of the decoder's prefill of one sample relative to the full model's, as ``FlopCounterMode`` counts them.
+
+    Rankings inside the decoder are counted where they run as matrix products; rankings before it are not.
+    """
+    inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
+    with _eager_attention(loaded.model):
+        full = count_decoder_flops(loaded.model, inputs)
+        with applied(loaded, method):
+            return count_decoder_flops(loaded.model, inputs) / full
+
+
+def prefill_times(
+    loaded: LoadedModel, samples: Sequence[Sample], method: Runnable, num_rounds: int = 5
+) -> dict[str, float]:
+    """Time of the prefill of one batch, in turns with the full model's.
+
+    Returns:
+        ``prefill_ms_ratio``: median of the paired ratios of the decoder's time, all rankings included;
+        ``selection_ms``: per sample, the ranking of visual tokens before the decoder, of which that is a part.
+        On one CPU thread it is the time that this process computed, else wall time.
+    """
+    adapter = loaded.adapter
+    clock: Clock = "cpu" if adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+    inputs = model_inputs(loaded.processor, samples, adapter.device)
+    full = Strategy.full(adapter.dims.num_layers)
+
+    def read(runnable: Runnable) -> tuple[float, float]:
+        with ExitStack() as stack:
+            stack.enter_context(applied(loaded, runnable))
+            timer = stack.enter_context(prefill_timer(adapter, clock))
+            selection = stack.enter_context(_selection_timer(clock))
+            stack.enter_context(torch.inference_mode())
+            loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+        return timer.ms, sum(selection)
+
+    read(method)  # warm
+    ratios, selections = [], []
+    for turn in range(num_rounds):
+        if turn % 2:
+            (pruned, selection), (whole, _) = read(method), read(full)
+        else:
+            (whole, _), (pruned, selection) = read(full), read(method)
+        ratios.append(pruned / whole)
+        selections.append(selection / len(samples))
+    return {"prefill_ms_ratio": float(np.median(ratios)), "selection_ms": float(np.median(selections))}
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """With attention in single matrix products, which can be counted on every device."""
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _selection_timer(clock: Clock) -> Iterator[list[float]]:
+    """Milliseconds of each call that ranks or merges visual tokens before the decoder."""
+    spent: list[float] = []
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(source: RankingSource, *args: Any, **kwargs: Any) -> Any:
+            start = now_ms(source.adapter.device, clock)
+            result = method(source, *args, **kwargs)
+            spent.append(now_ms(source.adapter.device, clock) - start)
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for name in ("prepare", "rank"):
+            stack.enter_context(patch.object(RankingSource, name, timed(getattr(RankingSource, name))))
+        yield spent

@@ -1,0 +1,102 @@
+"""Studies by name, and running one: configuration → model → rows → figures → MLflow."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from dop_search.config import SearchConfig
+from dop_search.errors import ConfigError
+from dop_search.models.fast_linear import fast_linear
+from dop_search.models.loading import load
+from dop_search.progress import Progress, SilentProgress
+from dop_search.report.studies import draw_study
+from dop_search.studies.compare import compare
+from dop_search.studies.results import ResultFile
+from dop_search.studies.workbench import Workbench
+from dop_search.tracking import log_study
+
+Measure = Callable[..., None]
+"""``measure(bench, results, **options)`` adds the rows that are missing."""
+
+STUDIES: Mapping[str, Measure] = MappingProxyType({"compare": compare})
+"""The options of a study are its keyword arguments."""
+
+
+def run_study(config: SearchConfig, progress: Progress) -> dict[str, Any]:
+    """Measure what ``config.study`` lacks, draw its figures and log it; a finished study measures nothing.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        ConfigError: on an unknown study or option, or a folder with a result of another setup.
+        DopError: on anything else that a user can mend.
+    """
+    study = config.study
+    assert study is not None
+    measure = _find(study.name, study.options)
+    if study.workers > 1:
+        config = config.model_copy(update={"num_threads": config.num_threads or 1})
+    with _helpers(config, study.workers - 1):
+        results = _measure(config, measure, progress)
+    folder = Path(study.folder)
+    draw_study(results.data, folder)
+    log_study(config.tracking, results.data, folder)
+    return results.data
+
+
+def _measure(config: SearchConfig, measure: Measure, progress: Progress) -> ResultFile:
+    assert config.study is not None
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with progress.task(f"load {config.model.name_or_path}"):
+        transformers_logging.disable_progress_bar()
+        loaded = load(**config.model.model_dump())
+    bench = Workbench(config, loaded, progress)
+    results = ResultFile(Path(config.study.folder), config.study.name, bench.setup())
+    with fast_linear(loaded.model):
+        measure(bench, results, **config.study.options)
+    return results
+
+
+@contextmanager
+def _helpers(config: SearchConfig, count: int) -> Iterator[None]:
+    """Processes that measure rows of the same study and end with the context; what a dead one left, another takes."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_help, args=(config,), daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _help(config: SearchConfig) -> None:
+    assert config.study is not None
+    _measure(config, STUDIES[config.study.name], SilentProgress())
+
+
+def _find(name: str, options: Mapping[str, Any]) -> Measure:
+    if name not in STUDIES:
+        near = get_close_matches(name, STUDIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"unknown study {name!r}; {hint}there are {', '.join(STUDIES)}")
+    known = list(inspect.signature(STUDIES[name]).parameters)[2:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(f"study {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return STUDIES[name]
