@@ -48,10 +48,12 @@ from dop_search.scoring import (
     open_suite,
 )
 from dop_search.search import (
+    Criterion,
     CurveGrid,
     EvaluationStore,
     Problem,
     Solution,
+    best_first,
     pareto_front,
     rerank_all,
     solve,
@@ -278,34 +280,29 @@ def _solve_budget(state: SearchRun, limit: BudgetConfig) -> Result:
 def _candidates(
     state: SearchRun, problem: Problem, budget: Budget, limit: BudgetConfig, notify: Notify
 ) -> list[Solution]:
-    """The solver's solution and what it was compared with, least exact divergence first."""
+    """The solver's solution and what it was compared with, the best first."""
     search = state.config.search
-    options = search.model_dump(exclude={"solver", "num_rerank", "storage", "study_name"})
+    options = search.model_dump(exclude={"solver", "num_rerank", "criterion", "storage", "study_name"})
     if isinstance(search, AdditiveExactConfig):
-        return rerank_all(problem, budget, search.num_rerank, on_progress=notify)
+        return rerank_all(problem, budget, search.num_rerank, criterion=search.criterion, on_progress=notify)
     if isinstance(search, AdditiveOptunaConfig):
         found = solve("additive_optuna", problem, budget, on_progress=notify, **options)
-        ranked = rerank_all(problem, budget, search.num_rerank, on_progress=notify)
-        return _with_exact(problem, [found], ranked)
+        ranked = rerank_all(problem, budget, search.num_rerank, criterion=search.criterion, on_progress=notify)
+        return _with_exact(problem, found, ranked, search.criterion)
     if isinstance(search, ExactOptunaConfig):
         name = search.study_name or f"{state.profile.facts['teacher']}-{problem.space.name}-{search.sampler}"
         storage = search.storage or str(Path(state.config.cache_dir) / f"study-{name}.journal")
         options |= {"storage": storage, "study_name": f"{name}-{limit.name}-{limit.value:g}"}
     found = solve(search.solver, problem, budget, on_progress=notify, **options)
-    return _with_exact(problem, [found], [])
+    return _with_exact(problem, found, [], "kl")
 
 
-def _with_exact(problem: Problem, found: list[Solution], others: list[Solution]) -> list[Solution]:
-    """Give the solutions of a solver their exact divergence, and sort them among ``others``."""
-    store = problem.need_store("pipeline")
-    values = store.evaluate([item.strategy for item in found])
-    exact = [
-        replace(item, divergence_exact=float(row.mean()), per_sample_nats=row)
-        for item, row in zip(found, values, strict=True)
-    ]
-    runs = sum(item.num_validation_runs for item in found) + (others[0].num_validation_runs if others else 0)
-    ranked = sorted([*exact, *others], key=lambda item: (item.divergence_exact or 0.0, item.cost_ratio))
-    return [replace(item, num_validation_runs=runs) for item in ranked]
+def _with_exact(problem: Problem, found: Solution, others: list[Solution], criterion: Criterion) -> list[Solution]:
+    """Give a solver's solution its exact divergence, and sort it among ``others``."""
+    (row,) = problem.need_store("pipeline").evaluate([found.strategy])
+    exact = replace(found, divergence_exact=float(row.mean()), per_sample_nats=row)
+    runs = found.num_validation_runs + (others[0].num_validation_runs if others else 0)
+    return [replace(item, num_validation_runs=runs) for item in best_first([exact, *others], criterion)]
 
 
 def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:

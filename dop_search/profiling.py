@@ -15,7 +15,18 @@ from dop_search.errors import CacheError, ConfigError
 from dop_search.files import write_text_atomic
 from dop_search.models.loading import LoadedModel
 from dop_search.operations import ModelDims, TokenCounts
-from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, Solution, Space, rerank_all, solve
+from dop_search.search import (
+    DEFAULT_CRITERION,
+    Criterion,
+    CurveGrid,
+    Curves,
+    EvaluationStore,
+    Problem,
+    Solution,
+    Space,
+    rerank_all,
+    solve,
+)
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
 
@@ -63,9 +74,20 @@ class Profile:
         """
         return self._sign(solve(solver, self.problem(budget), budget, **options), budget)
 
-    def rerank(self, budget: Budget, num_candidates: int = 16, on_progress: OnProgress | None = None) -> Strategy:
-        """The best by exact KL of the surrogate's best candidates and uniform reduction; needs the model."""
-        return self._sign(rerank_all(self.problem(budget), budget, num_candidates, on_progress=on_progress)[0], budget)
+    def rerank(
+        self,
+        budget: Budget,
+        num_candidates: int = 16,
+        criterion: Criterion = DEFAULT_CRITERION,
+        on_progress: OnProgress | None = None,
+    ) -> Strategy:
+        """The best by exact KL of the surrogate's best candidates and uniform reduction; needs the model.
+
+        ``criterion``: see :mod:`dop_search.search.criteria`; ``kl`` ranks by the mean, as the paper does.
+        """
+        problem = self.problem(budget)
+        ranked = rerank_all(problem, budget, num_candidates, criterion=criterion, on_progress=on_progress)
+        return self._sign(ranked[0], budget)
 
     def _sign(self, solution: Solution, budget: Budget) -> Strategy:
         provenance = {

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import Split
 
+Criterion = Literal["root_kl", "kl"]
+"""How candidates are ranked by their exact KL per sample, see ``dop_search.search.criteria``."""
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
 
@@ -178,6 +180,8 @@ class AdditiveExactConfig(Section):
     solver: Literal["additive_exact"] = "additive_exact"
     num_rerank: PositiveInt = 16
     """Candidates near the additive optimum whose exact KL decides (uniform reduction is always among them)."""
+    criterion: Criterion = "root_kl"
+    """Of the exact KL per sample: ``root_kl``, the mean of the square roots (few samples decide less), or the mean."""
 
 
 class AdditiveOptunaConfig(Section):
@@ -187,6 +191,7 @@ class AdditiveOptunaConfig(Section):
     sampler: Sampler = "tpe"
     num_trials: PositiveInt = 2000
     num_rerank: PositiveInt = 16
+    criterion: Criterion = "root_kl"
     seed: NonNegativeInt = 0
 
 

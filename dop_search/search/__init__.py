@@ -2,19 +2,22 @@
 
 from dop_search.search.additive_exact import Front, additive_exact, pareto_front
 from dop_search.search.candidates import Candidate, best_candidates
+from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
 from dop_search.search.curves import Curve, CurveGrid, Curves
 from dop_search.search.exhaustive import EvaluatedGrid, evaluate_grid, exhaustive
 from dop_search.search.optuna_solvers import additive_optuna, exact_optuna
 from dop_search.search.registry import SOLVERS, solve
-from dop_search.search.rerank import rerank, rerank_all
+from dop_search.search.rerank import best_first, rerank, rerank_all
 from dop_search.search.solution import Problem, Solution, uniform_assignment
 from dop_search.search.space import Parameter, Space
 from dop_search.search.store import EvaluationStore, Evaluator, OnProgress
 from dop_search.search.surrogate import Surrogate
 
 __all__ = [
+    "DEFAULT_CRITERION",
     "SOLVERS",
     "Candidate",
+    "Criterion",
     "Curve",
     "CurveGrid",
     "Curves",
@@ -31,12 +34,14 @@ __all__ = [
     "additive_exact",
     "additive_optuna",
     "best_candidates",
+    "best_first",
     "evaluate_grid",
     "exact_optuna",
     "exhaustive",
     "pareto_front",
     "rerank",
     "rerank_all",
+    "score",
     "solve",
     "uniform_assignment",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dop_search.cost.budget import Budget
 from dop_search.search.candidates import Candidate, CandidateMode, best_candidates
+from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
 from dop_search.search.solution import Problem, Solution, uniform_assignment
 from dop_search.search.store import OnProgress
 
@@ -16,12 +18,14 @@ def rerank_all(
     budget: Budget,
     k: int = 16,
     mode: CandidateMode = "slices",
+    criterion: Criterion = DEFAULT_CRITERION,
     on_progress: OnProgress | None = None,
 ) -> list[Solution]:
-    """The ``k`` best candidates and uniform token reduction, evaluated, least exact divergence first.
+    """The ``k`` best candidates and uniform token reduction, evaluated, the best by ``criterion`` first.
 
     Uniform reduction (the most visual tokens that fit, everything else full) is always among them if it fits,
-    so the first is never worse than it on the search set. ``num_validation_runs`` of each is that of all.
+    so the first is never worse than it on the search set, by that criterion. ``num_validation_runs`` of each is that
+    of all.
 
     Raises:
         BudgetError: if nothing fits; it names the smallest feasible value.
@@ -55,7 +59,16 @@ def rerank_all(
         )
         for strategy, candidate, row in zip(strategies, chosen, values, strict=True)
     ]
-    return sorted(solutions, key=lambda solution: (solution.divergence_exact, solution.cost_ratio))
+    return best_first(solutions, criterion)
+
+
+def best_first(solutions: Sequence[Solution], criterion: Criterion = DEFAULT_CRITERION) -> list[Solution]:
+    """Evaluated solutions by their exact divergences, the best by ``criterion`` first; the cheaper one on a tie."""
+    rows = [solution.per_sample_nats for solution in solutions]
+    assert all(row is not None for row in rows)
+    values = [float(score(criterion, row)) for row in rows if row is not None]
+    order = sorted(range(len(solutions)), key=lambda i: (values[i], solutions[i].cost_ratio))
+    return [solutions[index] for index in order]
 
 
 def rerank(
@@ -63,10 +76,11 @@ def rerank(
     budget: Budget,
     k: int = 16,
     mode: CandidateMode = "slices",
+    criterion: Criterion = DEFAULT_CRITERION,
     on_progress: OnProgress | None = None,
 ) -> Solution:
     """The best of :func:`rerank_all`; ``history`` has all of them, in the surrogate's order."""
-    solutions = rerank_all(problem, budget, k, mode, on_progress)
+    solutions = rerank_all(problem, budget, k, mode, criterion, on_progress)
     history = [
         {
             "assignment": dict(solution.assignment),
