@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.dart import Dart
-from dop_search.baselines.evaluate import plain_answers, plain_divergence
+from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergence, plain_outcome
 from dop_search.baselines.fastv import FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
@@ -64,7 +64,9 @@ __all__ = [
     "FitContext",
     "FittedMethod",
     "Method",
+    "Outcome",
     "baseline",
     "plain_answers",
     "plain_divergence",
+    "plain_outcome",
 ]

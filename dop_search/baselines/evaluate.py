@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,20 @@ def applied(loaded: LoadedModel, method: Runnable) -> AbstractContextManager[Any
     return method.apply(loaded.model) if isinstance(method, FittedMethod) else pruned(loaded.model, method)
 
 
-def plain_divergence(
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning did to the full model's answers.
+
+    Attributes:
+        divergence: KL(full ‖ method) in nats, averaged over each sample's answer positions, ``[num_samples]`` float64.
+        same_answer: whether the method's greedy answer is the full model's, token by token, boolean ``[num_samples]``.
+    """
+
+    divergence: np.ndarray
+    same_answer: np.ndarray
+
+
+def plain_outcome(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     teacher: Teacher,
@@ -40,11 +54,12 @@ def plain_divergence(
     *,
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """KL(full ‖ method) in nats per sample, averaged over its answer positions.
+) -> Outcome:
+    """Run a method on a teacher's samples, and compare with what the full model said.
 
     The prompt is one prefill, as in ``generate()``, and the teacher's answer continues on the cache it left: a method
-    that looks at the last token of the prompt sees that token.
+    that looks at the last token of the prompt sees that token. Greedy answers are the same exactly if every token of
+    the teacher's answer is the most likely one after those before it.
 
     Args:
         loaded: the model.
@@ -54,29 +69,36 @@ def plain_divergence(
         batch_size: samples per forward.
         on_progress: called with (done, total) samples.
 
-    Returns:
-        ``[num_samples]`` float64.
-
     Raises:
         DopError: if the samples are not the teacher's.
         NumericalError: if a logit is not finite.
     """
     if [sample.id for sample in samples] != [known.id for known in teacher.samples]:
         raise DopError("`samples` must be those that the teacher was made from, in the same order")
-    result = np.zeros(len(samples))
+    result = Outcome(np.zeros(len(samples)), np.zeros(len(samples), dtype=np.bool_))
     done = 0
     with applied(loaded, method):
         for batch in alike_batches(samples, batch_size):
             part = [teacher.samples[index] for index in batch]
-            result[batch] = _score_batch(loaded, [samples[index] for index in batch], part)
+            scores, same = _score_batch(loaded, [samples[index] for index in batch], part)
+            result.divergence[batch], result.same_answer[batch] = scores, same
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(samples))
     return result
 
 
+def plain_divergence(
+    loaded: LoadedModel, samples: Sequence[Sample], teacher: Teacher, method: Runnable, **options: Any
+) -> np.ndarray:
+    """The divergence of :func:`plain_outcome`, in nats ``[num_samples]``."""
+    return plain_outcome(loaded, samples, teacher, method, **options).divergence
+
+
 @torch.inference_mode()
-def _score_batch(loaded: LoadedModel, samples: Sequence[Sample], known: Sequence[TeacherSample]) -> list[float]:
+def _score_batch(
+    loaded: LoadedModel, samples: Sequence[Sample], known: Sequence[TeacherSample]
+) -> tuple[list[float], list[bool]]:
     device = loaded.adapter.device
     inputs = model_inputs(loaded.processor, samples, device)
     mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
@@ -103,13 +125,15 @@ def _score_batch(loaded: LoadedModel, samples: Sequence[Sample], known: Sequence
         )
         logits.append(continued.logits)
     log_probs = torch.cat(logits, dim=1).float().log_softmax(dim=-1)
-    scores = []
+    scores, same = [], []
     for row, item in enumerate(known):
-        values = kl_divergence(item.log_probs, log_probs[row, : len(item.answer_ids)])
+        its = log_probs[row, : len(item.answer_ids)]
+        values = kl_divergence(item.log_probs, its)
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"the logits for sample {item.id!r} are not finite; use dtype=float32 or bfloat16")
         scores.append(float(values.double().mean()))
-    return scores
+        same.append(its.argmax(dim=-1).tolist() == list(item.answer_ids))
+    return scores, same
 
 
 def _positions(rows: Sequence[Tensor], length: int, left: bool) -> Tensor:

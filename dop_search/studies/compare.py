@@ -35,7 +35,7 @@ def compare(
     bench: Workbench,
     results: ResultFile,
     methods: Sequence[str] = (),
-    num_timing_rounds: int = 5,
+    num_timing_rounds: int = 3,
 ) -> None:
     """Fit, measure and rank; see the module.
 
@@ -65,7 +65,7 @@ def compare(
         return _measure(bench, fitted, num_timing_rounds)
 
     if not results.data["summary"]:
-        results.summarize({"full": {"accuracy": float(bench.correct().mean())}})
+        results.summarize({"full": {"accuracy": float(bench.correct(None, "heldout").mean())}})
     with bench.watch() as notify:
         results.measure(keys, row, notify, "methods at equal FLOPs", group="method")
     _choose(results, names, bench.budgets)
@@ -91,17 +91,12 @@ def _search(bench: Workbench, context: FitContext, name: str, space: str, select
     """The strategy of a search space at a FLOPs ratio that includes what its selector computes."""
     profile = bench.profile(space, selector or None)
     overhead = 0.0
-    for _ in range(3):  # what selection costs depends, a little, on how many tokens are kept
-        left = budget - overhead
-        if left <= 0.0:
-            raise BudgetError(f"the selector alone costs {overhead:.4f} of the FLOPs, more than {budget:g}")
-        limit = Budget(flops_ratio=left)
-        with bench.watch(f"{name} at {budget:g}: ") as notify:
-            best = rerank_all(profile.problem(limit), limit, on_progress=notify)[0]
-        priced = context.pricing.selection_ratio(best.strategy)
-        if priced <= overhead:
-            break
-        overhead = priced
+    for _ in range(3):  # what a selection costs may depend, a little, on how many tokens are kept
+        left = Budget(flops_ratio=_left(budget, overhead))
+        overhead = max(overhead, context.pricing.selection_ratio(profile.solve(left)))
+    limit = Budget(flops_ratio=_left(budget, overhead))
+    with bench.watch(f"{name} at {budget:g}: ") as notify:
+        best = rerank_all(profile.problem(limit), limit, on_progress=notify)[0]
     strategy = replace(best.strategy, model_fingerprint=None)
     ratio = context.pricing.ratio(strategy)
     facts = {
@@ -113,28 +108,36 @@ def _search(bench: Workbench, context: FitContext, name: str, space: str, select
     return FittedMethod(name, budget, ratio, facts, context.pricing.distance_note(ratio, budget), strategy=strategy)
 
 
+def _left(budget: float, overhead: float) -> float:
+    if overhead >= budget:
+        raise BudgetError(f"the selector alone costs {overhead:.4f} of the FLOPs, but {budget:g} is asked for")
+    return budget - overhead
+
+
 # -- one row ---------------------------------------------------------------------------------------
 
 
 def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[Row, np.ndarray]:
-    search, heldout = bench.plain_divergence(fitted, "search"), bench.plain_divergence(fitted, "heldout")
-    right = bench.correct(fitted)
-    families = [sample.family for sample in bench.data("test").samples]
+    outcome = bench.outcome(fitted)
+    right = bench.correct_after(fitted, outcome)
+    families = [sample.family for sample in bench.data("heldout").samples]
     values: Row = {
         "flops_ratio": fitted.flops_ratio,
         "flops_ratio_counted": counted_flops_ratio(bench.loaded, bench.data("heldout").samples[0], fitted),
-        "kl_search": float(search.mean()),
-        "root_kl_search": float(score("root_kl", search)),
-        "kl_heldout": float(heldout.mean()),
-        "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+        "kl_heldout": float(outcome.divergence.mean()),
+        "kl_ci95": bootstrap_ci95(outcome.divergence, bench.config.seed),
+        "same_answers": float(outcome.same_answer.mean()),
         "accuracy": float(right.mean()),
-        "relative_mean": relative_family_mean(right, bench.correct(), families),
+        "relative_mean": relative_family_mean(right, bench.correct(None, "heldout"), families),
     }
+    if fitted.method in SELECTORS or fitted.method.partition("@")[0] in SPACES:
+        search = bench.outcome(fitted, "search").divergence
+        values |= {"kl_search": float(search.mean()), "root_kl_search": float(score("root_kl", search))}
     if num_rounds:
         values |= prefill_times(bench.loaded, bench.data("heldout").samples[:8], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)
     values["notes"] = list(fitted.notes)
-    return values, heldout
+    return values, outcome.divergence
 
 
 def _choose(results: ResultFile, names: Sequence[str], budgets: Sequence[float]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.baselines import FitContext, FittedMethod, plain_answers, plain_divergence
+from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
 from dop_search.config import DataConfig, SearchConfig, SpaceConfig
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.validation import Split
@@ -184,9 +184,18 @@ class Workbench:
 
     # -- methods as they run --------------------------------------------------------------------
 
-    def plain_divergence(self, method: Strategy | FittedMethod, split: Split = "heldout") -> np.ndarray:
-        """KL in nats ``[num_samples]`` by plain forwards of the model as it would run; any method."""
-        return plain_divergence(self.loaded, self.data(split).samples, self.teacher(split), method)
+    def outcome(self, method: Strategy | FittedMethod, split: Split = "heldout") -> Outcome:
+        """KL in nats, and whether the answer is the full model's, by forwards of the model as it runs; any method."""
+        return plain_outcome(self.loaded, self.data(split).samples, self.teacher(split), method)
+
+    def correct_after(self, method: Strategy | FittedMethod, outcome: Outcome, split: Split = "heldout") -> np.ndarray:
+        """Which greedy answers are right, boolean ``[num_samples]``: only those that changed are generated."""
+        samples = self.data(split).samples
+        right = self.correct(None, split).copy()
+        changed = np.flatnonzero(~outcome.same_answer)
+        if len(changed):
+            right[changed] = self._answer(method, [samples[index] for index in changed])
+        return right
 
     def correct(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> np.ndarray:
         """Which greedy answers are right, boolean ``[num_samples]``; ``None``: the full model's."""

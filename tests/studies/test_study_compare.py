@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
-from small_studies import StudyRunner
+from small_studies import StudyRunner, study_config
 
+from dop_search.baselines import plain_answers
 from dop_search.errors import ConfigError
+from dop_search.evaluation import correct_answers
 from dop_search.evaluation.accuracy import relative_family_mean
+from dop_search.models.loading import load
+from dop_search.progress import SilentProgress
 from dop_search.report.studies import study_table
+from dop_search.strategy import Strategy
 from dop_search.studies.compare import summarize
 from dop_search.studies.results import ResultFile
+from dop_search.studies.workbench import Workbench
 
 METHODS = ("dop_split@divprune", "gsop@uniform_grid", "uniform_grid", "divprune", "fastv", "trim")
 GIVEN = ("budget=[0.3,0.12]", f"study.options.methods=[{','.join(METHODS)}]")
@@ -55,6 +61,19 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
     assert len(runs) == 1 + len(rows)
     logged = next(run for run in runs if run.data.params.get("method") == "divprune" and "0.3" in run.info.run_name)
     assert logged.data.metrics["kl_heldout"] == pytest.approx(rows["divprune", 0.3]["kl_heldout"])
+
+
+def test_accuracy_of_what_changed_is_the_accuracy_of_all(tmp_path: Path) -> None:
+    config = study_config("compare", tmp_path, "data.num_heldout=24")
+    bench = Workbench(config, load("pocket"), SilentProgress())
+    strategy = Strategy.full(bench.num_layers, num_visual_tokens=12, selector="uniform_grid")
+    outcome = bench.outcome(strategy)
+    samples = bench.data("heldout").samples
+    answers = plain_answers(bench.loaded, samples, strategy)
+    full = plain_answers(bench.loaded, samples, Strategy.full(bench.num_layers))
+    assert 2 < outcome.same_answer.sum() < 22
+    assert outcome.same_answer.tolist() == [a == b for a, b in zip(answers, full, strict=True)]
+    assert bench.correct_after(strategy, outcome).tolist() == correct_answers(answers, samples).tolist()
 
 
 def test_unknown_methods_and_options_are_refused_with_what_there_is(run_small_study: StudyRunner) -> None:
