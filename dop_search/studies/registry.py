@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -87,6 +89,7 @@ def _helpers(config: SearchConfig, count: int) -> Iterator[None]:
 
 def _help(config: SearchConfig) -> None:
     assert config.study is not None
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _measure(config, STUDIES[config.study.name], SilentProgress())
 
 
@@ -100,3 +103,11 @@ def _find(name: str, options: Mapping[str, Any]) -> Measure:
     if unknown:
         raise ConfigError(f"study {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     return STUDIES[name]
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its helpers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
