@@ -168,6 +168,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
             batch_size=config.batch_size,
             hidden_states=config.hidden_states,
             cache_dir=cache,
+            storage=config.storage,
             on_progress=notify,
         )
     heldout = evaluation_store(
@@ -175,6 +176,7 @@ def prepare(config: SearchConfig, loaded: LoadedModel, progress: Progress) -> Se
         teachers["heldout"],
         averaging=config.data.averaging,
         cache_dir=cache,
+        storage=config.storage,
         hidden_states="recompute",
     )
     test = data["test"].samples if "test" in data else ()
@@ -291,7 +293,7 @@ def _candidates(
         return _with_exact(problem, found, ranked, search.criterion)
     if isinstance(search, ExactOptunaConfig):
         name = search.study_name or f"{state.profile.facts['teacher']}-{problem.space.name}-{search.sampler}"
-        storage = search.storage or str(Path(state.config.cache_dir) / f"study-{name}.journal")
+        storage = search.storage or state.config.storage or str(Path(state.config.cache_dir) / f"study-{name}.journal")
         options |= {"storage": storage, "study_name": f"{name}-{limit.name}-{limit.value:g}"}
     found = solve(search.solver, problem, budget, on_progress=notify, **options)
     return _with_exact(problem, found, [], "kl")

@@ -185,12 +185,19 @@ def evaluation_store(
     *,
     averaging: str = "per_sample",
     cache_dir: Path | None = None,
+    storage: str | Path | None = None,
     hidden_states: HiddenStates = "keep",
 ) -> EvaluationStore:
-    """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``."""
+    """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``; or, with
+    ``storage``, shared by all processes that use it and kept there."""
     engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, hidden_states=hidden_states)
-    path = None if cache_dir is None else cache_dir / f"evaluations-{teacher.fingerprint}-{averaging}.jsonl"
+    name = f"evaluations-{teacher.fingerprint}-{averaging}"
     header = {"teacher": teacher.fingerprint, "averaging": averaging}
+    if storage is not None:
+        from dop_search.search.shared_store import SharedEvaluationStore  # imports Optuna
+
+        return SharedEvaluationStore(engine, engine.num_samples, storage, name, header)
+    path = None if cache_dir is None else cache_dir / f"{name}.jsonl"
     return EvaluationStore(engine, engine.num_samples, path, header, batch_size=SAVE_EVERY)
 
 
@@ -209,6 +216,7 @@ def profile(
     batch_size: int = 16,
     hidden_states: HiddenStates = "keep",
     cache_dir: str | Path | None = None,
+    storage: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Profile:
     """Measure how far the output moves when each parameter of a space varies alone (arXiv 2507.02909).
@@ -225,6 +233,8 @@ def profile(
         batch_size: samples per generation call.
         hidden_states: ``keep``, ``offload`` or ``recompute``; bounds the memory, see ``DivergenceEngine``.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
+        storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
+            URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.
         on_progress: called with (done, total, what).
 
     Raises:
@@ -259,7 +269,9 @@ def profile(
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )
-    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache, hidden_states=hidden_states)
+    store = evaluation_store(
+        loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, hidden_states=hidden_states
+    )
     curves = Curves.measure(searched, store, grid, on_progress)
     facts = {
         "model": loaded.name,

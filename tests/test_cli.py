@@ -72,6 +72,13 @@ def test_a_sweep_runs_every_combination(pipeline: Pipeline, monkeypatch: pytest.
     assert len({run_dir for _, run_dir in pipeline.calls}) == 6
 
 
+def test_a_sweep_over_model_data_space_budget_and_seed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = ("model=pocket,llava_1_5_7b", "data=pocket,gqa", "space=dop,uniform", "budget=0.3", "seed=0,1")
+    assert run("-m", *groups, "tracking=none") == 0
+    seen = {(c.model.name_or_path, c.data.name, c.space.name, c.seed) for c, _ in pipeline.calls}
+    assert len(seen) == len(pipeline.calls) == 16
+
+
 def test_the_sweep_experiment_is_a_sweep(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("experiment=sweep_spaces", "tracking=none") == 0
     assert [config.space.name for config, _ in pipeline.calls] == ["uniform", "dop", "dop_split", "dop_groups"]

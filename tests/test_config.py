@@ -104,6 +104,17 @@ def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[obj
     assert [budget.plain for budget in composed(*experiment, override).budget] == plain
 
 
+def test_a_storage_is_a_file_or_a_url_without_a_password() -> None:
+    url = "postgresql+psycopg://user@host/db"
+    assert composed(f"storage={url}").storage == url
+    assert composed("search=exact_optuna", "search.storage=some.journal").storage is None
+    for key in ("storage", "search.storage"):
+        message = error_of("search=exact_optuna", f"{key}=postgresql+psycopg://user:secret@host/db")
+        assert f"{key}: a password" in message
+        assert "PGPASSWORD" in message
+        assert "secret" not in message
+
+
 def test_budget_name_and_value() -> None:
     budget = BudgetConfig(kv_ratio=0.25)
     assert (budget.name, budget.value) == ("kv_ratio", 0.25)

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import Split
@@ -21,6 +31,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def _without_password(location: str) -> str:
+    if "://" in location and urlsplit(location).password:
+        raise ValueError(
+            "a password in a storage's URL would be written to records and logs; leave it out and set PGPASSWORD, or "
+            "write it to ~/.pgpass (for PostgreSQL)"
+        )
+    return location
+
+
+Storage = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
+"""An Optuna storage: a journal file, or a database URL."""
 
 
 class ModelConfig(Section):
@@ -206,12 +229,11 @@ class ExactOptunaConfig(Section):
     """Points of the additive front that are tried first; 0: none."""
     pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
     """Stops a trial after part of the samples."""
-    storage: str | None = None
-    """``null``: a journal file in ``cache_dir``; or an RDB URL such as ``sqlite:///study.db``."""
+    storage: Storage | None = None
+    """``null``: the run's ``storage``, or else a journal file in ``cache_dir``; or an RDB URL such as
+    ``sqlite:///study.db``."""
     study_name: str | None = None
     """Same name and storage: several processes work on one study. ``null``: from the fingerprints."""
-    worker: NonNegativeInt = 0
-    """Number of this process among those that share the study; start 0 first, it queues the warm start."""
     seed: NonNegativeInt = 0
 
 
@@ -314,6 +336,9 @@ class SearchConfig(Section):
     """The full model's hidden states while profiling: on the device (fastest), in CPU memory, or recomputed (least)."""
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
+    storage: Storage | None = None
+    """Where several processes share one search: a journal file, or a database URL such as
+    ``postgresql+psycopg://user@host/db``. ``null``: this process searches alone."""
     seed: NonNegativeInt = 0
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""

@@ -85,16 +85,15 @@ def exact_optuna(
     num_warm_start: int = 16,
     storage: str | Path | None = None,
     study_name: str = "dop_search",
-    worker: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Solution:
     """Optuna on the exact divergence, warm-started with the surrogate's best candidates and uniform reduction.
 
-    Several processes may share ``storage``, each with its own ``worker`` number; worker 0 queues the warm start.
-    Continuing a study (same storage and name) repeats no finished trial: a trial lost with its process is queued
-    again, and random numbers depend on ``seed``, ``worker`` and how many trials are finished, not on what is in
-    memory. ``num_trials`` is for the whole study, all workers and continuations together (workers that start a
-    trial in the same moment may overshoot by one each).
+    Several processes may share ``storage``: one queues the warm start, all evaluate it, each runs trials until there
+    are ``num_trials`` in the whole study, and all return the same solution. What the sampler proposes depends on the
+    trials that are finished by then, so the later trials are not those of a single process. Continuing a study (same
+    storage and name) repeats no finished trial: a trial lost with its process is queued again, and random numbers
+    depend on ``seed`` and the trial's number, not on what is in memory.
 
     Args:
         problem: needs a surrogate and a store.
@@ -107,7 +106,6 @@ def exact_optuna(
         num_warm_start: candidates of the surrogate to begin with.
         storage: a path (journal file), a database URL, or ``None`` for memory only.
         study_name: of the study in the storage.
-        worker: number of this process.
         on_progress: called after each trial.
 
     Raises:
@@ -116,6 +114,7 @@ def exact_optuna(
         ConfigError: on an unknown sampler or pruner.
     """
     from dop_search.search import optuna_study as plumbing
+    from dop_search.search.sharing import Claims, Pause, end_trial
 
     start = time.perf_counter()
     limit = _feasible_limit(problem, budget)
@@ -127,28 +126,43 @@ def exact_optuna(
     }
 
     def objective(trial: Trial) -> float:
-        trial.set_user_attr("process", plumbing.this_process())
         assignment = plumbing.suggest(trial, problem.space)
         estimate = problem.need_surrogate("exact_optuna")(assignment)
         value = _price(trial, problem, assignment, estimate, limit, plumbing.uses_constraints(sampler))
         return evaluate(trial, assignment) if value is None else value
 
     with plumbing.quiet_optuna():
-        study = plumbing.open_study(plumbing.open_storage(storage), study_name, pruner, facts, storage)
-        plumbing.retry_lost_trials(study)
-        if worker == 0 and "warm_start" not in study.user_attrs:
+        opened = plumbing.open_storage(storage)
+        study = plumbing.open_study(opened, study_name, pruner, facts, storage)
+        plumbing.make_sampler(sampler, seed)  # an unknown name is an error before anything runs
+
+        def queue() -> None:
             chosen = _warm_start(problem, budget, num_warm_start)
             for assignment in chosen:
                 parameters = plumbing.trial_parameters(problem.space, assignment)
                 study.enqueue_trial(parameters, user_attrs={"warm_start": True}, skip_if_exists=True)
-            study.set_user_attr("warm_start", num_warm_start)
-            evaluate.together(chosen[:num_trials], on_progress)
-        while (done := plumbing.num_trials(study, running=True)) < num_trials:
-            finished = plumbing.num_trials(study, running=False)
-            study.sampler = plumbing.make_sampler(sampler, seed, worker, finished)
-            study.optimize(objective, n_trials=1)
-            if on_progress is not None:
-                on_progress(min(done + 1, num_trials), num_trials, f"{sampler} on the exact divergence")
+            study.set_user_attr("warm_start", [dict(assignment) for assignment in chosen])
+
+        with Claims(opened, study_name) as claims:
+            claims.once("warm start", lambda: "warm_start" in study.user_attrs, queue)
+            evaluate.together(study.user_attrs["warm_start"][:num_trials], on_progress)
+            pause = Pause()
+            while (finished := plumbing.num_trials(study, running=False)) < num_trials:
+                plumbing.retry_lost_trials(study, claims.worker)
+                if plumbing.num_trials(study, running=True) >= num_trials:
+                    pause()  # others are at the last ones
+                    continue
+                pause = Pause()
+                trial = study.ask()
+                trial.set_user_attr("process", claims.worker.name)
+                place = plumbing.place_among_trials(study, trial.number)
+                if place >= num_trials:  # another process was faster
+                    end_trial(study, trial.number)
+                    continue
+                study.sampler = plumbing.make_sampler(sampler, seed, place)
+                plumbing.run_trial(study, trial, objective)
+                if on_progress is not None:
+                    on_progress(min(finished + 1, num_trials), num_trials, f"{sampler} on the exact divergence")
     history = [_record(trial) for trial in study.get_trials(deepcopy=False, states=plumbing.FINISHED)]
     best = _best(history, "divergence_exact", sampler)
     strategy = problem.space.strategy(best["assignment"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +14,14 @@ from typing import IO, Any
 
 import numpy as np
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from dop_search.errors import CacheError, ConfigError
+from dop_search.search.sharing import Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
 
 _SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
@@ -70,15 +73,23 @@ def uses_constraints(sampler: str) -> bool:
 
 
 class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
-    """A lock that the operating system releases when its process dies, so that a crash blocks nobody."""
+    """A lock that the operating system releases when its process dies, so that a crash blocks nobody.
+
+    Whoever gets it cuts off a last line that a crash has torn, so that nothing is written behind it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock_path = path.with_name(path.name + ".flock")
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        self._file = open(self._path, "ab")  # noqa: SIM115 (held until release)
+        self._file = open(self._lock_path, "ab")  # noqa: SIM115 (held until release)
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        with open(self._path, "a+b") as journal:
+            if journal.tell() and os.pread(journal.fileno(), 1, journal.tell() - 1) != b"\n":
+                journal.seek(0)
+                journal.truncate(journal.read().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
@@ -88,32 +99,45 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
 
 
 def open_storage(location: str | Path | None) -> BaseStorage:
-    """``None``: in memory; a URL (``sqlite:///…``): a database; a path: a journal file, shared by processes.
+    """``None``: in memory; a URL (``sqlite:///…``, ``postgresql+psycopg://…``): a database; a path: a journal file.
 
-    A journal's last line torn by a crash is cut off. Workers in a database send heartbeats, and the trial of
-    one that died is retried.
+    Processes can share a journal file on one machine or over NFS, and a database server from anywhere.
+
+    Raises:
+        ConfigError: if the database cannot be reached, or its driver is not installed.
     """
     if location is None:
         return optuna.storages.InMemoryStorage()
     if "://" in str(location):
-        with _quiet():
-            return RDBStorage(
-                str(location),
-                heartbeat_interval=60,
-                grace_period=180,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
-            )
+        return _open_database(str(location))
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _FileLock(path.with_name(path.name + ".flock"))
+    lock = _FileLock(path)
     lock.acquire()
-    try:
-        with open(path, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-    finally:
-        lock.release()
+    lock.release()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _open_database(url: str, num_tries: int = 10) -> RDBStorage:
+    """Optuna's tables are created on first use; another process may be doing just that, so it is tried again."""
+    for left in reversed(range(num_tries)):
+        try:
+            return RDBStorage(url)
+        except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError) as error:
+            if not left:
+                raise _unusable(url, error) from error
+            time.sleep(0.2)
+        except (ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
+            raise _unusable(url, error) from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    remedy = "check the address and that the server runs"
+    if isinstance(error.__cause__ or error, ImportError):
+        remedy = "install its driver; for PostgreSQL: pip install 'dop-search[postgres]', and postgresql+psycopg://…"
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return ConfigError(f"the storage {url!r} cannot be opened ({reason}); {remedy}")
 
 
 def open_study(
@@ -145,36 +169,33 @@ def num_trials(study: optuna.Study, running: bool) -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
-def this_process() -> str:
-    """Who runs a trial: host and process id."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+def place_among_trials(study: optuna.Study, number: int) -> int:
+    """A trial's number without counting the failed ones before it: their parameters were queued again."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return number - sum(trial.number < number for trial in failed)
 
 
-def retry_lost_trials(study: optuna.Study) -> int:
-    """Fail trials whose process on this host has died and queue their parameters again; how many."""
-    lost = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _is_lost(trial)]
-    for trial in lost:
-        study.tell(trial.number, state=TrialState.FAIL)
-        parameters = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        if parameters:
-            kept = {"warm_start": True} if "warm_start" in trial.user_attrs else None
-            study.enqueue_trial(parameters, user_attrs=kept)
-    return len(lost)
-
-
-def _is_lost(trial: FrozenTrial) -> bool:
-    host, _, process = str(trial.user_attrs.get("process", "")).rpartition(":")
-    if not process:  # killed before it could say who it was
-        return True
-    if host != socket.gethostname():
-        return False
+def run_trial(study: optuna.Study, trial: Trial, objective: Callable[[Trial], float]) -> None:
+    """Let a trial choose and be judged; one that raises an error stays open, to be retried."""
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return int(process) == os.getpid()  # this process runs one trial at a time, and none while it looks
+        value = objective(trial)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        return  # this process was silent for so long that others have given the trial up
+    else:
+        study.tell(trial, value, skip_if_finished=True)
+
+
+def retry_lost_trials(study: optuna.Study, worker: Worker) -> None:
+    """Fail trials whose process has died and queue their parameters again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        process = trial.user_attrs.get("process", f"unknown, of trial {trial.number}")
+        if worker.is_dead(process) and end_trial(study, trial.number):
+            parameters = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if parameters:
+                kept = {"warm_start": True} if "warm_start" in trial.user_attrs else None
+                study.enqueue_trial(parameters, user_attrs=kept)
 
 
 # -- parameters ---------------------------------------------------------------------------------

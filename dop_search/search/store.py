@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -21,6 +21,9 @@ Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], Floa
 
 OnProgress: TypeAlias = Callable[[int, int, str], None]
 """Called with (done, total, what is being measured)."""
+
+Report: TypeAlias = Callable[[int], None]
+"""Called with the number of strategies still to be evaluated."""
 
 FORMAT = "dop_search.evaluations"
 VERSION = 1
@@ -104,23 +107,34 @@ class EvaluationStore:
         samples = np.arange(self.num_samples) if sample_indices is None else np.asarray(sample_indices, dtype=int)
         keys = [strategy.key() for strategy in strategies]
         distinct = dict(zip(keys, strategies, strict=True))
-        if self.path is not None:
-            self._append([])  # what other processes have saved meanwhile
-        missing = [key for key in distinct if np.isnan(self._known(key)[samples]).any()]
-        done = len(distinct) - len(missing)
-        if on_progress is not None:
-            on_progress(done, len(distinct), what)
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            self._run(batch, [distinct[key] for key in batch], samples, sample_indices is None)
+
+        def report(num_missing: int) -> None:
             if on_progress is not None:
-                on_progress(done + start + len(batch), len(distinct), what)
+                on_progress(len(distinct) - num_missing, len(distinct), what)
+
+        self._fill(distinct, samples, sample_indices is None, report)
         for key in distinct:
             self._requested.setdefault(key, np.zeros(self.num_samples, dtype=np.bool_))[samples] = True
         return np.stack([self._values[key][samples] for key in keys]) if keys else np.zeros((0, len(samples)))
 
+    def _fill(self, distinct: Mapping[str, Strategy], samples: NDArray[Any], everything: bool, report: Report) -> None:
+        """Evaluate what is not known of strategies by key; ``everything``: on all samples."""
+        self._refresh()
+        missing = self._missing(distinct, samples)
+        report(len(missing))
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            self._run(batch, [distinct[key] for key in batch], samples, everything)
+            report(len(missing) - start - len(batch))
+
+    def _missing(self, keys: Iterable[str], samples: NDArray[Any]) -> list[str]:
+        return [key for key in keys if np.isnan(self._known(key)[samples]).any()]
+
     def _known(self, key: str) -> FloatArray:
         return self._values.get(key, np.full(self.num_samples, np.nan))
+
+    def _was_requested(self, key: str, samples: NDArray[Any]) -> bool:
+        return key in self._requested and bool(self._requested[key][samples].all())
 
     def _run(self, keys: list[str], strategies: list[Strategy], samples: NDArray[Any], everything: bool) -> None:
         unknown = [np.isnan(self._known(key)[samples]) for key in keys]
@@ -140,12 +154,19 @@ class EvaluationStore:
             )
         self._num_new_samples += values.size
         indices = None if len(todo) == self.num_samples else todo.tolist()
-        records = [{"key": k, "samples": indices, "kl_nats": v.tolist()} for k, v in zip(keys, values, strict=True)]
-        if self.path is None:
+        self._save([{"key": k, "samples": indices, "kl_nats": v.tolist()} for k, v in zip(keys, values, strict=True)])
+
+    def _refresh(self) -> None:
+        """Take in what other processes have saved meanwhile."""
+        if self.path is not None:
+            self._append([])
+
+    def _save(self, records: Sequence[Mapping[str, Any]]) -> None:
+        if self.path is not None:
+            self._append(records)
+        else:
             for record in records:
                 self._remember(record)
-        else:
-            self._append(records)
 
     def _remember(self, record: Mapping[str, Any]) -> None:
         known = self._values.setdefault(record["key"], np.full(self.num_samples, np.nan))

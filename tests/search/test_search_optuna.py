@@ -152,7 +152,7 @@ def test_a_journal_torn_by_a_crash_is_continued(tmp_path: Path) -> None:
     assert len(finished(tmp_path)) == 6
 
 
-def slow_worker(folder: str, worker: int, delay: float, num_trials: int) -> None:
+def slow_worker(folder: str, delay: float, num_trials: int) -> None:
     base = pocket_problem("dop", num_tokens=12)
     exact = interacting_evaluator(base.space, 20)
 
@@ -161,7 +161,7 @@ def slow_worker(folder: str, worker: int, delay: float, num_trials: int) -> None
         return exact(strategies, samples)
 
     problem = replace(base, store=EvaluationStore(evaluator, 20, Path(folder) / "kl.jsonl"))
-    options = {"pruner": "none", "num_warm_start": 3, "worker": worker, "num_trials": num_trials}
+    options = {"pruner": "none", "num_warm_start": 3, "num_trials": num_trials}
     solve("exact_optuna", problem, BUDGET, storage=Path(folder) / "study.journal", **options)
 
 
@@ -178,7 +178,7 @@ def finished(folder: Path) -> list[optuna.trial.FrozenTrial]:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_workers_share_a_study_and_a_killed_one_loses_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=slow_worker, args=(str(tmp_path), i, 0.4, 14)) for i in range(2)]
+    workers = [context.Process(target=slow_worker, args=(str(tmp_path), 0.4, 14)) for _ in range(2)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + 60
@@ -190,7 +190,7 @@ def test_workers_share_a_study_and_a_killed_one_loses_nothing(tmp_path: Path) ->
         worker.join()
     before = {trial.number: trial.value for trial in finished(tmp_path)}
     assert len(before) >= 4
-    slow_worker(str(tmp_path), 0, 0.0, 14)
+    slow_worker(str(tmp_path), 0.0, 14)
 
     trials = finished(tmp_path)
     assert len(trials) == 14
