@@ -14,7 +14,7 @@ def this_process() -> str:
 def is_dead(process: str) -> bool:
     """Whether a process of this host is gone; of processes on other hosts nothing is known: ``False``."""
     host, _, number = process.rpartition(":")
-    if host != socket.gethostname():
+    if host != socket.gethostname() or not number.isdecimal():
         return False
     try:
         os.kill(int(number), 0)

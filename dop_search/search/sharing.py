@@ -5,8 +5,6 @@ Everything goes through the storage: a file on one machine or NFS, or a database
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
 import uuid
@@ -17,6 +15,9 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dop_search.processes import is_dead as process_is_dead
+from dop_search.processes import this_process
 
 HEARTBEAT_S = 10.0
 """How often a worker says that it is alive."""
@@ -34,7 +35,7 @@ class Worker:
     """
 
     def __init__(self, study: optuna.Study, heartbeat_s: float = HEARTBEAT_S, grace_s: float = GRACE_S) -> None:
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.name = f"{this_process()}:{uuid.uuid4().hex[:8]}"
         self._study, self._heartbeat_s, self._grace_s = study, heartbeat_s, grace_s
         self._count = 0  # never starts again: others tell by it that time has passed
         self._seen: dict[str, tuple[object, float]] = {}
@@ -66,8 +67,7 @@ class Worker:
         """Whether a worker has stopped, has no process any more (on this host), or was silent for too long."""
         if name == self.name:
             return False
-        host, _, process = name.rpartition(":")[0].rpartition(":")
-        if host == socket.gethostname() and process.isdecimal() and not _runs(int(process)):
+        if process_is_dead(name.rpartition(":")[0]):
             return True
         attributes = self._study.user_attrs
         beat = attributes.get(_alive(name))
@@ -164,13 +164,3 @@ def end_trial(study: optuna.Study, number: int, value: float | None = None) -> b
 
 def _alive(worker: str) -> str:
     return f"alive {worker}"
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
