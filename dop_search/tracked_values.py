@@ -105,8 +105,8 @@ def shared_metrics(record: Record) -> dict[str, float]:
 def curve_points(curves: Curves) -> dict[str, dict[int, float]]:
     """Metric → step → mean KL in nats of a divergence curve: ``curve/mlp_depth`` and the like.
 
-    A step is the share of the full value (of the layers, of the visual tokens) in ten-thousandths, so that the curves of
-    models with different numbers of layers lie over each other.
+    A step is the share of the full value (of the layers, of the visual tokens) in ten-thousandths, so that the curves
+    of models with different numbers of layers lie over each other.
     """
     return {
         f"curve/{curve.parameter}": {

@@ -102,8 +102,8 @@ def check_tracking(config: TrackingConfig) -> None:
 def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | None:
     """Log a finished search with the files of its run directory.
 
-    The parent run holds what all budgets share, the divergence curves as stepped metrics and the artifacts; each nested run has the same names whatever
-    the space or solver, so that runs can be compared in the UI.
+    The parent run holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each
+    nested run has the same names whatever the space or solver, so that runs can be compared in the UI.
 
     Returns:
         The id of the parent run, or ``None`` without tracking.
