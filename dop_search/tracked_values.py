@@ -11,7 +11,11 @@ from typing import Any
 from dop_search.record import Provenance, Record, Result
 from dop_search.report.text import policy_text
 from dop_search.score_metrics import score_metrics
+from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
+
+FULL_STEP = 10_000
+"""Step of a curve's last point: half of the layers, or of the visual tokens, is step 5000 in every model."""
 
 
 def result_params(result: Result) -> dict[str, str]:
@@ -98,6 +102,22 @@ def shared_metrics(record: Record) -> dict[str, float]:
     if record.floor_ratio is not None:
         metrics["floor_ratio"] = record.floor_ratio
     return metrics
+
+
+def curve_points(curves: Curves) -> dict[str, dict[int, float]]:
+    """Metric → step → mean KL in nats of a divergence curve: ``curve/mlp_depth`` and the like.
+
+    A step is the share of the full value (of the layers, of the visual tokens) in ten-thousandths, so that the curves
+    of models with different numbers of layers lie over each other.
+    """
+    return {
+        f"curve/{curve.parameter}": {
+            round(FULL_STEP * int(level) / int(curve.levels[-1])): float(value)
+            for level, value in zip(curve.levels, curve.mean_nats, strict=True)
+        }
+        for curve in curves.curves.values()
+        if curve.levels[-1] > 0
+    }
 
 
 def search_tags(record: Record) -> dict[str, str]:

@@ -29,10 +29,11 @@ from dop_search.record import (
     Record,
     Result,
 )
-from dop_search.report.write import PAGE_FILE, PLOTS_FOLDER
+from dop_search.report.write import PAGE_FILE, PLOTS_FOLDER, load_curves
 from dop_search.score_metrics import score_columns, score_metrics, strategy_key
 from dop_search.strategy import Strategy
 from dop_search.tracked_values import (
+    curve_points,
     provenance_tags,
     result_metrics,
     result_params,
@@ -53,6 +54,8 @@ SCORE_TABLE = "score_table.json"
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _CONNECT_TIMEOUT_S = 5.0
+_MAX_METRICS = 1000
+"""What MLflow takes in one batch."""
 
 
 def resolve_uri(config: TrackingConfig) -> str:
@@ -102,8 +105,8 @@ def check_tracking(config: TrackingConfig) -> None:
 def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | None:
     """Log a finished search with the files of its run directory.
 
-    The parent run holds what all budgets share and the artifacts; each nested run has the same names whatever
-    the space or solver, so that runs can be compared in the UI.
+    The parent run holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each
+    nested run has the same names whatever the space or solver, so that runs can be compared in the UI.
 
     Returns:
         The id of the parent run, or ``None`` without tracking.
@@ -220,6 +223,9 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
     )
     identifier = str(run.info.run_id)
     _log(client, identifier, shared_params(record), shared_metrics(record))
+    curves = load_curves(run_dir)
+    if curves is not None:
+        _log_points(client, identifier, curve_points(curves))
     for file in (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER):
         path = run_dir / file
         if path.is_dir():
@@ -333,6 +339,15 @@ def _log(client: MlflowClient, run: str, params: Mapping[str, str], metrics: Map
         metrics=[Metric(name, value, now, 0) for name, value in metrics.items()],
         params=[Param(name, value) for name, value in params.items()],
     )
+
+
+def _log_points(client: MlflowClient, run: str, points: Mapping[str, Mapping[int, float]]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, step) for name, curve in points.items() for step, value in curve.items()]
+    for first in range(0, len(metrics), _MAX_METRICS):
+        client.log_batch(run, metrics=metrics[first : first + _MAX_METRICS])
 
 
 def _open_for_writing(path: Path) -> None:

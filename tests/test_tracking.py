@@ -16,7 +16,7 @@ from dop_search.config import TrackingConfig
 from dop_search.errors import ConfigError
 from dop_search.record import CURVES_FILE, RECORD_FILE
 from dop_search.strategy import Strategy
-from dop_search.testing.records import example_record
+from dop_search.testing.records import example_curves, example_record
 from dop_search.tracking import check_tracking, log_benchmark, result_metrics, result_params, ui_command
 
 SEARCHES = """
@@ -84,6 +84,18 @@ def test_one_parent_per_search_and_a_nested_run_per_budget(logged: Logged) -> No
     assert last.data.metrics["kl_heldout_difference_ci_high"] < 0
     expected = {"D_A": "3/8", "D_P": "2", "n_v": "72", "depth_kv": "8", "depth_ratio_mlp": "0.1667"}
     assert expected.items() <= last.data.params.items()
+
+
+def test_curves_are_stepped_metrics_over_the_share_of_the_full_value(logged: Logged) -> None:
+    client, parents, curves = logged.client, logged.parents, example_curves().curves
+    stored = {name for name in client.get_run(parents[0]).data.metrics if name.startswith("curve/")}
+    assert stored == {f"curve/{name}" for name in curves}
+    for name, curve in curves.items():
+        points = client.get_metric_history(parents[0], f"curve/{name}")
+        shares = [point.step / 10_000 for point in points]
+        assert shares == pytest.approx(list(curve.levels / curve.levels[-1]), abs=1e-4)
+        assert len(set(shares)) == len(curve.levels)
+        assert [point.value for point in points] == pytest.approx(list(curve.mean_nats))
 
 
 def test_names_are_the_same_across_methods(logged: Logged) -> None:

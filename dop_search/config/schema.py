@@ -52,7 +52,9 @@ class ModelConfig(Section):
     name_or_path: str = Field(default="pocket", min_length=1)
     """``pocket`` (bundled), a local directory in HF format, or a hub id."""
     revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint; pin a commit for results that you publish."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the checkpoint's on an accelerator, float32 on a CPU."""
     device: str = "auto"
     """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
     device_map: str | None = None
@@ -60,6 +62,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
     trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may run."""
 
     @model_validator(mode="after")
     def _one_placement(self) -> ModelConfig:
@@ -95,9 +98,11 @@ class DataConfig(Section):
     answers: Literal["teacher", "ground_truth"] = "teacher"
     """Whose answer is teacher-forced: the full model's greedy one (label-free), or the annotation."""
     max_new_tokens: PositiveInt = 16
+    """Longest answer."""
     averaging: Literal["per_sample", "per_token"] = "per_sample"
     """Mean of the KL: over answer positions first and samples then, or over all positions at once."""
     seed: NonNegativeInt = 0
+    """Of drawing or rendering the samples."""
 
     @property
     def sizes(self) -> dict[Split, int]:
@@ -117,6 +122,7 @@ class SelectorConfig(Section):
     """Which visual tokens come first when not all enter the decoder."""
 
     name: str = Field(default="cls_attention", min_length=1)
+    """A selector of ``dop_search.selectors``."""
     options: dict[str, Any] = {}
     """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
 
@@ -125,6 +131,8 @@ class SpaceConfig(Section):
     """Which strategies are searched: exit depths per module and group, and the number of visual tokens."""
 
     name: Literal["dop", "dop_split", "dop_groups", "uniform"] = "dop_split"
+    """``dop``: one depth for attention and one for MLP; ``dop_split``: queries and keys/values apart; ``dop_groups``:
+    that per group of tokens; ``uniform``: the number of tokens alone."""
     shares: Annotated[tuple[float, ...], Field(strict=False)] = (1.0,)
     """Share of the kept visual tokens per group, best-ranked first; sums to 1."""
     num_depth_levels: Annotated[int, Field(ge=2)] | None = None
@@ -212,10 +220,15 @@ class AdditiveOptunaConfig(Section):
 
     solver: Literal["additive_optuna"] = "additive_optuna"
     sampler: Sampler = "tpe"
+    """An Optuna sampler."""
     num_trials: PositiveInt = 2000
+    """Trials per budget; each takes no validation run."""
     num_rerank: PositiveInt = 16
+    """As with ``additive_exact``; the sampler's best is compared with them."""
     criterion: Criterion = "root_kl"
+    """As with ``additive_exact``."""
     seed: NonNegativeInt = 0
+    """Of the sampler."""
 
 
 class ExactOptunaConfig(Section):
@@ -223,6 +236,7 @@ class ExactOptunaConfig(Section):
 
     solver: Literal["exact_optuna"] = "exact_optuna"
     sampler: Sampler = "tpe"
+    """An Optuna sampler."""
     num_trials: PositiveInt = 200
     """Trials per budget, over all workers that share the study."""
     num_warm_start: NonNegativeInt = 16
@@ -235,6 +249,7 @@ class ExactOptunaConfig(Section):
     study_name: str | None = None
     """Same name and storage: several processes work on one study. ``null``: from the fingerprints."""
     seed: NonNegativeInt = 0
+    """Of the sampler."""
 
 
 class ExhaustiveConfig(Section):
@@ -290,12 +305,15 @@ class TrackingConfig(Section):
     """Where the search is logged."""
 
     backend: Literal["mlflow", "none"] = "mlflow"
+    """``none``: the files in the run directory are all there is."""
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking store; a relative SQLite path is taken from the working directory."""
     artifact_location: str | None = None
     """``null``: the folder ``mlartifacts`` beside the SQLite file, or the server's own."""
     experiment: str = Field(default="dop-search", min_length=1)
+    """MLflow experiment; made if it is missing."""
     run_name: str | None = None
+    """``null``: model, space and solver."""
 
 
 class StudyConfig(Section):
@@ -340,6 +358,7 @@ class SearchConfig(Section):
     """Where several processes share one search: a journal file, or a database URL such as
     ``postgresql+psycopg://user@host/db``. ``null``: this process searches alone."""
     seed: NonNegativeInt = 0
+    """Of the solvers' samplers and of the bootstrap."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""
 

@@ -56,7 +56,7 @@ def layer_map(record: Record) -> Figure:
             len(record.results), 2, squeeze=False, height_ratios=heights, width_ratios=[max(8, num_layers), 5]
         )
         for row, result in zip(grid, record.results, strict=True):
-            _grid(row[0], result.strategy)
+            draw_operations(row[0], result.strategy)
             row[0].set_title(f"budget {result.budget_text}: {percent_text(result.flops_ratio)} % of the FLOPs")
             _tokens(row[1], result.strategy, record.model.num_visual_tokens)
         grid[-1][0].set_xlabel("decoder layer")
@@ -65,7 +65,8 @@ def layer_map(record: Record) -> Figure:
     return figure
 
 
-def _grid(axis: Axes, strategy: Strategy) -> None:
+def draw_operations(axis: Axes, strategy: Strategy) -> None:
+    """Cells of one strategy on an empty axis: rows are modules (of each group), columns are layers."""
     states = operation_states(strategy)
     names = []
     for group in range(states.shape[0]):

@@ -1,0 +1,73 @@
+"""What the Markdown says is true: its Python runs, its links lead somewhere, its commands compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from dop_search.config import CONFIG_NAME, config_dir, parse_as
+from dop_search.config.schema import EvalRunConfig, SearchConfig
+from dop_search.selectors import SELECTORS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "conf/*.md", "dop_search/**/*.md", "experiments/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+RUNNABLE = [f"dop_search/{folder}README.md" for folder in ("", "selectors/", "search/", "baselines/", "evaluation/")]
+
+
+def blocks(document: str | Path, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def selectors_kept():
+    before = dict(SELECTORS)
+    yield
+    SELECTORS.clear()
+    SELECTORS.update(before)
+
+
+@pytest.mark.parametrize("document", RUNNABLE)
+def test_examples_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selectors_kept: None) -> None:
+    """All Python of a document in one namespace, top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks(document, "python")
+    assert code
+    exec(compile("\n".join(code), document, "exec", dont_inherit=True), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("http") or (ROOT / document.parent / link).exists(), f"{document}: {link}"
+
+
+def commands() -> list[str]:
+    """Every `dop-search` and `dop-eval` line of the documents' shell blocks."""
+    lines = [
+        line.partition("  #")[0] for path in DOCUMENTS for block in blocks(path, "bash") for line in block.split("\n")
+    ]
+    found = [line.strip().removeprefix("uv run ") for line in lines]
+    return sorted({line for line in found if line.startswith(("dop-search ", "dop-eval ")) and "--" not in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_compose_and_validate(command: str) -> None:
+    """Sweeps are tried at the first value of each key."""
+    name, *words = shlex.split(command)
+    if "-m" in words:
+        words = [re.sub(r"=([^\[{,]+),.*", r"=\1", word) for word in words if word != "-m"]
+    config_name, schema = (CONFIG_NAME, SearchConfig) if name == "dop-search" else ("eval_config", EvalRunConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        parse_as(compose(config_name, overrides=words), schema)
