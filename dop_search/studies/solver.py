@@ -116,6 +116,7 @@ def _solve(
         curves = Curves.measure(
             known.space, store, CurveGrid.of(bench.config.space.num_depth_levels, bench.config.space.num_token_levels)
         )
+        recorder.best_so_far.clear()  # points of the curves are no answers
         problem = replace(known.problem(budget), surrogate=curves.surrogate(known.space), store=store)
         strategy = _search(problem, name, budget, num_trials, seed)
     seconds = (now_ms(device, clock) - start) / 1e3

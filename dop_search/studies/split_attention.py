@@ -15,7 +15,7 @@ import numpy as np
 from dop_search.cost import Budget
 from dop_search.errors import ConfigError
 from dop_search.profiling import Profile
-from dop_search.search import best_candidates, rerank_all
+from dop_search.search import rerank_all
 from dop_search.statistics import bootstrap_ci95
 from dop_search.studies.results import ResultFile, Row
 from dop_search.studies.workbench import Workbench
@@ -62,8 +62,8 @@ def _search(bench: Workbench, profile: Profile, budget: Budget, num_candidates: 
     with bench.watch(f"{profile.space.name} at {budget.value:g}: ") as notify:
         ranked = rerank_all(problem, budget, num_candidates, on_progress=notify)
     best = min(ranked, key=lambda solution: solution.divergence_exact or 0.0)
-    optimum = problem.space.strategy(best_candidates(problem, budget, 1)[0].assignment)
-    heldout, untouched = bench.divergence([best.strategy, optimum])
+    optimum = min(ranked, key=lambda solution: solution.divergence_additive or 0.0)
+    heldout, untouched = bench.divergence([best.strategy, optimum.strategy])
     return {
         "strategy": best.strategy.describe(),
         "flops_ratio": best.cost_ratio,

@@ -52,8 +52,8 @@ def _end(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
         axis.plot(*zip(*its, strict=True), marker, color=color, label=label)
     labels = []
     for name in names:
-        its = [row for row in rows if row["name"] == name]
-        runs, seconds = (np.mean([row[field] for row in its]) for field in ("num_validation_runs", "seconds"))
+        of_name = [row for row in rows if row["name"] == name]
+        runs, seconds = (np.mean([row[field] for row in of_name]) for field in ("num_validation_runs", "seconds"))
         labels.append(f"{name}: {runs:.0f} runs, {seconds:.0f} s")
     axis.set_yticks(range(len(names)), labels)
     axis.set(xscale="log", xlabel="KL of what was found (nats), one mark per seed")
