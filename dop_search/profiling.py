@@ -208,6 +208,7 @@ def profile(
     *,
     space: str = "dop_split",
     shares: Sequence[float] = (1.0,),
+    split: bool = True,
     grid: CurveGrid | None = None,
     teacher: Teacher | None = None,
     max_new_tokens: int = 16,
@@ -227,6 +228,7 @@ def profile(
         selector: ranks the visual tokens, by name or with its options.
         space: ``dop`` (the paper's), ``dop_split``, ``dop_groups`` or ``uniform``.
         shares: share of the kept tokens per group of ``dop_groups``.
+        split: whether ``dop_groups`` has exit depths of their own for q and kv.
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
         max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
@@ -263,6 +265,7 @@ def profile(
         dims.num_layers,
         max(item.visual for item in counts),
         shares,
+        split,
         strategy_fields={
             "selector": ranker.name,
             "selector_options": {name: getattr(ranker, name) for name in ranker.option_names()},

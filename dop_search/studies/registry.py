@@ -22,15 +22,27 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.progress import Progress, SilentProgress
 from dop_search.report.studies import draw_study
+from dop_search.studies.additive_vs_exact import additive_vs_exact
 from dop_search.studies.compare import compare
+from dop_search.studies.depthwise_vs_free import depthwise_vs_free
 from dop_search.studies.results import ResultFile
+from dop_search.studies.solver import solver
+from dop_search.studies.split_attention import split_attention
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
 
 Measure = Callable[..., None]
 """``measure(bench, results, **options)`` adds the rows that are missing."""
 
-STUDIES: Mapping[str, Measure] = MappingProxyType({"compare": compare})
+STUDIES: Mapping[str, Measure] = MappingProxyType(
+    {
+        "additive_vs_exact": additive_vs_exact,
+        "compare": compare,
+        "depthwise_vs_free": depthwise_vs_free,
+        "solver": solver,
+        "split_attention": split_attention,
+    }
+)
 """The options of a study are its keyword arguments."""
 
 

@@ -142,14 +142,18 @@ class Workbench:
         space: str | None = None,
         selector: str | Selector | None = None,
         shares: Sequence[float] | None = None,
+        split: bool = True,
         **changes: Any,
     ) -> Profile:
-        """The divergence curves of a space on the search samples, with a store for exact evaluations."""
+        """The divergence curves of a space on the search samples, with a store for exact evaluations.
+
+        ``shares`` and ``split`` (q and kv apart) are for ``dop_groups``.
+        """
         chosen = self.config.space
         if space is not None:
             chosen = SpaceConfig.model_validate({"name": space, "shares": tuple(shares or _shares(space))})
         ranker = self.selector(selector)
-        key = (chosen, ranker, _frozen(changes))
+        key = (chosen, split, ranker, _frozen(changes))
         if key not in self._profiles:
             teacher = self.teacher("search", ranker, **changes)
             grid = self.config.space
@@ -160,6 +164,7 @@ class Workbench:
                     ranker,
                     space=chosen.name,
                     shares=chosen.shares,
+                    split=split,
                     grid=CurveGrid.of(grid.num_depth_levels, grid.num_token_levels),
                     teacher=teacher,
                     averaging=self.config.data.averaging,

@@ -10,13 +10,21 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dop_search.report.studies import compare
+from dop_search.report.studies import additive_vs_exact, compare, depthwise_vs_free, solver, split_attention
 from dop_search.report.style import save_figure
 
 Result = Mapping[str, Any]
 """The content of a study's ``result.json``."""
 
-FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType({"compare": compare.figures})
+FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
+    {
+        "additive_vs_exact": additive_vs_exact.figures,
+        "compare": compare.figures,
+        "depthwise_vs_free": depthwise_vs_free.figures,
+        "solver": solver.figures,
+        "split_attention": split_attention.figures,
+    }
+)
 TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType({"compare": compare.table})
 
 

@@ -1,0 +1,101 @@
+"""The additive optimum against the true one: maps of exact KL, estimate against measurement, and what each run buys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from dop_search.report.style import FAINT, LOOKS, styled
+
+MAPPED = "dop"
+FLOOR_NATS = 1e-4
+"""Smaller divergences share one colour: they are less than the samples can tell apart."""
+LABELS = {
+    "additive": "additive",
+    "rerank": "+ re-ranking",
+    "reanchored": "re-anchored curves",
+    "pair": "+ strongest pair",
+    "pairs": "+ all pairs",
+    "exact": "exhaustive",
+}
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """``map``: exact KL over the two depths; ``optima``: estimate against measurement, and KL of each method."""
+    grids = {row["space"]: row for row in result["rows"] if row["method"] == "grid" and "levels" in row}
+    made = {"map": _map(grids[MAPPED])} if MAPPED in grids else {}
+    return {**made, "optima": _optima(result, grids)}
+
+
+def _map(grid: Mapping[str, Any]) -> Figure:
+    names = grid["parameters"]
+    levels = np.array(grid["levels"])
+    attention, mlp, tokens = (levels[:, names.index(n)] for n in ("attention_depth", "mlp_depth", "num_visual_tokens"))
+    shown = sorted(set(tokens.tolist()))
+    depths, mlp_depths = sorted(set(attention.tolist())), sorted(set(mlp.tolist()))
+    exact = np.maximum(grid["kl_search_of"], FLOOR_NATS)
+    norm = LogNorm(FLOOR_NATS, float(exact.max()))
+    with styled():
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axis, count in zip(axes, shown, strict=True):
+            image = np.full((len(depths), len(mlp_depths)), np.nan)
+            for x, y, value, its in zip(mlp, attention, exact, tokens, strict=True):
+                if its == count:
+                    image[depths.index(y), mlp_depths.index(x)] = value
+            for line in range(len(depths)):  # MLP depths beyond the keys' are the same strategy
+                known = np.flatnonzero(~np.isnan(image[line]))
+                if len(known):
+                    image[line, np.isnan(image[line])] = image[line, known[-1]]
+            drawn = axis.imshow(image, norm=norm, cmap="viridis_r", origin="lower", aspect="auto")
+            axis.set_xticks(range(0, len(mlp_depths), 3), mlp_depths[::3])
+            axis.set_yticks(range(0, len(depths), 3), depths[::3])
+            axis.set_title(f"{count} visual tokens")
+            axis.set_xlabel("MLP depth")
+            axis.grid(False)
+        axes[0].set_ylabel("attention depth")
+        bar = figure.colorbar(drawn, ax=list(axes), pad=0.01)
+        bar.set_label("exact KL (nats), search set")
+    return figure
+
+
+def _optima(result: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]) -> Figure:
+    with styled():
+        figure = Figure(figsize=(9.6, 3.4 * len(grids)), layout="constrained")
+        for line, (space, grid) in zip(figure.subplots(len(grids), 3, squeeze=False), grids.items(), strict=True):
+            scatter, *panels = line
+            estimate = np.maximum(grid["kl_estimate_of"], FLOOR_NATS)
+            exact = np.maximum(grid["kl_search_of"], FLOOR_NATS)
+            drawn = scatter.scatter(estimate, exact, c=grid["cost_ratio"], s=9, cmap="cividis", vmin=0.0, vmax=1.0)
+            scatter.axline((1.0, 1.0), slope=1.0, color=FAINT, linewidth=0.9)
+            scatter.set(xscale="log", yscale="log", xlabel="sum of curves (nats)", ylabel="exact KL (nats)")
+            scatter.set_title(f"{space}: Spearman {grid['spearman']:.3f}, cheap half {grid['spearman_cheap_half']:.3f}")
+            figure.colorbar(drawn, ax=scatter, label="share of the FLOPs", pad=0.01)
+            for axis, field, title in zip(
+                panels, ("kl_search", "kl_heldout"), ("on the search set", "on held-out samples"), strict=True
+            ):
+                for look, (method, label) in zip(LOOKS, LABELS.items(), strict=True):
+                    points = [
+                        (row["budget"], max(row[field], FLOOR_NATS))
+                        for row in result["rows"]
+                        if row["space"] == space and row["method"] == method and field in row
+                    ]
+                    if points:
+                        axis.plot(
+                            *zip(*sorted(points), strict=True),
+                            color=look.color,
+                            linestyle=look.line,
+                            marker=look.marker,
+                            label=label,
+                        )
+                axis.set_yscale("log")
+                axis.set_xlabel("budget, share of the FLOPs")
+                axis.set_ylabel("KL of the chosen strategy (nats)")
+                axis.set_title(title)
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    return figure
