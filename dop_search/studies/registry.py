@@ -21,14 +21,26 @@ from dop_search.models.loading import load
 from dop_search.progress import Progress, SilentProgress
 from dop_search.report.studies import draw_study
 from dop_search.studies.compare import compare
+from dop_search.studies.failures import failures
+from dop_search.studies.objective import objective
 from dop_search.studies.results import ResultFile
+from dop_search.studies.validation import validation_seed, validation_size, validation_source
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
 
 Measure = Callable[..., None]
 """``measure(bench, results, **options)`` adds the rows that are missing."""
 
-STUDIES: Mapping[str, Measure] = MappingProxyType({"compare": compare})
+STUDIES: Mapping[str, Measure] = MappingProxyType(
+    {
+        "compare": compare,
+        "failures": failures,
+        "objective": objective,
+        "validation_seed": validation_seed,
+        "validation_size": validation_size,
+        "validation_source": validation_source,
+    }
+)
 """The options of a study are its keyword arguments."""
 
 

@@ -10,14 +10,25 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dop_search.report.studies import compare
+from dop_search.report.studies import compare, failures, objective, validation
 from dop_search.report.style import save_figure
 
 Result = Mapping[str, Any]
 """The content of a study's ``result.json``."""
 
-FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType({"compare": compare.figures})
-TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType({"compare": compare.table})
+FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
+    {
+        "compare": compare.figures,
+        "failures": failures.figures,
+        "objective": objective.figures,
+        "validation_seed": validation.seed_figures,
+        "validation_size": validation.size_figures,
+        "validation_source": validation.source_figures,
+    }
+)
+TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType(
+    {"compare": compare.table, "objective": objective.table}
+)
 
 
 def draw_study(result: Result, folder: Path) -> list[Path]:
