@@ -1,7 +1,15 @@
 """How far a strategy's output distribution is from the full model's."""
 
 from dop_search.divergence.chunks import HiddenStates
-from dop_search.divergence.engine import DivergenceEngine, kl_divergence
+from dop_search.divergence.engine import Divergence, DivergenceEngine, kl_divergence
 from dop_search.divergence.teacher import Teacher, TeacherSample, make_teacher
 
-__all__ = ["DivergenceEngine", "HiddenStates", "Teacher", "TeacherSample", "kl_divergence", "make_teacher"]
+__all__ = [
+    "Divergence",
+    "DivergenceEngine",
+    "HiddenStates",
+    "Teacher",
+    "TeacherSample",
+    "kl_divergence",
+    "make_teacher",
+]

@@ -34,6 +34,7 @@ from dop_search.strategy import Strategy
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+Divergence = Callable[[Tensor, Tensor], Tensor]
 CPU_BATCH_SIZE = 8
 ACCELERATOR_BATCH_SIZE = 32
 
@@ -78,6 +79,9 @@ class DivergenceEngine:
         averaging: ``"per_sample"`` averages over a sample's answer positions first, ``"per_token"`` weighs every
             answer token the same (the mean over the returned samples is then the mean over tokens).
         hidden_states: ``keep`` (default), ``offload`` or ``recompute`` the full model's; see ``HiddenStates``.
+        divergence: what is averaged, instead of KL: a function of two log-probabilities, the full model's and the
+            strategy's, each ``[num_positions, vocab_size]``, to ``[num_positions]``, or for ``K`` of them to
+            ``[num_positions, K]``.
         share_prefixes, early_start, keep_prefix: switches for benchmarks; the numbers do not depend on them.
     """
 
@@ -88,6 +92,7 @@ class DivergenceEngine:
         batch_size: int | None = None,
         averaging: str = "per_sample",
         hidden_states: HiddenStates = "keep",
+        divergence: Divergence | None = None,
         share_prefixes: bool = True,
         early_start: bool = True,
         keep_prefix: bool = True,
@@ -99,7 +104,7 @@ class DivergenceEngine:
         adapter.check_placement()
         self.adapter, self.teacher = adapter, teacher
         self.batch_size = batch_size or (CPU_BATCH_SIZE if adapter.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
-        self.averaging = averaging
+        self.averaging, self.divergence = averaging, divergence or kl_divergence
         self.hidden_states, self.share_prefixes, self.early_start = hidden_states, share_prefixes, early_start
         self.keep_prefix = keep_prefix
         self.work = WorkCounter()
@@ -130,7 +135,8 @@ class DivergenceEngine:
             on_progress: called with (done, total) chunks.
 
         Returns:
-            ``[num_strategies, num_samples]`` float64, in the order asked for.
+            ``[num_strategies, num_samples]`` float64, in the order asked for; with another axis ``[K]`` if
+            ``divergence`` has one.
 
         Raises:
             NumericalError: if a strategy's logits are not finite.
@@ -147,17 +153,20 @@ class DivergenceEngine:
                     "score it with dop_search.baselines.plain_divergence"
                 )
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)
+        if not strategies:
+            return np.zeros((0, len(indices)))
         place = {sample: position for position, sample in enumerate(indices)}
-        result = np.zeros((len(strategies), len(indices)))
+        parts = []
         chunks = self._chunks_of(indices)
         self._log_memory([chunk for _, chunk in chunks])
-        for done, (members, chunk) in enumerate(chunks, start=1):
-            scores = self._score_chunk(chunk, strategies)
+        for done, (_, chunk) in enumerate(chunks, start=1):
+            parts.append(self._score_chunk(chunk, strategies))
             chunk.release_hidden()
-            result[:, [place[member] for member in members]] = scores
             if on_progress is not None:
                 on_progress(done, len(chunks))
-        return result * self._weights(indices)
+        order = np.argsort([place[member] for members, _ in chunks for member in members])
+        result = np.concatenate(parts, axis=1)[:, order]
+        return result * self._weights(indices).reshape(-1, *[1] * (result.ndim - 2))
 
     def _log_memory(self, chunks: Sequence[PackedChunk]) -> None:
         if self._logged:
@@ -198,7 +207,7 @@ class DivergenceEngine:
     # -- one chunk --------------------------------------------------------------------------------
 
     def _score_chunk(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> np.ndarray:
-        scores = np.zeros((len(strategies), len(chunk.samples)))
+        scores: dict[int, np.ndarray] = {}
         for bucket in _buckets(strategies):
             first = strategies[bucket[0]]
             layout, tables, entry, injected = chunk.layout(first)
@@ -216,8 +225,12 @@ class DivergenceEngine:
                 if group:
                     self._descend(walk, group, 0, None, walk.all_groups)
             for index, hidden in walk.results.items():
-                scores[index] = self._divergence(chunk, hidden, strategies[index])
-        return scores
+                logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()
+                scores[index] = self._divergence(chunk, logits.log_softmax(dim=-1), strategies[index])
+        if len(scores) < len(strategies):  # the empty strategy is the full model itself
+            full = self._divergence(chunk, chunk.log_probs, Strategy.full(self.adapter.dims.num_layers))
+            scores = dict.fromkeys(range(len(strategies)), full) | scores
+        return np.stack([scores[index] for index in range(len(strategies))])
 
     def _descend(
         self, walk: _Walk, candidates: Sequence[_Candidate], layer: int, hidden: Tensor | None, before: Groups
@@ -260,19 +273,18 @@ class DivergenceEngine:
         assert layer == 0
         return walk.chunk.entry_embeds(walk.strategy, walk.entry)
 
-    def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> np.ndarray:
-        logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()
-        kl = kl_divergence(chunk.log_probs, logits.log_softmax(dim=-1))
-        values = kl.cpu().numpy()
-        if not np.isfinite(values).all():
-            at = np.repeat(np.arange(len(chunk.samples)), chunk.num_answer_tokens)[~np.isfinite(values)][0]
+    def _divergence(self, chunk: PackedChunk, log_probs: Tensor, strategy: Strategy) -> np.ndarray:
+        values = self.divergence(chunk.log_probs, log_probs).cpu().numpy()
+        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not finite.all():
+            at = np.repeat(np.arange(len(chunk.samples)), chunk.num_answer_tokens)[~finite][0]
             raise NumericalError(
                 f"the pruned model's logits are not finite for sample {chunk.samples[at].id!r} under "
                 f"{strategy.describe()!r} (dtype {self.adapter.model.dtype}); use dtype=float32 or bfloat16"
             )
         ends = np.cumsum(chunk.num_answer_tokens)
         parts = np.split(values.astype(np.float64), ends[:-1])
-        return np.array([part.mean() for part in parts])
+        return np.array([part.mean(axis=0) for part in parts])
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

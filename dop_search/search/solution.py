@@ -90,19 +90,27 @@ class Solution:
         }
 
 
+def fill_tokens(problem: Problem, budget: Budget, depths: Mapping[str, int] | None = None) -> dict[str, int] | None:
+    """The largest number of visual tokens that fits beside given depths (those not named are full).
+
+    ``None`` if not even the smallest number of the space fits.
+    """
+    ratio, space = budget.resolve(problem.cost_model), problem.space
+    levels = space.tokens.levels
+    low, high = 0, len(levels)  # levels[:low] fit, levels[high:] do not: the cost rises with the tokens
+    while low < high:
+        middle = (low + high) // 2
+        strategy = space.strategy({**(depths or {}), space.tokens.name: levels[middle]})
+        low, high = (middle + 1, high) if problem.cost_model.ratio(strategy) <= ratio else (low, middle)
+    return None if low == 0 else {**space.full, **(depths or {}), space.tokens.name: int(levels[low - 1])}
+
+
 def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | None:
     """Uniform token reduction: the largest number of visual tokens that fits, everything else full.
 
     ``None`` if not even the smallest number of the space fits.
     """
-    ratio = budget.resolve(problem.cost_model)
-    levels = problem.space.tokens.levels
-    low, high = 0, len(levels)  # levels[:low] fit, levels[high:] do not: the cost rises with the tokens
-    while low < high:
-        middle = (low + high) // 2
-        fits = problem.cost_model.ratio(problem.space.single(problem.space.tokens.name, levels[middle])) <= ratio
-        low, high = (middle + 1, high) if fits else (low, middle)
-    return None if low == 0 else {**problem.space.full, problem.space.tokens.name: int(levels[low - 1])}
+    return fill_tokens(problem, budget)
 
 
 def as_assignment(space: Space, indices: np.ndarray[Any, Any]) -> dict[str, int]:

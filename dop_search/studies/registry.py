@@ -25,9 +25,12 @@ from dop_search.report.studies import draw_study
 from dop_search.studies.additive_vs_exact import additive_vs_exact
 from dop_search.studies.compare import compare
 from dop_search.studies.depthwise_vs_free import depthwise_vs_free
+from dop_search.studies.failures import failures
+from dop_search.studies.objective import objective
 from dop_search.studies.results import ResultFile
 from dop_search.studies.solver import solver
 from dop_search.studies.split_attention import split_attention
+from dop_search.studies.validation import validation_seed, validation_size, validation_source
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
 
@@ -39,8 +42,13 @@ STUDIES: Mapping[str, Measure] = MappingProxyType(
         "additive_vs_exact": additive_vs_exact,
         "compare": compare,
         "depthwise_vs_free": depthwise_vs_free,
+        "failures": failures,
+        "objective": objective,
         "solver": solver,
         "split_attention": split_attention,
+        "validation_seed": validation_seed,
+        "validation_size": validation_size,
+        "validation_source": validation_source,
     }
 )
 """The options of a study are its keyword arguments."""

@@ -12,9 +12,9 @@ import numpy as np
 
 from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
 from dop_search.config import DataConfig, SearchConfig, SpaceConfig
-from dop_search.data.samples import Sample, ValidationSet
+from dop_search.data.samples import ValidationSet
 from dop_search.data.validation import Split
-from dop_search.divergence import Teacher, make_teacher
+from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
 from dop_search.evaluation import correct_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.profiling import Profile, evaluation_store, profile
@@ -44,7 +44,7 @@ class Workbench:
         self._teachers: dict[Any, Teacher] = {}
         self._stores: dict[Any, EvaluationStore] = {}
         self._profiles: dict[Any, Profile] = {}
-        self._correct: dict[str, np.ndarray] = {}
+        self._answers: dict[str, list[str]] = {}
 
     @property
     def cache(self) -> Path:
@@ -137,6 +137,21 @@ class Workbench:
             found.update((strategy.key(), row) for strategy, row in zip(its, values, strict=True))
         return np.stack([found[strategy.key()] for strategy in strategies])
 
+    def distances(
+        self, strategies: Sequence[Strategy], split: Split, divergence: Divergence, **changes: Any
+    ) -> np.ndarray:
+        """Other divergences than KL, ``[num_strategies, num_samples, K]``, under the configured selector; not kept."""
+        engine = DivergenceEngine(
+            self.loaded.adapter,
+            self.teacher(split, **changes),
+            averaging=self.config.data.averaging,
+            hidden_states=self.config.hidden_states,
+            divergence=divergence,
+        )
+        with watch(self.progress) as notify:
+            what = f"{len(strategies)} strategies ({split})"
+            return engine.evaluate(strategies, on_progress=partial(notify, what=what))
+
     def profile(
         self,
         space: str | None = None,
@@ -204,21 +219,33 @@ class Workbench:
 
     def correct(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> np.ndarray:
         """Which greedy answers are right, boolean ``[num_samples]``; ``None``: the full model's."""
+        return correct_answers(self.answers(method, split), self.data(split).samples)
+
+    def answers(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> list[str]:
+        """Greedy answers, one per sample; ``None``: the full model's."""
         if method is None:
             method = Strategy.full(self.num_layers)
         strategy = method.strategy if isinstance(method, FittedMethod) else method
         key = None if strategy is None else split + strategy.key()
-        if key is None or key not in self._correct:
-            right = self._answer(method, self.data(split).samples)
+        if key is None or key not in self._answers:
+            answers = plain_answers(
+                self.loaded,
+                self.data(split).samples,
+                method,
+                batch_size=self.config.batch_size,
+                max_new_tokens=self.config.data.max_new_tokens,
+            )
             if key is None:
-                return right
-            self._correct[key] = right
-        return self._correct[key]
+                return answers
+            self._answers[key] = answers
+        return self._answers[key]
 
-    def _answer(self, method: Strategy | FittedMethod, samples: Sequence[Sample]) -> np.ndarray:
-        limit = self.config.data.max_new_tokens
-        answers = plain_answers(self.loaded, samples, method, batch_size=self.config.batch_size, max_new_tokens=limit)
-        return correct_answers(answers, samples)
+    def full_answers(self, split: Split = "test") -> list[str]:
+        """The full model's greedy answers, as its teacher has them, one per sample."""
+        changes = {} if self.config.data.answers == "teacher" else {"answers": "teacher"}
+        answers = [sample.answer_ids for sample in self.teacher(split, **changes).samples]
+        texts = self.loaded.processor.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     @contextmanager
     def watch(self, prefix: str = "") -> Iterator[Notify]:

@@ -125,3 +125,19 @@ def test_refuses_a_strategy_of_another_depth(pocket, teacher):
 def test_refuses_an_unknown_averaging(pocket, teacher):
     with pytest.raises(DopError, match="per_word"):
         DivergenceEngine(pocket.adapter, teacher, averaging="per_word")
+
+
+def test_another_divergence_with_several_values_per_position(pocket, teacher):
+    """Columns come back as asked for, in the order of the samples; KL among them is the engine's own."""
+
+    def both(log_p, log_q):
+        return torch.stack([2.0 * kl_divergence(log_p, log_q), (log_q - log_p).abs().amax(dim=-1)], dim=-1)
+
+    strategies = [Strategy.full(LAYERS), *random_strategies(3, seed=5)]
+    plain = DivergenceEngine(pocket.adapter, teacher, batch_size=2)
+    values = DivergenceEngine(pocket.adapter, teacher, batch_size=2, divergence=both).evaluate(strategies, [4, 1, 0])
+    assert values.shape == (4, 3, 2)
+    assert (values[0] == 0.0).all()
+    np.testing.assert_allclose(values[..., 0], 2.0 * plain.evaluate(strategies, [4, 1, 0]), rtol=2e-3, atol=2e-5)
+    assert (values[1:, :, 1] > 0.0).all()
+    assert plain.evaluate([]).shape == (0, len(teacher.samples))

@@ -10,7 +10,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dop_search.report.studies import additive_vs_exact, compare, depthwise_vs_free, solver, split_attention
+from dop_search.report.studies import (
+    additive_vs_exact,
+    compare,
+    depthwise_vs_free,
+    failures,
+    objective,
+    solver,
+    split_attention,
+    validation,
+)
 from dop_search.report.style import save_figure
 
 Result = Mapping[str, Any]
@@ -21,11 +30,21 @@ FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
         "additive_vs_exact": additive_vs_exact.figures,
         "compare": compare.figures,
         "depthwise_vs_free": depthwise_vs_free.figures,
+        "failures": failures.figures,
+        "objective": objective.figures,
         "solver": solver.figures,
         "split_attention": split_attention.figures,
+        "validation_seed": validation.seed_figures,
+        "validation_size": validation.size_figures,
+        "validation_source": validation.source_figures,
     }
 )
-TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType({"compare": compare.table})
+TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType(
+    {
+        "compare": compare.table,
+        "objective": objective.table,
+    }
+)
 
 
 def draw_study(result: Result, folder: Path) -> list[Path]:
