@@ -13,7 +13,7 @@ Where the time goes compared with a full forward of the model per strategy:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -135,17 +135,7 @@ class DivergenceEngine:
         Raises:
             NumericalError: if a strategy's logits are not finite.
         """
-        for strategy in strategies:
-            if strategy.num_layers != self.adapter.dims.num_layers:
-                raise DopError(
-                    f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
-                    f"{self.adapter.dims.num_layers}"
-                )
-            if strategy.stages:
-                raise DopError(
-                    f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "
-                    "score it with dop_search.baselines.plain_divergence"
-                )
+        self._check(strategies)
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)
         place = {sample: position for position, sample in enumerate(indices)}
         result = np.zeros((len(strategies), len(indices)))
@@ -158,6 +148,31 @@ class DivergenceEngine:
             if on_progress is not None:
                 on_progress(done, len(chunks))
         return result * self._weights(indices)
+
+    @torch.inference_mode()
+    def by_position(self, strategies: Sequence[Strategy]) -> list[list[np.ndarray]]:
+        """KL(full ‖ strategy) in nats at each answer position: per strategy and sample ``[num_answer_tokens]``."""
+        self._check(strategies)
+        result = [[np.zeros(len(sample.answer_ids)) for sample in self.teacher.samples] for _ in strategies]
+        for members, chunk in self._chunks_of(range(self.num_samples)):
+            for index, parts in self._positions(chunk, strategies):
+                for member, part in zip(members, parts, strict=True):
+                    result[index][member] = part
+            chunk.release_hidden()
+        return result
+
+    def _check(self, strategies: Sequence[Strategy]) -> None:
+        for strategy in strategies:
+            if strategy.num_layers != self.adapter.dims.num_layers:
+                raise DopError(
+                    f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
+                    f"{self.adapter.dims.num_layers}"
+                )
+            if strategy.stages:
+                raise DopError(
+                    f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "
+                    "score it with dop_search.baselines.plain_divergence"
+                )
 
     def _log_memory(self, chunks: Sequence[PackedChunk]) -> None:
         if self._logged:
@@ -199,6 +214,12 @@ class DivergenceEngine:
 
     def _score_chunk(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> np.ndarray:
         scores = np.zeros((len(strategies), len(chunk.samples)))
+        for index, parts in self._positions(chunk, strategies):
+            scores[index] = [part.mean() for part in parts]
+        return scores
+
+    def _positions(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Index and KL per sample and answer position of each strategy that is not empty."""
         for bucket in _buckets(strategies):
             first = strategies[bucket[0]]
             layout, tables, entry, injected = chunk.layout(first)
@@ -216,8 +237,7 @@ class DivergenceEngine:
                 if group:
                     self._descend(walk, group, 0, None, walk.all_groups)
             for index, hidden in walk.results.items():
-                scores[index] = self._divergence(chunk, hidden, strategies[index])
-        return scores
+                yield index, self._divergence(chunk, hidden, strategies[index])
 
     def _descend(
         self, walk: _Walk, candidates: Sequence[_Candidate], layer: int, hidden: Tensor | None, before: Groups
@@ -260,7 +280,7 @@ class DivergenceEngine:
         assert layer == 0
         return walk.chunk.entry_embeds(walk.strategy, walk.entry)
 
-    def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> np.ndarray:
+    def _divergence(self, chunk: PackedChunk, hidden: Tensor, strategy: Strategy) -> list[np.ndarray]:
         logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()
         kl = kl_divergence(chunk.log_probs, logits.log_softmax(dim=-1))
         values = kl.cpu().numpy()
@@ -271,8 +291,7 @@ class DivergenceEngine:
                 f"{strategy.describe()!r} (dtype {self.adapter.model.dtype}); use dtype=float32 or bfloat16"
             )
         ends = np.cumsum(chunk.num_answer_tokens)
-        parts = np.split(values.astype(np.float64), ends[:-1])
-        return np.array([part.mean() for part in parts])
+        return np.split(values.astype(np.float64), ends[:-1])
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

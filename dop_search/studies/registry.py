@@ -21,15 +21,19 @@ from dop_search.models.loading import load
 from dop_search.progress import Progress, SilentProgress
 from dop_search.report.studies import draw_study
 from dop_search.studies.compare import compare
+from dop_search.studies.long_answers import long_answers
 from dop_search.studies.results import ResultFile
 from dop_search.studies.selectors import selectors
+from dop_search.studies.transfer import transfer
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
 
 Measure = Callable[..., None]
 """``measure(bench, results, **options)`` adds the rows that are missing."""
 
-STUDIES: Mapping[str, Measure] = MappingProxyType({"compare": compare, "selectors": selectors})
+STUDIES: Mapping[str, Measure] = MappingProxyType(
+    {"compare": compare, "long_answers": long_answers, "selectors": selectors, "transfer": transfer}
+)
 """The options of a study are its keyword arguments."""
 
 

@@ -110,7 +110,7 @@ def _at(results: ResultFile, budget: float, reference: str) -> dict[str, Any]:
         found["differences"][name] = bootstrap_ci95(samples(name, "found") - samples(name, "uniform"))
     if reference in names:
         start = samples(reference, "uniform")
-        best = {kind: min(names, key=lambda name: rows[name, kind]["kl_search"]) for kind in OPERATIONS}  # noqa: B023
+        best = {kind: min(names, key=lambda name: rows[name, kind]["kl_search"]) for kind in OPERATIONS}
         found["steps"] = {
             step: {
                 "selector": name,

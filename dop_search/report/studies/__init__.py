@@ -10,14 +10,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dop_search.report.studies import compare, selectors
+from dop_search.report.studies import compare, long_answers, selectors, transfer
 from dop_search.report.style import save_figure
 
 Result = Mapping[str, Any]
 """The content of a study's ``result.json``."""
 
 FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
-    {"compare": compare.figures, "selectors": selectors.figures}
+    {
+        "compare": compare.figures,
+        "long_answers": long_answers.figures,
+        "selectors": selectors.figures,
+        "transfer": transfer.figures,
+    }
 )
 TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType({"compare": compare.table})
 
