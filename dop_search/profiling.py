@@ -260,12 +260,15 @@ def profile(
         )
     counts = token_counts(teacher)
     dims = loaded.adapter.dims
+    num_visual = max(item.visual for item in counts)
+    fewest = ranker.fewest_tokens(num_visual, len(loaded.adapter.tower_view.layers)) if ranker.changes_tower else 1
     searched = make_space(
         space,
         dims.num_layers,
-        max(item.visual for item in counts),
+        num_visual,
         shares,
         split,
+        min_visual_tokens=fewest,
         strategy_fields={
             "selector": ranker.name,
             "selector_options": {name: getattr(ranker, name) for name in ranker.option_names()},

@@ -13,7 +13,7 @@ Where the time goes compared with a full forward of the model per strategy:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -141,17 +141,7 @@ class DivergenceEngine:
         Raises:
             NumericalError: if a strategy's logits are not finite.
         """
-        for strategy in strategies:
-            if strategy.num_layers != self.adapter.dims.num_layers:
-                raise DopError(
-                    f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
-                    f"{self.adapter.dims.num_layers}"
-                )
-            if strategy.stages:
-                raise DopError(
-                    f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "
-                    "score it with dop_search.baselines.plain_divergence"
-                )
+        self._check(strategies)
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)
         if not strategies:
             return np.zeros((0, len(indices)))
@@ -167,6 +157,31 @@ class DivergenceEngine:
         order = np.argsort([place[member] for members, _ in chunks for member in members])
         result = np.concatenate(parts, axis=1)[:, order]
         return result * self._weights(indices).reshape(-1, *[1] * (result.ndim - 2))
+
+    @torch.inference_mode()
+    def by_position(self, strategies: Sequence[Strategy]) -> list[list[np.ndarray]]:
+        """The divergence at each answer position: per strategy and sample ``[num_answer_tokens]``, in nats for KL."""
+        self._check(strategies)
+        result = [[np.zeros(len(sample.answer_ids)) for sample in self.teacher.samples] for _ in strategies]
+        for members, chunk in self._chunks_of(range(self.num_samples)):
+            for index, parts in self._positions(chunk, strategies):
+                for member, part in zip(members, parts, strict=True):
+                    result[index][member] = part
+            chunk.release_hidden()
+        return result
+
+    def _check(self, strategies: Sequence[Strategy]) -> None:
+        for strategy in strategies:
+            if strategy.num_layers != self.adapter.dims.num_layers:
+                raise DopError(
+                    f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
+                    f"{self.adapter.dims.num_layers}"
+                )
+            if strategy.stages:
+                raise DopError(
+                    f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "
+                    "score it with dop_search.baselines.plain_divergence"
+                )
 
     def _log_memory(self, chunks: Sequence[PackedChunk]) -> None:
         if self._logged:
@@ -207,7 +222,18 @@ class DivergenceEngine:
     # -- one chunk --------------------------------------------------------------------------------
 
     def _score_chunk(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> np.ndarray:
-        scores: dict[int, np.ndarray] = {}
+        scores = {
+            index: np.array([part.mean(axis=0) for part in parts])
+            for index, parts in self._positions(chunk, strategies)
+        }
+        if len(scores) < len(strategies):  # the empty strategy is the full model itself
+            parts = self._divergence(chunk, chunk.log_probs, Strategy.full(self.adapter.dims.num_layers))
+            full = np.array([part.mean(axis=0) for part in parts])
+            scores = dict.fromkeys(range(len(strategies)), full) | scores
+        return np.stack([scores[index] for index in range(len(strategies))])
+
+    def _positions(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Index and divergence per sample and answer position of each strategy that is not empty."""
         for bucket in _buckets(strategies):
             first = strategies[bucket[0]]
             layout, tables, entry, injected = chunk.layout(first)
@@ -226,11 +252,7 @@ class DivergenceEngine:
                     self._descend(walk, group, 0, None, walk.all_groups)
             for index, hidden in walk.results.items():
                 logits = self.adapter.lm_head(self.adapter.text_model.norm(hidden)).float()
-                scores[index] = self._divergence(chunk, logits.log_softmax(dim=-1), strategies[index])
-        if len(scores) < len(strategies):  # the empty strategy is the full model itself
-            full = self._divergence(chunk, chunk.log_probs, Strategy.full(self.adapter.dims.num_layers))
-            scores = dict.fromkeys(range(len(strategies)), full) | scores
-        return np.stack([scores[index] for index in range(len(strategies))])
+                yield index, self._divergence(chunk, logits.log_softmax(dim=-1), strategies[index])
 
     def _descend(
         self, walk: _Walk, candidates: Sequence[_Candidate], layer: int, hidden: Tensor | None, before: Groups
@@ -273,7 +295,7 @@ class DivergenceEngine:
         assert layer == 0
         return walk.chunk.entry_embeds(walk.strategy, walk.entry)
 
-    def _divergence(self, chunk: PackedChunk, log_probs: Tensor, strategy: Strategy) -> np.ndarray:
+    def _divergence(self, chunk: PackedChunk, log_probs: Tensor, strategy: Strategy) -> list[np.ndarray]:
         values = self.divergence(chunk.log_probs, log_probs).cpu().numpy()
         finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not finite.all():
@@ -283,8 +305,7 @@ class DivergenceEngine:
                 f"{strategy.describe()!r} (dtype {self.adapter.model.dtype}); use dtype=float32 or bfloat16"
             )
         ends = np.cumsum(chunk.num_answer_tokens)
-        parts = np.split(values.astype(np.float64), ends[:-1])
-        return np.array([part.mean(axis=0) for part in parts])
+        return np.split(values.astype(np.float64), ends[:-1])
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def make_teacher(
     answers: str = "teacher",
     batch_size: int = 16,
     cache_dir: Path | None = None,
+    answer_ids: Sequence[Sequence[int]] | None = None,
     on_progress: Progress | None = None,
 ) -> Teacher:
     """Ask the full model, or read its answers from the cache.
@@ -93,6 +94,8 @@ def make_teacher(
         answers: ``"teacher"`` (the model's own greedy answers, label-free) or ``"ground_truth"``.
         batch_size: samples per generation call.
         cache_dir: where the teacher is kept by fingerprint; ``None`` keeps nothing.
+        answer_ids: the answers, where a teacher of the same model, data and ``answers`` has them already: they do not
+            depend on the selector.
         on_progress: called with (done, total) samples.
 
     Raises:
@@ -105,7 +108,10 @@ def make_teacher(
         return _read(path, fingerprint, data, loaded.adapter, selector)
     observed: dict[int, TeacherSample] = {}
     for batch in alike_batches(data.samples, batch_size):
-        ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers)
+        if answer_ids is None:
+            ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers)
+        else:
+            ids = [list(answer_ids[index]) for index in batch]
         for index, answer in zip(batch, ids, strict=True):
             observed[index] = _observe(loaded, data.samples[index], answer, selector)
             if on_progress is not None:

@@ -174,6 +174,10 @@ class Selector(ABC):
         """
         return ((num_visual, num_visual),) * num_layers
 
+    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
+        """The fewest tokens that it can leave; arguments as in :meth:`tower_tokens`."""
+        return 1
+
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """Names of the options."""

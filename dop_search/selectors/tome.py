@@ -62,6 +62,12 @@ class ToMeSelector(Selector):
             count -= merged
         return tuple(result)
 
+    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
+        """See base class: each layer at most halves the patches."""
+        for _ in range(num_layers):
+            num_visual -= num_visual // 2
+        return num_visual
+
 
 def merge_schedule(num_patches: int, num_kept: int, num_layers: int) -> tuple[int, ...]:
     """Patches to merge in each layer: the smallest constant ``r`` that leaves ``num_kept`` patches.

@@ -158,7 +158,7 @@ def _choose(measured: _Measured, method: str, budget: Budget, num_candidates: in
         else:
             estimates = _with_interactions(measured, mean, only_strongest=method == "pair")
         within = np.flatnonzero(grid.cost_ratio <= budget.value)
-        at = int(min(within, key=lambda i: (round(estimates[i], 12), grid.cost_ratio[i])))
+        at = int(min(within, key=lambda i: (round(float(estimates[i]), 12), grid.cost_ratio[i])))
         chosen, estimate = grid.strategies[at], float(estimates[at])
         if method == "reanchored" and mean([grid.assignments[at]])[0] > mean([first.assignment])[0]:
             chosen, estimate = first.strategy, first.divergence_additive

@@ -59,7 +59,7 @@ def compare(
     def row(method: str, budget: float) -> tuple[Mapping[str, Any], np.ndarray]:
         space, _, selector = method.partition("@")
         if space in SPACES:
-            fitted = _search(bench, context(selector), method, space, selector, budget)
+            fitted = search_space(bench, context(selector), method, space, selector, budget)
         else:
             fitted = BASELINES[space].fit(context(selector), budget)
         return _measure(bench, fitted, num_timing_rounds)
@@ -87,7 +87,15 @@ def _check(name: str) -> None:
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def _search(bench: Workbench, context: FitContext, name: str, space: str, selector: str, budget: float) -> FittedMethod:
+def search_space(
+    bench: Workbench,
+    context: FitContext,
+    name: str,
+    space: str,
+    selector: str,
+    budget: float,
+    num_candidates: int = 16,
+) -> FittedMethod:
     """The strategy of a search space at a FLOPs ratio that includes what its selector computes."""
     profile = bench.profile(space, selector or None)
     overhead = 0.0
@@ -96,7 +104,7 @@ def _search(bench: Workbench, context: FitContext, name: str, space: str, select
         overhead = max(overhead, context.pricing.selection_ratio(profile.solve(left)))
     limit = Budget(flops_ratio=_left(budget, overhead))
     with bench.watch(f"{name} at {budget:g}: ") as notify:
-        best = rerank_all(profile.problem(limit), limit, on_progress=notify)[0]
+        best = rerank_all(profile.problem(limit), limit, num_candidates, on_progress=notify)[0]
     strategy = replace(best.strategy, model_fingerprint=None)
     ratio = context.pricing.ratio(strategy)
     facts = {

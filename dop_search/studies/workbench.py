@@ -85,6 +85,8 @@ class Workbench:
         key = (split, ranker, _frozen(changes))
         if key not in self._teachers:
             data, config = self.data(split, **changes), self.data_config(changes)
+            same = (other for (part, _, what), other in self._teachers.items() if (part, what) == (split, key[2]))
+            known = next(same, None)
             with watch(self.progress) as notify:
                 self._teachers[key] = make_teacher(
                     self.loaded,
@@ -94,6 +96,7 @@ class Workbench:
                     answers=config.answers,
                     batch_size=self.config.batch_size,
                     cache_dir=self.cache,
+                    answer_ids=None if known is None else [sample.answer_ids for sample in known.samples],
                     on_progress=partial(notify, what=f"full model on {len(data)} {split} samples, {ranker.name}"),
                 )
         return self._teachers[key]
@@ -214,7 +217,8 @@ class Workbench:
         right = self.correct(None, split).copy()
         changed = np.flatnonzero(~outcome.same_answer)
         if len(changed):
-            right[changed] = self._answer(method, [samples[index] for index in changed])
+            asked = [samples[index] for index in changed]
+            right[changed] = correct_answers(self._generate(method, asked), asked)
         return right
 
     def correct(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> np.ndarray:
@@ -228,17 +232,15 @@ class Workbench:
         strategy = method.strategy if isinstance(method, FittedMethod) else method
         key = None if strategy is None else split + strategy.key()
         if key is None or key not in self._answers:
-            answers = plain_answers(
-                self.loaded,
-                self.data(split).samples,
-                method,
-                batch_size=self.config.batch_size,
-                max_new_tokens=self.config.data.max_new_tokens,
-            )
+            answers = self._generate(method, self.data(split).samples)
             if key is None:
                 return answers
             self._answers[key] = answers
         return self._answers[key]
+
+    def _generate(self, method: Strategy | FittedMethod, samples: Sequence[Sample]) -> list[str]:
+        limit = self.config.data.max_new_tokens
+        return plain_answers(self.loaded, samples, method, batch_size=self.config.batch_size, max_new_tokens=limit)
 
     def full_answers(self, split: Split = "test") -> list[str]:
         """The full model's greedy answers, as its teacher has them, one per sample."""

@@ -92,6 +92,16 @@ def test_per_token_averaging_weighs_every_answer_token(pocket, teacher):
     np.testing.assert_allclose(per_token.mean(axis=1), (per_sample * lengths).sum(axis=1) / lengths.sum(), rtol=1e-6)
 
 
+def test_positions_average_to_the_samples_divergence(pocket, teacher):
+    engine = DivergenceEngine(pocket.adapter, teacher)
+    strategies = [*random_strategies(3, seed=11), Strategy.full(12)]
+    values = engine.by_position(strategies)
+    assert [[len(item) for item in its] for its in values] == [[len(s.answer_ids) for s in teacher.samples]] * 4
+    means = [[item.mean() for item in its] for its in values]
+    np.testing.assert_allclose(means, engine.evaluate(strategies), rtol=1e-9, atol=1e-12)
+    assert all(not item.any() for item in values[3])
+
+
 def test_kl_equals_torch_distributions():
     torch.manual_seed(0)
     p, q = torch.randn(5, 11).log_softmax(-1), torch.randn(5, 11).log_softmax(-1)

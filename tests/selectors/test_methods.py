@@ -345,6 +345,9 @@ def test_merge_schedule_takes_the_smallest_constant_number():
             count -= merged
     with pytest.raises(DopError, match=r"5 layers.*256 cannot become 7; at least 8"):
         merge_schedule(256, 7, 5)
+    assert make_selector("tome").fewest_tokens(256, 5) == 8
+    assert make_selector("tome").fewest_tokens(577, 3) == 73  # 289, 145, 73
+    merge_schedule(577, 73, 3)
 
 
 def test_cosines_in_half_precision_are_computed_in_single():

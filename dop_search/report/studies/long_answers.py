@@ -1,0 +1,70 @@
+"""Long answers: divergence by answer position, and what the full model makes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dop_search.report.style import FOUND, INK, LOOKS, SMALLEST_KL, UNIFORM, Look, styled
+
+_LOOKS = {
+    "uniform": Look(UNIFORM, "s", "--"),
+    "found": Look(FOUND, "o", "-"),
+    "found_long": LOOKS[2],
+    "kv": LOOKS[3],
+    "q": LOOKS[4],
+    "mlp": LOOKS[5],
+}
+_NAMES = {"uniform": "uniform reduction", "found": "found on the search data", "found_long": "found on long answers"}
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """``long_answers``: KL by position, a panel per budget, one of the single cuts, one of the full model."""
+    rows = [row for row in result["rows"] if "position" in row]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    full = result["summary"].get("full")
+    with styled():
+        figure = Figure(figsize=(2.9 * (len(budgets) + 1), 3.8), layout="constrained")
+        axes = figure.subplots(1, len(budgets) + 1)
+        for axis, budget in zip(axes, budgets, strict=False):
+            _panel(axis, [row for row in rows if row["budget"] == budget])
+            axis.set_title("one module cut" if budget == 1.0 else f"{budget:g} of the FLOPs")
+        for axis in axes[1 : len(budgets)]:
+            axis.sharey(axes[0])
+        axes[0].set_ylabel("KL to the full model (nats)")
+        if full is not None:
+            _full_model(axes[-1], full)
+        figure.supxlabel("position in the answer (tokens)", fontsize=9)
+        seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=4)
+    return {"long_answers": figure}
+
+
+def _panel(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
+    for row in rows:
+        look = _LOOKS[row["strategy"]]
+        low, high = zip(
+            *(ends or (mean, mean) for ends, mean in zip(row["ci95"], row["mean"], strict=True)), strict=True
+        )
+        floor = [max(value, SMALLEST_KL) for value in row["mean"]]
+        label = _NAMES.get(row["strategy"], f"{row['strategy']} cut alone: {row['strategy_text'].rsplit(' n_v', 1)[0]}")
+        axis.plot(row["position"], floor, color=look.color, marker=look.marker, linestyle=look.line, label=label)
+        axis.fill_between(
+            row["position"],
+            [max(value, SMALLEST_KL) for value in low],
+            [max(value, SMALLEST_KL) for value in high],
+            color=look.color,
+            alpha=0.12,
+            linewidth=0.0,
+        )
+    axis.set_yscale("log")
+
+
+def _full_model(axis: Axes, full: Mapping[str, Any]) -> None:
+    accuracy = full["accuracy"]
+    axis.plot(accuracy["position"], accuracy["mean"], color=INK, marker="x", label="full model: tokens right")
+    axis.set_ylim(0.0, 1.05)
+    axis.set_title("full model, annotated answer")
