@@ -26,10 +26,13 @@ from dop_search.studies.additive_vs_exact import additive_vs_exact
 from dop_search.studies.compare import compare
 from dop_search.studies.depthwise_vs_free import depthwise_vs_free
 from dop_search.studies.failures import failures
+from dop_search.studies.long_answers import long_answers
 from dop_search.studies.objective import objective
 from dop_search.studies.results import ResultFile
+from dop_search.studies.selectors import selectors
 from dop_search.studies.solver import solver
 from dop_search.studies.split_attention import split_attention
+from dop_search.studies.transfer import transfer
 from dop_search.studies.validation import validation_seed, validation_size, validation_source
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
@@ -43,9 +46,12 @@ STUDIES: Mapping[str, Measure] = MappingProxyType(
         "compare": compare,
         "depthwise_vs_free": depthwise_vs_free,
         "failures": failures,
+        "long_answers": long_answers,
         "objective": objective,
+        "selectors": selectors,
         "solver": solver,
         "split_attention": split_attention,
+        "transfer": transfer,
         "validation_seed": validation_seed,
         "validation_size": validation_size,
         "validation_source": validation_source,

@@ -12,7 +12,7 @@ import numpy as np
 
 from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
 from dop_search.config import DataConfig, SearchConfig, SpaceConfig
-from dop_search.data.samples import ValidationSet
+from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.validation import Split
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
 from dop_search.evaluation import correct_answers

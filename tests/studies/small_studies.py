@@ -17,7 +17,7 @@ SMALL = (
     "data.num_test=6",
     "space.num_depth_levels=3",
     "space.num_token_levels=3",
-    "study.workers=1",
+    "++study.workers=1",
     "tracking=none",
 )
 

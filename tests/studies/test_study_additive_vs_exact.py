@@ -9,7 +9,7 @@ from small_studies import StudyRunner
 
 from dop_search.errors import ConfigError
 
-GIVEN = ("budget=[0.5,0.3]", "study.options.grids={dop:[4,3]}", "~study.options.grids.dop_split")
+GIVEN = ("budget=[0.5,0.3]", "+study.options.grids={dop:[4,3]}", "~study.options.grids.dop_split")
 
 
 def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: StudyRunner, tmp_path: Path) -> None:
@@ -49,4 +49,4 @@ def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: Stud
 
 def test_other_grids_are_refused(run_small_study: StudyRunner) -> None:
     with pytest.raises(ConfigError, match=r"`grids` maps dop or dop_split.*uniform"):
-        run_small_study("additive_vs_exact", "study.options.grids={uniform:[4,3]}")
+        run_small_study("additive_vs_exact", "+study.options.grids={uniform:[4,3]}")
