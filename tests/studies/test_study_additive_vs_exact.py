@@ -48,5 +48,5 @@ def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: Stud
 
 
 def test_other_grids_are_refused(run_small_study: StudyRunner) -> None:
-    with pytest.raises(ConfigError, match=r"`grids` maps dop or dop_split.*uniform"):
-        run_small_study("additive_vs_exact", "study.options.grids={uniform:[4,3]}")
+    with pytest.raises(ConfigError, match=r"two numbers of levels.*\(dop: \[4\]\)"):
+        run_small_study("additive_vs_exact", "study.options.grids.dop=[4]")
