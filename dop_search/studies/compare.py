@@ -22,7 +22,7 @@ from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.search import rerank_all, score
 from dop_search.selectors import SELECTORS
 from dop_search.statistics import bootstrap_ci95
-from dop_search.studies.overhead import counted_flops_ratio, prefill_times
+from dop_search.studies.overhead import counted_over_closed_form, prefill_times
 from dop_search.studies.results import ResultFile, Row
 from dop_search.studies.workbench import Workbench
 
@@ -131,7 +131,7 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
     families = [sample.family for sample in bench.data("heldout").samples]
     values: Row = {
         "flops_ratio": fitted.flops_ratio,
-        "flops_ratio_counted": counted_flops_ratio(bench.loaded, bench.data("heldout").samples[0], fitted),
+        "counted_over_closed_form": counted_over_closed_form(bench.loaded, bench.data("heldout").samples[0], fitted),
         "kl_heldout": float(outcome.divergence.mean()),
         "kl_ci95": bootstrap_ci95(outcome.divergence, bench.config.seed),
         "same_answers": float(outcome.same_answer.mean()),

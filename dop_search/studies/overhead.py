@@ -11,26 +11,37 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from dop_search.baselines import FittedMethod
 from dop_search.baselines.evaluate import Runnable, applied
 from dop_search.benchmarking.timing import Clock, now_ms, prefill_timer
+from dop_search.cost.flops import strategy_flops
 from dop_search.data.samples import Sample
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
+from dop_search.operations import TokenCounts
+from dop_search.pruning import pruned
 from dop_search.pruning.ranking import RankingSource
+from dop_search.pruning.stages import stage_flops
 from dop_search.strategy import Strategy
 from dop_search.testing.measure import count_decoder_flops
 
 
-def counted_flops_ratio(loaded: LoadedModel, sample: Sample, method: Runnable) -> float:
-    """FLOPs of the decoder's prefill of one sample relative to the full model's, as ``FlopCounterMode`` counts them.
+def counted_over_closed_form(loaded: LoadedModel, sample: Sample, method: FittedMethod) -> float | None:
+    """FLOPs of the decoder's prefill of one sample as ``FlopCounterMode`` counts them, divided by their closed form.
 
-    Rankings inside the decoder are counted where they run as matrix products; rankings before it are not.
+    1 where both agree. Rankings inside the decoder are part of both; what a selector computes before the decoder is
+    part of neither. ``None`` for methods that no strategy expresses.
     """
+    strategy = method.strategy
+    if strategy is None:
+        return None
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
-    with _eager_attention(loaded.model):
-        full = count_decoder_flops(loaded.model, inputs)
-        with applied(loaded, method):
-            return count_decoder_flops(loaded.model, inputs) / full
+    visual = int(loaded.adapter.visual_token_mask(inputs["input_ids"]).sum())
+    counts = TokenCounts(inputs["input_ids"].shape[1] - visual, visual)
+    closed = strategy_flops(loaded.adapter.dims, strategy, counts) + stage_flops(strategy, loaded.adapter.dims, counts)
+    rankings = None if strategy.stages else [np.arange(visual)]
+    with _eager_attention(loaded.model), pruned(loaded.model, strategy, rankings):
+        return count_decoder_flops(loaded.model, inputs) / closed
 
 
 def prefill_times(

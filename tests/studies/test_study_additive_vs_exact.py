@@ -9,7 +9,7 @@ from small_studies import StudyRunner
 
 from dop_search.errors import ConfigError
 
-GIVEN = ("budget=[0.5,0.3]", "+study.options.grids={dop:[4,3]}", "~study.options.grids.dop_split")
+GIVEN = ("budget=[0.5,0.3]", "study.options.grids={dop:[4,3]}", "~study.options.grids.dop_split")
 
 
 def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: StudyRunner, tmp_path: Path) -> None:
@@ -48,5 +48,5 @@ def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: Stud
 
 
 def test_other_grids_are_refused(run_small_study: StudyRunner) -> None:
-    with pytest.raises(ConfigError, match=r"`grids` maps dop or dop_split.*uniform"):
-        run_small_study("additive_vs_exact", "+study.options.grids={uniform:[4,3]}")
+    with pytest.raises(ConfigError, match=r"two numbers of levels.*\(dop: \[4\]\)"):
+        run_small_study("additive_vs_exact", "study.options.grids.dop=[4]")

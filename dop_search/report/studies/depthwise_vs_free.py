@@ -65,5 +65,6 @@ def _layer_sets(result: Mapping[str, Any]) -> Figure:
             axis.set_xticks(range(len(names)), [f"{name}\n{count}" for name, count in zip(names, runs, strict=True)])
             axis.set(yscale="log", xlabel="freedom, validation runs", ylabel="KL (nats, 95 %)")
             axis.set_title(f"{budget:g} of the FLOPs")
-            axis.legend()
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure

@@ -37,7 +37,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
             yscale="log", xlabel="validation runs, curves included", ylabel="least KL so far, search set (nats)"
         )
         progress.set_title(f"Progress at {result['summary']['budget']:g} of the FLOPs")
-        progress.legend()
+        progress.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
         _end(end, rows)
     return {"solver": figure}
 
@@ -58,4 +58,4 @@ def _end(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
     axis.set_yticks(range(len(names)), labels)
     axis.set(xscale="log", xlabel="KL of what was found (nats), one mark per seed")
     axis.set_title("The end")
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
