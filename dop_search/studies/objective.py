@@ -83,7 +83,7 @@ def objective(bench: Workbench, results: ResultFile, num_good: int = 10, num_ran
     Args:
         bench: the model and its samples.
         results: one row per strategy.
-        num_good: of the surrogate's best candidates, per budget.
+        num_good: of the surrogate's best candidates, per budget; where there are fewer, random ones take their place.
         num_random: strategies of random depths with as many visual tokens as fit, per budget.
     """
     if num_good < 1 or num_random < 0 or num_good + num_random < 3:
