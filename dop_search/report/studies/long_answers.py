@@ -24,6 +24,8 @@ _NAMES = {"uniform": "uniform reduction", "found": "found on the search data", "
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``long_answers``: KL by position, a panel per budget, one of the single cuts, one of the full model."""
     rows = [row for row in result["rows"] if "position" in row]
+    if not rows:
+        return {}
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     full = result["summary"].get("full")
     with styled():

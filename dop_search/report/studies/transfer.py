@@ -20,6 +20,8 @@ _NAMES = {"target": "searched here", "uniform": "uniform reduction"}
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``transfer``: one panel per target and budget."""
     rows = [row for row in result["rows"] if "kl_heldout" in row]
+    if not rows:
+        return {}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     heights = [max(sum(row["target"] == t and row["budget"] == b for row in rows) for b in budgets) for t in targets]
