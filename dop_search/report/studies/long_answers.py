@@ -24,20 +24,23 @@ _NAMES = {"uniform": "uniform reduction", "found": "found on the search data", "
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``long_answers``: KL by position, a panel per budget, one of the single cuts, one of the full model."""
     rows = [row for row in result["rows"] if "position" in row]
+    if not rows:
+        return {}
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     full = result["summary"].get("full")
     with styled():
-        figure = Figure(figsize=(2.9 * (len(budgets) + 1), 3.8), layout="constrained")
+        figure = Figure(figsize=(2.4 * (len(budgets) + 1), 3.8), layout="constrained")
         axes = figure.subplots(1, len(budgets) + 1)
         for axis, budget in zip(axes, budgets, strict=False):
             _panel(axis, [row for row in rows if row["budget"] == budget])
             axis.set_title("one module cut" if budget == 1.0 else f"{budget:g} of the FLOPs")
         for axis in axes[1 : len(budgets)]:
             axis.sharey(axes[0])
+        for axis in axes:
+            axis.set_xlabel("answer position (tokens)")
         axes[0].set_ylabel("KL to the full model (nats)")
         if full is not None:
             _full_model(axes[-1], full)
-        figure.supxlabel("position in the answer (tokens)", fontsize=9)
         seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=4)
     return {"long_answers": figure}
@@ -65,6 +68,6 @@ def _panel(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
 
 def _full_model(axis: Axes, full: Mapping[str, Any]) -> None:
     accuracy = full["accuracy"]
-    axis.plot(accuracy["position"], accuracy["mean"], color=INK, marker="x", label="full model: tokens right")
+    axis.plot(accuracy["position"], accuracy["mean"], color=INK, marker="x", label="full model: annotated tokens right")
     axis.set_ylim(0.0, 1.05)
-    axis.set_title("full model, annotated answer")
+    axis.set_title("full model")

@@ -17,6 +17,8 @@ SMALLEST = 1e-5
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``selectors``: held-out KL of each selector with uniform reduction and with found operations."""
     rows = [row for row in result["rows"] if "kl_heldout" in row]
+    if not rows:
+        return {}
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     names = _order(rows)
     with styled():

@@ -20,6 +20,8 @@ _NAMES = {"target": "searched here", "uniform": "uniform reduction"}
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``transfer``: one panel per target and budget."""
     rows = [row for row in result["rows"] if "kl_heldout" in row]
+    if not rows:
+        return {}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     heights = [max(sum(row["target"] == t and row["budget"] == b for row in rows) for b in budgets) for t in targets]
@@ -29,7 +31,9 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         for line, target in zip(axes, targets, strict=True):
             for axis, budget in zip(line, budgets, strict=True):
                 _panel(axis, [row for row in rows if row["target"] == target and row["budget"] == budget])
-                axis.set_title(f"{target} at {budget:g} of the FLOPs")
+                if target == targets[0]:
+                    axis.set_title(f"{budget:g} of the FLOPs")
+            line[0].set_ylabel(f"on {target}", fontweight="bold")
         figure.supxlabel("held-out KL to the full model (nats, mean and 95 % interval)", fontsize=9)
     return {"transfer": figure}
 
