@@ -30,6 +30,9 @@ SPACES = ("dop", "dop_split", "dop_groups")
 CHOICES = {"dop_search": SPACES, "uniform_search": tuple(SELECTORS)}
 """Rows that are the best of others on the search samples, and the others' names (before an ``@``)."""
 
+TIMED_SAMPLES = 4
+"""Prompts of the batch whose prefill is timed."""
+
 
 def compare(
     bench: Workbench,
@@ -142,7 +145,7 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
         search = bench.outcome(fitted, "search").divergence
         values |= {"kl_search": float(search.mean()), "root_kl_search": float(score("root_kl", search))}
     if num_rounds:
-        values |= prefill_times(bench.loaded, bench.data("heldout").samples[:8], fitted, num_rounds)
+        values |= prefill_times(bench.loaded, bench.data("heldout").samples[:TIMED_SAMPLES], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)
     values["notes"] = list(fitted.notes)
     return values, outcome.divergence
