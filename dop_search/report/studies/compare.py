@@ -75,7 +75,7 @@ def table(result: Mapping[str, Any]) -> Table:
     rows = {(row["method"], row["budget"]): row for row in result["rows"]}
     rank = result["summary"].get("mean_rank", {})
     made = Table(title="Held-out KL (nats), relative mean of accuracy (%), at the same FLOPs", title_justify="left")
-    made.add_column("method")
+    made.add_column("method", no_wrap=True, min_width=28)
     made.add_column("rank", justify="right")
     for budget in budgets:
         made.add_column(f"{budget:g}", justify="right")
