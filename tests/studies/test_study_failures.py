@@ -42,7 +42,7 @@ def test_counts_pictures_figures_and_a_rerun(run_small_study: StudyRunner, tmp_p
     run_small_study("failures", *given)
     assert (tmp_path / "out" / "result.json").read_text() == before
     with pytest.raises(ConfigError, match="num_pictures=-1"):
-        run_small_study("failures", "study.options.num_pictures=-1")
+        run_small_study("failures", *given, "study.options.num_pictures=-1")
 
 
 def test_pictures_go_round_the_families() -> None:

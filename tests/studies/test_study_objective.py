@@ -90,4 +90,4 @@ def test_rows_figure_and_a_rerun(run_small_study: StudyRunner, tmp_path: Path) -
     run_small_study("objective", *given)
     assert (tmp_path / "out" / "result.json").read_text() == before
     with pytest.raises(ConfigError, match=r"num_good=1, num_random=0"):
-        run_small_study("objective", "study.options.num_good=1", "study.options.num_random=0")
+        run_small_study("objective", *SMALL_GRID, "study.options.num_good=1", "study.options.num_random=0")

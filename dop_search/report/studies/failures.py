@@ -15,6 +15,9 @@ from PIL import Image
 
 from dop_search.report.style import FOUND, UNIFORM, styled
 
+COLOR_STEP = 32
+"""Colours are drawn in steps of this, so that noise in a picture does not make the file large."""
+MAX_COLUMNS = 3
 COLORS = {"found": FOUND, "uniform": UNIFORM}
 
 
@@ -52,35 +55,38 @@ def _by_family(rows: list[Mapping[str, Any]]) -> Figure:
 
 def _pictures(rows: list[Mapping[str, Any]]) -> Figure:
     rows = [row for row in rows if row["pictures"]]
-    columns = max(len(row["pictures"]) for row in rows)
+    columns = min(MAX_COLUMNS, max(len(row["pictures"]) for row in rows))
     with styled():
-        figure = Figure(figsize=(2.5 * columns + 0.4, 3.15 * len(rows)), layout="constrained")
-        for line, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            line.suptitle(f"{row['method']} at {row['budget']:g}: {row['strategy']}", fontsize=9.0, fontweight="bold")
-            for axis, picture in zip(line.subplots(1, columns, squeeze=False)[0], row["pictures"], strict=False):
-                _draw(axis, picture)
-            for axis in line.axes[len(row["pictures"]) :]:
+        width, height = 1.4 * columns + 0.1, 2.0 * len(rows) + 0.1
+        figure = Figure(figsize=(width, height))
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        figure.subplots_adjust(0.05 / width, 0.3 / height, 1.0 - 0.05 / width, 1.0 - 0.5 / height, 0.07, 0.55)
+        for line, row in zip(grid, rows, strict=True):
+            for axis in line:
                 axis.set_axis_off()
+            for axis, picture in zip(line, row["pictures"], strict=False):
+                _draw(axis, picture)
+            heading = f"{row['method']} at {row['budget']:g}: {row['strategy']} (grey: dropped)"
+            line[0].text(0.0, 1.22, heading, transform=line[0].transAxes, fontsize=7.5, fontweight="bold")
     return figure
 
 
 def _draw(axis: Axes, picture: Mapping[str, Any]) -> None:
     """The image, grey where its visual tokens were dropped."""
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["png"]))).convert("RGB"))
-    axis.imshow(image, interpolation="nearest")
+    axis.imshow(image // COLOR_STEP * COLOR_STEP, interpolation="nearest")
     if picture["grid"] is not None:
         height, width = image.shape[:2]
         dropped = np.ones(picture["grid"])
         dropped.reshape(-1)[picture["kept"]] = 0.0
         veil = np.zeros((*dropped.shape, 4))
-        veil[..., :3], veil[..., 3] = 0.5, 0.85 * dropped
+        veil[..., :3], veil[..., 3] = 0.5, 0.9 * dropped
         axis.imshow(veil, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
-    axis.set_axis_off()
-    question = textwrap.fill(_shown(picture["question"].split("\n")[0]), 34, max_lines=3, placeholder=" …")
-    axis.set_title(question, fontsize=7.5, fontweight="normal")
-    full, pruned = _shown(picture["full"]), _shown(picture["pruned"])
-    text = textwrap.fill(f"full: {full}", 32, max_lines=1) + "\n" + textwrap.fill(f"pruned: {pruned}", 32, max_lines=1)
-    axis.text(0.0, -0.03, text, transform=axis.transAxes, va="top", fontsize=7.5)
+    question = textwrap.wrap(_shown(picture["question"].split("\n")[0]), 28, max_lines=2, placeholder=" …")
+    axis.set_title("\n".join([*[""] * (2 - len(question)), *question]), fontsize=6.0, fontweight="normal", pad=3.0)
+    answers = (f"{name}: {_shown(picture[name])}" for name in ("full", "pruned"))
+    text = "\n".join(answer if len(answer) <= 28 else answer[:27] + "…" for answer in answers)
+    axis.text(0.0, -0.03, text, transform=axis.transAxes, va="top", fontsize=6.0)
 
 
 def _shown(text: str) -> str:
