@@ -76,7 +76,7 @@ def long_answers(
 
     def row(strategy: str, budget: float) -> tuple[Row, np.ndarray]:
         if strategy in CUTS:
-            depths = dict.fromkeys(CUTS, bench.num_layers)
+            depths: dict[str, Any] = dict.fromkeys(CUTS, bench.num_layers)
             depths[strategy] = round(cuts[strategy] * bench.num_layers)
             ranked = bench.profile().space.strategy_fields
             chosen = Strategy.depthwise(bench.num_layers, **depths, **ranked).canonical()

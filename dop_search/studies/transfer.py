@@ -77,7 +77,7 @@ def transfer(
         elif axis == UNIFORM:
             strategy = uniform(problem, budget)
         else:
-            place = {"model": target, "seed": seed, "budget": budget} | {axis: _like(axis, source)}
+            place: dict[str, Any] = {"model": target, "seed": seed, "budget": budget} | {axis: _like(axis, source)}
             strategy = moved(search(**place), problem, budget)
         heldout = here.divergence([strategy], "heldout")[0]
         values = {

@@ -29,7 +29,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     full = result["summary"].get("full")
     with styled():
-        figure = Figure(figsize=(2.4 * (len(budgets) + 1), 3.8), layout="constrained")
+        figure = Figure(figsize=(2.0 * (len(budgets) + 1), 3.8), layout="constrained")
         axes = figure.subplots(1, len(budgets) + 1)
         for axis, budget in zip(axes, budgets, strict=False):
             _panel(axis, [row for row in rows if row["budget"] == budget])
