@@ -29,13 +29,14 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     full = result["summary"].get("full")
     with styled():
-        figure = Figure(figsize=(2.4 * (len(budgets) + 1), 3.8), layout="constrained")
+        figure = Figure(figsize=(2.0 * (len(budgets) + 1), 3.8), layout="constrained")
         axes = figure.subplots(1, len(budgets) + 1)
         for axis, budget in zip(axes, budgets, strict=False):
             _panel(axis, [row for row in rows if row["budget"] == budget])
             axis.set_title("one module cut" if budget == 1.0 else f"{budget:g} of the FLOPs")
-        for axis in axes[1 : len(budgets)]:
-            axis.sharey(axes[0])
+        ends = [axis.get_ylim() for axis in axes[: len(budgets)]]
+        for axis in axes[: len(budgets)]:
+            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
         for axis in axes:
             axis.set_xlabel("answer position (tokens)")
         axes[0].set_ylabel("KL to the full model (nats)")

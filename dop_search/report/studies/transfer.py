@@ -32,9 +32,11 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
             for axis, budget in zip(line, budgets, strict=True):
                 _panel(axis, [row for row in rows if row["target"] == target and row["budget"] == budget])
                 if target == targets[0]:
-                    axis.set_title(f"{budget:g} of the FLOPs")
+                    axis.set_title(f"at {budget:g}")
             line[0].set_ylabel(f"on {target}", fontweight="bold")
-        figure.supxlabel("held-out KL to the full model (nats, mean and 95 % interval)", fontsize=9)
+        figure.supxlabel(
+            "held-out KL to the full model (nats, mean and 95 % interval), at shares of the FLOPs", fontsize=9
+        )
     return {"transfer": figure}
 
 
