@@ -19,7 +19,7 @@ from pydantic import (
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import Split
 
-Criterion = Literal["root_kl", "kl"]
+Criterion = Literal["kl", "root_kl"]
 """How candidates are ranked by their exact KL per sample, see ``dop_search.search.criteria``."""
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
@@ -211,8 +211,8 @@ class AdditiveExactConfig(Section):
     solver: Literal["additive_exact"] = "additive_exact"
     num_rerank: PositiveInt = 16
     """Candidates near the additive optimum whose exact KL decides (uniform reduction is always among them)."""
-    criterion: Criterion = "root_kl"
-    """Of the exact KL per sample: ``root_kl``, the mean of the square roots (few samples decide less), or the mean."""
+    criterion: Criterion = "kl"
+    """Of the exact KL per sample: ``kl``, the mean, or ``root_kl``, the mean of the roots (few samples decide less)."""
 
 
 class AdditiveOptunaConfig(Section):
@@ -225,7 +225,7 @@ class AdditiveOptunaConfig(Section):
     """Trials per budget; each takes no validation run."""
     num_rerank: PositiveInt = 16
     """As with ``additive_exact``; the sampler's best is compared with them."""
-    criterion: Criterion = "root_kl"
+    criterion: Criterion = "kl"
     """As with ``additive_exact``."""
     seed: NonNegativeInt = 0
     """Of the sampler."""

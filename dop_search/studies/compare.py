@@ -1,8 +1,7 @@
 """Every method at the same FLOPs: held-out KL, accuracy and time, one row per method and budget.
 
 Ours are named by their space (``dop``: the paper's, ``dop_split``, ``dop_groups``), ``SPACE@SELECTOR`` over another
-selector than the configured one, and ``dop_search``: of all of these the one with the least divergence on the search
-samples (``root_kl``).
+selector than the configured one, and ``dop_search``: of all of these the one with the least KL on the search samples.
 ``uniform_search`` is the same choice among all uniform reductions, so that choosing a selector is no advantage of ours
 alone. ``gsop@SELECTOR`` is GSOP over another selector.
 """
@@ -19,7 +18,7 @@ from dop_search.baselines import BASELINES, FitContext, FittedMethod
 from dop_search.cost import Budget
 from dop_search.errors import BudgetError, ConfigError
 from dop_search.evaluation.accuracy import relative_family_mean
-from dop_search.search import rerank_all, score
+from dop_search.search import rerank_all
 from dop_search.selectors import SELECTORS
 from dop_search.statistics import bootstrap_ci95
 from dop_search.studies.overhead import counted_over_closed_form, prefill_times
@@ -143,7 +142,7 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
     }
     if fitted.method in SELECTORS or fitted.method.partition("@")[0] in SPACES:
         search = bench.outcome(fitted, "search").divergence
-        values |= {"kl_search": float(search.mean()), "root_kl_search": float(score("root_kl", search))}
+        values["kl_search"] = float(search.mean())
     if num_rounds:
         values |= prefill_times(bench.loaded, bench.data("heldout").samples[:TIMED_SAMPLES], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)
@@ -156,9 +155,9 @@ def _choose(results: ResultFile, names: Sequence[str], budgets: Sequence[float])
     for choice, among in CHOICES.items():
         for budget in budgets:
             keys = [{"method": name, "budget": budget} for name in names if name.partition("@")[0] in among]
-            rows = [row for key in keys if (row := results.find(key)) is not None and "root_kl_search" in row]
+            rows = [row for key in keys if (row := results.find(key)) is not None and "kl_search" in row]
             if rows:
-                best = min(rows, key=lambda row: row["root_kl_search"])
+                best = min(rows, key=lambda row: row["kl_search"])
                 samples = results.per_sample({"method": best["method"], "budget": budget})
                 values = {name: value for name, value in best.items() if name not in ("method", "budget")}
                 values["hyperparameters"] = {"chosen": best["method"], **best["hyperparameters"]}

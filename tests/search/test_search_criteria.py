@@ -26,7 +26,7 @@ def test_few_flipped_samples_decide_less_by_roots() -> None:
 
 
 def test_an_unknown_criterion_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="root_kl, kl, but got 'median'"):
+    with pytest.raises(ConfigError, match="kl, root_kl, but got 'median'"):
         score("median", np.zeros(3))
 
 

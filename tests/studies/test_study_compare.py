@@ -42,7 +42,7 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
             assert row["counted_over_closed_form"] == 1.0
     assert "cannot go below" in rows["fastv", 0.12]["infeasible"]
     assert "text encoder" in rows["trim", 0.3]["infeasible"]
-    best = min(("uniform_grid", "divprune"), key=lambda name: rows[name, 0.3]["root_kl_search"])
+    best = min(("uniform_grid", "divprune"), key=lambda name: rows[name, 0.3]["kl_search"])
     assert rows["uniform_search", 0.3]["hyperparameters"]["chosen"] == best
     assert rows["uniform_search", 0.3]["kl_heldout"] == rows[best, 0.3]["kl_heldout"]
     assert set(result["summary"]["mean_rank"]) == {name for name, _ in rows}
