@@ -4,7 +4,7 @@ The divergence is heavy-tailed: most samples hardly move, and a few that flip th
 dozens of samples these few decide which candidate has the least mean KL, and on new samples others flip.
 ``root_kl``, the mean of the square roots, weighs them less. It bounds what an answer's probabilities change by: the
 total variation of two distributions is at most ``sqrt(KL / 2)`` (Pinsker). Over several seeds and sizes of the search
-set neither was better than the other (experiments/validation_seed, validation_size), so the paper's mean is the default.
+set neither was better than the other (experiments/validation_seed, validation_size): the paper's mean is the default.
 """
 
 from __future__ import annotations
