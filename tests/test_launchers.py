@@ -41,7 +41,7 @@ def test_a_sweep_in_parallel_processes(tmp_path: Path, monkeypatch: pytest.Monke
     parallel = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     records = sweep(tmp_path, *parallel, "model.name_or_path=pocket,pocket/shallow", "data.seed=1")
     assert [(record.model.name, record.data.seed) for record in records] == [("pocket", 1), ("pocket/shallow", 1)]
-    assert len({record.model.fingerprint for record in records}) == 2
+    assert len({record.results[0].kl_search for record in records}) == 2  # two models, two answers
 
 
 @pytest.fixture

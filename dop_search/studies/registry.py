@@ -23,6 +23,7 @@ from dop_search.models.loading import load
 from dop_search.progress import Progress, SilentProgress
 from dop_search.report.studies import draw_study
 from dop_search.studies.additive_vs_exact import additive_vs_exact
+from dop_search.studies.claims import claims
 from dop_search.studies.compare import compare
 from dop_search.studies.depthwise_vs_free import depthwise_vs_free
 from dop_search.studies.failures import failures
@@ -43,6 +44,7 @@ Measure = Callable[..., None]
 STUDIES: Mapping[str, Measure] = MappingProxyType(
     {
         "additive_vs_exact": additive_vs_exact,
+        "claims": claims,
         "compare": compare,
         "depthwise_vs_free": depthwise_vs_free,
         "failures": failures,

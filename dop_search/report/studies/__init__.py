@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dop_search.report.studies import (
     additive_vs_exact,
+    claims,
     compare,
     depthwise_vs_free,
     failures,
@@ -47,6 +48,7 @@ FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
 )
 TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType(
     {
+        "claims": claims.table,
         "compare": compare.table,
         "objective": objective.table,
     }
@@ -59,10 +61,11 @@ def draw_study(result: Result, folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    if not result["rows"]:
+    make = FIGURES.get(result["study"])
+    if make is None or not result["rows"]:
         return []
     paths = []
-    for name, figure in FIGURES[result["study"]](result).items():
+    for name, figure in make(result).items():
         paths.append(folder / f"{name}.png")
         save_figure(figure, paths[-1])
     return paths
