@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dop_search.files import write_atomic
 
@@ -70,6 +72,13 @@ def styled() -> Iterator[None]:
     """Draw and save with the style of this package, whatever matplotlib is set to outside."""
     with matplotlib.rc_context(_RC):
         yield
+
+
+def plain_decades(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten; matplotlib's own minor labels overlap."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dop_search.report.style import FAINT, LOOKS, styled
+from dop_search.report.style import FAINT, LOOKS, plain_decades, styled
 
 NAMES = {
     "kl": "KL",
@@ -43,14 +43,17 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
             values = [summary[name][target]["spearman"] for name in names]
             left.plot(values, y, color=look.color, marker=look.marker, linestyle="", label=f"with {label}")
         left.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
-        left.set_xlabel("Spearman, mean over the budgets; bars: 95 % of resamples of all samples")
+        left.set_xlabel("Spearman, mean over budgets (bars: 95 % of resamples)")
         left.set_title("What foretells new samples")
         for index, budget in enumerate(summary[names[0]]["chosen"]):
             look = LOOKS[2 + index % 4]
             values = [summary[name]["chosen"][budget]["kl_heldout"] for name in names]
-            right.plot(values, range(len(names)), color=look.color, marker=look.marker, linestyle="", label=budget)
+            right.plot(
+                values, range(len(names)), color=look.color, marker=look.marker, linestyle="", label=f"budget {budget}"
+            )
         right.axhline(names.index("kl"), color=FAINT, linewidth=0.5)
         right.set_xscale("log")
+        plain_decades(right.xaxis)
         right.set_xlabel("held-out KL of the strategy it would choose (nats)")
         right.set_title("What it chooses, by budget")
         left.legend(loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dop_search.report.style import FAINT, LOOKS, SMALLEST_KL, styled
+from dop_search.report.style import FAINT, LOOKS, SMALLEST_KL, plain_decades, styled
 
 RULE_NAMES = {
     "additive": "additive optimum",
@@ -17,6 +17,7 @@ RULE_NAMES = {
     "one_se": "within one standard error",
     "root": "least mean of √KL",
 }
+_SMALLEST_DRAWN = 0.01
 _DEPTHS = {"q_depth": "queries", "kv_depth": "keys, values", "attention_depth": "attention", "mlp_depth": "MLP"}
 
 
@@ -26,7 +27,7 @@ def size_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     if not budgets:
         return {}
     with styled():
-        figure = Figure(figsize=(11.0, 0.8 + 2.9 * len(budgets)), layout="constrained")
+        figure = Figure(figsize=(10.6, 0.8 + 2.5 * len(budgets)), layout="constrained")
         panels = figure.subplots(len(budgets), 3, squeeze=False)
         for line, budget in zip(panels, budgets, strict=True):
             rows = _rows(result, budget, "num_samples")
@@ -41,8 +42,8 @@ def size_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         for axis, title in zip(
             panels[0],
             (
-                "held-out (dots: each draw) and search KL",
-                "held-out KL minus the additive optimum's",
+                "held-out KL (dots: draws)",
+                "difference to the additive optimum",
                 "additive optimum, resampled",
             ),
             strict=True,
@@ -51,8 +52,9 @@ def size_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         for axis in panels[-1]:
             axis.set_xlabel("search samples")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=5)
-        panels[0][2].legend(loc="best")
+        depths, names = panels[0][2].get_legend_handles_labels()
+        labels += [f"right: exit depth, {name}" for name in names]
+        figure.legend([*handles, *depths], labels, loc="outside lower left", ncols=4)
     return {"validation_size": figure}
 
 
@@ -74,9 +76,10 @@ def seed_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
                 axis.plot(x, searched, color=look.color, marker="_", linestyle="", markersize=7.0)
             axis.set_yscale("log")
             axis.set_xticks(range(len(rows)), [str(row["seed"]) for row in rows])
-            axis.set_title(f"budget {budget:g}: held-out KL (bars: on the search samples)")
+            plain_decades(axis.yaxis)
+            axis.set_title(f"budget {budget:g}")
             axis.set_xlabel("seed of the search samples")
-            axis.set_ylabel("KL (nats)")
+            axis.set_ylabel("KL (nats)\nmarkers: held-out, bars: search samples")
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return {"validation_seed": figure}
@@ -93,21 +96,27 @@ def source_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         for axis, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
             rows = sorted(_rows(result, budget, "family"), key=lambda row: -float(row["kl_others"]))
             for y, row in enumerate(rows):
-                axis.plot([row["kl_others_mixed"], row["kl_others"]], [y, y], color=FAINT, linewidth=0.8, zorder=1)
+                low, high = row["difference_ci95"] or (-1.0, 1.0)
+                sure = low > 0.0 or high < 0.0
+                ends = [max(row[field], _SMALLEST_DRAWN) for field in ("kl_others_mixed", "kl_others")]
+                look = {"color": "black", "linewidth": 2.0} if sure else {"color": FAINT, "linewidth": 0.8}
+                axis.plot(ends, [y, y], zorder=1, **look)
             for field, look, name in (
                 ("kl_others", LOOKS[0], "searched on this family, scored on the others"),
                 ("kl_others_mixed", LOOKS[1], "searched on as many of all families, same questions"),
                 ("kl_same_family", LOOKS[2], "searched on this family, scored on it"),
             ):
                 points = [(row[field], y) for y, row in enumerate(rows) if row[field] is not None]
-                x, y_ = zip(*((max(value, 1e-4), y) for value, y in points), strict=True)
+                x, y_ = zip(*((max(value, _SMALLEST_DRAWN), y) for value, y in points), strict=True)
                 axis.plot(x, y_, color=look.color, marker=look.marker, linestyle="", label=name)
             axis.set_xscale("log")
+            plain_decades(axis.xaxis)
             axis.set_yticks(range(len(rows)), [row["family"] for row in rows])
             axis.set_title(f"budget {budget:g}")
-            axis.set_xlabel("held-out KL of the additive optimum (nats; at least 1e-4 drawn)")
+            axis.set_xlabel(f"held-out KL of the additive optimum (nats; {_SMALLEST_DRAWN:g}: that or less)")
+        axis.plot([], [], color="black", linewidth=2.0, label="95 % interval of the difference without 0")
         handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return {"validation_source": figure}
 
 
@@ -138,6 +147,7 @@ def _differences(axis: Axes, rows: Sequence[Mapping[str, Any]], sizes: np.ndarra
         axis.vlines(sizes * shift, low, high, color=look.color, linewidth=1.2)
         axis.plot(sizes * shift, means, color=look.color, marker=look.marker, linestyle="")
     axis.axhline(0.0, color=FAINT, linewidth=0.8)
+    axis.set_ylabel("difference (nats, 95 %)")
 
 
 def _stability(axis: Axes, rows: Sequence[Mapping[str, Any]], sizes: np.ndarray) -> None:
@@ -145,9 +155,9 @@ def _stability(axis: Axes, rows: Sequence[Mapping[str, Any]], sizes: np.ndarray)
     for index, name in enumerate(known):
         look = LOOKS[index]
         low, middle, high = np.array([row["stability"][name] for row in rows], dtype=float).T
-        shift = 0.08 * (index - 1)
-        axis.fill_between(sizes, low + shift, high + shift, color=look.color, alpha=0.15, linewidth=0)
-        axis.plot(sizes, middle + shift, color=look.color, marker=look.marker, linestyle=look.line, label=_DEPTHS[name])
+        x = sizes * 2.0 ** (0.14 * (index - 1))
+        axis.vlines(x, low, high, color=look.color, linewidth=1.2)
+        axis.plot(x, middle, color=look.color, marker=look.marker, linestyle="", label=_DEPTHS[name])
     axis.set_ylabel("exit depth (median, 5–95 %)")
 
 
