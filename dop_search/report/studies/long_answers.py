@@ -37,6 +37,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         ends = [axis.get_ylim() for axis in axes[: len(budgets)]]
         for axis in axes[: len(budgets)]:
             axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+            axis.tick_params(labelleft=axis is axes[0])
         for axis in axes:
             axis.set_xlabel("answer position (tokens)")
         axes[0].set_ylabel("KL to the full model (nats)")

@@ -23,7 +23,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     names = _order(rows)
     with styled():
         figure = Figure(figsize=(9.6, 1.5 + 0.24 * len(names)), layout="constrained")
-        axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+        axes = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
         for axis, budget in zip(axes, budgets, strict=True):
             differences = result["summary"].get(f"{budget:g}", {}).get("differences", {})
             _panel(axis, [row for row in rows if row["budget"] == budget], names, differences)

@@ -24,34 +24,49 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         return {}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    heights = [max(sum(row["target"] == t and row["budget"] == b for row in rows) for b in budgets) for t in targets]
+    sources = {target: _sources(rows, target) for target in targets}
+    heights = [len(sources[target]) for target in targets]
     with styled():
-        figure = Figure(figsize=(9.6, 1.0 + 0.26 * sum(heights) + 0.5 * len(targets)), layout="constrained")
+        figure = Figure(figsize=(9.6, 1.0 + 0.2 * sum(heights) + 0.4 * len(targets)), layout="constrained")
         axes = figure.subplots(len(targets), len(budgets), sharex=True, squeeze=False, height_ratios=heights)
         for line, target in zip(axes, targets, strict=True):
             for axis, budget in zip(line, budgets, strict=True):
-                _panel(axis, [row for row in rows if row["target"] == target and row["budget"] == budget])
-                if target == targets[0]:
-                    axis.set_title(f"at {budget:g}")
-            line[0].set_ylabel(f"on {target}", fontweight="bold")
+                here = [row for row in rows if row["target"] == target and row["budget"] == budget]
+                _panel(axis, here, sources[target])
+                axis.set_title(f"on {_short(target)} at {budget:g}")
+                if axis is not line[0]:
+                    axis.tick_params(labelleft=False)
         figure.supxlabel(
             "held-out KL to the full model (nats, mean and 95 % interval), at shares of the FLOPs", fontsize=9
         )
     return {"transfer": figure}
 
 
-def _panel(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
-    for place, row in enumerate(rows):
-        color = _COLORS[row["axis"]]
+def _sources(rows: list[Mapping[str, Any]], target: str) -> list[str]:
+    """Labels of what runs on ``target`` at any budget, in the order of a panel; larger budgets first."""
+
+    def place(row: Mapping[str, Any]) -> tuple[int, float]:
+        return list(_MARKERS).index(row["axis"]), -float(row["source"]) if row["axis"] == "budget" else 0.0
+
+    return list(dict.fromkeys(_label(row) for row in sorted(rows, key=place) if row["target"] == target))
+
+
+def _panel(axis: Axes, rows: list[Mapping[str, Any]], labels: list[str]) -> None:
+    for row in rows:
+        color, place = _COLORS[row["axis"]], labels.index(_label(row))
         axis.plot([max(end, SMALLEST) for end in row["kl_ci95"]], [place, place], color=color, linewidth=1.0)
         axis.plot(max(row["kl_heldout"], SMALLEST), place, _MARKERS[row["axis"]], color=color)
     own = next((row for row in rows if row["axis"] == "target"), None)
     if own is not None:
         axis.axvline(max(own["kl_heldout"], SMALLEST), color=FOUND, linewidth=0.6, linestyle=":")
-    axis.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xscale("log")
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return _NAMES.get(row["axis"], f"from {row['axis']} {row['source']}")
+    return _NAMES.get(row["axis"], f"from {row['axis']} {_short(row['source'])}")
+
+
+def _short(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
