@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -25,7 +26,7 @@ LABELS = {
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """``map``: exact KL over the two depths; ``optima``: estimate against measurement, and KL of each method."""
+    """``map``: exact KL over the two depths; ``optima``: estimate against measurement, and excess KL of each method."""
     grids = {row["space"]: row for row in result["rows"] if row["method"] == "grid" and "levels" in row}
     made = {"map": _map(grids[MAPPED])} if MAPPED in grids else {}
     return {**made, "optima": _optima(result, grids)}
@@ -65,9 +66,9 @@ def _map(grid: Mapping[str, Any]) -> Figure:
 
 def _optima(result: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]) -> Figure:
     with styled():
-        figure = Figure(figsize=(9.6, 3.0 * len(grids) + 0.3), layout="constrained")
+        figure = Figure(figsize=(9.2, 2.4 * len(grids) + 0.3), layout="constrained")
         for line, (space, grid) in zip(figure.subplots(len(grids), 3, squeeze=False), grids.items(), strict=True):
-            scatter, *panels = line
+            scatter, search, heldout = line
             estimate = np.maximum(grid["kl_estimate_of"], FLOOR_NATS)
             exact = np.maximum(grid["kl_search_of"], FLOOR_NATS)
             drawn = scatter.scatter(estimate, exact, c=grid["cost_ratio"], s=9, cmap="cividis", vmin=0.0, vmax=1.0)
@@ -77,27 +78,32 @@ def _optima(result: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]) -
             ranks = f"Spearman {grid['spearman']:.3f}\ncheap half {grid['spearman_cheap_half']:.3f}"
             scatter.annotate(ranks, (0.03, 0.97), xycoords="axes fraction", va="top")
             figure.colorbar(drawn, ax=scatter, label="share of the FLOPs", pad=0.01)
-            for axis, field, title in zip(
-                panels, ("kl_search", "kl_heldout"), ("on the search set", "on held-out samples"), strict=True
-            ):
-                for look, (method, label) in zip(LOOKS, LABELS.items(), strict=True):
-                    points = [
-                        (row["budget"], max(row[field], FLOOR_NATS))
-                        for row in result["rows"]
-                        if row["space"] == space and row["method"] == method and field in row
-                    ]
-                    if points:
-                        axis.plot(
-                            *zip(*sorted(points), strict=True),
-                            color=look.color,
-                            linestyle=look.line,
-                            marker=look.marker,
-                            label=label,
-                        )
-                axis.set_yscale("log")
-                axis.set_xlabel("budget, share of the FLOPs")
-                axis.set_ylabel("KL of the chosen strategy (nats)")
-                axis.set_title(f"{space}: {title}")
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+            gaps = [gap for gap in result["summary"]["gaps"] if gap["space"] == space]
+            _excess(search, gaps, "kl_search")
+            search.set_title(f"{space}: search set")
+            search.set_ylabel("KL above the optimum's (nats)")
+            _excess(heldout, gaps, "kl_heldout")
+            heldout.set_title(f"{space}: held-out, 95 %")
+        handles, labels = search.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
+
+
+def _excess(axis: Axes, gaps: Sequence[Mapping[str, Any]], field: str) -> None:
+    """KL of each method above that of the exhaustive optimum, per budget; bars where there are intervals."""
+    budgets = sorted({gap["budget"] for gap in gaps})
+    names = [name for name in LABELS if name != "exact"]
+    for index, (look, name) in enumerate(zip(LOOKS, names, strict=False)):
+        its = [gap for gap in gaps if gap["method"] == name]
+        places = [budgets.index(gap["budget"]) + 0.15 * (index - (len(names) - 1) / 2) for gap in its]
+        axis.plot(places, [gap[field] for gap in its], look.marker, color=look.color, label=LABELS[name])
+        bars = [(x, *gap[f"{field}_ci95"]) for x, gap in zip(places, its, strict=True) if gap.get(f"{field}_ci95")]
+        if bars:
+            axis.vlines(*zip(*bars, strict=True), color=look.color)
+    axis.axhline(0.0, color=FAINT, linewidth=0.9)
+    axis.set_yscale("symlog", linthresh=0.001)
+    ends = [gap[field] for gap in gaps] + [end for gap in gaps for end in gap.get(f"{field}_ci95") or ()]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    axis.set_ylim(2 * low - 2e-4, 2 * high + 2e-4)
+    axis.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
+    axis.set_xlabel("budget, share of the FLOPs")

@@ -40,7 +40,7 @@ def _ablation(result: Mapping[str, Any]) -> Figure:
                 axis.fill_between(alive, low, high, color=look.color, alpha=0.13, linewidth=0)
             axis.set(yscale="log", xlabel=label)
             axis.set_title(title)
-        axes[0].set_ylabel("KL, search set (nats, 95 %)")
+        axes[0].set_ylabel(f"KL, search set (nats, 95 %), at least {FLOOR_NATS:g}")
         axes[0].legend()
     return figure
 
@@ -50,7 +50,8 @@ def _layer_sets(result: Mapping[str, Any]) -> Figure:
     budgets = sorted({budget for _, budget in rows}, reverse=True)
     with styled():
         figure = Figure(figsize=(3.2 * len(budgets), 3.4), layout="constrained")
-        for axis, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
+        axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+        for axis, budget in zip(axes, budgets, strict=True):
             names = [name for name in NAMES if "kl_search" in rows.get((name, budget), {})]
             for shift, field, interval, color, marker, label in (
                 (-0.1, "kl_search", "kl_search_ci95", FOUND, "o", "search set"),
@@ -63,8 +64,9 @@ def _layer_sets(result: Mapping[str, Any]) -> Figure:
                 axis.plot(places, [max(row[field], FLOOR_NATS) for row in its], marker, color=color, label=label)
             runs = [rows[name, budget]["num_validation_runs"] for name in names]
             axis.set_xticks(range(len(names)), [f"{name}\n{count}" for name, count in zip(names, runs, strict=True)])
-            axis.set(yscale="log", xlabel="freedom, validation runs", ylabel="KL (nats, 95 %)")
+            axis.set(yscale="log", xlabel="freedom, validation runs")
             axis.set_title(f"{budget:g} of the FLOPs")
+        axes[0].set_ylabel("KL (nats, 95 %)")
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
