@@ -55,7 +55,10 @@ def test_links_lead_somewhere(document: Path) -> None:
 def commands() -> list[str]:
     """Every `dop-search` and `dop-eval` line of the documents' shell blocks."""
     lines = [
-        line.partition("  #")[0] for path in DOCUMENTS for block in blocks(path, "bash") for line in block.split("\n")
+        line.partition("  #")[0]
+        for path in DOCUMENTS
+        for block in blocks(path, "bash")
+        for line in block.replace("\\\n", " ").split("\n")
     ]
     found = [line.strip().removeprefix("uv run ") for line in lines]
     return sorted({line for line in found if line.startswith(("dop-search ", "dop-eval ")) and "--" not in line})

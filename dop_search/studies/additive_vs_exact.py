@@ -164,7 +164,7 @@ def _choose(measured: _Measured, method: str, budget: Budget, num_candidates: in
             chosen, estimate = first.strategy, first.divergence_additive
     elif method == "exact":
         best = grid.best(budget)
-        chosen, estimate = best.strategy, best.divergence_additive
+        chosen, estimate = best.strategy, None  # found without the sum of curves
         store.evaluate([strategy for strategy in grid.strategies if not strategy.is_empty])
     return chosen, {
         "strategy": chosen.describe(),

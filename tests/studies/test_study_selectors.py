@@ -51,4 +51,4 @@ def test_unknown_names_are_refused(run_small_study: StudyRunner) -> None:
     with pytest.raises(ConfigError, match="unknown selector 'divprun'"):
         run_small_study("selectors", "study.options.names=[divprun]")
     with pytest.raises(ConfigError, match=r"study\.options\.space must be one of dop, dop_split"):
-        run_small_study("selectors", "study.options.space=uniform")
+        run_small_study("selectors", "+study.options.space=uniform")

@@ -99,8 +99,8 @@ def source_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
                 low, high = row["difference_ci95"] or (-1.0, 1.0)
                 sure = low > 0.0 or high < 0.0
                 ends = [max(row[field], _SMALLEST_DRAWN) for field in ("kl_others_mixed", "kl_others")]
-                look = {"color": "black", "linewidth": 2.0} if sure else {"color": FAINT, "linewidth": 0.8}
-                axis.plot(ends, [y, y], zorder=1, **look)
+                color, width = ("black", 2.0) if sure else (FAINT, 0.8)
+                axis.plot(ends, [y, y], zorder=1, color=color, linewidth=width)
             for field, look, name in (
                 ("kl_others", LOOKS[0], "searched on this family, scored on the others"),
                 ("kl_others_mixed", LOOKS[1], "searched on as many of all families, same questions"),
