@@ -58,6 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = args.store or sweep(Path(folder))
         with ui(store, Path(folder)) as address, browser(tools) as driver:
+            args.out.mkdir(parents=True, exist_ok=True)
             photograph(MlflowClient(store), driver, address, args.out)
 
 

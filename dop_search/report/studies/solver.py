@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dop_search.report.style import FOUND, LOOKS, SMALLEST_KL, UNIFORM, Look, styled
+from dop_search.report.style import FOUND, LOOKS, SMALLEST_KL, UNIFORM, Look, plain_decades, styled
 
 DRAWN = ("rerank", "tpe+warm", "gp+warm", "tpe", "gp", "random")
 """Solvers with a line; all others have a row in the right panel."""
@@ -57,5 +57,6 @@ def _end(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
         labels.append(f"{name}: {runs:.0f} runs, {seconds:.0f} s")
     axis.set_yticks(range(len(names)), labels)
     axis.set(xscale="log", xlabel="KL of what was found (nats), one mark per seed")
+    plain_decades(axis.xaxis)
     axis.set_title("The end")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
