@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import solve_integer
+from dop_search.baselines.equal_flops import nested_strategy, solve_integer
 from dop_search.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class UniformReduction(Method):
     """The literature's token pruning before the decoder; solved for the number of tokens ``n_v``.
+
+    Where so few tokens are left that one is a larger step than the tolerance, the last one by rank leaves the decoder
+    at the layer that comes nearest.
 
     Args:
         name: the selector's name, which is also the method's.
@@ -25,17 +28,30 @@ class UniformReduction(Method):
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
         num_layers = context.num_layers
+        ranked = {"selector": self.name, "selector_options": dict(self.options)}
 
         def strategy(kept: int) -> Strategy:
-            return Strategy.full(
-                num_layers, num_visual_tokens=kept, selector=self.name, selector_options=dict(self.options)
-            )
+            return Strategy.full(num_layers, num_visual_tokens=kept, **ranked)
+
+        def leaving(depth: int) -> Strategy:
+            return nested_strategy(num_layers, [depth], [kept, kept - 1], num_visual_tokens=kept, **ranked)
+
+        def ratio(item: Strategy) -> float:
+            return context.pricing.ratio(item)
 
         kept = solve_integer(
-            lambda n: context.pricing.ratio(strategy(n)),
+            lambda n: ratio(strategy(n)),
             0,
             context.num_visual,
             flops_ratio,
             f"uniform reduction by {self.name}",
         )
-        return self.fitted(context, flops_ratio, strategy(kept), {"num_visual_tokens": kept})
+        whole = strategy(kept)
+        if not context.pricing.distance_note(ratio(whole), flops_ratio):
+            return self.fitted(context, flops_ratio, whole, {"num_visual_tokens": kept})
+        if ratio(whole) < flops_ratio:
+            kept += 1
+        depth = min(range(1, num_layers), key=lambda layer: abs(ratio(leaving(layer)) - flops_ratio))
+        facts = {"num_visual_tokens": kept, "last_token_leaves_at": depth}
+        note = f"one token is a larger step than the tolerance: token {kept} of {kept} leaves at layer {depth}"
+        return self.fitted(context, flops_ratio, leaving(depth), facts, [note])

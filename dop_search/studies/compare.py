@@ -106,7 +106,10 @@ def search_space(
         overhead = max(overhead, context.pricing.selection_ratio(profile.solve(left)))
     limit = Budget(flops_ratio=_left(budget, overhead))
     with bench.watch(f"{name} at {budget:g}: ") as notify:
-        best = rerank_all(profile.problem(limit), limit, num_candidates, on_progress=notify)[0]
+        found = rerank_all(profile.problem(limit), limit, num_candidates, on_progress=notify)
+    note = context.pricing.distance_note
+    equal = (item for item in found if not note(context.pricing.ratio(item.strategy), budget))
+    best = next(equal, found[0])  # the best that uses up the budget, as the other methods do
     strategy = replace(best.strategy, model_fingerprint=None)
     ratio = context.pricing.ratio(strategy)
     facts = {
@@ -115,7 +118,7 @@ def search_space(
         "kl_additive": best.divergence_additive,
         "num_validation_runs": profile.curves.num_validation_runs + best.num_validation_runs,
     }
-    return FittedMethod(name, budget, ratio, facts, context.pricing.distance_note(ratio, budget), strategy=strategy)
+    return FittedMethod(name, budget, ratio, facts, note(ratio, budget), strategy=strategy)
 
 
 def _left(budget: float, overhead: float) -> float:
@@ -140,9 +143,11 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
         "accuracy": float(right.mean()),
         "relative_mean": relative_family_mean(right, bench.correct(None, "heldout"), families),
     }
-    if fitted.method in SELECTORS or fitted.method.partition("@")[0] in SPACES:
-        search = bench.outcome(fitted, "search").divergence
-        values["kl_search"] = float(search.mean())
+    if fitted.method in SELECTORS:
+        values["kl_search"] = float(bench.outcome(fitted, "search").divergence.mean())
+    elif fitted.method.partition("@")[0] in SPACES:  # measured while it was searched for
+        assert fitted.strategy is not None
+        values["kl_search"] = float(bench.divergence([fitted.strategy], "search").mean())
     if num_rounds:
         values |= prefill_times(bench.loaded, bench.data("heldout").samples[:TIMED_SAMPLES], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)

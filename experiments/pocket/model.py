@@ -104,8 +104,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """An untrained model in float32: 5 vision layers of width 128, 12 decoder layers of width 192."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, num_layers: int = 12) -> LlavaForConditionalGeneration:
+    """An untrained model in float32: 5 vision layers of width 128, ``num_layers`` decoder layers of width 192."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -120,7 +120,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
         vocab_size=-(-len(tokenizer) // 16) * 16,
         hidden_size=192,
         intermediate_size=384,
-        num_hidden_layers=12,
+        num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=1024,
@@ -160,6 +160,35 @@ def load_weights(tokenizer: PreTrainedTokenizerFast, weights: Path) -> LlavaForC
     if wrong:
         raise ValueError(f"{weights} does not fit the pocket model: {wrong}")
     return model
+
+
+@torch.no_grad()
+def stretch(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, num_layers: int
+) -> LlavaForConditionalGeneration:
+    """A deeper model: the last decoder layers twice in a row, both with half the output; a start for training.
+
+    Raises:
+        ValueError: ``num_layers`` is not between the model's number of layers and twice that.
+    """
+    config = model.config.text_config
+    extra = num_layers - config.num_hidden_layers
+    if not 0 <= extra <= config.num_hidden_layers:
+        raise ValueError(
+            f"`{config.num_hidden_layers} <= num_layers <= {2 * config.num_hidden_layers}` must hold, got {num_layers}"
+        )
+    first = config.num_hidden_layers - extra  # the first layer that is there twice
+    source = [layer if layer < first else first + (layer - first) // 2 for layer in range(num_layers)]
+    deeper = build_model(tokenizer, seed=0, num_layers=num_layers)
+    old, new = model.model.language_model.layers, deeper.model.language_model.layers
+    others = {name: value for name, value in model.state_dict().items() if ".language_model.layers." not in name}
+    deeper.load_state_dict(others, strict=False)
+    for layer, origin in enumerate(source):
+        new[layer].load_state_dict(old[origin].state_dict())
+        if origin >= first:
+            new[layer].self_attn.o_proj.weight.mul_(0.5)
+            new[layer].mlp.down_proj.weight.mul_(0.5)
+    return deeper
 
 
 def export(

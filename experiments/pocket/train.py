@@ -4,7 +4,7 @@
 
 One stage: every parameter from scratch, answers' cross-entropy plus the tower's patch and presence labels, plus, for
 variants with taps, labels read from decoder states. Resumable (``--resume``); ``--init-from`` starts from exported
-weights.
+weights, which ``--num-layers`` may stretch to a deeper model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import build_model, build_processor, build_tokenizer, export, load_weights
+from model import build_model, build_processor, build_tokenizer, export, load_weights, stretch
 from network import AuxiliaryHeads, TrainingNetwork
 from optim import build_optimizers
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dop_search.data.rendered import FAMILIES
 
-TAPS: dict[str, tuple[int, ...]] = {"deep": (6, 9), "shallow": (2, 5), "plain": ()}
+TAPS: dict[str, tuple[int, ...]] = {"deep": (6, 9), "shallow": (2, 5), "stretched": (), "plain": ()}
 """Decoder layers after which auxiliary heads read the text states, per variant."""
 
 Cast = AbstractContextManager[object]
@@ -164,6 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--init-from", type=Path, default=None, help="exported model.safetensors to start from")
+    parser.add_argument("--num-layers", type=int, default=12, help="decoder layers; with --init-from: 12 to 24")
     parser.add_argument("--skip-profile", action="store_true", help="no accuracies with the image cut off")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
@@ -202,7 +203,8 @@ def write_profile(network: TrainingNetwork, held: Rows, args: argparse.Namespace
     """``final.json``: accuracies, and those with the image cut off from each layer on."""
     final = teacher_forced_accuracy(network, held, args.batch_size, cast)
     profile = {
-        str(layer): teacher_forced_accuracy(network, held, args.batch_size, cast, cut_from=layer) for layer in range(12)
+        str(layer): teacher_forced_accuracy(network, held, args.batch_size, cast, cut_from=layer)
+        for layer in range(args.num_layers)
     }
     (args.out / "final.json").write_text(json.dumps({"accuracy": final, "cut_from": profile}, indent=1) + "\n")
     print(args.variant, "final", sum(final.values()) / len(final), json.dumps(final), flush=True)
@@ -215,7 +217,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     processor = build_processor(tokenizer)
-    model = build_model(tokenizer, args.seed) if args.init_from is None else load_weights(tokenizer, args.init_from)
+    if args.init_from is None:
+        model = build_model(tokenizer, args.seed, args.num_layers)
+    else:
+        model = stretch(load_weights(tokenizer, args.init_from), tokenizer, args.num_layers)
     model.to(args.device).train()
     heads = AuxiliaryHeads(128, 192, TAPS[args.variant]).to(args.device)
     network = TrainingNetwork(model, tokenizer(PREFIX).input_ids, args.compile).to(args.device)

@@ -128,6 +128,25 @@ def test_uniform_reduction_by_hand() -> None:
     assert fitted.flops_ratio == pytest.approx(ratio(best), abs=1e-12)
 
 
+def test_uniform_reduction_where_one_token_is_a_large_step() -> None:
+    """A dozen tokens are left with steps of 8 %: the last one leaves early, at the layer that comes nearest."""
+    dims, visual, _ = SHAPES["llava_7b"]
+    context = FitContext(dims, (TokenCounts(4, visual),))
+    method = UniformReduction("random")
+    whole = [
+        context.pricing.ratio(Strategy.full(dims.num_layers, num_visual_tokens=n, selector="random")) for n in (5, 6)
+    ]
+    target = 0.6 * whole[0] + 0.4 * whole[1]
+    fitted = method.fit(context, target)
+    assert (whole[1] - whole[0]) / target > 4 * TOLERANCE
+    assert fitted.flops_ratio == pytest.approx(target, rel=TOLERANCE)
+    assert fitted.hyperparameters["num_visual_tokens"] == 6
+    assert fitted.strategy is not None
+    assert fitted.strategy.group_sizes(visual) == (5, 1)
+    assert fitted.hyperparameters["last_token_leaves_at"] == pytest.approx(0.4 * dims.num_layers, abs=1)
+    assert any("token 6 of 6 leaves at layer" in note for note in fitted.notes)
+
+
 # -- published schedules --
 
 
