@@ -124,7 +124,9 @@ class EvaluationStore:
         report(len(missing))
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            self._run(batch, [distinct[key] for key in batch], samples, everything)
+            still = self._missing(batch, samples)  # another process may have saved some since
+            if still:
+                self._run(still, [distinct[key] for key in still], samples, everything)
             report(len(missing) - start - len(batch))
 
     def _missing(self, keys: Iterable[str], samples: NDArray[Any]) -> list[str]:

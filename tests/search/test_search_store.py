@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from invented_problems import counted, interacting_evaluator, make_space
 
 from dop_search.errors import CacheError, DataError, NumericalError
 from dop_search.search import EvaluationStore
+from dop_search.strategy import Strategy
 
 SPACE = make_space("dop", 4, 12)
 STRATEGIES = [SPACE.strategy({"attention_depth": a, "num_visual_tokens": n}) for a in range(5) for n in (3, 7, 12)]
@@ -62,6 +64,24 @@ def test_a_file_is_continued(tmp_path: Path) -> None:
     np.testing.assert_array_equal(second.evaluate(STRATEGIES), EXACT(STRATEGIES, None))
     assert second.num_validation_runs == len({s.key() for s in STRATEGIES})
     assert second.num_new_runs < second.num_validation_runs
+
+
+def test_what_another_process_saves_meanwhile_is_not_evaluated_again(tmp_path: Path) -> None:
+    """While the first batch is evaluated, another process saves all of the second and a part of the third."""
+    path = tmp_path / "evaluations.jsonl"
+    distinct = list({strategy.key(): strategy for strategy in STRATEGIES}.values())[:9]
+    asked: list[list[str]] = []
+
+    def evaluator(strategies: Sequence[Strategy], samples: Sequence[int] | None) -> np.ndarray:
+        if not asked:
+            EvaluationStore(EXACT, 6, path, HEADER).evaluate(distinct[3:7])
+        asked.append([strategy.key() for strategy in strategies])
+        assert samples is None or len(samples)
+        return EXACT(strategies, samples)
+
+    values = EvaluationStore(evaluator, 6, path, HEADER, batch_size=3).evaluate(distinct)
+    np.testing.assert_array_equal(values, EXACT(distinct, None))
+    assert asked == [[s.key() for s in part] for part in (distinct[:3], distinct[7:9])]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
