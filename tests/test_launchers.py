@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 
 from dop_search.cli import main
 from dop_search.config import CONFIG_NAME, config_dir
@@ -44,29 +44,33 @@ def test_a_sweep_in_parallel_processes(tmp_path: Path, monkeypatch: pytest.Monke
     assert len({record.results[0].kl_search for record in records}) == 2  # two models, two answers
 
 
-@pytest.fixture
-def launcher(request: pytest.FixtureRequest) -> DictConfig:
+@pytest.mark.parametrize(
+    ("option", "override", "module", "name", "expected"),
+    [
+        (
+            "slurm",
+            "partition=gpu",
+            "hydra_plugins.hydra_submitit_launcher.submitit_launcher",
+            "SlurmLauncher",
+            {"params.partition": "gpu", "params.gpus_per_node": 1},
+        ),
+        (
+            "ray_gpu",
+            "ray.init.address=auto",
+            "hydra_plugins.hydra_ray_launcher.ray_launcher",
+            "RayLauncher",
+            {"ray_cfg.init.address": "auto", "ray_cfg.remote.num_gpus": 1},
+        ),
+    ],
+)
+def test_a_clusters_launcher_takes_every_key(
+    option: str, override: str, module: str, name: str, expected: dict[str, object]
+) -> None:
+    launchers = pytest.importorskip(module)
+    overrides = ["experiment=smoke", f"hydra/launcher={option}", f"hydra.launcher.{override}"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose(CONFIG_NAME, request.param, return_hydra_config=True)
-    return config.hydra.launcher
-
-
-@pytest.mark.parametrize(
-    "launcher", [["experiment=smoke", "hydra/launcher=slurm", "hydra.launcher.partition=gpu"]], indirect=True
-)
-def test_slurm_composes_and_its_launcher_takes_every_key(launcher: DictConfig) -> None:
-    module = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
-    made = instantiate(launcher)
-    assert isinstance(made, module.SlurmLauncher)
-    assert (made.params["partition"], made.params["gpus_per_node"]) == ("gpu", 1)
-
-
-@pytest.mark.parametrize(
-    "launcher", [["experiment=smoke", "hydra/launcher=ray_gpu", "hydra.launcher.ray.init.address=auto"]], indirect=True
-)
-def test_ray_composes_and_its_launcher_takes_every_key(launcher: DictConfig) -> None:
-    module = pytest.importorskip("hydra_plugins.hydra_ray_launcher.ray_launcher")
-    made = instantiate(launcher)
-    assert isinstance(made, module.RayLauncher)
-    assert made.ray_cfg.init.address == "auto"
-    assert made.ray_cfg.remote.num_gpus == 1
+        config = compose(CONFIG_NAME, overrides, return_hydra_config=True)
+    made = instantiate(config.hydra.launcher)
+    assert isinstance(made, getattr(launchers, name))
+    keys = OmegaConf.create({part: dict(getattr(made, part)) for part in {key.split(".")[0] for key in expected}})
+    assert {key: OmegaConf.select(keys, key) for key in expected} == expected
