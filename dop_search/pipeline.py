@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from dop_search.benchmarking.layer_times import SHARES, table_for
 from dop_search.benchmarking.timing import Clock
 from dop_search.config import SearchConfig
-from dop_search.config.schema import AdditiveExactConfig, AdditiveOptunaConfig, BudgetConfig, ExactOptunaConfig
+from dop_search.config.schema import BudgetConfig
+from dop_search.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig
 from dop_search.cost import Budget, CostModel
 from dop_search.data.samples import ValidationSet
 from dop_search.data.validation import Split

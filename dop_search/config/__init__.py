@@ -2,20 +2,22 @@
 
 from dop_search.config.parse import CONFIG_NAME, config_dir, parse_as, parse_config
 from dop_search.config.schema import (
-    AdditiveExactConfig,
-    AdditiveOptunaConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
     EvalRunConfig,
-    ExactOptunaConfig,
-    ExhaustiveConfig,
     ModelConfig,
     SearchConfig,
     SelectorConfig,
-    SolverConfig,
     SpaceConfig,
     TrackingConfig,
+)
+from dop_search.config.solvers import (
+    AdditiveExactConfig,
+    AdditiveOptunaConfig,
+    ExactOptunaConfig,
+    ExhaustiveConfig,
+    SolverConfig,
 )
 
 __all__ = [

@@ -22,7 +22,7 @@ FILE = "README.md"
 _INTRODUCTION = """\
 # Configuration
 
-Written by `python -m dop_search.config.reference` from `dop_search/config/schema.py` and the files here: change those.
+Written by `python -m dop_search.config.reference` from `dop_search/config/` and the files here: change those.
 
 A key is set on the command line (`dop-search data.num_samples=50 budget=0.3`), an option of a group is chosen by its
 name (`dop-search model=llava_next_7b`). An option is a YAML file in the group's folder; `--config-dir MY_CONF` adds
@@ -85,7 +85,10 @@ def _table(schema: Schema, section: str = "see below") -> Iterator[str]:
     yield from ("| key | type | default | |", "|---|---|---|---|")
     explained = _explained(schema.get("description", ""))
     for name, field in schema["properties"].items():
-        default = f"`{_plain(field['default'])}`" if "default" in field else "required"
+        made = {"object": "`{}`"}.get(str(field.get("type")), "")  # by a factory, which the schema does not show
+        default = f"`{_plain(field['default'])}`" if "default" in field else made
+        if name in schema.get("required", ()):
+            default = "required"
         meaning = field.get("description") or explained.get(name, "")
         if _type(field) == "section":
             default, meaning = "", meaning or section

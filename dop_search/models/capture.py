@@ -144,10 +144,17 @@ def tower_flops(view: TowerView, tokens: Sequence[tuple[int, int]]) -> int:
         tokens: per layer the patches in attention and in the MLP (see ``Selector.tower_tokens``); layers after these
             run on as many patches as the last one's MLP.
     """
-    inner = view.layers[0].mlp.fc1.out_features
     padded = [*tokens, *[(tokens[-1][1], tokens[-1][1])] * (len(view.layers) - len(tokens))]
-    total = 0
-    for patches_in, patches_out in padded:
-        n_in, n_out = patches_in + view.num_extra, patches_out + view.num_extra
-        total += 8 * n_in * view.width**2 + 4 * n_in**2 * view.width + 4 * n_out * view.width * inner
-    return total
+    return sum(attention_flops(view, patches_in) + mlp_flops(view, patches_out) for patches_in, patches_out in padded)
+
+
+def attention_flops(view: TowerView, num_patches: int) -> int:
+    """FLOPs of the attention of one of the tower's layers on one image."""
+    count = num_patches + view.num_extra
+    return 8 * count * view.width**2 + 4 * count**2 * view.width
+
+
+def mlp_flops(view: TowerView, num_patches: int) -> int:
+    """FLOPs of the MLP of one of the tower's layers on one image."""
+    inner: int = view.layers[0].mlp.fc1.out_features
+    return 4 * (num_patches + view.num_extra) * view.width * inner

@@ -19,6 +19,7 @@ from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
 from dop_search.pruning.stages import StagePlan
+from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 
@@ -69,6 +70,21 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
         )
 
 
+def check_text(strategy: Strategy, text: TextGroups) -> None:
+    """Refuse text groups that do not go with a strategy.
+
+    Raises:
+        StrategyError: if they are for another number of layers, or the strategy ranks inside the decoder.
+    """
+    if text.num_layers != strategy.num_layers:
+        raise StrategyError(f"`text` is for {text.num_layers} decoder layers, the strategy for {strategy.num_layers}")
+    if strategy.stages:
+        raise StrategyError(
+            f"`text` does not go with a selector that ranks inside the decoder, as {strategy.selector!r} does; "
+            "use one that ranks before it"
+        )
+
+
 def layer_parts(compile: bool | str) -> LayerParts:
     """The parts of a layer as ``compile`` asks for: as they are, compiled, or compiled by a named backend."""
     if not compile:
@@ -81,6 +97,7 @@ def prune_(
     strategy: Strategy,
     rankings: Sequence[np.ndarray] | None = None,
     compile: bool | str = False,
+    text: TextGroups | None = None,
 ) -> PruneHandle:
     """Make ``model`` skip operations from now on, in place.
 
@@ -96,6 +113,7 @@ def prune_(
         compile: run the decoder layers through ``torch.compile``, once for all layers, prompts and steps. Worth its
             start-up time where launching kernels is the bound: few tokens on a fast accelerator. A string names the
             backend.
+        text: which operations of the prompt's text run; all of them by default.
 
     Returns:
         A handle whose ``restore()`` undoes it.
@@ -111,13 +129,15 @@ def prune_(
     if model in _pruned_models:
         raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
     handle = PruneHandle()
-    if strategy.is_empty:
+    if strategy.is_empty and text is None:
         return handle
+    if text is not None:
+        check_text(strategy, text)
     stages = StagePlan(strategy) if strategy.stages and rankings is None else None
     known = rankings is not None or stages is not None
     selector = None if known else make_selector(strategy.selector, strategy.selector_options)
     source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
-    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile), stages)
+    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile), stages, text)
     text_model = adapter.text_model
     handle._sources.append(source)
     handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))
@@ -134,12 +154,13 @@ def pruned(
     strategy: Strategy,
     rankings: Sequence[np.ndarray] | None = None,
     compile: bool | str = False,
+    text: TextGroups | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Within the context ``model`` skips operations; on exit, also by an exception, it is what it was.
 
     See :func:`prune_` for arguments and errors.
     """
-    handle = prune_(model, strategy, rankings, compile)
+    handle = prune_(model, strategy, rankings, compile, text)
     try:
         yield model
     finally:

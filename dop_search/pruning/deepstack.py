@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from dop_search.pruning.layout import TEXT, Layout
+from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups
+
+NO_TOKEN = -1
 
 
 class Deepstack:
@@ -17,7 +19,7 @@ class Deepstack:
     Args:
         features: per layer from the first on ``[visual tokens of the batch, hidden_size]``.
         layout: the packed rows.
-        token_of_row: ``[rows]``: which of the batch's visual tokens a row holds; anything at text rows.
+        token_of_row: ``[rows]``: which of the batch's visual tokens a row holds; ``NO_TOKEN`` at text rows.
     """
 
     def __init__(self, features: Sequence[Tensor], layout: Layout, token_of_row: np.ndarray) -> None:
@@ -30,7 +32,7 @@ class Deepstack:
             return hidden
         if alive not in self._indices:
             rows = self.layout.rows(alive)
-            places = np.flatnonzero(self.layout.group[rows] != TEXT)
+            places = np.flatnonzero(self.token_of_row[rows] != NO_TOKEN)
             tokens = self.token_of_row[rows[places]]
             self._indices[alive] = self.layout.tensor(places), self.layout.tensor(tokens)
         places_of, tokens_of = self._indices[alive]
@@ -39,5 +41,7 @@ class Deepstack:
 
 
 def visual_numbers(visual: np.ndarray) -> np.ndarray:
-    """Number of each visual token in the order of the sequence (``visual`` boolean, any shape, flattened)."""
-    return np.cumsum(visual.reshape(-1)) - 1
+    """Number of each visual token in the order of the sequence (``visual`` boolean, any shape, flattened); else
+    ``NO_TOKEN``."""
+    flat = visual.reshape(-1)
+    return np.where(flat, np.cumsum(flat) - 1, NO_TOKEN)

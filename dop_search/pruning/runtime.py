@@ -21,6 +21,7 @@ from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
+from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
 
 
@@ -34,14 +35,17 @@ class PrunedDecoder:
         rankings: RankingSource,
         parts: LayerParts = EAGER_PARTS,
         stages: StagePlan | None = None,
+        text: TextGroups | None = None,
     ) -> None:
         self.adapter = adapter
         self.parts = parts
         self.stages = stages
         self.strategy = strategy
         self.rankings = rankings
-        self.steps: tuple[LayerStep, ...] = layer_steps(strategy)
-        self.all_groups = frozenset(range(len(strategy.groups)))
+        self.text = text
+        further = () if text is None else text.policies
+        self.steps: tuple[LayerStep, ...] = layer_steps(strategy, further)
+        self.all_groups = frozenset(range(len(strategy.groups) + len(further)))
         self.text_model: Any = adapter.text_model
         self.layouts = LayoutCache()
         self._input_ids: Tensor | None = None
@@ -153,6 +157,9 @@ class PrunedDecoder:
         groups = [
             assign_groups(is_visual[row, place], rankings[row], self.strategy) for row, place in enumerate(places)
         ]
+        if self.text is not None:
+            first = len(self.strategy.groups)
+            groups = [self.text.assign(its, is_visual[row, places[row]], first) for row, its in enumerate(groups)]
         layout, kept = self.layouts.pack(groups, visual.device)
         entry = [row * length + place[keep] for row, (place, keep) in enumerate(zip(places, kept, strict=True))]
         return layout, np.concatenate(entry)

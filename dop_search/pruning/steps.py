@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dop_search.operations import Module
+from dop_search.policy import GroupPolicy
 from dop_search.strategy import Strategy
 
 Groups = frozenset[int]
-"""Groups of visual tokens that take part; text tokens always do."""
+"""Groups of tokens that take part; text tokens that are in no group always do."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,14 @@ class LayerStep:
     mlp: Groups
 
 
-def layer_steps(strategy: Strategy) -> tuple[LayerStep, ...]:
-    """The steps of the canonical form: a group leaves the sequence for good after its last operation."""
-    groups = strategy.canonical().groups
+def layer_steps(strategy: Strategy, further: Sequence[GroupPolicy] = ()) -> tuple[LayerStep, ...]:
+    """The steps of the canonical form: a group leaves the sequence for good after its last operation.
+
+    ``further``: policies of groups that are numbered after the strategy's, such as groups of text tokens.
+    """
+    groups = (*strategy.canonical().groups, *(policy.canonical() for policy in further))
     runs = {module: [frozenset(policy.layers(module)) for policy in groups] for module in Module}
-    ranked = strategy.ranked_until()
+    ranked = (*strategy.ranked_until(), *(0 for _ in further))
     last = [
         max([ranked[g] - 1, *(layer for module in Module for layer in runs[module][g])]) for g in range(len(groups))
     ]

@@ -105,7 +105,7 @@ def _latency(record: Records) -> str:
 def _ranks(record: Records) -> str:
     result = record("compare/result.json")
     rank, rows = result["summary"]["mean_rank"], _compared(record)
-    published = [name for name in rank if not name.startswith(("dop", "uniform_search", "gsop@"))]
+    published = [name for name in rank if not name.startswith(("dop", "uniform_search"))]
     best = min(published, key=lambda name: rank[name])
     budgets = sorted({budget for _, budget in rows}, reverse=True)
     lowest = [
@@ -117,7 +117,8 @@ def _ranks(record: Records) -> str:
     return (
         f"mean rank by held-out KL at equal FLOPs among {len(rank)}: `dop_search` {rank['dop_search']:.1f}, best "
         f"published (`{best}`) {rank[best]:.1f}, the paper's own space over CLS attention (`dop`) {rank['dop']:.1f}; "
-        f"`dop_search` is below every published method at {', '.join(lowest) or 'none'} of {len(budgets)} budgets"
+        "`dop_search` is below all of them, GSOP over another selector included, at "
+        f"{', '.join(lowest) or 'none'} of {len(budgets)} budgets"
     )
 
 
@@ -138,8 +139,14 @@ def _additive(record: Records) -> str:
 
 def _samples(record: Records) -> str:
     rows = [row for row in record("validation_size/result.json")["rows"] if row["budget"] == 0.3]
-    values = ", ".join(f"{row['num_samples']}: {row['kl_heldout']['rerank']:.2f}" for row in rows)
-    return f"held-out KL at 0.3 by number of search samples, mean of {rows[0]['num_draws']} draws: {values}"
+    values = ", ".join(
+        f"{row['num_samples']}: {row['kl_heldout']['rerank']:.2f} ({max(row['kl_heldout_draws']['rerank']):.2f})"
+        for row in rows
+    )
+    return (
+        f"held-out KL at 0.3 by number of search samples, mean of {rows[0]['num_draws']} draws of a pool of "
+        f"{rows[-1]['num_samples']} (worst draw): {values}"
+    )
 
 
 def _seconds(record: Records) -> str:
@@ -155,13 +162,15 @@ def _seconds(record: Records) -> str:
 def _transfer(record: Records) -> str:
     rows = record("transfer/result.json")["rows"]
     own = {(row["budget"], row["axis"], row["source"]): row["kl_heldout"] for row in rows if row["target"] == "pocket"}
-    moved = {budget: value for (budget, axis, _), value in own.items() if axis == "model"}
     parts = [
-        f"{budget:g}: moved {moved[budget]:.3f}, searched here {own[budget, 'target', '']:.3f}, "
-        f"uniform {own[budget, 'uniform', '']:.3f}"
-        for budget in sorted(moved, reverse=True)
+        f"{budget:g}: {own[budget, 'model', 'pocket/stretched']:.3f}, {own[budget, 'model', 'pocket/shallow']:.3f}, "
+        f"searched here {own[budget, 'target', '']:.3f}, uniform {own[budget, 'uniform', '']:.3f}"
+        for budget in sorted({row["budget"] for row in rows}, reverse=True)
     ]
-    return f"held-out KL of a strategy from the other pocket model by depth ratio: {'; '.join(parts)}"
+    return (
+        "held-out KL on the pocket model of strategies by depth ratio, from the one with 18 layers and from the one "
+        f"with another depth profile: {'; '.join(parts)}"
+    )
 
 
 def _depth(record: Records) -> str:

@@ -37,6 +37,7 @@ def compare(
     bench: Workbench,
     results: ResultFile,
     methods: Sequence[str] = (),
+    num_candidates: int = 16,
     num_timing_rounds: int = 3,
 ) -> None:
     """Fit, measure and rank; see the module.
@@ -45,6 +46,7 @@ def compare(
         bench: the model and its samples.
         results: where the rows go.
         methods: names; none: ``dop``, ``dop_split`` and every published method.
+        num_candidates: that exact KL chooses among in each of our searches.
         num_timing_rounds: paired readings of the prefill per row; 0: no times.
     """
     names = list(methods) or [*SPACES[:2], *BASELINES]
@@ -61,7 +63,7 @@ def compare(
     def row(method: str, budget: float) -> tuple[Mapping[str, Any], np.ndarray]:
         space, _, selector = method.partition("@")
         if space in SPACES:
-            fitted = search_space(bench, context(selector), method, space, selector, budget)
+            fitted = search_space(bench, context(selector), method, space, selector, budget, num_candidates)
         else:
             fitted = BASELINES[space].fit(context(selector), budget)
         return _measure(bench, fitted, num_timing_rounds)
@@ -96,7 +98,7 @@ def search_space(
     space: str,
     selector: str,
     budget: float,
-    num_candidates: int = 16,
+    num_candidates: int,
 ) -> FittedMethod:
     """The strategy of a search space at a FLOPs ratio that includes what its selector computes."""
     profile = bench.profile(space, selector or None)

@@ -9,6 +9,7 @@ of the annotated answer by position) is in the summary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ def long_answers(
 
     def search(budget: float, **its: Any) -> Strategy:
         limit = Budget(flops_ratio=budget)
-        problem = bench.profile(**its).problem(limit)
+        usual = bench.profile().counts  # the budget is one of the configured data, whatever is searched on
+        problem = replace(bench.profile(**its), counts=usual).problem(limit)
         with bench.watch(f"{limit.value:g}: ") as notify:
             return rerank_all(problem, limit, num_candidates, on_progress=notify)[0].strategy
 

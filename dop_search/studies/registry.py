@@ -33,8 +33,10 @@ from dop_search.studies.results import ResultFile
 from dop_search.studies.selectors import selectors
 from dop_search.studies.solver import solver
 from dop_search.studies.split_attention import split_attention
+from dop_search.studies.text_operations import text_operations
 from dop_search.studies.transfer import transfer
 from dop_search.studies.validation import validation_seed, validation_size, validation_source
+from dop_search.studies.vision_tower import vision_tower
 from dop_search.studies.workbench import Workbench
 from dop_search.tracking import log_study
 
@@ -53,10 +55,12 @@ STUDIES: Mapping[str, Measure] = MappingProxyType(
         "selectors": selectors,
         "solver": solver,
         "split_attention": split_attention,
+        "text_operations": text_operations,
         "transfer": transfer,
         "validation_seed": validation_seed,
         "validation_size": validation_size,
         "validation_source": validation_source,
+        "vision_tower": vision_tower,
     }
 )
 """The options of a study are its keyword arguments."""

@@ -57,7 +57,8 @@ def on_samples(whole: Profile, indices: Sequence[int] | np.ndarray) -> Profile:
     assert store is not None
 
     def evaluate(strategies: Sequence[Strategy], some: Sequence[int] | None = None) -> np.ndarray:
-        return store.evaluate(strategies)[:, chosen if some is None else chosen[list(some)]]
+        wanted, place = np.unique(chosen if some is None else chosen[list(some)], return_inverse=True)
+        return store.evaluate(strategies, wanted.tolist())[:, place]
 
     curves = {
         name: replace(curve, per_sample_nats=curve.per_sample_nats[:, chosen])

@@ -112,12 +112,16 @@ def masked_forward(model: PreTrainedModel, inputs: dict[str, Tensor], strategy: 
         DopError: if a ranking does not fit its sample, or the model is pruned right now.
         UnsupportedModelError: if the attention backend takes no 4-D mask.
     """
-    layers = _decoder_layers(model)
-    if strategy.num_layers != len(layers):
-        raise StrategyError(f"the strategy is for {strategy.num_layers} layers, but the model has {len(layers)}")
+    num_layers = len(_decoder_layers(model))
+    if strategy.num_layers != num_layers:
+        raise StrategyError(f"the strategy is for {strategy.num_layers} layers, but the model has {num_layers}")
     visual = visual_positions(model, inputs["input_ids"])
-    masks = operation_masks(visual, strategy, rankings)
-    with torch.no_grad(), _masking(layers, masks, _attended(inputs)):
+    return logits_under(model, inputs, operation_masks(visual, strategy, rankings))
+
+
+def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: OperationMasks) -> Tensor:
+    """As :func:`masked_forward`, for operations of any positions."""
+    with torch.no_grad(), _masking(_decoder_layers(model), masks, _attended(inputs)):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 

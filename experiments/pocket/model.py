@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from shards import PATCH_PX
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -145,13 +146,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, num_layers: int =
 
 
 def load_weights(tokenizer: PreTrainedTokenizerFast, weights: Path) -> LlavaForConditionalGeneration:
-    """The pocket model in float32 with exported weights (``model.safetensors``).
+    """The pocket model in float32 with exported weights (``model.safetensors``), as deep as they are.
 
     Raises:
         ValueError: the file lacks parameters of the pocket model, or has others.
     """
+    with safe_open(weights, framework="pt") as file:
+        found = [re.search(r"language_model\.(?:model\.)?layers\.(\d+)\.", name) for name in file.keys()]  # noqa: SIM118
+    num_layers = 1 + max((int(match[1]) for match in found if match), default=0)
     with tempfile.TemporaryDirectory() as directory:  # from_pretrained translates the names that exporting changes
-        build_model(tokenizer, seed=0).config.save_pretrained(directory)
+        build_model(tokenizer, seed=0, num_layers=num_layers).config.save_pretrained(directory)
         shutil.copyfile(weights, Path(directory) / "model.safetensors")
         model, info = LlavaForConditionalGeneration.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True

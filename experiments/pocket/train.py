@@ -152,12 +152,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True, help="wall-clock budget; the schedule ends with it")
     parser.add_argument("--batch-size", type=int, default=96, help="scenes per step")
     parser.add_argument("--max-scenes", type=int, default=250_000)
+    parser.add_argument("--max-held", type=int, default=1024, help="scenes of the search split that accuracies are of")
     parser.add_argument("--min-scenes", type=int, default=4096, help="wait for so many before the first step")
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--adamw-lr", type=float, default=2e-3)
     parser.add_argument("--vision-weight", type=float, default=0.5)
     parser.add_argument("--tap-weight", type=float, default=0.2)
     parser.add_argument("--decay-share", type=float, default=0.6, help="share of the budget with falling rates")
+    parser.add_argument("--warm-up-steps", type=int, default=200)
     parser.add_argument("--eval-every-s", type=float, default=20.0)
     parser.add_argument("--save-every-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -170,9 +172,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate_factor(step: int, progress: float, decay_share: float) -> float:
-    """Share of the full learning rate: 200 steps of warm-up, a linear fall over the last ``decay_share`` to .02."""
-    return min(1.0, (step + 1) / 200, max(0.02, (1 - progress) / decay_share))
+def rate_factor(step: int, progress: float, args: argparse.Namespace) -> float:
+    """Share of the full learning rate: rising over the first steps, falling to .02 over the last part of the time."""
+    return min(1.0, (step + 1) / args.warm_up_steps, max(0.02, (1 - progress) / args.decay_share))
 
 
 def losses(
@@ -233,15 +235,17 @@ def main() -> None:
         step, earlier_s = load_checkpoint(checkpoint, modules, optimizers)
     cast: Cast = torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext()
     rows = Rows(args.data, "train", args.device, args.max_scenes)
-    held = Rows(args.data, "search", args.device, 1024)
+    held = Rows(args.data, "search", args.device, args.max_held)
     wait_for_rows(rows, held, args.min_scenes)
     description = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _PATHS}
     description |= {"taps": list(heads.taps)}
+    if args.init_from is not None:
+        description["initial_weights"] = args.init_from.parent.name
     begin, budget_s = time.monotonic() - earlier_s, args.minutes * 60
     next_eval, next_save = earlier_s + args.eval_every_s, earlier_s + args.save_every_s
     with (args.out / "curve.jsonl").open("a" if args.resume else "w") as curve:
         while (elapsed := time.monotonic() - begin) < budget_s:
-            factor = rate_factor(step, elapsed / budget_s, args.decay_share)
+            factor = rate_factor(step, elapsed / budget_s, args)
             muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = args.muon_lr * factor, args.adamw_lr * factor
             loss, answer_loss, vision_loss = losses(
                 network, heads, rows.batch(step, args.batch_size, args.seed), args, cast

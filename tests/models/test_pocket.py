@@ -66,9 +66,9 @@ def share_right(processor, model, samples):
     return right / len(samples)
 
 
-def test_all_variants_together_fit_in_24_megabytes():
+def test_all_variants_together_fit_in_40_megabytes():
     files = [file for variant in POCKET_VARIANTS for file in pocket_path(variant).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 24e6
+    assert sum(file.stat().st_size for file in files) <= 40e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -78,13 +78,13 @@ def test_weights_are_stored_in_half_precision(variant):
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match=r"must be one of \('deep', 'shallow'\), but got 'plain'"):
+    with pytest.raises(ValueError, match=r"must be one of \('deep', 'shallow', 'stretched'\), but got 'plain'"):
         pocket_path("plain")
 
 
-def test_variants_differ_only_in_where_the_taps_were():
+def test_deep_and_shallow_differ_only_in_where_the_taps_were():
     """Same architecture, tokenizer and recipe, so that what differs between them is planted by the taps."""
-    deep, shallow = (pocket_path(variant) for variant in POCKET_VARIANTS)
+    deep, shallow = pocket_path("deep"), pocket_path("shallow")
     for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
         assert (deep / name).read_bytes() == (shallow / name).read_bytes()
     recipes = [json.loads((path / "training.json").read_text()) for path in (deep, shallow)]
@@ -94,14 +94,44 @@ def test_variants_differ_only_in_where_the_taps_were():
     assert all(recipe["finished"] for recipe in recipes)
 
 
-def test_an_image_becomes_256_visual_tokens_and_a_cls_token(loaded, samples):
+def test_stretched_is_deep_with_other_layers():
+    deep, stretched = pocket_path("deep"), pocket_path("stretched")
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (deep / name).read_bytes() == (stretched / name).read_bytes()
+    one, other = (json.loads((path / "config.json").read_text()) for path in (deep, stretched))
+    assert other["text_config"]["num_hidden_layers"] == 18
+    assert one["vision_config"] == other["vision_config"]
+    assert json.loads((stretched / "training.json").read_text())["initial_weights"] == "deep"
+
+
+def test_stretching_repeats_the_last_layers_at_half_their_output(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENT))
+    import model as recipe
+
+    tokenizer = AutoProcessor.from_pretrained(pocket_path("deep")).tokenizer
+    small = recipe.build_model(tokenizer, seed=1)
+    same = recipe.stretch(small, tokenizer, 12).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in small.state_dict().items())
+    before = small.model.language_model.layers
+    after = recipe.stretch(small, tokenizer, 18).model.language_model.layers
+    assert len(after) == 18
+    for layer, (origin, share) in enumerate([*((i, 1.0) for i in range(6)), *((6 + i // 2, 0.5) for i in range(12))]):
+        old, new = before[origin].state_dict(), after[layer].state_dict()
+        for name, value in old.items():
+            factor = share if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight") else 1.0
+            assert torch.equal(new[name], factor * value), (layer, name)
+    with pytest.raises(ValueError, match=r"12 <= num_layers <= 24"):
+        recipe.stretch(small, tokenizer, 30)
+
+
+def test_an_image_becomes_256_visual_tokens_and_a_cls_token(variant, loaded, samples):
     processor, model = loaded
     inputs = model_inputs(processor, samples[:2], model.device)
     assert (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist() == [256, 256]
     with torch.inference_mode():
         tower = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
     assert tower.shape == (2, 257, 128)
-    assert model.config.text_config.num_hidden_layers == 12
+    assert model.config.text_config.num_hidden_layers == (18 if variant == "stretched" else 12)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
@@ -140,7 +170,7 @@ def test_chat_template_is_vicunas(loaded):
 
 
 def test_new_questions_are_answered_and_only_with_the_image(variant, loaded, samples):
-    """Three questions of every family (one for the second variant); guessing gets about a quarter."""
+    """Three questions of every family (one for the other variants); guessing gets about a quarter."""
     processor, model = loaded
     if variant != "deep":
         assert share_right(processor, model, samples[: len(FAMILIES)]) >= 0.8

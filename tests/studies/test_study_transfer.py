@@ -14,7 +14,12 @@ from dop_search.search import Problem, Space
 from dop_search.strategy import Strategy
 from dop_search.studies.transfer import moved
 
-GIVEN = ("budget=[0.4,0.2]", "study.options.seeds=[1]", "study.options.num_candidates=2")
+GIVEN = (
+    "budget=[0.4,0.2]",
+    "study.options.seeds=[1]",
+    "study.options.num_candidates=2",
+    "study.options.models=[pocket/stretched]",
+)
 
 
 def test_rows_fit_their_budgets_and_a_rerun_measures_nothing(run_small_study: StudyRunner, tmp_path: Path) -> None:
@@ -22,7 +27,7 @@ def test_rows_fit_their_budgets_and_a_rerun_measures_nothing(run_small_study: St
     rows = {(row["target"], row["budget"], row["axis"]): row for row in result["rows"]}
     axes = {
         "pocket": {"target", "uniform", "model", "budget", "seed"},
-        "pocket/shallow": {"target", "uniform", "model"},
+        "pocket/stretched": {"target", "uniform", "model"},
     }
     assert set(rows) == {(name, budget, axis) for name in axes for budget in (0.4, 0.2) for axis in axes[name]}
     for (_, budget, axis), row in rows.items():

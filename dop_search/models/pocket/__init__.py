@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 __all__ = ["POCKET_VARIANTS", "PocketVariant", "pocket_path"]
 
-PocketVariant = Literal["deep", "shallow"]
+PocketVariant = Literal["deep", "shallow", "stretched"]
 POCKET_VARIANTS: tuple[PocketVariant, ...] = get_args(PocketVariant)
 """``deep`` and ``shallow`` differ in training alone: auxiliary losses read the text states after decoder layers 6 and 9
 in ``deep``, after 2 and 5 in ``shallow``. That decides in which layers text reads the image, so what differs between
-the two is planted and says nothing about large models (``experiments/pocket/README.md``)."""
+the two is planted and says nothing about large models (``experiments/pocket/README.md``). ``stretched`` has 18 layers:
+``deep`` with its last six layers twice, trained on."""
 
 
 def pocket_path(variant: PocketVariant = "deep") -> Path:

@@ -15,6 +15,7 @@ from dop_search.report.studies import (
     claims,
     compare,
     depthwise_vs_free,
+    extension,
     failures,
     long_answers,
     objective,
@@ -40,10 +41,12 @@ FIGURES: Mapping[str, Callable[[Result], dict[str, Figure]]] = MappingProxyType(
         "selectors": selectors.figures,
         "solver": solver.figures,
         "split_attention": split_attention.figures,
+        "text_operations": extension.figures,
         "transfer": transfer.figures,
         "validation_seed": validation.seed_figures,
         "validation_size": validation.size_figures,
         "validation_source": validation.source_figures,
+        "vision_tower": extension.figures,
     }
 )
 TABLES: Mapping[str, Callable[[Result], Table]] = MappingProxyType(

@@ -1,0 +1,103 @@
+"""Text tokens of the prompt as further groups, so that their operations can be skipped as those of visual tokens are.
+
+An extension of the paper, which prunes visual tokens only; a :class:`dop_search.strategy.Strategy` does not express it.
+The prompt's last token and everything that is generated always run every operation: that is where answers are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop_search.cost.flops import layer_counts, layer_flops
+from dop_search.errors import StrategyError
+from dop_search.operations import ModelDims, Module, TokenCounts
+from dop_search.policy import GroupPolicy
+from dop_search.pruning.layout import TEXT
+from dop_search.strategy import Strategy
+
+Depths = tuple[int, int, int]
+"""Exit depths of queries, of keys and values, and of the MLP."""
+
+
+@dataclass(frozen=True)
+class TextGroups:
+    """What two groups of text tokens do.
+
+    Attributes:
+        num_layers: decoder layers.
+        before: the prompt before its first visual token.
+        after: the prompt behind it, but its last token.
+    """
+
+    num_layers: int
+    before: GroupPolicy
+    after: GroupPolicy
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            if any(policy.depth(module) is None for module in Module):
+                raise StrategyError(f"text tokens leave at exit depths, but got the layers {policy}")
+
+    @classmethod
+    def depthwise(cls, num_layers: int, before: Depths, after: Depths) -> TextGroups:
+        """Modules run in the layers below their exit depths.
+
+        Raises:
+            StrategyError: if a depth is outside ``0..num_layers``.
+        """
+        for depth in (*before, *after):
+            if not 0 <= depth <= num_layers:
+                raise StrategyError(f"`0 <= depth <= {num_layers}` must hold for text tokens, but got {depth}")
+        policies = [GroupPolicy(tuple(range(q)), tuple(range(kv)), tuple(range(mlp))) for q, kv, mlp in (before, after)]
+        return cls(num_layers, *policies)
+
+    @property
+    def policies(self) -> tuple[GroupPolicy, GroupPolicy]:
+        """Both, in the order of their numbers."""
+        return self.before, self.after
+
+    def assign(self, groups: np.ndarray, visual: np.ndarray, first: int) -> np.ndarray:
+        """Number the text tokens of one sample.
+
+        Args:
+            groups: ``[num_tokens]``, see :func:`dop_search.pruning.layout.assign_groups`.
+            visual: ``[num_tokens]`` boolean.
+            first: number of the first text group.
+
+        Returns:
+            The groups, with ``first`` and ``first + 1`` in place of ``TEXT`` for these tokens.
+        """
+        if not visual.any():
+            return groups
+        place, image = np.arange(len(groups)), int(np.argmax(visual))
+        text = groups == TEXT
+        groups = np.where(text & (place < image), first, groups)
+        return np.where(text & (place > image) & (place < len(groups) - 1), first + 1, groups)
+
+
+def text_sizes(visual: np.ndarray) -> tuple[int, int]:
+    """Tokens of the groups ``before`` and ``after`` in a prompt with visual tokens at ``visual`` (``[num_tokens]``)."""
+    image = int(np.argmax(visual))
+    return image, len(visual) - image - int(visual.sum()) - 1
+
+
+def text_groups_flops(
+    dims: ModelDims, strategy: Strategy, text: TextGroups, num_visual: int, sizes: Sequence[int]
+) -> int:
+    """FLOPs of one sample's prefill, as :func:`dop_search.cost.flops.strategy_flops` counts them.
+
+    Args:
+        dims: sizes of the decoder.
+        strategy: of the visual tokens.
+        text: of the text tokens.
+        num_visual: visual tokens.
+        sizes: see :func:`text_sizes`.
+    """
+    counts = layer_counts(strategy, TokenCounts(1, num_visual))
+    for policy, size in zip(text.policies, sizes, strict=True):
+        for module in Module:
+            counts[module][list(policy.canonical().layers(module))] += size
+    return int(layer_flops(dims, counts[Module.Q], counts[Module.KV], counts[Module.MLP]).sum())

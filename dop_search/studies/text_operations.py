@@ -1,0 +1,89 @@
+"""Text tokens as further groups: what do their operations cost in KL, and what do they free for the visual tokens?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dop_search.cost.flops import full_flops, strategy_flops
+from dop_search.divergence import Teacher
+from dop_search.operations import MODULES, ModelDims, TokenCounts
+from dop_search.pruning import pruned
+from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_sizes
+from dop_search.strategy import Strategy
+from dop_search.studies.extension import Depths, Extension, checked_levels, extension_study
+from dop_search.studies.results import ResultFile
+from dop_search.studies.workbench import Workbench
+
+GROUPS = ("before", "after")
+
+
+class TextOperations(Extension):
+    """The prompt before its image, and behind it but its last token, each with three exit depths.
+
+    Args:
+        dims: sizes of the decoder.
+        teacher: has the prompts that FLOPs are counted on.
+    """
+
+    def __init__(self, dims: ModelDims, teacher: Teacher) -> None:
+        self.dims = dims
+        self.full: Mapping[str, int] = {f"{group}_{m.value}": dims.num_layers for group in GROUPS for m in MODULES}
+        self._prompts: dict[tuple[int, tuple[int, int]], int] = {}
+        for sample in teacher.samples:
+            visual = sample.encoded.visual[: sample.encoded.prompt_length].cpu().numpy()
+            key = (int(visual.sum()), text_sizes(visual))
+            self._prompts[key] = self._prompts.get(key, 0) + 1
+        self._full_flops = sum(
+            weight * full_flops(dims, TokenCounts(sum(sizes) + 1, visual))
+            for (visual, sizes), weight in self._prompts.items()
+        )
+
+    def groups(self, depths: Depths) -> TextGroups:
+        """The depths as the runtime takes them."""
+        before, after = (tuple(depths[f"{group}_{m.value}"] for m in MODULES) for group in GROUPS)
+        return TextGroups.depthwise(self.dims.num_layers, before, after)  # type: ignore[arg-type]
+
+    def ratio(self, strategy: Strategy, depths: Depths) -> float:
+        """See base class."""
+        text = None if depths == self.full else self.groups(depths)
+        total = 0
+        for (visual, sizes), weight in self._prompts.items():
+            if text is None:
+                total += weight * strategy_flops(self.dims, strategy, TokenCounts(sum(sizes) + 1, visual))
+            else:
+                total += weight * text_groups_flops(self.dims, strategy, text, visual, sizes)
+        return total / self._full_flops
+
+    def decoder_ratio(self, ratio: float) -> float:
+        """See base class."""
+        return ratio
+
+    def apply(self, model: PreTrainedModel, strategy: Strategy, depths: Depths) -> AbstractContextManager[Any]:
+        """See base class."""
+        return pruned(model, strategy, text=None if depths == self.full else self.groups(depths))
+
+    def is_sensible(self, depths: Depths) -> bool:
+        """States are read until the token is last a key: no query or MLP behind that, nor in the last layer."""
+        full = self.dims.num_layers
+        for group in GROUPS:
+            q, kv, mlp = (depths[f"{group}_{m.value}"] for m in MODULES)
+            if (q, kv, mlp) != (full, full, full) and max(q, mlp) > min(kv, full - 1):
+                return False
+        return True
+
+
+def text_operations(bench: Workbench, results: ResultFile, num_levels: int = 5, num_candidates: int = 12) -> None:
+    """Search exit depths of text tokens with those of the visual tokens; see :mod:`dop_search.studies.extension`.
+
+    Args:
+        bench: the model and its samples.
+        results: where the rows go.
+        num_levels: depths per parameter.
+        num_candidates: that exact KL chooses among.
+    """
+    extension = TextOperations(bench.loaded.adapter.dims, bench.teacher("search"))
+    extension_study(bench, results, extension, checked_levels(extension.full, num_levels), num_candidates)
