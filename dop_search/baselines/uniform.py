@@ -33,7 +33,7 @@ class UniformReduction(Method):
         def strategy(kept: int) -> Strategy:
             return Strategy.full(num_layers, num_visual_tokens=kept, **ranked)
 
-        def leaving(depth: int) -> Strategy:
+        def leaving(depth: int, kept: int) -> Strategy:
             return nested_strategy(num_layers, [depth], [kept, kept - 1], num_visual_tokens=kept, **ranked)
 
         def ratio(item: Strategy) -> float:
@@ -47,11 +47,11 @@ class UniformReduction(Method):
             f"uniform reduction by {self.name}",
         )
         whole = strategy(kept)
-        if not context.pricing.distance_note(ratio(whole), flops_ratio):
+        if num_layers == 1 or not context.pricing.distance_note(ratio(whole), flops_ratio):
             return self.fitted(context, flops_ratio, whole, {"num_visual_tokens": kept})
         if ratio(whole) < flops_ratio:
             kept += 1
-        depth = min(range(1, num_layers), key=lambda layer: abs(ratio(leaving(layer)) - flops_ratio))
+        depth = min(range(1, num_layers), key=lambda layer: abs(ratio(leaving(layer, kept)) - flops_ratio))
         facts = {"num_visual_tokens": kept, "last_token_leaves_at": depth}
         note = f"one token is a larger step than the tolerance: token {kept} of {kept} leaves at layer {depth}"
-        return self.fitted(context, flops_ratio, leaving(depth), facts, [note])
+        return self.fitted(context, flops_ratio, leaving(depth, kept), facts, [note])

@@ -113,7 +113,8 @@ def prune_(
         compile: run the decoder layers through ``torch.compile``, once for all layers, prompts and steps. Worth its
             start-up time where launching kernels is the bound: few tokens on a fast accelerator. A string names the
             backend.
-        text: which operations of the prompt's text run; all of them by default.
+        text: which operations of the prompt's text run; all of them by default. Logits at text that has left mean
+            nothing; the last token of what is passed with the image always runs everything.
 
     Returns:
         A handle whose ``restore()`` undoes it.

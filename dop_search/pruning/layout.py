@@ -1,8 +1,8 @@
 """Which token stands where: the packed rows of a batch, and the index sets of its token groups.
 
 A decoder call on a batch is laid out as one sequence of *rows*, sample after sample, without padding and without
-the visual tokens that never enter the decoder. Every set of rows that a layer needs is "the text tokens and some
-groups of visual tokens", so the indices between any two such sets are computed once and kept. They depend on the
+the visual tokens that never enter the decoder. Every set of rows that a layer needs is "the text tokens that are in
+no group, and some groups", so the indices between any two such sets are computed once and kept. They depend on the
 order of the groups alone, not on which image tokens were chosen: with one group, prompts of the same shape share them.
 """
 

@@ -66,7 +66,7 @@ class PrunedDecoder:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Same contract as the decoder's own forward; hidden states at skipped visual tokens and pads are zero."""
+        """Same contract as the decoder's own forward; hidden states at tokens that left and at pads are zero."""
         deepstack = self.adapter.pop_deepstack(kwargs)
         _refuse(kwargs, attention_mask)
         seen_ids = self._input_ids if input_ids is None else input_ids

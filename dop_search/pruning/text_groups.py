@@ -38,8 +38,12 @@ class TextGroups:
 
     def __post_init__(self) -> None:
         for policy in self.policies:
-            if any(policy.depth(module) is None for module in Module):
-                raise StrategyError(f"text tokens leave at exit depths, but got the layers {policy}")
+            for module in Module:
+                depth = policy.depth(module)
+                if depth is None:
+                    raise StrategyError(f"text tokens leave at exit depths, but got the layers {policy.layers(module)}")
+                if not 0 <= depth <= self.num_layers:
+                    raise StrategyError(f"`0 <= depth <= {self.num_layers}` must hold for text tokens, but got {depth}")
 
     @classmethod
     def depthwise(cls, num_layers: int, before: Depths, after: Depths) -> TextGroups:
@@ -48,9 +52,6 @@ class TextGroups:
         Raises:
             StrategyError: if a depth is outside ``0..num_layers``.
         """
-        for depth in (*before, *after):
-            if not 0 <= depth <= num_layers:
-                raise StrategyError(f"`0 <= depth <= {num_layers}` must hold for text tokens, but got {depth}")
         policies = [GroupPolicy(tuple(range(q)), tuple(range(kv)), tuple(range(mlp))) for q, kv, mlp in (before, after)]
         return cls(num_layers, *policies)
 
@@ -79,7 +80,12 @@ class TextGroups:
 
 
 def text_sizes(visual: np.ndarray) -> tuple[int, int]:
-    """Tokens of the groups ``before`` and ``after`` in a prompt with visual tokens at ``visual`` (``[num_tokens]``)."""
+    """Tokens of the groups ``before`` and ``after`` in a prompt with visual tokens at ``visual`` (``[num_tokens]``).
+
+    None of either in a prompt of text alone.
+    """
+    if not visual.any():
+        return 0, 0
     image = int(np.argmax(visual))
     return image, len(visual) - image - int(visual.sum()) - 1
 
@@ -94,7 +100,7 @@ def text_groups_flops(
         strategy: of the visual tokens.
         text: of the text tokens.
         num_visual: visual tokens.
-        sizes: see :func:`text_sizes`.
+        sizes: see :func:`text_sizes`; with them goes one token that runs everything.
     """
     counts = layer_counts(strategy, TokenCounts(1, num_visual))
     for policy, size in zip(text.policies, sizes, strict=True):

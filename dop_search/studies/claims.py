@@ -115,8 +115,8 @@ def _ranks(record: Records) -> str:
         <= min(rows[name, budget].get("kl_heldout", float("inf")) for name in published)
     ]
     return (
-        f"mean rank by held-out KL at equal FLOPs among {len(rank)}: `dop_search` {rank['dop_search']:.1f}, best "
-        f"published (`{best}`) {rank[best]:.1f}, the paper's own space over CLS attention (`dop`) {rank['dop']:.1f}; "
+        f"mean rank by held-out KL at equal FLOPs among {len(rank)}: `dop_search` {rank['dop_search']:.1f}, best of "
+        f"the others (`{best}`) {rank[best]:.1f}, the paper's own space over CLS attention (`dop`) {rank['dop']:.1f}; "
         "`dop_search` is below all of them, GSOP over another selector included, at "
         f"{', '.join(lowest) or 'none'} of {len(budgets)} budgets"
     )
@@ -144,8 +144,8 @@ def _samples(record: Records) -> str:
         for row in rows
     )
     return (
-        f"held-out KL at 0.3 by number of search samples, mean of {rows[0]['num_draws']} draws of a pool of "
-        f"{rows[-1]['num_samples']} (worst draw): {values}"
+        f"held-out KL at 0.3 by number of search samples, mean of {rows[0]['num_draws']} draws (worst) from a pool of "
+        f"{rows[-1]['num_samples']}, which is one draw: {values}"
     )
 
 

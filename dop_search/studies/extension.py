@@ -37,6 +37,9 @@ VISUAL, BOTH = "visual", "both"
 
 Depths = Mapping[str, int]
 
+EXCESS = 1e-4
+"""How far a strategy may be above its budget, relative to it: what is left for the decoder depends on the strategy."""
+
 MAX_CORRECTIONS = 6
 """Times that the visual tokens' budget is corrected so that both together fit."""
 
@@ -129,19 +132,19 @@ def extension_study(
             curves[row["parameter"]][row["depth"]] = row["kl_search"]
 
     def search(part: str, variant: str, budget: float) -> tuple[Row, np.ndarray]:
-        num_runs = num_candidates
         if variant == VISUAL:
-            found = _visual_only(bench, extension, budget, num_candidates)
+            best, num_runs = _visual_only(bench, extension, budget, num_candidates)
+            candidates = [best]
         else:
-            better = best_sums(bench, extension, curves, budget, num_candidates)
-            with bench.watch(f"{variant} at {budget:g}: ") as notify:
-                exact = []
-                for index, item in enumerate(better):
-                    notify(index, len(better), "exact divergence")
-                    its = bench.outcome(method(item.strategy, item.depths), "search")
-                    exact.append(float(its.divergence.mean()))
-            found = better[int(np.argmin(exact))]
-            num_runs += len(better) + len(keys)
+            candidates, num_runs = best_sums(bench, extension, curves, budget, num_candidates)
+            num_runs += len(candidates) + len(keys)
+        exact = []
+        with bench.watch(f"{variant} at {budget:g}: ") as notify:
+            for index, item in enumerate(candidates):
+                notify(index, len(candidates), "exact divergence")
+                its = bench.outcome(method(item.strategy, item.depths), "search")
+                exact.append(float(its.divergence.mean()))
+        found = candidates[int(np.argmin(exact))]
         fitted = method(found.strategy, found.depths, budget)
         outcome = bench.outcome(fitted)
         right, families = bench.correct_after(fitted, outcome), [s.family for s in bench.data("heldout").samples]
@@ -150,7 +153,7 @@ def extension_study(
             "depths": dict(found.depths),
             "flops_ratio": fitted.flops_ratio,
             "kl_additive": found.kl_additive,
-            "kl_search": float(bench.outcome(fitted, "search").divergence.mean()),
+            "kl_search": min(exact),
             "kl_heldout": float(outcome.divergence.mean()),
             "kl_ci95": bootstrap_ci95(outcome.divergence, bench.config.seed),
             "accuracy": float(right.mean()),
@@ -167,12 +170,19 @@ def extension_study(
     results.summarize({"both_minus_visual": list(_differences(bench, results))})
 
 
-def _visual_only(bench: Workbench, extension: Extension, budget: float, num_candidates: int) -> Found:
-    """The search without the extension."""
-    limit = _left(bench, extension, budget, Strategy.full(bench.num_layers), extension.full)
+def _visual_only(bench: Workbench, extension: Extension, budget: float, num_candidates: int) -> tuple[Found, int]:
+    """The search without the extension, and how many validation runs it took beside the curves."""
+    beside, profile = Strategy.full(bench.num_layers), bench.profile()
+    limit = _left(bench, extension, budget, beside, extension.full)
+    beside = solve("additive_exact", profile.problem(limit), limit).strategy  # near the one that is looked for
+    limit = _left(bench, extension, budget, beside, extension.full)
     with bench.watch(f"visual tokens at {budget:g}: ") as notify:
-        best = rerank_all(bench.profile().problem(limit), limit, num_candidates, on_progress=notify)[0]
-    return _found(extension, best, extension.full, 0.0)
+        ranked = rerank_all(profile.problem(limit), limit, num_candidates, on_progress=notify)
+    found = (_found(extension, item, extension.full, 0.0) for item in ranked)
+    best = next((item for item in found if item.flops_ratio <= budget * (1 + EXCESS)), None)
+    if best is None:
+        raise BudgetError(f"no candidate fits into {budget:g} of the FLOPs together with the rest; allow more")
+    return best, ranked[0].num_validation_runs
 
 
 def _left(bench: Workbench, extension: Extension, budget: float, strategy: Strategy, depths: Depths) -> Budget:
@@ -196,8 +206,9 @@ def _found(extension: Extension, solution: Solution, depths: Depths, added: floa
 
 def best_sums(
     bench: Workbench, extension: Extension, curves: Mapping[str, Mapping[int, float]], budget: float, count: int
-) -> list[Found]:
-    """The best pairs of strategy and depths by the sum of divergences, and what is found without the extension.
+) -> tuple[list[Found], int]:
+    """The best pairs of strategy and depths by the sum of divergences, after what is found without the extension; and
+    how many validation runs that took.
 
     Only depths are looked at that no others beat in both divergence and FLOPs beside that (or beside the full decoder,
     where nothing is found without).
@@ -205,22 +216,24 @@ def best_sums(
     Raises:
         BudgetError: if no pair fits.
     """
+    without, num_runs = [], 0
     try:
-        without = [_visual_only(bench, extension, budget, count)]
+        found, num_runs = _visual_only(bench, extension, budget, count)
+        without.append(found)
     except BudgetError:
-        without = []  # the extension may reach what the visual tokens alone cannot
+        pass  # the extension may reach what the visual tokens alone cannot
     beside = without[0].strategy if without else Strategy.full(bench.num_layers)
     sums: dict[str, Found] = {}
-    for added, depths in _front(extension, curves, beside):
+    for added, depths in pareto_depths(extension, curves, beside):
         item = _fitted(bench, extension, budget, beside, depths, added)
         if item is not None:
             sums[item.describe()] = item
     for item in without:
         sums.pop(item.describe(), None)
-    found = [*without, *heapq.nsmallest(count, sums.values(), key=lambda item: item.kl_additive)]
-    if not found:
+    candidates = [*without, *heapq.nsmallest(count, sums.values(), key=lambda item: item.kl_additive)]
+    if not candidates:
         raise BudgetError(f"nothing fits into {budget:g} of the FLOPs; allow more")
-    return found
+    return candidates, num_runs
 
 
 def _fitted(
@@ -236,7 +249,7 @@ def _fitted(
         for _ in range(MAX_CORRECTIONS):
             solution = solve("additive_exact", bench.profile().problem(limit), limit)
             item = _found(extension, solution, depths, added)
-            if item.flops_ratio <= budget and (best is None or item.kl_additive < best.kl_additive):
+            if item.flops_ratio <= budget * (1 + EXCESS) and (best is None or item.kl_additive < best.kl_additive):
                 best = item
             off = extension.decoder_ratio(budget - item.flops_ratio)
             if 0 <= off < CLOSE:
@@ -247,7 +260,7 @@ def _fitted(
     return best
 
 
-def _front(
+def pareto_depths(
     extension: Extension, curves: Mapping[str, Mapping[int, float]], strategy: Strategy
 ) -> list[tuple[float, Depths]]:
     """Sums of divergences and depths, the cheapest last; each costs less than those before it."""

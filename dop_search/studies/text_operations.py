@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dop_search.cost.flops import full_flops, strategy_flops
+from dop_search.cost.flops import full_flops
 from dop_search.divergence import Teacher
 from dop_search.operations import MODULES, ModelDims, TokenCounts
 from dop_search.pruning import pruned
@@ -48,14 +48,12 @@ class TextOperations(Extension):
         return TextGroups.depthwise(self.dims.num_layers, before, after)  # type: ignore[arg-type]
 
     def ratio(self, strategy: Strategy, depths: Depths) -> float:
-        """See base class."""
-        text = None if depths == self.full else self.groups(depths)
-        total = 0
-        for (visual, sizes), weight in self._prompts.items():
-            if text is None:
-                total += weight * strategy_flops(self.dims, strategy, TokenCounts(sum(sizes) + 1, visual))
-            else:
-                total += weight * text_groups_flops(self.dims, strategy, text, visual, sizes)
+        """See base class; dead operations of text in the last layer are left out of every strategy alike."""
+        text = self.groups(depths)
+        total = sum(
+            weight * text_groups_flops(self.dims, strategy, text, visual, sizes)
+            for (visual, sizes), weight in self._prompts.items()
+        )
         return total / self._full_flops
 
     def decoder_ratio(self, ratio: float) -> float:
@@ -64,10 +62,13 @@ class TextOperations(Extension):
 
     def apply(self, model: PreTrainedModel, strategy: Strategy, depths: Depths) -> AbstractContextManager[Any]:
         """See base class."""
-        return pruned(model, strategy, text=None if depths == self.full else self.groups(depths))
+        return pruned(model, strategy, text=self.groups(depths))
 
     def is_sensible(self, depths: Depths) -> bool:
-        """States are read until the token is last a key: no query or MLP behind that, nor in the last layer."""
+        """States are read until the token is last a key: no query or MLP behind that, nor in the last layer.
+
+        The last one before that is dead as well, but the levels are coarse.
+        """
         full = self.dims.num_layers
         for group in GROUPS:
             q, kv, mlp = (depths[f"{group}_{m.value}"] for m in MODULES)

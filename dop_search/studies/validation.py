@@ -73,8 +73,8 @@ def on_samples(whole: Profile, indices: Sequence[int] | np.ndarray) -> Profile:
 def validation_size(
     bench: Workbench,
     results: ResultFile,
-    sizes: Sequence[int] = (8, 16, 32, 64, 96),
-    num_draws: int = 10,
+    sizes: Sequence[int] = (8, 16, 32, 64, 128, 256),
+    num_draws: int = 6,
     num_resamples: int = 100,
 ) -> None:
     """Searches on random subsets of the search samples, scored on the held-out ones.

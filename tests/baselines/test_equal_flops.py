@@ -129,7 +129,7 @@ def test_uniform_reduction_by_hand() -> None:
 
 
 def test_uniform_reduction_where_one_token_is_a_large_step() -> None:
-    """A dozen tokens are left with steps of 8 %: the last one leaves early, at the layer that comes nearest."""
+    """A handful of tokens is left: the last one leaves early, at the layer that comes nearest of all."""
     dims, visual, _ = SHAPES["llava_7b"]
     context = FitContext(dims, (TokenCounts(4, visual),))
     method = UniformReduction("random")
@@ -145,6 +145,14 @@ def test_uniform_reduction_where_one_token_is_a_large_step() -> None:
     assert fitted.strategy.group_sizes(visual) == (5, 1)
     assert fitted.hyperparameters["last_token_leaves_at"] == pytest.approx(0.4 * dims.num_layers, abs=1)
     assert any("token 6 of 6 leaves at layer" in note for note in fitted.notes)
+    ratios = []
+    for depth in range(1, dims.num_layers):
+        exits = [dims.num_layers, depth]
+        strategy = Strategy.depthwise(
+            dims.num_layers, exits, exits, exits, num_visual_tokens=6, shares=[5 / 6, 1 / 6], selector="random"
+        )
+        ratios.append(context.pricing.ratio(strategy))
+    assert abs(fitted.flops_ratio - target) == pytest.approx(min(abs(ratio - target) for ratio in ratios))
 
 
 # -- published schedules --

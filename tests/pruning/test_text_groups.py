@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
+from dop_search.baselines import FitContext, baseline
 from dop_search.cost.flops import strategy_flops
 from dop_search.errors import StrategyError
 from dop_search.models.families import adapter_for
 from dop_search.operations import TokenCounts
+from dop_search.policy import GroupPolicy
 from dop_search.pruning import pruned
 from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_sizes
 from dop_search.testing.inputs import collate, tiny_inputs, tiny_sample
@@ -128,10 +130,27 @@ def test_full_depths_are_lossless() -> None:
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
+def test_a_prompt_without_an_image_skips_nothing() -> None:
+    visual = np.zeros(5, dtype=np.bool_)
+    text = TextGroups.depthwise(NUM_LAYERS, (0, 0, 0), (0, 0, 0))
+    groups = np.full(5, -1)
+    assert text_sizes(visual) == (0, 0)
+    assert (text.assign(groups, visual, 1) == groups).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = tiny_model("llava", NUM_LAYERS)
     with pytest.raises(StrategyError, match=r"`0 <= depth <= 4` must hold for text tokens, but got 5"):
         TextGroups.depthwise(4, (5, 4, 4), (4, 4, 4))
+    layers = GroupPolicy((0, 2), (0, 1, 2), (0,))
+    with pytest.raises(StrategyError, match=r"at exit depths, but got the layers \(0, 2\)"):
+        TextGroups(4, layers, layers)
+    staged = baseline("fastv").fit(FitContext(adapter_for(model).dims, (TokenCounts(8, 16),)), 0.8).strategy
+    everything = TextGroups.depthwise(NUM_LAYERS, (4, 4, 4), (4, 4, 4))
+    assert staged is not None
+    assert staged.stages
+    with pytest.raises(StrategyError, match="ranks inside the decoder"), pruned(model, staged, text=everything):
+        pass
     other = TextGroups.depthwise(3, (3, 3, 3), (3, 3, 3))
     with (
         pytest.raises(StrategyError, match="for 3 decoder layers, the strategy for 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ from mlflow.tracking import MlflowClient
 from small_studies import StudyRunner, study_config
 
 from dop_search.baselines import plain_answers
+from dop_search.cost import Budget
 from dop_search.errors import ConfigError
 from dop_search.evaluation import correct_answers
 from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.models.loading import load
 from dop_search.progress import SilentProgress
 from dop_search.report.studies import study_table
+from dop_search.search import Problem, Solution, rerank_all
 from dop_search.strategy import Strategy
+from dop_search.studies import compare
 from dop_search.studies.compare import summarize
 from dop_search.studies.results import ResultFile
 from dop_search.studies.workbench import Workbench
@@ -35,7 +39,7 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
     for name in METHODS[:4]:
         for budget in (0.3, 0.12):
             row = rows[name, budget]
-            assert row["flops_ratio"] == pytest.approx(budget, rel=0.03)
+            assert row["flops_ratio"] == pytest.approx(budget, rel=0.01)
             assert row["kl_ci95"][0] <= row["kl_heldout"] <= row["kl_ci95"][1]
             assert 0.0 < row["prefill_ms_ratio"] < 2.0
             assert row["selection_ms"] > 0.0
@@ -74,6 +78,28 @@ def test_accuracy_of_what_changed_is_the_accuracy_of_all(tmp_path: Path) -> None
     assert 2 < outcome.same_answer.sum() < 22
     assert outcome.same_answer.tolist() == [a == b for a, b in zip(answers, full, strict=True)]
     assert bench.correct_after(strategy, outcome).tolist() == correct_answers(answers, samples).tolist()
+
+
+def test_a_better_strategy_that_is_cheaper_does_not_count_at_equal_flops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(study_config("compare", tmp_path), load("pocket"), SilentProgress())
+    context = bench.context()
+
+    def ranked(problem: Problem, budget: Budget, *_: object, **__: object) -> list[Solution]:
+        best = rerank_all(problem, budget, 2)[0]
+        levels = reversed(problem.space.tokens.levels)
+        strategies = (replace(best.strategy, num_visual_tokens=count) for count in levels)
+        fits = next(s for s in strategies if problem.cost_model.ratio(s) <= budget.value)
+        cheap = replace(fits, num_visual_tokens=(fits.num_visual_tokens or 0) - 10)
+        return [replace(best, strategy=strategy) for strategy in (cheap, fits)]
+
+    monkeypatch.setattr(compare, "rerank_all", ranked)
+    for use_up, low in ((True, 0.99), (False, 0.5)):
+        fitted = compare.search_space(bench, context, "dop_split", "dop_split", "", 0.15, 2, use_up)
+        assert low * 0.15 <= fitted.flops_ratio <= 0.15
+        assert (fitted.flops_ratio < 0.99 * 0.15) != use_up
+        assert bool(fitted.notes) != use_up
 
 
 def test_unknown_methods_and_options_are_refused_with_what_there_is(run_small_study: StudyRunner) -> None:
