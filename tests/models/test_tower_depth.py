@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,8 +12,9 @@ from dop_search.errors import StrategyError
 from dop_search.models.capture import tower_flops
 from dop_search.models.families import adapter_for
 from dop_search.models.tower_depth import tower_depth_flops, tower_depths
+from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_llava
+from dop_search.testing.models import tiny_llava, tiny_model
 
 DEPTHS = [(0, 0), (1, 2), (2, 0), (3, 3)]
 
@@ -32,6 +35,32 @@ def test_what_does_not_run_passes_the_residual_stream_by() -> None:
                 if index < mlp:
                     x = x + layer.mlp(layer.layer_norm2(x))
         assert torch.allclose(states, x, atol=1e-5)
+    assert not state_difference(before, model_state(model))
+
+
+def zeroed(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])  # CLIP, SigLIP
+def test_it_is_as_if_the_modules_gave_zero_and_the_model_is_what_it_was(family: str) -> None:
+    model = tiny_model(family, 2)
+    view, inputs = adapter_for(model).tower_view, tiny_inputs(model)
+    before = model_state(model)
+    with torch.no_grad():
+        full = model(**inputs).logits
+        handles = [layer.self_attn.register_forward_hook(zeroed) for layer in view.layers[1:]]
+        handles += [layer.mlp.register_forward_hook(zeroed) for layer in view.layers[2:]]
+        expected = model(**inputs).logits
+        for handle in handles:
+            handle.remove()
+        with tower_depths(view, attention=1, mlp=2):
+            logits = model(**inputs).logits
+        with pytest.raises(RuntimeError, match="inside"), tower_depths(view, 0, 0):
+            raise RuntimeError("inside")
+        assert torch.equal(model(**inputs).logits, full)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert not torch.allclose(logits, full, atol=1e-4)
     assert not state_difference(before, model_state(model))
 
 
