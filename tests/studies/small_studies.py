@@ -29,3 +29,11 @@ def study_config(name: str, folder: Path, *overrides: str) -> SearchConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         places = (f"study.folder={folder / 'out'}", f"cache_dir={folder / 'cache'}")
         return parse_config(compose(CONFIG_NAME, [f"experiment={name}", *SMALL, *places, *overrides]))
+
+
+def check_that_a_rerun_measures_nothing(run: StudyRunner, folder: Path, name: str, *overrides: str) -> None:
+    """The same study again, in the same folder, leaves ``result.json`` as it is."""
+    result = folder / "out" / "result.json"
+    before = result.read_text()
+    run(name, *overrides)
+    assert result.read_text() == before

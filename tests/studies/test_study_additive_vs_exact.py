@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError
 
@@ -42,9 +42,7 @@ def test_no_method_beats_the_grid_and_every_run_is_counted(run_small_study: Stud
     assert all(gap["kl_search"] >= 0.0 for gap in gaps.values())
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"map.png", "optima.png"}
 
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("additive_vs_exact", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "additive_vs_exact", *GIVEN)
 
 
 def test_other_grids_are_refused(run_small_study: StudyRunner) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
-from small_studies import StudyRunner, study_config
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.baselines import plain_answers
 from dop_search.cost import Budget
@@ -55,9 +55,9 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
     assert table is not None
     assert table.row_count == len(METHODS) + 2
 
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("compare", *GIVEN, "tracking=mlflow", store, "tracking.experiment=compared")
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(
+        run_small_study, tmp_path, "compare", *GIVEN, "tracking=mlflow", store, "tracking.experiment=compared"
+    )
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("compared")
     assert experiment is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError
 from dop_search.studies.depthwise_vs_free import MOVES
@@ -36,9 +36,7 @@ def test_ablations_agree_and_searches_stay_within_their_runs(run_small_study: St
     assert {item["name"] for item in result["summary"]["differences"]} == {"start", "window", "free", "gsop"}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"ablation.png", "layer_sets.png"}
 
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("depthwise_vs_free", *given)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "depthwise_vs_free", *given)
 
 
 def test_moves_change_what_they_say() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.data import validation
 from dop_search.errors import ConfigError
@@ -38,9 +38,7 @@ def test_counts_pictures_figures_and_a_rerun(run_small_study: StudyRunner, tmp_p
     assert max(picture["kept"]) < picture["grid"][0] * picture["grid"][1]
     assert (tmp_path / "out" / "by_family.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "pictures.png").stat().st_size > 10_000
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("failures", *given)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "failures", *given)
     with pytest.raises(ConfigError, match="num_pictures=-1"):
         run_small_study("failures", *given, "study.options.num_pictures=-1")
 

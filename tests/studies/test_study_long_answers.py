@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError, DataError
 from dop_search.studies.long_answers import by_position, long_enough
@@ -36,9 +36,7 @@ def test_rows_by_position_and_a_rerun_that_measures_nothing(run_small_study: Stu
         "found_long - found",
     }
     assert (tmp_path / "out" / "long_answers.png").stat().st_size > 10_000
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("long_answers", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "long_answers", *GIVEN)
 
 
 def test_bins_thirds_and_samples_that_end_early() -> None:

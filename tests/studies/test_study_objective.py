@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_studies import StudyRunner, study_config
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.errors import ConfigError
 from dop_search.evaluation import correct_answers
@@ -86,8 +86,6 @@ def test_rows_figure_and_a_rerun(run_small_study: StudyRunner, tmp_path: Path) -
     chosen = result["summary"]["kl"]["chosen"]["0.3"]
     assert chosen["kl_heldout"] == pytest.approx(best["kl_heldout"], rel=1e-3)
     assert (tmp_path / "out" / "objective.png").stat().st_size > 10_000
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("objective", *given)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "objective", *given)
     with pytest.raises(ConfigError, match=r"num_good=1, num_random=0"):
         run_small_study("objective", *SMALL_GRID, "study.options.num_good=1", "study.options.num_random=0")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError
 from dop_search.studies.selectors import variance_shares
@@ -33,9 +33,7 @@ def test_rows_reasons_figure_and_a_rerun_that_measures_nothing(run_small_study: 
     chosen = min(("cls_attention", "tome"), key=lambda name: rows[name, "uniform"]["kl_search"])
     assert at["steps"]["selector"]["selector"] == chosen
     assert (tmp_path / "out" / "selectors.png").stat().st_size > 10_000
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("selectors", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "selectors", *GIVEN)
 
 
 def test_variance_is_shared_among_selector_operations_and_interaction() -> None:

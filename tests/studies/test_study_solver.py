@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError
 
@@ -33,9 +33,7 @@ def test_every_solver_pays_for_its_own_runs(run_small_study: StudyRunner, tmp_pa
     assert rows["tpe+warm"]["kl_search"] <= rows["rerank"]["kl_search"]
     assert (tmp_path / "out" / "solver.png").stat().st_size > 10_000
 
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("solver", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "solver", *GIVEN)
 
 
 def test_other_solvers_and_several_budgets_are_refused(run_small_study: StudyRunner) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError
 from dop_search.studies.results import ResultFile
@@ -38,9 +38,7 @@ def test_variants_differ_in_freedom_and_are_compared_in_pairs(run_small_study: S
     assert [item["split"] for item in result["summary"]["groups_minus_one"]] == [False, True]
     assert (tmp_path / "out" / "split_attention.png").stat().st_size > 10_000
 
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("split_attention", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "split_attention", *GIVEN)
 
 
 def test_two_entries_with_as_many_groups_are_refused(run_small_study: StudyRunner) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_studies import StudyRunner
+from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.cost import Budget, CostModel
 from dop_search.errors import BudgetError, ConfigError
@@ -44,9 +44,7 @@ def test_rows_fit_their_budgets_and_a_rerun_measures_nothing(run_small_study: St
         if row["strategy"] == rows[move["target"], move["budget"], "target"]["strategy"]:
             assert {"to_target_ci95": move["to_target_ci95"]} == same
     assert (tmp_path / "out" / "transfer.png").stat().st_size > 10_000
-    before = (tmp_path / "out" / "result.json").read_text()
-    run_small_study("transfer", *GIVEN)
-    assert (tmp_path / "out" / "result.json").read_text() == before
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "transfer", *GIVEN)
 
 
 def test_moving_scales_depths_and_takes_the_most_tokens_that_fit() -> None:
