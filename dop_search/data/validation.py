@@ -12,7 +12,7 @@ from dop_search.data.disjoint import draw
 from dop_search.data.jsonl import jsonl_samples
 from dop_search.data.named import known_names, named_sources
 from dop_search.data.pools import open_pool
-from dop_search.data.rendered import FAMILIES, rendered_samples
+from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.sources import Source
 from dop_search.errors import DataError
@@ -40,7 +40,7 @@ def validation_set(
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
         path: the file of ``"jsonl"``. Every third shuffled sample belongs to the same split.
-        families: kinds of question to use; all by default.
+        families: kinds of question to use; all with short answers by default.
         sources: splits of benchmarks or data sets to draw from, see ``dop_search.data.sources``.
 
     Raises:
@@ -53,9 +53,10 @@ def validation_set(
     if sources:
         return ValidationSet(name, split, seed, _from_sources(sources, num_samples, seed, split, families))
     if name == "pocket":
-        unknown = sorted(set(families or ()) - set(FAMILIES))
+        known = (*FAMILIES, *LONG_FAMILIES)
+        unknown = sorted(set(families or ()) - set(known))
         if unknown:
-            raise DataError(f"the rendered data has no families {unknown}; it has {list(FAMILIES)}")
+            raise DataError(f"the rendered data has no families {unknown}; it has {list(known)}")
         return ValidationSet(name, split, seed, rendered_samples(split, num_samples, seed, families))
     if name == "jsonl":
         if path is None:

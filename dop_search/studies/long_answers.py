@@ -1,9 +1,10 @@
 """Long answers: the divergence by position in the answer, for found strategies, uniform reduction and single cuts.
 
 A search sees short answers; a description needs the image at every token, also late, when the pruned model has fed on
-states that lack visual keys. All strategies are scored on the full model's own long answers, one forward each, with
-the KL of every position; what the full model itself makes of these answers (negative log-likelihood and top-1 accuracy
-of the annotated answer by position) is in the summary.
+states that lack visual keys. All strategies are scored twice on the full model's own long answers: by the KL of every
+position when those answers are fed in, and by generation, where an answer goes its own way from the first other token
+on. What the full model itself makes of these questions (negative log-likelihood and top-1 accuracy of the annotated
+answer by position) is in the summary.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 
 from dop_search.cost import Budget
+from dop_search.data.samples import alike_batches
 from dop_search.data.validation import Split
 from dop_search.divergence import DivergenceEngine, Teacher
+from dop_search.divergence.teacher import generate_ids
 from dop_search.errors import ConfigError, DataError
+from dop_search.evaluation import correct_answers
+from dop_search.pruning import pruned
 from dop_search.search import rerank_all
 from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
@@ -90,7 +95,8 @@ def long_answers(
         means = np.array([item.mean() for item in values])
         ratio = bench.profile().problem(Budget(flops_ratio=1.0)).cost_model.ratio(chosen)
         facts = {"strategy_text": chosen.describe(), "flops_ratio": ratio, "kl_heldout": float(means.mean())}
-        return {**facts, "kl_ci95": bootstrap_ci95(means), **by_position(values, bin_tokens)}, means
+        its = {"kl_ci95": bootstrap_ci95(means), **by_position(values, bin_tokens)}
+        return {**facts, **its, "generated": _generated(bench, chosen, changes, engines[0][1], bin_tokens)}, means
 
     keys = [{"strategy": name, "budget": budget} for budget in bench.budgets for name in (UNIFORM, FOUND, FOUND_LONG)]
     keys += [{"strategy": module, "budget": 1.0} for module in cuts]
@@ -164,6 +170,46 @@ def _full_model(
         "nll": by_position(losses, bin_tokens),
         "accuracy": by_position(right, bin_tokens),
     }
+
+
+def _generated(
+    bench: Workbench, strategy: Strategy, changes: Mapping[str, Any], chosen: Sequence[int], bin_tokens: int
+) -> dict[str, Any]:
+    """Greedy answers under the strategy: how long they stay the full model's, and how many are right.
+
+    Returns:
+        ``position``, ``same_so_far``: share of the answers without another token up to the bin's first position;
+        ``same``: share that never has one; ``right``, ``right_full``: shares of annotated answers given.
+    """
+    samples = [bench.data("heldout", **changes).samples[index] for index in chosen]
+    answers = [bench.teacher("heldout", **changes).samples[index].answer_ids for index in chosen]
+    limit = bench.data_config(changes).max_new_tokens
+    given: dict[int, list[int]] = {}
+    with pruned(bench.loaded.model, strategy), bench.watch() as notify:
+        for batch in alike_batches(samples, bench.config.batch_size):
+            ids = generate_ids(bench.loaded, [samples[index] for index in batch], limit)
+            given.update(zip(batch, ids, strict=True))
+            notify(len(given), len(samples), "long answers")
+    decode = bench.loaded.processor.batch_decode
+    texts = decode([given[index] for index in range(len(samples))], skip_special_tokens=True)
+    full = decode(answers, skip_special_tokens=True)
+    same = [first_other_token(given[index], answer) for index, answer in enumerate(answers)]
+    position = list(range(0, max(map(len, answers)), bin_tokens))
+    return {
+        "position": position,
+        "same_so_far": [float(np.mean([where > start for where in same])) for start in position],
+        "same": float(np.mean(np.isinf(same))),
+        "right": float(correct_answers([text.strip() for text in texts], samples).mean()),
+        "right_full": float(correct_answers([text.strip() for text in full], samples).mean()),
+    }
+
+
+def first_other_token(given: Sequence[int], answer: Sequence[int]) -> float:
+    """Position of the first token that differs from the answer's, or that is missing; infinite if there is none."""
+    for position, token in enumerate(answer):
+        if position >= len(given) or given[position] != token:
+            return position
+    return float("inf")
 
 
 def _differences(results: ResultFile, budgets: Sequence[float]) -> dict[str, Any]:

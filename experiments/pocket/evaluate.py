@@ -3,7 +3,8 @@
     python experiments/pocket/evaluate.py deep --num-samples 100 --image true
 
 Adds one column to ``results.json``. ``--image blank`` shows a grey square, ``--image shuffled`` the image of another
-question of the same family: what is right then is guessed, and should be near chance.
+question of the same family: what is right then is guessed, and should be near chance. ``--long-answers`` adds the
+families with answers of 64 tokens and more, which the mean leaves out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dop_search.data.rendered import FAMILIES, rendered_samples
+from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.rendered.questions import FAMILY_ANSWERS
 from dop_search.data.samples import Sample, score_answer
 from dop_search.files import write_text_atomic
@@ -63,7 +64,7 @@ def chance(samples: Sequence[Sample]) -> float:
 def predict(model: Any, processor: Any, samples: Sequence[Sample]) -> list[str]:
     """Greedy answers."""
     inputs = model_inputs(processor, samples, model.device)
-    generated = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(generated, skip_special_tokens=True)
 
 
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("variant", choices=POCKET_VARIANTS)
     parser.add_argument("--num-samples", type=int, default=100, help="per family")
     parser.add_argument("--image", choices=IMAGES, default="true")
+    parser.add_argument("--long-answers", action="store_true", help=f"also {', '.join(LONG_FAMILIES)}")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -79,8 +81,9 @@ def main() -> None:
     model = LlavaForConditionalGeneration.from_pretrained(pocket_path(args.variant)).eval()
     right, levels = {}, {}
     what = f"{args.variant}, {args.image} image"
-    with default_progress().task(what, total=len(FAMILIES) * args.num_samples) as advance:
-        for family in FAMILIES:
+    families = (*FAMILIES, *LONG_FAMILIES) if args.long_answers else FAMILIES
+    with default_progress().task(what, total=len(families) * args.num_samples) as advance:
+        for family in families:
             samples = rendered_samples("test", args.num_samples, SEED, [family])
             shown = with_image(samples, args.image)
             right[family] = 0
@@ -90,21 +93,22 @@ def main() -> None:
                 right[family] += sum(score_answer(a, s) for a, s in zip(answers, batch, strict=True))
                 advance(len(batch))
             levels[family] = chance(samples)
-    accuracy = {family: right[family] / args.num_samples for family in FAMILIES}
+    accuracy = {family: right[family] / args.num_samples for family in families}
+    mean, mean_chance = (round(sum(its[f] for f in FAMILIES) / len(FAMILIES), 4) for its in (accuracy, levels))
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results.setdefault("accuracy", {}).setdefault(args.variant, {})[args.image] = {
         "split": "test",
         "seed": SEED,
         "num_samples_per_family": args.num_samples,
-        "mean": round(sum(accuracy.values()) / len(accuracy), 4),
-        "mean_chance": round(sum(levels.values()) / len(levels), 4),
-        "families": {f: round(accuracy[f], 4) for f in FAMILIES},
-        "chance": {f: round(levels[f], 4) for f in FAMILIES},
+        "mean": mean,
+        "mean_chance": mean_chance,
+        "families": {f: round(accuracy[f], 4) for f in families},
+        "chance": {f: round(levels[f], 4) for f in families},
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
     write_text_atomic(args.out, json.dumps(results, indent=1) + "\n")
-    print(what, "mean", round(sum(accuracy.values()) / len(accuracy), 4), accuracy)
+    print(what, "mean", mean, accuracy)
 
 
 if __name__ == "__main__":

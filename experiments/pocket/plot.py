@@ -20,10 +20,18 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "deep": ("taps after layers 6 and 9 (deep)", "black", "-"),
     "shallow": ("taps after layers 2 and 5 (shallow)", "0.45", "-"),
     "stretched": ("18 layers: deep, stretched", "tab:blue", "-"),
+    "describing": ("deep, trained on to describe", "tab:orange", "-"),
     "deep_144_tokens": ("144 tokens: taps after 6 and 9", "black", ":"),
     "plain_144_tokens": ("144 tokens: no taps", "0.45", ":"),
 }
-MARKERS = {"deep": "o", "shallow": "s", "stretched": "D", "deep_144_tokens": "^", "plain_144_tokens": "x"}
+MARKERS = {
+    "deep": "o",
+    "shallow": "s",
+    "stretched": "D",
+    "describing": "v",
+    "deep_144_tokens": "^",
+    "plain_144_tokens": "x",
+}
 
 
 def main() -> None:
@@ -32,7 +40,7 @@ def main() -> None:
     for name, (label, color, line) in STYLES.items():
         records = [json.loads(record) for record in (HERE / "curves" / f"{name}.jsonl").read_text().splitlines()]
         look = {"color": color, "linestyle": line, "marker": MARKERS[name], "markersize": 4, "label": label}
-        if name != "stretched":  # on a CPU, from trained weights
+        if name not in ("stretched", "describing"):  # on a CPU, from trained weights
             left.plot([record["seconds"] / 60 for record in records], [record["mean"] for record in records], **look)
         profile = training[name]["cut_from_mean"]
         layers = [*map(int, profile), len(profile)]

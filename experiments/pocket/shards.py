@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dop_search.data.rendered.drawing import draw_scene_with_ids
-from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, Question, prompt
+from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, LONG_FAMILY_BENCHMARKS, Question, prompt
 from dop_search.data.rendered.glyphs import CHARACTERS
 from dop_search.data.rendered.questions import FAMILY_ANSWERS, FAMILY_KINDS, ask
-from dop_search.data.rendered.sampling import FAMILIES, derived_rng
+from dop_search.data.rendered.sampling import FAMILIES, LONG_FAMILIES, derived_rng
 from dop_search.data.rendered.scenes import COLORS, SHAPES, SIZE_PX, Item, Scene, SceneKind, Split, sample_scene
 
 PATCH_PX = 6
@@ -48,14 +48,27 @@ FAMILY_WEIGHTS: dict[str, float] = {
 }
 """How often a family is tried; the rarer ones fail more often to find their answer in a scene."""
 
+SHARD_FAMILIES = (*FAMILIES, *LONG_FAMILIES)
+"""What the index in a row's ``family`` means."""
+LONG_SHARE = 0.8
+"""With ``--long-answers``: how many of the scenes are of a kind that has one, and begin with it."""
+
 Row = dict[str, NDArray[np.generic]]
 
 
-def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int) -> Row:
-    """One scene with its questions; deterministic in (split, seed, index)."""
+def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int, long_answers: bool = False) -> Row:
+    """One scene with its questions; deterministic in its arguments."""
     rng = derived_rng("shards", split, seed, index)
-    kind = rng.choices(tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values()))[0]
-    scene = sample_scene(rng, kind, split)
+    first: Question | None = None
+    if long_answers and rng.random() < LONG_SHARE:
+        family = rng.choice(LONG_FAMILIES)
+        kind = FAMILY_KINDS[family]
+        while first is None:
+            scene = sample_scene(rng, kind, split)
+            first = ask(rng, scene, family, rng.choice(FAMILY_ANSWERS[family]))
+    else:
+        kind = rng.choices(tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values()))[0]
+        scene = sample_scene(rng, kind, split)
     families = [f for f in FAMILIES if FAMILY_KINDS[f] == kind]
     weights = [FAMILY_WEIGHTS.get(f, 1.0) for f in families]
     image, ids = draw_scene_with_ids(scene)
@@ -64,6 +77,9 @@ def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int) -> Row:
     row["patches"] = _patch_labels(scene, ids)
     row["presence"] = _presence(scene)
     length, segment, seen = 0, 0, set()
+    if first is not None:
+        text = prompt(first, rng.choice(LONG_FAMILY_BENCHMARKS[first.family]))
+        length, segment = _append(row, tokenizer, scene, first, text, 0, 1), 1
     for _ in range(4 * MAX_QUESTIONS):
         family = rng.choices(families, weights)[0]
         question = ask(rng, scene, family, rng.choice(FAMILY_ANSWERS[family]))
@@ -79,12 +95,23 @@ def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int) -> Row:
 
 
 def write_shards(
-    tokenizer_dir: Path, directory: Path, split: Split, seed: int, num_shards: int, rows_per_shard: int, workers: int
+    tokenizer_dir: Path,
+    directory: Path,
+    split: Split,
+    seed: int,
+    num_shards: int,
+    rows_per_shard: int,
+    workers: int,
+    long_answers: bool,
 ) -> None:
     """Write ``num_shards`` shards (existing ones are kept) with a pool of processes."""
     directory.mkdir(parents=True, exist_ok=True)
     jobs = [
-        (tokenizer_dir, directory / f"{split}-{seed}-{i:05d}.npz", split, seed, i * rows_per_shard, rows_per_shard)
+        (
+            tokenizer_dir,
+            directory / f"{split}-{seed}-{i:05d}.npz",
+            *(split, seed, i * rows_per_shard, rows_per_shard, long_answers),
+        )
         for i in range(num_shards)
     ]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -92,12 +119,12 @@ def write_shards(
             pass
 
 
-def _write_shard(job: tuple[Path, Path, Split, int, int, int]) -> None:
-    tokenizer_dir, path, split, seed, first, count = job
+def _write_shard(job: tuple[Path, Path, Split, int, int, int, bool]) -> None:
+    tokenizer_dir, path, split, seed, first, count, long_answers = job
     if path.exists():
         return
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    rows = [make_row(tokenizer, split, seed, first + i) for i in range(count)]
+    rows = [make_row(tokenizer, split, seed, first + i, long_answers) for i in range(count)]
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, **{name: np.stack([row[name] for row in rows]) for name in rows[0]})
     os.replace(partial, path)
@@ -135,7 +162,7 @@ def _append(
     row["segment"][span] = segment
     row["position"][span] = np.arange(total)
     row["answer"][start + num_prompt : start + total] = 1
-    row["family"][span] = FAMILIES.index(question.family)
+    row["family"][span] = SHARD_FAMILIES.index(question.family)
     stem_start = text.lower().index(question.stem.lower())
     for mention in question.mentions:
         end = stem_start + mention.end
@@ -242,10 +269,13 @@ def main() -> None:
     parser.add_argument("--rows-per-shard", type=int, default=512)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--long-answers", action="store_true", help="most scenes with a question of a long answer")
     args = parser.parse_args()
     num_shards = -(-args.num_scenes // args.rows_per_shard)
     for split, count in (("search", min(2, num_shards)), ("train", num_shards)):
-        write_shards(args.tokenizer, args.data, split, args.seed, count, args.rows_per_shard, args.workers)
+        write_shards(
+            args.tokenizer, args.data, split, args.seed, count, args.rows_per_shard, args.workers, args.long_answers
+        )
 
 
 if __name__ == "__main__":

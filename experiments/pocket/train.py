@@ -24,12 +24,10 @@ from model import build_model, build_processor, build_tokenizer, export, load_we
 from network import AuxiliaryHeads, TrainingNetwork
 from optim import build_optimizers
 from safetensors.torch import load_file, save_file
-from shards import PREFIX
+from shards import PREFIX, SHARD_FAMILIES
 from torch import Tensor
 
-from dop_search.data.rendered import FAMILIES
-
-TAPS: dict[str, tuple[int, ...]] = {"deep": (6, 9), "shallow": (2, 5), "stretched": (), "plain": ()}
+TAPS: dict[str, tuple[int, ...]] = {"deep": (6, 9), "shallow": (2, 5), "stretched": (), "describing": (), "plain": ()}
 """Decoder layers after which auxiliary heads read the text states, per variant."""
 
 Cast = AbstractContextManager[object]
@@ -88,8 +86,8 @@ def teacher_forced_accuracy(
     network: TrainingNetwork, rows: Rows, size: int, cast: Cast, cut_from: int | None = None
 ) -> dict[str, float]:
     """Share of questions with every answer token right given the true ones before it, per family."""
-    right = torch.zeros(len(FAMILIES), device=rows.device)
-    total = torch.zeros(len(FAMILIES), device=rows.device)
+    right = torch.zeros(len(SHARD_FAMILIES), device=rows.device)
+    total = torch.zeros(len(SHARD_FAMILIES), device=rows.device)
     for batch in rows.batches(size):
         with cast:
             states, _ = network(network.vision(batch["image"]), batch, (), cut_from)
@@ -102,7 +100,7 @@ def teacher_forced_accuracy(
         family[inverse] = batch["family"][positions[:, 0], positions[:, 1]].long()
         right.index_add_(0, family, (errors == 0).float())
         total.index_add_(0, family, torch.ones_like(errors))
-    return {name: (right[i] / total[i]).item() for i, name in enumerate(FAMILIES) if total[i] > 0}
+    return {name: (right[i] / total[i]).item() for i, name in enumerate(SHARD_FAMILIES) if total[i] > 0}
 
 
 def save_checkpoint(

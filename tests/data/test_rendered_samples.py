@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dop_search.data.rendered import FAMILIES, RenderedQuestion, rendered_questions, rendered_samples
+from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, RenderedQuestion, rendered_questions, rendered_samples
 from dop_search.data.rendered.drawing import draw_scene_with_ids
 from dop_search.data.rendered.formats import BENCHMARKS, FAMILY_BENCHMARKS, Question, prompt
 from dop_search.data.rendered.scenes import COLORS, SHAPES, SPLITS, Item, Scene, split_of
@@ -197,6 +197,14 @@ def _oracle(scene: Scene, question: Question) -> str:
     if stem == "List all objects from left to right.":
         shapes = sorted((item for item in scene.items if item.kind == "shape"), key=lambda item: item.center[0])
         return ", ".join(f"{item.color} {item.shape}" for item in shapes)
+    if stem == "Describe this picture from top left to bottom right.":
+        sentences = []
+        for place in PLACES:
+            there = [item for item in scene.items if item.kind == "shape" and _place_of(item) == place]
+            names = [f"a {item.color} {item.shape}" for item in sorted(there, key=lambda item: item.x + item.width / 2)]
+            text = " and ".join(names).replace("a orange", "an orange") if names else "no object"
+            sentences.append(f"In the {place} there is {text}.")
+        return " ".join(sentences)
     if found := re.fullmatch(r"(?:What color is|What is the color of) the (.+)\?|图中的(.+)是什么颜色？", stem):
         matches = _match(scene, found[1] or found[2])
         return matches[0].color if len(matches) == 1 else "unanswerable"
@@ -233,6 +241,15 @@ def test_answers_are_right(questions, family):
             assert options["ABCD".index(question.answer)] == truth
         else:
             assert question.answer == truth
+
+
+def test_long_answers_come_on_request_and_are_right():
+    asked = rendered_questions("test", 30, seed=11, families=LONG_FAMILIES)
+    for rendered in asked:
+        assert rendered.question.answer == _oracle(rendered.scene, rendered.question)
+        assert rendered.question.answer.count("In the ") == 9
+    assert len({rendered.question.answer for rendered in asked}) == 30
+    assert not set(LONG_FAMILIES) & {sample.family for sample in rendered_samples("test", 2 * len(FAMILIES), seed=11)}
 
 
 HUES = {"red": 0, "orange": 31, "yellow": 54, "green": 128, "cyan": 184, "blue": 229, "purple": 282, "pink": 333}

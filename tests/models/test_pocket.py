@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dop_search.data.rendered import FAMILIES, rendered_samples
+from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.samples import score_answer
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
 from dop_search.models.prompts import chat_prompt, model_inputs
@@ -66,9 +66,9 @@ def share_right(processor, model, samples):
     return right / len(samples)
 
 
-def test_all_variants_together_fit_in_40_megabytes():
+def test_all_variants_together_fit_in_50_megabytes():
     files = [file for variant in POCKET_VARIANTS for file in pocket_path(variant).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 40e6
+    assert sum(file.stat().st_size for file in files) <= 50e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -78,7 +78,7 @@ def test_weights_are_stored_in_half_precision(variant):
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match=r"must be one of \('deep', 'shallow', 'stretched'\), but got 'plain'"):
+    with pytest.raises(ValueError, match=r"must be one of \('deep', 'shallow', .*\), but got 'plain'"):
         pocket_path("plain")
 
 
@@ -102,6 +102,24 @@ def test_stretched_is_deep_with_other_layers():
     assert other["text_config"]["num_hidden_layers"] == 18
     assert one["vision_config"] == other["vision_config"]
     assert json.loads((stretched / "training.json").read_text())["initial_weights"] == "deep"
+
+
+def test_describing_is_deep_trained_on_and_answers_at_length(variant, loaded):
+    if variant != "describing":
+        pytest.skip("the other variants give short answers")
+    deep, describing = pocket_path("deep"), pocket_path("describing")
+    for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (deep / name).read_bytes() == (describing / name).read_bytes()
+    assert json.loads((describing / "training.json").read_text())["initial_weights"] == "deep"
+    processor, model = loaded
+    asked = rendered_samples("test", 8, seed=21, families=LONG_FAMILIES)
+    texts = answers(processor, model, asked, 96)
+    assert min(len(processor.tokenizer(text, add_special_tokens=False).input_ids) for text in texts) >= 64
+    right = 0
+    for text, sample in zip(texts, asked, strict=True):
+        pairs = zip(text.split(". "), sample.answers[0].split(". "), strict=True)
+        right += sum(given == true for given, true in pairs)
+    assert right >= 0.85 * 9 * len(asked)
 
 
 def test_stretching_repeats_the_last_layers_at_half_their_output(monkeypatch):

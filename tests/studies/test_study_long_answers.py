@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,13 @@ import pytest
 from small_studies import StudyRunner, check_that_a_rerun_measures_nothing
 
 from dop_search.errors import ConfigError, DataError
-from dop_search.studies.long_answers import by_position, long_enough
+from dop_search.studies.long_answers import by_position, first_other_token, long_enough
 
 GIVEN = ("study.options.num_candidates=2",)
 
 
-def test_rows_by_position_and_a_rerun_that_measures_nothing(run_small_study: StudyRunner, tmp_path: Path) -> None:
-    result = run_small_study("long_answers", *GIVEN)
+def test_lists_by_position_and_a_rerun_that_measures_nothing(run_small_study: StudyRunner, tmp_path: Path) -> None:
+    result = run_small_study("long_answers_lists", *GIVEN)
     rows = {(row["strategy"], row["budget"]): row for row in result["rows"]}
     assert set(rows) == {("uniform", 0.3), ("found", 0.3), ("found_long", 0.3), ("kv", 1.0), ("q", 1.0), ("mlp", 1.0)}
     for (_, budget), row in rows.items():
@@ -25,6 +26,10 @@ def test_rows_by_position_and_a_rerun_that_measures_nothing(run_small_study: Stu
         assert len(row["position"]) >= 3  # answers of 12 tokens and more
         assert row["num_samples"][0] == 4
         assert min(row["mean"]) >= 0.0
+        same = row["generated"]["same_so_far"]
+        assert all(late <= early for early, late in pairwise([1.0, *same]))
+        assert same[-1] >= row["generated"]["same"]
+        assert row["generated"]["right_full"] >= 0.5
     assert rows["kv", 1.0]["strategy_text"].startswith("q≤9 kv≤10 mlp≤9")  # behind the last key nothing matters
     full = result["summary"]["full"]
     assert full["longest"] >= 12
@@ -36,7 +41,23 @@ def test_rows_by_position_and_a_rerun_that_measures_nothing(run_small_study: Stu
         "found_long - found",
     }
     assert (tmp_path / "out" / "long_answers.png").stat().st_size > 10_000
-    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "long_answers", *GIVEN)
+    check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "long_answers_lists", *GIVEN)
+
+
+def test_answers_of_64_tokens_and_more(run_small_study: StudyRunner) -> None:
+    result = run_small_study("long_answers", *GIVEN)
+    for row in result["rows"]:
+        assert row["position"][-1] >= 60
+        assert row["generated"]["position"][-1] >= 60
+    full = result["summary"]["full"]
+    assert full["longest"] >= 81
+    assert min(full["accuracy"]["mean"]) > 0.5
+
+
+def test_the_first_other_token() -> None:
+    assert first_other_token([5, 6, 7, 0], [5, 6, 7]) == float("inf")  # padding behind the end
+    assert first_other_token([5, 9, 7], [5, 6, 7]) == 1
+    assert first_other_token([5, 6], [5, 6, 7]) == 2
 
 
 def test_bins_thirds_and_samples_that_end_early() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BENCHMARKS", "FAMILY_BENCHMARKS", "Mention", "Question", "prompt"]
+__all__ = ["BENCHMARKS", "FAMILY_BENCHMARKS", "LONG_FAMILY_BENCHMARKS", "Mention", "Question", "prompt"]
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -66,6 +66,9 @@ FAMILY_BENCHMARKS: dict[str, tuple[str, ...]] = {
     "describe": ("plain",),
 }
 """Every question family with the formats it is asked in; the first is the most typical."""
+
+LONG_FAMILY_BENCHMARKS: dict[str, tuple[str, ...]] = {"describe_places": ("plain",)}
+"""Families with answers of many tokens: asked on request alone, as only one bundled model learned them."""
 
 BENCHMARKS: tuple[str, ...] = tuple(dict.fromkeys(b for group in FAMILY_BENCHMARKS.values() for b in group))
 

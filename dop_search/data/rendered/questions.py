@@ -290,6 +290,27 @@ def _describe(rng: Random, scene: Scene, want: str) -> Question | None:
     return Question("describe", "List all objects from left to right.", answer)
 
 
+def _with_article(item: Item) -> str:
+    return f"{'an' if item.color == 'orange' else 'a'} {item.color} {item.shape}"
+
+
+def _describe_places(rng: Random, scene: Scene, want: str) -> Question | None:
+    """What is in each of the nine places, row by row: a sentence for every place, also the empty ones."""
+    found: dict[int, list[Item]] = {place: [] for place in range(len(PLACES))}
+    for index in scene.shapes:
+        place = _place(scene.items[index])
+        if place is None:
+            return None
+        found[place].append(scene.items[index])
+    sentences = []
+    for place, items in found.items():
+        items.sort(key=lambda item: item.center[0])
+        if any(b.center[0] - a.center[0] < 5 for a, b in pairwise(items)):
+            return None
+        sentences.append(f"In the {PLACES[place]} there is {' and '.join(map(_with_article, items)) or 'no object'}.")
+    return Question("describe_places", "Describe this picture from top left to bottom right.", " ".join(sentences))
+
+
 _ASK: dict[str, Ask] = {
     "color": _color,
     "shape": _shape,
@@ -308,6 +329,7 @@ _ASK: dict[str, Ask] = {
     "chart_extreme": ask_chart_extreme,
     "diagram": ask_diagram,
     "describe": _describe,
+    "describe_places": _describe_places,
 }
 
 FAMILY_ANSWERS: dict[str, tuple[str, ...]] = {
@@ -328,6 +350,7 @@ FAMILY_ANSWERS: dict[str, tuple[str, ...]] = {
     "chart_extreme": COLORS,
     "diagram": _LETTERS,
     "describe": ("",),
+    "describe_places": ("",),
 }
 """The answers that are asked for evenly (repetition is weight); ``""``: open."""
 

@@ -11,15 +11,20 @@ from random import Random
 from PIL import Image
 
 from dop_search.data.rendered.drawing import draw_scene
-from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, Question, prompt
+from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, LONG_FAMILY_BENCHMARKS, Question, prompt
 from dop_search.data.rendered.questions import FAMILY_ANSWERS, FAMILY_KINDS, ask
 from dop_search.data.rendered.scenes import SPLITS, Scene, Split, sample_scene
 from dop_search.data.samples import Sample
 
-__all__ = ["FAMILIES", "RenderedQuestion", "derived_rng", "rendered_questions", "rendered_samples"]
+__all__ = ["FAMILIES", "LONG_FAMILIES", "RenderedQuestion", "derived_rng", "rendered_questions", "rendered_samples"]
 
 FAMILIES: tuple[str, ...] = tuple(FAMILY_BENCHMARKS)
 """The question families, in the order in which ``rendered_samples`` goes round."""
+
+LONG_FAMILIES: tuple[str, ...] = tuple(LONG_FAMILY_BENCHMARKS)
+"""Families with answers of 75 tokens and more, asked only if they are named."""
+
+_KNOWN = {**FAMILY_BENCHMARKS, **LONG_FAMILY_BENCHMARKS}
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,10 @@ def rendered_questions(
         raise ValueError(f"`num_samples >= 1` must hold, but got num_samples={num_samples}")
     chosen = FAMILIES if families is None else tuple(families)
     for family in chosen:
-        if family not in FAMILIES:
-            near = get_close_matches(family, FAMILIES, n=2)
+        if family not in _KNOWN:
+            near = get_close_matches(family, _KNOWN, n=2)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"families must be taken from {FAMILIES}, but got {family!r}.{hint}")
+            raise ValueError(f"families must be taken from {tuple(_KNOWN)}, but got {family!r}.{hint}")
     if not chosen:
         raise ValueError(f"families must name at least one of {FAMILIES}, or be None for all")
     return tuple(_question(split, seed, index, chosen[index % len(chosen)]) for index in range(num_samples))
@@ -94,7 +99,7 @@ def rendered_samples(
 def _question(split: Split, seed: int, index: int, family: str) -> RenderedQuestion:
     rng = derived_rng("rendered", split, seed, family, index)
     want = rng.choice(FAMILY_ANSWERS[family])
-    benchmark = rng.choice(FAMILY_BENCHMARKS[family])
+    benchmark = rng.choice(_KNOWN[family])
     while True:
         scene = sample_scene(rng, FAMILY_KINDS[family], split)
         question = ask(rng, scene, family, want)

@@ -7,12 +7,13 @@ from typing import Literal, get_args
 
 __all__ = ["POCKET_VARIANTS", "PocketVariant", "pocket_path"]
 
-PocketVariant = Literal["deep", "shallow", "stretched"]
+PocketVariant = Literal["deep", "shallow", "stretched", "describing"]
 POCKET_VARIANTS: tuple[PocketVariant, ...] = get_args(PocketVariant)
 """``deep`` and ``shallow`` differ in training alone: auxiliary losses read the text states after decoder layers 6 and 9
 in ``deep``, after 2 and 5 in ``shallow``. That decides in which layers text reads the image, so what differs between
 the two is planted and says nothing about large models (``experiments/pocket/README.md``). ``stretched`` has 18 layers:
-``deep`` with its last six layers twice, trained on."""
+``deep`` with its last six layers twice, trained on. ``describing`` is ``deep``, trained on to describe a picture place
+by place in 81 to 90 tokens (question family ``describe_places``), the only one that gives long answers."""
 
 
 def pocket_path(variant: PocketVariant = "deep") -> Path:
