@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -293,11 +295,19 @@ def _candidates(
         ranked = rerank_all(problem, budget, search.num_rerank, criterion=search.criterion, on_progress=notify)
         return _with_exact(problem, found, ranked, search.criterion)
     if isinstance(search, ExactOptunaConfig):
-        name = search.study_name or f"{state.profile.facts['teacher']}-{problem.space.name}-{search.sampler}"
+        name = search.study_name or _study_name(state, search)
         storage = search.storage or state.config.storage or str(Path(state.config.cache_dir) / f"study-{name}.journal")
         options |= {"storage": storage, "study_name": f"{name}-{limit.name}-{limit.value:g}"}
     found = solve(search.solver, problem, budget, on_progress=notify, **options)
     return _with_exact(problem, found, [], "kl")
+
+
+def _study_name(state: SearchRun, search: ExactOptunaConfig) -> str:
+    """A name of its own for everything that makes a study another one; more trials continue a study."""
+    config = search.model_dump(exclude={"num_trials", "storage", "study_name"})
+    others = [config, state.profile.space.shares, state.config.data.averaging]
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{state.profile.facts['teacher']}-{state.profile.space.name}-{search.sampler}-{digest}"
 
 
 def _with_exact(problem: Problem, found: Solution, others: list[Solution], criterion: Criterion) -> list[Solution]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,10 @@ class GroupPolicy:
     kv: Layers
     mlp: Layers
     group: TokenGroup = ALL_KEPT
+
+    def __post_init__(self) -> None:
+        for module in MODULES:  # NumPy's integers are welcome, and written as plain ones
+            object.__setattr__(self, module.value, tuple(operator.index(layer) for layer in self.layers(module)))
 
     def layers(self, module: Module) -> Layers:
         """The layers in which ``module`` runs."""

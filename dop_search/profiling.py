@@ -50,6 +50,7 @@ class Profile:
         store: exact evaluations, while the model is at hand; ``None`` for a profile loaded from files.
         facts: where the profile comes from.
         latency: layer times of this device, which latency budgets need; not saved with the profile.
+        bytes_per_element: of the KV cache, as the model was loaded; what ``kv_bytes`` budgets count.
     """
 
     space: Space
@@ -59,11 +60,12 @@ class Profile:
     store: EvaluationStore | None
     facts: Mapping[str, Any]
     latency: LatencyTable | None = None
+    bytes_per_element: int = 2
 
     def problem(self, budget: Budget | None = None) -> Problem:
         """The search problem, priced in the budget's kind of cost (FLOPs by default)."""
         kind = "flops" if budget is None else budget.kind
-        cost_model = CostModel(self.dims, self.counts, kind, latency=self.latency)
+        cost_model = CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
         return Problem(self.space, cost_model, self.curves.surrogate(self.space), self.store)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
@@ -118,6 +120,7 @@ class Profile:
             },
             "dims": asdict(self.dims),
             "counts": [[item.text, item.visual] for item in self.counts],
+            "bytes_per_element": self.bytes_per_element,
             "facts": dict(self.facts),
         }
         write_text_atomic(path / "profile.json", json.dumps(data, indent=2) + "\n")
@@ -144,6 +147,7 @@ class Profile:
             counts=tuple(TokenCounts(text, visual) for text, visual in data["counts"]),
             store=None,
             facts=data["facts"],
+            bytes_per_element=data.get("bytes_per_element", 2),
         )
 
 
@@ -243,6 +247,11 @@ def profile(
         DopError: on anything that does not fit together; the message says what to change.
     """
     ranker = make_selector(selector) if isinstance(selector, str) else selector
+    if teacher is not None and teacher.selector != ranker:
+        raise ConfigError(
+            f"`teacher` has its tokens ranked by {teacher.selector!r}, but `selector` is {ranker!r}; make the teacher "
+            "with the same selector, or pass that selector"
+        )
     cache = None if cache_dir is None else Path(cache_dir)
     if teacher is None:
         notify = (
@@ -284,4 +293,5 @@ def profile(
         "data": {"name": data.name, "split": data.split, "num_samples": len(data), "fingerprint": data.fingerprint},
         "teacher": teacher.fingerprint,
     }
-    return Profile(searched, curves, dims, counts, store, facts)
+    element = loaded.model.dtype.itemsize
+    return Profile(searched, curves, dims, counts, store, facts, bytes_per_element=element)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class Strategy:
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_layers", operator.index(self.num_layers))
         if self.num_layers < 1:
             raise StrategyError(f"`num_layers >= 1` must hold, but got (num_layers={self.num_layers})")
         if not self.groups:

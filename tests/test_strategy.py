@@ -301,3 +301,11 @@ def test_fingerprint_knows_the_architecture_and_nothing_else() -> None:
     others = {replace(dims, num_kv_heads=4).fingerprint("llava"), dims.fingerprint("llava_next")}
     assert len({*others, dims.fingerprint("llava")}) == 3
     assert (dims.query_width, dims.kv_width) == (32, 16)
+
+
+def test_numpy_integers_are_plain_in_the_file(tmp_path: Path) -> None:
+    runs = np.arange(4, dtype=np.int64)
+    policy = GroupPolicy(q=(runs[0],), kv=tuple(runs[:2]), mlp=())
+    strategy = Strategy(np.int64(4), (policy,), np.int32(5))  # type: ignore[arg-type]
+    strategy.save(tmp_path / "strategy.json")
+    assert Strategy.load(tmp_path / "strategy.json") == strategy

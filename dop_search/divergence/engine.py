@@ -12,6 +12,7 @@ Where the time goes compared with a full forward of the model per strategy:
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from dop_search.pruning.deepstack import Deepstack
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups, LayerStep, layer_steps
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class DivergenceEngine:
         teacher: the full model's view of the validation samples.
         batch_size: samples that are computed together; by default what fits the caches of a CPU, more elsewhere.
         averaging: ``"per_sample"`` averages over a sample's answer positions first, ``"per_token"`` weighs every
-            answer token the same (the mean over the returned samples is then the mean over tokens).
+            answer token the same (the mean over all samples is then the mean over tokens).
         hidden_states: ``keep`` (default), ``offload`` or ``recompute`` the full model's; see ``HiddenStates``.
         divergence: what is averaged, instead of KL: a function of two log-probabilities, the full model's and the
             strategy's, each ``[num_positions, vocab_size]``, to ``[num_positions]``, or for ``K`` of them to
@@ -101,7 +103,7 @@ class DivergenceEngine:
             raise DopError(f"`averaging` must be per_sample or per_token, but got {averaging!r}")
         if hidden_states not in get_args(HiddenStates):
             raise DopError(f"`hidden_states` must be one of {get_args(HiddenStates)}, but got {hidden_states!r}")
-        adapter.check_placement()
+        adapter.check_decoder()
         self.adapter, self.teacher = adapter, teacher
         self.batch_size = batch_size or (CPU_BATCH_SIZE if adapter.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
         self.averaging, self.divergence = averaging, divergence or kl_divergence
@@ -171,6 +173,14 @@ class DivergenceEngine:
         return result
 
     def _check(self, strategies: Sequence[Strategy]) -> None:
+        ranked = [s for s in strategies if not s.stages and (s.num_visual_tokens is not None or len(s.groups) > 1)]
+        for name, options in {(s.selector, json.dumps(dict(s.selector_options), sort_keys=True)) for s in ranked}:
+            if make_selector(name, json.loads(options)) != self.teacher.selector:
+                raise DopError(
+                    f"a strategy with selector {name!r} {options} cannot be scored on tokens that "
+                    f"{self.teacher.selector!r} has ranked; make a teacher with the strategy's selector, or change it "
+                    "by dataclasses.replace(strategy, selector=..., selector_options=...)"
+                )
         for strategy in strategies:
             if strategy.num_layers != self.adapter.dims.num_layers:
                 raise DopError(
@@ -196,8 +206,11 @@ class DivergenceEngine:
         log.info("hidden states of the full model on %d samples: %s", self.num_samples, what[self.hidden_states])
 
     def _weights(self, indices: Sequence[int]) -> np.ndarray:
-        counts = np.array([len(self.teacher.samples[index].answer_ids) for index in indices], dtype=np.float64)
-        return np.ones_like(counts) if self.averaging == "per_sample" else counts / counts.mean()
+        """Of the samples asked for, by all samples: a sample's value is the same whichever others are asked for."""
+        if self.averaging == "per_sample":
+            return np.ones(len(indices))
+        counts = np.array([len(sample.answer_ids) for sample in self.teacher.samples], dtype=np.float64)
+        return (counts / counts.mean())[list(indices)]
 
     def _chunks_of(self, indices: Sequence[int]) -> list[tuple[list[int], PackedChunk]]:
         lengths = [self.teacher.samples[index].encoded.length for index in indices]

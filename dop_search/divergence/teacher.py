@@ -21,7 +21,7 @@ from dop_search.errors import CacheError, NumericalError
 from dop_search.files import write_atomic
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
-from dop_search.models.prompts import model_inputs
+from dop_search.models.prompts import chat_prompt, model_inputs
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
 
@@ -49,10 +49,17 @@ class TeacherSample:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The full model on a validation set."""
+    """The full model on a validation set.
+
+    Attributes:
+        samples: in the order of the validation set.
+        fingerprint: names everything that they depend on.
+        selector: what ranked the visual tokens; strategies with another selector cannot be scored.
+    """
 
     samples: tuple[TeacherSample, ...]
     fingerprint: str
+    selector: Selector
 
 
 def teacher_fingerprint(
@@ -62,7 +69,7 @@ def teacher_fingerprint(
     parts = [
         FORMAT,
         VERSION,
-        loaded.weights_fingerprint,
+        loaded.fingerprint,
         data.fingerprint,
         repr(selector),
         max_new_tokens,
@@ -116,7 +123,7 @@ def make_teacher(
             observed[index] = _observe(loaded, data.samples[index], answer, selector)
             if on_progress is not None:
                 on_progress(len(observed), len(data))
-    teacher = Teacher(tuple(observed[index] for index in range(len(data))), fingerprint)
+    teacher = Teacher(tuple(observed[index] for index in range(len(data))), fingerprint, selector)
     if path is not None:
         write_atomic(path, lambda temporary: _write(temporary, teacher))
     return teacher
@@ -125,23 +132,40 @@ def make_teacher(
 def _answer_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, answers: str) -> list[list[int]]:
     end = _end_tokens(loaded)
     if answers == "ground_truth":
-        tokenizer = loaded.processor.tokenizer
-        return [
-            [*tokenizer(" " + sample.answers[0], add_special_tokens=False)["input_ids"][:max_new_tokens], end[0]]
-            for sample in batch
-        ]
+        own = loaded.processor.tokenizer.eos_token_id
+        last = own if own in end else end[0]
+        return [[*annotated_ids(loaded, sample)[:max_new_tokens], last] for sample in batch]
     return [cut_at_end(row, end) for row in generate_ids(loaded, batch, max_new_tokens)]
 
 
 @torch.inference_mode()
 def generate_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
-    """Greedy answers of the model as it is, without the prompt; may end in padding."""
+    """Greedy answers of the model as it is, without the prompt; may end in padding.
+
+    Plainly greedy: penalties on repetition that a checkpoint ships are left out, as they are no part of the output
+    distribution that strategies are compared by.
+    """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
     pad = loaded.processor.tokenizer.pad_token_id
     model: Any = loaded.model
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad)
+    output = model.generate(
+        **inputs,
+        **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad},
+        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+    )
     rows: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return rows
+
+
+def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
+    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it."""
+    tokenizer = loaded.processor.tokenizer
+    prompt = chat_prompt(loaded.processor, sample.question)
+    answer = sample.answers[0] if prompt[-1:].isspace() else " " + sample.answers[0]
+    before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer))
+    if both[: len(before)] == before:
+        return list(both[len(before) :])
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])  # the prompt's last token takes part of it
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:
@@ -217,7 +241,7 @@ def _read(path: Path, fingerprint: str, data: ValidationSet, adapter: ModelAdapt
             samples = tuple(_read_sample(file, index, fact, adapter, selector) for index, fact in enumerate(facts))
     except SafetensorError as error:
         raise CacheError(f"{str(path)!r} is corrupt ({error}); {remedy}") from error
-    return Teacher(samples, fingerprint)
+    return Teacher(samples, fingerprint, selector)
 
 
 def _read_sample(

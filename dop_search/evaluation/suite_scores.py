@@ -115,7 +115,7 @@ class _Run:
 
         suite = self.suite
         return fingerprint(
-            self.loaded.weights_fingerprint,
+            self.loaded.fingerprint,
             None if self.strategy is None else self.strategy.key(),
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
+from dop_search.models.decoder_checks import DECODER_LAYERS, check_arithmetic, check_attention, check_placement
 from dop_search.models.tower import (
     Grids,
     TowerCapture,
@@ -35,16 +36,13 @@ class ModelAdapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     has_deepstack: ClassVar[bool] = False
     """Whether the decoder adds vision features behind its first layers, see :meth:`pop_deepstack`."""
+    decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS
+    """Classes of decoder layers (or their bases, by name) that compute what pruned layers compute."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.vision_watch = VisionWatch(self)
-        config = self.text_config
-        if getattr(config, "use_sliding_window", False):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is configured with use_sliding_window=True, which pruning does not support; "
-                "set use_sliding_window=False in its text configuration"
-            )
+        check_arithmetic(self.layers[0], self.text_config, self.decoder_layers)
 
     # -- the decoder ------------------------------------------------------------------------------
 
@@ -100,20 +98,14 @@ class ModelAdapter(ABC):
         """Short name of the architecture, see :meth:`ModelDims.fingerprint`."""
         return self.dims.fingerprint(self.model.config.model_type)
 
-    def check_placement(self) -> None:
-        """Refuse a decoder that is spread over devices or offloaded: packed rows bypass the hooks that move tensors.
+    def check_decoder(self) -> None:
+        """Refuse what can change after loading: where the decoder is, and its attention backend.
 
         Raises:
-            UnsupportedModelError: naming the devices and the remedy.
+            UnsupportedModelError: naming what was found and the remedy.
         """
-        parts = [*self.layers, self.text_model.norm]
-        devices = sorted({str(parameter.device) for part in parts for parameter in part.parameters()})
-        if len(devices) > 1 or devices == ["meta"]:
-            raise UnsupportedModelError(
-                f"the decoder layers of {type(self.model).__name__} are on {devices} (meta: offloaded), but pruning "
-                "runs them on one device; load the model with device_map=null, or with a map that keeps "
-                "`model.language_model` on one device, and in half precision if it does not fit"
-            )
+        check_placement(type(self.model).__name__, [*self.layers, self.text_model.norm])
+        check_attention(self.text_config._attn_implementation)
 
     # -- what the decoder is given ----------------------------------------------------------------
 

@@ -36,11 +36,14 @@ def check_model_type(model_type: str | None, name: str) -> None:
 
 
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
-    """The adapter of a model.
+    """The adapter of a model, or of what peft has wrapped.
 
     Raises:
         UnsupportedModelError: if no adapter covers the model's class; lists the supported families.
     """
+    unwrap = getattr(model, "get_base_model", None)
+    if callable(unwrap):
+        model = unwrap()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     check_model_type(model_type, type(model).__name__)
     module, name = FAMILIES[str(model_type)].split(":")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from dop_search.errors import DopError
@@ -27,7 +30,7 @@ class LoadedModel:
         model: the Hugging Face model, in evaluation mode.
         processor: tokenizer, image processor and chat template.
         adapter: what the framework knows about the family.
-        weights_fingerprint: hash of architecture, dtype and a sample of every weight; names caches.
+        weights_fingerprint: hash of architecture, dtype and a sample of every weight.
     """
 
     name: str
@@ -35,6 +38,37 @@ class LoadedModel:
     processor: Any
     adapter: ModelAdapter = field(repr=False)
     weights_fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that answers depend on, names caches: weights, configurations, processor, tokenizer."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = {
+            "weights": self.weights_fingerprint,
+            "config": self.model.config.to_dict(),
+            "generation": None if self.model.generation_config is None else self.model.generation_config.to_dict(),
+            "processor": self.processor.to_dict(),
+            "chat_template": getattr(self.processor, "chat_template", None),
+            "tokenizer": type(tokenizer).__name__ if backend is None else json.loads(backend.to_str()),
+            "transformers": transformers.__version__,
+        }
+        return hashlib.sha256(json.dumps(_lasting(parts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_PASSING = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "tokenizer_file", "padding", "truncation"}
+)
+"""Keys that say where a file was, what wrote it, or how a tokenizer was last called."""
+
+
+def _lasting(value: Any) -> Any:
+    """Plain data that is the same for the same settings, wherever they were read from."""
+    if isinstance(value, Mapping):
+        return {str(key): _lasting(item) for key, item in value.items() if key not in _PASSING}
+    if isinstance(value, (list, tuple)):
+        return [_lasting(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def load(
@@ -90,7 +124,7 @@ def load(
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
     adapter = adapter_for(model)
-    adapter.check_placement()
+    adapter.check_decoder()
     return LoadedModel(name_or_path, model, processor, adapter, weights_fingerprint(model))
 
 

@@ -12,12 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dop_search.models.decoder_checks import is_flash
 from dop_search.pruning.cache import append_valid
 from dop_search.pruning.layout import AttentionPlan
-
-FLASH = "flash_attention"
-"""Backends of this family take no masks, and are causal from the bottom right by themselves; where a mask cannot be
-avoided (padding inside a batch), ``sdpa`` stands in for them."""
 
 
 class ForwardTables:
@@ -99,12 +96,13 @@ def signed(sin: Tensor) -> Tensor:
 def backend(attention: Any, masked: bool) -> tuple[str, Any, dict[str, Any]]:
     """Name, function and constant arguments of the attention backend that the model was loaded with.
 
-    ``masked``: for a call with a mask, for which ``sdpa`` stands in where the backend takes none.
+    ``masked``: for a call with a mask (padding inside a batch), for which ``sdpa`` stands in where the backend takes
+    none.
     """
     implementation: str = attention.config._attn_implementation
     eager = sys.modules[type(attention).__module__].eager_attention_forward
     kwargs = {"dropout": attention.attention_dropout if attention.training else 0.0, "scaling": attention.scaling}
-    if masked and implementation.startswith(FLASH):
+    if masked and is_flash(implementation):
         implementation = "sdpa"
     return implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager), kwargs
 
@@ -140,7 +138,7 @@ def attend(
         mask, _ = tables.mask(plan, past_valid, additive=False)
         context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
         return context
-    flash = implementation.startswith(FLASH)
+    flash = is_flash(implementation)
     outputs = []
     for segment in segments:
         part = query[:, :, segment.start : segment.stop]

@@ -126,8 +126,8 @@ def prune_(
     """
     adapter = adapter_for(model)
     check_strategy(adapter, strategy)
-    adapter.check_placement()
-    if model in _pruned_models:
+    adapter.check_decoder()
+    if adapter.model in _pruned_models:
         raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
     handle = PruneHandle()
     if strategy.is_empty and text is None:
@@ -143,9 +143,9 @@ def prune_(
     handle._sources.append(source)
     handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))
     handle._replaced.append((text_model, text_model.__dict__.get("forward")))
-    handle._model = model
+    handle._model = adapter.model
     text_model.forward = decoder.forward
-    _pruned_models.add(model)
+    _pruned_models.add(adapter.model)
     return handle
 
 

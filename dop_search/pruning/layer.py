@@ -195,8 +195,8 @@ def finish(
 
 
 def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:
-    """Add ``update`` to the rows at ``index`` (all rows when ``None``)."""
-    return hidden + update if index is None else hidden.index_add(0, index, update)
+    """Add ``update`` to the rows at ``index`` (all rows when ``None``); under autocast it has another dtype."""
+    return hidden + update if index is None else hidden.index_add(0, index, update.to(hidden.dtype))
 
 
 @dataclass(frozen=True)

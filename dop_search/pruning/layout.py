@@ -275,7 +275,8 @@ class LayoutCache:
     def pack(self, groups: Sequence[np.ndarray], device: torch.device) -> tuple[Layout, list[np.ndarray]]:
         """As :func:`pack`; the layout may be one that an earlier prompt of the same shape has used."""
         kept = [np.flatnonzero(group != DROPPED) for group in groups]
-        key = (str(device).encode(), *(group[keep].tobytes() for group, keep in zip(groups, kept, strict=True)))
+        mode = b"inference" if torch.is_inference_mode_enabled() else b""  # such tensors cannot be trained through
+        key = (str(device).encode(), mode, *(group[keep].tobytes() for group, keep in zip(groups, kept, strict=True)))
         layout = self._layouts.pop(key, None)
         if layout is None:
             layout, _ = pack(groups, device)

@@ -73,6 +73,10 @@ class PrunedDecoder:
         self._input_ids = None
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
+        device = self.adapter.device  # with a device map the vision tower and what comes from it may be elsewhere
+        inputs_embeds, seen_ids = inputs_embeds.to(device), None if seen_ids is None else seen_ids.to(device)
+        attention_mask, position_ids = (None if t is None else t.to(device) for t in (attention_mask, position_ids))
+        deepstack = tuple(features.to(device) for features in deepstack)
         batch, length = inputs_embeds.shape[:2]
         if seen_ids is None or seen_ids.shape != (batch, length):
             raise DopError(
@@ -82,7 +86,7 @@ class PrunedDecoder:
             past_key_values = DynamicCache(config=self.text_model.config)
         state = open_state(past_key_values, self.strategy.num_layers, attention_mask)
         if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + state.num_seen)[None]
+            position_ids = (torch.arange(length, device=device) + state.num_seen)[None]
         rope = self.adapter.rotary(inputs_embeds, position_ids)
         valid = None if attention_mask is None else attention_mask[:, -length:].bool()
         visual = self.adapter.visual_token_mask(seen_ids)
@@ -122,6 +126,7 @@ class PrunedDecoder:
             injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[places])
         hidden = embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
+        all_real: dict[int, Tensor] = {}
         run = None
         if self.stages is not None:
             check_first_chunk(state.num_seen)
@@ -133,7 +138,7 @@ class PrunedDecoder:
                 hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
                 if injected is not None:
                     injected = Deepstack(deepstack, layout, injected.token_of_row[present])
-            past_valid = self._past_valid(state, index, batch, embeds.device)
+            past_valid = self._past_valid(state, index, batch, embeds.device, all_real)
             hidden = run_layer(
                 self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid, parts=self.parts
             )
@@ -198,11 +203,16 @@ class PrunedDecoder:
 
     # -- bookkeeping ------------------------------------------------------------------------------
 
-    def _past_valid(self, state: CacheState, index: int, batch: int, device: torch.device) -> Tensor | None:
-        if state.lengths[index] == 0:
-            return None
-        valid = state.valid[index]
-        return torch.ones(batch, state.lengths[index], dtype=torch.bool, device=device) if valid is None else valid
+    def _past_valid(
+        self, state: CacheState, index: int, batch: int, device: torch.device, all_real: dict[int, Tensor]
+    ) -> Tensor | None:
+        """Which cached keys are real; ``all_real`` keeps one tensor per length, as masks are shared by identity."""
+        length, valid = state.lengths[index], state.valid[index]
+        if length == 0 or valid is not None:
+            return valid if length else None
+        if length not in all_real:
+            all_real[length] = torch.ones(batch, length, dtype=torch.bool, device=device)
+        return all_real[length]
 
     def _remember(self, state: CacheState, index: int, plan: AttentionPlan) -> None:
         past, length, device = state.valid[index], state.lengths[index], plan.key_rows.device
@@ -226,5 +236,11 @@ def _refuse(kwargs: dict[str, Any], attention_mask: Any) -> None:
 
 
 def explicit_rankings(rankings: Sequence[Any] | None) -> list[np.ndarray] | None:
-    """Rankings given by the user as arrays."""
+    """Rankings given by the user as arrays.
+
+    Raises:
+        DopError: if there are none.
+    """
+    if rankings is not None and not len(rankings):
+        raise DopError("`rankings` must have one entry per sample of the batch, but got an empty list")
     return None if rankings is None else [np.asarray(ranking) for ranking in rankings]

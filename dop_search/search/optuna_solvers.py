@@ -121,8 +121,15 @@ def exact_optuna(
     evaluate = _ChunkedEvaluation(problem, pruner, num_chunks, seed)
     facts = {
         "space": [[p.name, p.levels[0], p.full, len(p.levels)] for p in problem.space.parameters],
+        "shares": list(problem.space.shares),
+        "strategy_fields": dict(problem.space.strategy_fields),
         "budget": [budget.kind, limit],
+        "full_cost": problem.cost_model.full_total,
         "num_samples": evaluate.num_samples,
+        "samples": problem.need_store("exact_optuna").header,
+        "seed": seed,
+        "pruner": [pruner, num_chunks],
+        "num_warm_start": num_warm_start,
     }
 
     def objective(trial: Trial) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 import warnings
@@ -148,9 +149,15 @@ def open_study(
     Raises:
         CacheError: if the study in the storage depends on other facts.
     """
+    facts = json.loads(json.dumps(facts))  # as a storage gives them back
     study = optuna.create_study(storage=storage, study_name=name, pruner=make_pruner(pruner), load_if_exists=True)
     known = study.user_attrs
-    other = {key: (known[key], value) for key, value in facts.items() if key in known and known[key] != value}
+    begun = bool(study.get_trials(deepcopy=False))  # a study without trials may still be receiving its facts
+    other = {
+        key: (known.get(key), value)
+        for key, value in facts.items()
+        if (key in known or begun) and known.get(key) != value
+    }
     if other:
         listed = ", ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in other.items())
         raise CacheError(

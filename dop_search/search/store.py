@@ -74,6 +74,11 @@ class EvaluationStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append([])
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the numbers depend on, with the file's format and the number of samples."""
+        return dict(self._header)
+
     # -- counters -------------------------------------------------------------------------------
 
     @property

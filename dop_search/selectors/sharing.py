@@ -64,12 +64,12 @@ def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) ->
     space = Selection(np.empty(0)).space
     for part, grid, count in zip(parts, inputs.image_grids, counts, strict=True):
         found = choose(_one_image(inputs, part, grid), int(count))
-        space = found.space
         for target, order in ((heads, found.order[:count]), (tails, found.order[count:])):
             target.append((order + part.start, np.arange(len(order)) / max(1, len(order))))
         if found.features is not None:
             slots.append(found.slots + part.start)
             features.append(found.features)
+            space = found.space
     order = np.concatenate([_take_turns(heads), _take_turns(tails)])
     if not features:
         return Selection(order)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.errors import ConfigError, DopError
+from dop_search.errors import CacheError, ConfigError, DataError, DopError, NumericalError
 from dop_search.files import write_text_atomic
 from dop_search.processes import is_dead, this_process
 from dop_search.progress import Notify
@@ -102,9 +102,10 @@ class ResultFile:
     ) -> list[Row]:
         """One row per key, in order; what is there is not measured again.
 
-        ``measure(**key)`` returns the row's values, or these and an array per sample. A user's error, such as a budget
-        out of reach, makes a row with the reason under ``infeasible``. An error of the machinery makes one under
-        ``failed``, which the next run tries again; neither loses the rows of others.
+        ``measure(**key)`` returns the row's values, or these and an array per sample. What this model cannot have,
+        such as a budget out of reach, makes a row with the reason under ``infeasible``. An error of the machinery makes
+        one under ``failed``, which the next run tries again. A mistake in the configuration or the data ends the study.
+        None of these loses the rows of others.
 
         Args:
             keys: what the rows are about.
@@ -166,6 +167,10 @@ class ResultFile:
             values = measure(**key)
             if isinstance(values, tuple):
                 values, samples = values
+        except (ConfigError, DataError, CacheError):
+            raise
+        except NumericalError as error:
+            values = {FAILED: f"{type(error).__name__}: {error}"}
         except DopError as error:
             values = {INFEASIBLE: str(error)}
         except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:

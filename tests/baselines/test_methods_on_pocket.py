@@ -26,7 +26,7 @@ LAYERS = 12
 @pytest.fixture(scope="module")
 def few(teacher) -> Teacher:
     """Two samples with different prompts."""
-    return Teacher(teacher.samples[:2], "two")
+    return Teacher(teacher.samples[:2], "two", teacher.selector)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from dop_search.operations import TokenCounts
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.in_decoder.sparsevlm import density_peaks, split_kept, with_recycled
 from dop_search.pruning.stages import stage_flops
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.testing.inputs import Inputs, collate, tiny_sample
 from dop_search.testing.measure import cache_lengths, count_decoder_flops
@@ -253,7 +254,9 @@ def test_refuses_what_cannot_be_ranked_in_time() -> None:
     with pytest.raises(DopError, match="no option \\['speed'\\]"), dop.pruned(model, wrong):
         pass
     with pytest.raises(DopError, match="plain_divergence"):
-        DivergenceEngine(adapter_for(model), Teacher((), "none")).evaluate([CASES["fastv"][0]])
+        DivergenceEngine(adapter_for(model), Teacher((), "none", make_selector("cls_attention"))).evaluate(
+            [CASES["fastv"][0]]
+        )
 
 
 def test_images_after_the_first_chunk_are_refused() -> None:

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from dop_search.divergence import DivergenceEngine, kl_divergence
+from dop_search.cost import Budget
+from dop_search.cost.kv_cache import strategy_kv_bytes
+from dop_search.data.validation import validation_set
+from dop_search.divergence import DivergenceEngine, kl_divergence, make_teacher
 from dop_search.errors import DopError, NumericalError
+from dop_search.profiling import Profile, profile
+from dop_search.search import CurveGrid
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.testing.naive import naive_divergence
 
@@ -84,12 +90,43 @@ def test_batch_size_changes_no_number(pocket, teacher):
     np.testing.assert_allclose(one, many, rtol=2e-3, atol=2e-5)
 
 
-def test_per_token_averaging_weighs_every_answer_token(pocket, teacher):
+def test_per_token_averaging_weighs_every_answer_token(pocket):
+    data = validation_set("pocket", num_samples=4, families=["color", "describe"])
+    teacher = make_teacher(pocket, data, make_selector("cls_attention"))
     strategies = random_strategies(2, seed=5)
     per_sample = DivergenceEngine(pocket.adapter, teacher).evaluate(strategies)
     per_token = DivergenceEngine(pocket.adapter, teacher, averaging="per_token").evaluate(strategies)
     lengths = np.array([len(sample.answer_ids) for sample in teacher.samples])
     np.testing.assert_allclose(per_token.mean(axis=1), (per_sample * lengths).sum(axis=1) / lengths.sum(), rtol=1e-6)
+    some = DivergenceEngine(pocket.adapter, teacher, averaging="per_token").evaluate(strategies, [1, 3])
+    assert lengths[[1, 3]].mean() > 1.5 * lengths.mean()
+    np.testing.assert_allclose(some, per_token[:, [1, 3]], rtol=2e-3, atol=2e-5)
+
+
+def test_refuses_a_strategy_whose_tokens_another_selector_ranks(pocket, teacher):
+    engine = DivergenceEngine(pocket.adapter, teacher)
+    ranked = Strategy.depthwise(LAYERS, 6, 6, 6, num_visual_tokens=50, selector="random", selector_options={"seed": 1})
+    with pytest.raises(DopError, match=r"selector 'random' .* cannot be scored on tokens that ClsAttention"):
+        engine.evaluate([ranked])
+    unranked = Strategy.depthwise(LAYERS, 6, 6, 6, selector="random")  # all tokens alike: no ranking is read
+    same = Strategy.depthwise(LAYERS, 6, 6, 6)
+    assert (engine.evaluate([unranked]) == engine.evaluate([same])).all()
+
+
+def test_a_profile_refuses_a_teacher_of_another_selector(pocket, few_samples, teacher):
+    with pytest.raises(DopError, match="`teacher` has its tokens ranked by ClsAttention"):
+        profile(pocket, few_samples, selector="random", teacher=teacher)
+
+
+def test_budgets_in_bytes_count_the_models_own_elements(pocket, few_samples, teacher, tmp_path):
+    grid = CurveGrid.of(2, 2)
+    found = profile(pocket, few_samples, teacher=teacher, space="uniform", grid=grid)
+    assert found.bytes_per_element == 4  # float32
+    found.save(tmp_path)
+    for one in (found, Profile.load(tmp_path)):
+        strategy = one.solve(Budget(kv_bytes=700_000.0))
+        held = [strategy_kv_bytes(one.dims, strategy, counts, bytes_per_element=4) for counts in one.counts]
+        assert 600_000 < np.mean(held) <= 700_000
 
 
 def test_positions_average_to_the_samples_divergence(pocket, teacher):

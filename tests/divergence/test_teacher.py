@@ -1,5 +1,7 @@
 """What the full model said: agrees with plain generation, and comes back from the cache unchanged."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -95,3 +97,44 @@ def test_ground_truth_answers_are_teacher_forced(pocket, few_samples):
     for sample, known in zip(few_samples, teacher.samples, strict=True):
         text = pocket.processor.tokenizer.decode(known.answer_ids, skip_special_tokens=True)
         assert text.replace(" ", "").lower().startswith(sample.answers[0].replace(" ", "").lower()[:5])
+
+
+@pytest.mark.parametrize(("end", "space"), [("ASSISTANT:", " "), ("<|im_start|>assistant\n", "")])
+def test_an_annotated_answer_follows_the_prompt_as_it_ends(few_samples, monkeypatch, end, space):
+    sample = few_samples.samples[0]
+    asked = []
+
+    def tokenize(text, **kwargs):
+        asked.append(text)
+        return {"input_ids": [ord(character) for character in text]}
+
+    monkeypatch.setattr(teacher_module, "chat_prompt", lambda processor, question: question + end)
+    loaded = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenize))
+    ids = teacher_module.annotated_ids(loaded, sample)
+    assert "".join(map(chr, ids)) == space + sample.answers[0]
+    assert asked[-1] == sample.question + end + space + sample.answers[0]
+
+
+def test_fingerprint_depends_on_template_processor_and_configuration(pocket, few_samples, monkeypatch):
+    def fingerprint():
+        return teacher_module.teacher_fingerprint(pocket, few_samples, make_selector("cls_attention"), 6, "teacher")
+
+    found = {fingerprint()}
+    model_inputs(pocket.processor, few_samples.samples, torch.device("cpu"))  # leaves its padding in the tokenizer
+    pocket.processor.tokenizer("one", padding=False, truncation=True, max_length=3)
+    monkeypatch.setattr(pocket.model.config, "_name_or_path", "/elsewhere")  # the place of the files is no setting
+    assert {fingerprint()} == found
+    for owner, name, value in (
+        (pocket.processor, "chat_template", pocket.processor.chat_template + " "),
+        (pocket.processor.image_processor, "image_mean", [0.4, 0.5, 0.5]),
+        (pocket.model.config, "vision_feature_layer", -2),
+    ):
+        monkeypatch.setattr(owner, name, value)
+        found.add(fingerprint())
+    assert len(found) == 4
+
+
+def test_penalties_that_a_checkpoint_ships_do_not_change_its_answers(pocket, few_samples, teacher, monkeypatch):
+    monkeypatch.setattr(pocket.model.generation_config, "repetition_penalty", 5.0)
+    again = make_teacher(pocket, few_samples, make_selector("cls_attention"), **OPTIONS)
+    assert [sample.answer_ids for sample in again.samples] == [sample.answer_ids for sample in teacher.samples]

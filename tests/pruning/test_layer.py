@@ -7,10 +7,14 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dop_search.errors import DopError
 from dop_search.models import FAMILIES, adapter_for
+from dop_search.pruning import prune_, pruned
 from dop_search.pruning.attention import bottom_right_causal, lower_right
 from dop_search.pruning.layer import PLAIN_RMS_NORMS, normalize
-from dop_search.testing.models import tiny_model
+from dop_search.strategy import Strategy
+from dop_search.testing.inputs import tiny_inputs
+from dop_search.testing.models import IMAGE_TOKEN_ID, tiny_model
 
 
 def norms_of(model_type: str) -> list[nn.Module]:
@@ -47,3 +51,32 @@ def test_lower_right_attention_is_causal_from_the_bottom_right(kv_heads: int) ->
     mask = bottom_right_causal(5, 11, query.device)
     expected = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(result, expected)
+
+
+STRATEGY = Strategy.depthwise(4, 2, 3, 2, num_visual_tokens=8, selector="random")
+
+
+def test_autocast_runs_pruned_layers_too() -> None:
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    text = (inputs["input_ids"] != IMAGE_TOKEN_ID) & inputs["attention_mask"].bool()
+    with torch.no_grad(), pruned(model, STRATEGY):
+        exact = model(**inputs).logits[text]
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(**inputs).logits[text].float()
+    assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_training_after_inference_in_one_context() -> None:
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    with pruned(model, STRATEGY):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits[:, -1].sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_no_rankings_are_an_error_of_their_own() -> None:
+    with pytest.raises(DopError, match="one entry per sample of the batch, but got an empty list"):
+        prune_(tiny_model("llava"), STRATEGY, rankings=[])

@@ -332,6 +332,8 @@ def test_two_images_get_half_each():
     for name in ("visionzip", "prumerge_plus", "vispruner", "avg_pool", "holov"):
         selection = make_selector(name).select(inputs, 20)
         assert (selection.order[:20] < 48).sum() == 10, name
+    one = make_selector("prumerge_plus").select(inputs, 1)  # one image keeps nothing, and must not say of what kind
+    assert one.space == make_selector("prumerge_plus").select(inputs, 20).space == "features"
 
 
 def test_merge_schedule_takes_the_smallest_constant_number():

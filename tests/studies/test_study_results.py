@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dop_search.errors import BudgetError, ConfigError
+from dop_search.errors import BudgetError, ConfigError, DataError
 from dop_search.processes import is_dead, this_process
 from dop_search.studies.results import ResultFile
 
@@ -77,6 +77,18 @@ def test_reasons_and_failures_lose_no_other_row_and_failures_are_tried_again(tmp
     rows = opened(tmp_path).measure(KEYS, measure, Silent(), "rows")  # type: ignore[arg-type]
     assert [("kl" in row) for row in rows] == [True, False, True, True]
     assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 4
+
+
+def test_a_mistake_of_the_users_ends_the_study_and_is_no_row(tmp_path: Path) -> None:
+    def measure(method: str, budget: float) -> dict[str, float]:
+        if method == "b":
+            raise DataError("no such family")
+        return {"kl": budget}
+
+    with pytest.raises(DataError, match="no such family"):
+        opened(tmp_path).measure(KEYS, measure, Silent(), "rows")  # type: ignore[arg-type]
+    rows = opened(tmp_path).measure(KEYS, lambda method, budget: {"kl": budget}, Silent(), "rows")  # type: ignore[arg-type]
+    assert all("kl" in row for row in rows)
 
 
 def test_another_setup_or_a_foreign_file_is_refused(tmp_path: Path) -> None:
