@@ -215,7 +215,7 @@ def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, tmp_path
     command = [
         *(sys.executable, "-m", "lmms_eval", "--model", "dop", "--batch_size", "8", "--include_path"),
         *(str(work_dir / "tasks" / suite.name), "--tasks", suite.name, "--log_samples", "--output_path", "out"),
-        *("--model_args", f"pretrained=pocket,strategy={tmp_path / 'strategy.json'},device=cpu,max_new_tokens=8"),
+        *("--model_args", f"pretrained=pocket,strategy={tmp_path / 'strategy.json'},device=cpu"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)

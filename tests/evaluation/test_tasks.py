@@ -12,6 +12,7 @@ from fixed_answers import FixedAnswers, right_answer, wrong_answer
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_rows
 from dop_search.data.rendered.formats import Question, prompt
+from dop_search.data.tasks import task_fields
 from dop_search.errors import ConfigError, DataError, DopError
 from dop_search.evaluation.lmms.hub import check_suite
 from dop_search.evaluation.lmms.quiet import silenced
@@ -111,6 +112,15 @@ def test_prompts_are_those_that_the_bundled_model_was_trained_on(run, benchmark)
         assert text == expected.replace("有如下几个选项：", "There are several options:")
         seen.add(known)
     assert len(seen) == 1 or len(seen) == len(FORMATS[benchmark])
+
+
+@pytest.mark.parametrize("benchmark", RENDERED_BENCHMARKS)
+def test_the_written_task_has_the_suites_longest_answer_and_else_lmms_evals_options(manager, benchmark):
+    """What `lmms-eval --include_path` reads: the only option that the suite sets is changed."""
+    written = manager.load_task_or_group([f"pocket13_{benchmark}"])[f"pocket13_{benchmark}"].config.generation_kwargs
+    theirs = task_fields(tasks_root() / BY_NAME[benchmark].yaml)["generation_kwargs"]
+    assert SUITE.max_new_tokens == 16
+    assert written == {"until": ["\n\n"], **theirs, "max_new_tokens": 16}
 
 
 def test_a_limit_keeps_pairs_and_sets_whole(run):

@@ -1,5 +1,5 @@
 """A suite as lmms-eval tasks: generated YAML that includes lmms-eval's own file and changes only where rows come from,
-and, without a judge, which of its metrics is used."""
+the longest answer where the suite sets one and, without a judge, which of its metrics is used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file
+from dop_search.data.tasks import task_fields
 from dop_search.errors import ConfigError, DopError
 from dop_search.evaluation.aggregates import make_aggregate
 from dop_search.evaluation.lmms import gqa
@@ -122,6 +123,9 @@ def _task(suite: Suite, benchmark: Benchmark, data_dir: Path, revisions: dict[st
         task["dataset_kwargs"] = {"revision": revision} if revision else {}
         if benchmark.name == "gqa":
             task["process_docs"] = _Function("gqa_images.with_images_at_revision")
+    if suite.max_new_tokens is not None:  # an included file's mapping is replaced as a whole
+        options = task_fields(original).get("generation_kwargs") or {"do_sample": False}
+        task["generation_kwargs"] = options | {"max_new_tokens": suite.max_new_tokens}
     metrics = _CIDER_ALONE if benchmark.value in _CIDER_ALONE else {} if suite.judge else _STATIC_METRICS
     if benchmark.value in metrics:
         task["metric_list"] = [
@@ -146,10 +150,7 @@ def load_task(suite: Suite, benchmark: Benchmark, manager: Any) -> Any:
     It is loaded afresh each time, since OCRBench keeps its count in a global of the task's own module.
     """
     name = task_name(suite, benchmark)
-    task = manager.load_task_or_group([name], "simple")[name]
-    if suite.max_new_tokens is not None:
-        task.config.generation_kwargs["max_new_tokens"] = suite.max_new_tokens
-    return task
+    return manager.load_task_or_group([name], "simple")[name]
 
 
 def scored_rows(benchmark: Benchmark, docs: Any, limit: int | None) -> list[int]:
