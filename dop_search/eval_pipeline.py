@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from dop_search.config import EvalRunConfig
 from dop_search.errors import ConfigError
 from dop_search.eval_record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
+from dop_search.extensions import import_modules
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.progress import Progress
@@ -34,6 +35,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
         DopError: on anything a user can mend; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
+    import_modules(config.imports)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     suite = open_suite(config.suite)

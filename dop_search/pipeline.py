@@ -26,6 +26,7 @@ from dop_search.cost import Budget, CostModel
 from dop_search.data.samples import ValidationSet
 from dop_search.data.validation import Split
 from dop_search.divergence import Teacher, make_teacher
+from dop_search.extensions import import_modules
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel, load
 from dop_search.profiling import Profile, evaluation_store, make_space, profile
@@ -99,6 +100,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
         DopError: on anything a user can mend; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
+    import_modules(config.imports)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     suite = open_suite(config.eval)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.dart import Dart
@@ -22,36 +20,36 @@ from dop_search.baselines.vtw import Vtw
 from dop_search.errors import ConfigError
 from dop_search.selectors import SELECTORS
 
-BASELINES: Mapping[str, Method] = MappingProxyType(
-    {
-        **{name: UniformReduction(name) for name in SELECTORS},
-        **{
-            method.name: method
-            for method in (
-                FastV(),
-                PyramidDrop(),
-                SparseVlm(),
-                Dart(),
-                FitPrune(),
-                Vtw(),
-                ShortV(),
-                Gsop(),
-                SkipVision(),
-                ShortLvlm(),
-                ShortLvlm("short_lvlm_repair", repair_rank=16),
-            )
-        },
-    }
-)
-"""Every method by name; a selector's name is uniform reduction by that selector."""
+BASELINES: dict[str, Method] = {
+    **{name: UniformReduction(name) for name in SELECTORS},
+    **{
+        method.name: method
+        for method in (
+            FastV(),
+            PyramidDrop(),
+            SparseVlm(),
+            Dart(),
+            FitPrune(),
+            Vtw(),
+            ShortV(),
+            Gsop(),
+            SkipVision(),
+            ShortLvlm(),
+            ShortLvlm("short_lvlm_repair", repair_rank=16),
+        )
+    },
+}
+"""Every method by name; a selector's name is uniform reduction by that selector. A module of one's own adds to it."""
 
 
 def baseline(name: str) -> Method:
-    """The method of that name.
+    """The method of that name; uniform reduction for a selector that was registered since.
 
     Raises:
         ConfigError: if there is none; names a near one.
     """
+    if name not in BASELINES and name in SELECTORS:
+        return UniformReduction(name)
     if name not in BASELINES:
         near = difflib.get_close_matches(name, BASELINES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

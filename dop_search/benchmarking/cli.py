@@ -27,6 +27,7 @@ from dop_search.benchmarking.validation import (
 from dop_search.benchmarking.variants import FAMILIES, Prompt, make_variants
 from dop_search.cost import LatencyTable
 from dop_search.errors import ConfigError, DopError
+from dop_search.extensions import import_modules
 from dop_search.files import write_text_atomic
 from dop_search.models.families import adapter_for
 from dop_search.strategy import Strategy
@@ -77,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     model.add_argument("--attn", default="sdpa", metavar="NAME", help="attention backend: sdpa, eager, ... (sdpa)")
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch (default: torch's)")
+    model.add_argument(
+        "--imports", nargs="+", default=[], metavar="MODULE", help="modules of your own with selectors or families"
+    )
     against = result.add_argument_group("what it is compared with")
     against.add_argument("--strategy", nargs="+", default=[], metavar="FILE", help="strategy files")
     against.add_argument(
@@ -140,6 +144,7 @@ def run(options: argparse.Namespace) -> Comparison:
         DopError: for anything the user can mend.
     """
     _check(options)
+    import_modules(options.imports)
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):
         raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
@@ -187,6 +192,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
         DopError: for anything the user can mend.
     """
     _check(options)
+    import_modules(options.imports)
     what, model, inputs = _subject(options)
     adapter = adapter_for(model)
     counts = Prompt.of(adapter, inputs).counts

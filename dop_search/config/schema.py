@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dop_search.config.section import Section
 from dop_search.config.solvers import AdditiveExactConfig, SolverConfig, Storage
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import Split
+
+
+def _dotted(name: str) -> str:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"a module is named as in Python, e.g. my_selectors or my_package.selectors, not {name!r}")
+    return name
+
+
+Imports = Annotated[
+    tuple[Annotated[str, AfterValidator(_dotted)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+"""Names of modules; one may stand without a list."""
 
 
 class ModelConfig(Section):
@@ -263,6 +285,9 @@ class SearchConfig(Section):
     """Of the solvers' samplers and of the bootstrap."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""
+    imports: Imports = ()
+    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families or methods;
+    imported before anything is looked up by name."""
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -299,6 +324,8 @@ class EvalRunConfig(Section):
     """Of the bootstrap."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""
+    imports: Imports = ()
+    """As with ``dop-search``."""
 
     @property
     def suite(self) -> EvalConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.baselines import BASELINES, FitContext, FittedMethod
+from dop_search.baselines import BASELINES, FitContext, FittedMethod, baseline
 from dop_search.cost import Budget
 from dop_search.errors import BudgetError, ConfigError
 from dop_search.evaluation.accuracy import relative_family_mean
@@ -67,7 +67,7 @@ def compare(
                 bench, context(selector), method, space, selector, budget, num_candidates, use_up=True
             )
         else:
-            fitted = BASELINES[space].fit(context(selector), budget)
+            fitted = baseline(space).fit(context(selector), budget)
         return _measure(bench, fitted, num_timing_rounds)
 
     if not results.data["summary"]:
@@ -81,7 +81,7 @@ def compare(
 
 def _check(name: str) -> None:
     method, _, selector = name.partition("@")
-    if method not in (*SPACES, *BASELINES) or (selector and selector not in SELECTORS):
+    if method not in (*SPACES, *BASELINES, *SELECTORS) or (selector and selector not in SELECTORS):
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join((*SPACES, *BASELINES))}, and any search over a selector, "
             "such as dop_split@divprune"

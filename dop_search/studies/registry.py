@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dop_search.config import SearchConfig
 from dop_search.errors import ConfigError
+from dop_search.extensions import import_modules
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.progress import Progress, SilentProgress
@@ -78,6 +79,7 @@ def run_study(config: SearchConfig, progress: Progress) -> dict[str, Any]:
     """
     study = config.study
     assert study is not None
+    import_modules(config.imports)
     measure = _find(study.name, study.options)
     if study.workers > 1:
         config = config.model_copy(update={"num_threads": config.num_threads or 1})
@@ -122,6 +124,7 @@ def _helpers(config: SearchConfig, count: int) -> Iterator[None]:
 def _help(config: SearchConfig) -> None:
     assert config.study is not None
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    import_modules(config.imports)
     _measure(config, STUDIES[config.study.name], SilentProgress())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.baselines import BASELINES, FitContext
+from dop_search.baselines import FitContext, baseline
 from dop_search.errors import ConfigError
 from dop_search.selectors import SELECTORS
 from dop_search.statistics import bootstrap_ci95, spearman
@@ -59,7 +59,7 @@ def selectors(
             contexts[selector] = bench.context(selector)
         context = contexts[selector]
         if operations == "uniform":
-            fitted = BASELINES[selector].fit(context, budget)
+            fitted = baseline(selector).fit(context, budget)
         else:
             fitted = search_space(bench, context, selector, space, selector, budget, num_candidates)
         assert fitted.strategy is not None

@@ -155,6 +155,8 @@ def test_model_arguments(dop, tmp_path):
     assert (model.strategy.selector, model.strategy.groups) == ("uniform_grid", STRATEGY.groups)
     with pytest.raises(DopError, match="needs a strategy"):
         dop.simple(loaded=dop.loaded, selector="random")
+    with pytest.raises(DopError, match="`imports` names 'my_missing', which cannot be imported"):
+        dop.simple.create_from_arg_string("pretrained=pocket,imports=os.path:my_missing", {})
     with pytest.raises(TypeError, match="stratgy"):
         dop.simple.create_from_arg_string("stratgy=x", {})
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dop_search.errors import DataError, DopError
 from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
+from dop_search.extensions import import_modules
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 
@@ -44,6 +45,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         attn_implementation: see :func:`dop_search.load`.
         revision: see :func:`dop_search.load`.
         trust_remote_code: see :func:`dop_search.load`.
+        imports: modules of your own that register selectors or model families; several are parted by ``:``.
         loaded: a model that is loaded already, instead of ``pretrained``.
         on_progress: called with (done, total) prompts.
     """
@@ -64,6 +66,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         attn_implementation: str = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        imports: str = "",
         *,
         loaded: LoadedModel | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -71,6 +74,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise DopError(f"`batch_size` must be a positive number, but got {batch_size!r}")
+        import_modules([name for name in imports.split(":") if name])
         chosen = Strategy.load(strategy) if isinstance(strategy, str) else strategy
         if selector is not None:
             if chosen is None:
