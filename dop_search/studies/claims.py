@@ -242,7 +242,8 @@ CLAIMS = (
         _ranks,
         ("compare",),
         CHECKPOINT,
-        "dop-search experiment=compare model=llava_next_7b data=mixed study.folder=outputs/compare_next",
+        "dop-search experiment=compare model=llava_next_7b data=mixed study.workers=1 "
+        "study.folder=outputs/compare_next",
     ),
     Claim(
         "additive",
@@ -258,7 +259,7 @@ CLAIMS = (
         _samples,
         ("validation_size",),
         CHECKPOINT,
-        "dop-search experiment=validation_size model=llava_1_5_7b data=mixed study.folder=outputs/size",
+        "dop-search experiment=validation_size model=llava_1_5_7b data=mixed study.workers=1 study.folder=outputs/size",
     ),
     Claim(
         "seconds",
@@ -307,7 +308,8 @@ CLAIMS = (
         _families,
         (),
         "the checkpoints",
-        "dop-search -m model=llava_1_5_7b,llava_next_7b,qwen2_5_vl_7b,internvl3_8b data=mixed",
+        "dop-search -m model=llava_1_5_7b,llava_1_5_13b,llava_next_7b,llava_next_13b,qwen2_5_vl_7b,internvl3_8b "
+        "selector=received_attention data=mixed",
     ),
     Claim(
         "benchmarks",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from small_studies import StudyRunner
 
+from dop_search.config import CONFIG_NAME, config_dir, parse_config
 from dop_search.errors import ConfigError
 from dop_search.report.studies.claims import markdown
-from dop_search.studies.claims import CLAIMS, collect
+from dop_search.studies.claims import CLAIMS, Claim, collect
 from dop_search.studies.results import plain
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -27,6 +30,22 @@ def test_the_committed_table_is_made_from_the_committed_records() -> None:
 def test_the_study_writes_these_rows(run_small_study: StudyRunner) -> None:
     result = run_small_study("claims", f"study.options.experiments={EXPERIMENTS}")
     assert result["rows"] == plain(collect(EXPERIMENTS))
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_the_command_of_a_claim_suits_every_model_that_it_names(claim: Claim) -> None:
+    """Families without a CLS token need another selector than the default, and a study one copy of a large model."""
+    name, *words = shlex.split(claim.command)
+    if name != "dop-search":
+        return
+    key, _, models = next(word for word in words if word.startswith("model=")).partition("=")
+    others = [word for word in words if word not in ("-m", f"{key}={models}")]
+    for model in models.split(","):
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = parse_config(compose(CONFIG_NAME, [f"model={model}", *others]))
+        says = (config_dir() / "model" / f"{model}.yaml").read_text()
+        assert config.selector.name != "cls_attention" or "no CLS token" not in says
+        assert config.study is None or config.study.workers == 1
 
 
 def test_a_missing_record_names_the_command_that_makes_it(tmp_path: Path) -> None:
