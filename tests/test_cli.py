@@ -130,7 +130,8 @@ def test_help_lists_groups_and_examples_and_runs_nothing(
 ) -> None:
     assert run("--help") == 0
     output = capsys.readouterr().out
-    for text in ("budget=0.3", "space: dop, dop_groups, dop_split, uniform", "llava_next_7b", "experiment=smoke"):
+    groups = ("space: dop, dop_groups, dop_split, uniform", "hydra/launcher: basic, joblib, ray_gpu, slurm")
+    for text in (*groups, "budget=0.3", "llava_next_7b", "experiment=smoke"):
         assert text in output
     assert pipeline.calls == []
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dop_search.config import EvalRunConfig
+from dop_search.config import EvalRunConfig, config_dir
 from dop_search.errors import CacheError, ConfigError
 from dop_search.eval_cli import main
 from dop_search.eval_pipeline import read_strategies
@@ -109,6 +109,20 @@ def test_help_shows_examples_and_suites_and_runs_nothing(
         assert text in output
     assert pipeline.calls == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_its_own_groups_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    block = capsys.readouterr().out.partition("== Groups")[2].partition("==\n")[2].partition("\n==")[0]
+    listed = {
+        line.split(":")[0]: set(line.split(":")[1].replace(",", "").split())
+        for line in block.replace("\n  ", " ").splitlines()
+        if ":" in line
+    }
+    assert set(listed) == {"eval", "hydra/launcher", "model", "tracking"}
+    for group in ("eval", "model", "tracking"):
+        options = {path.stem for path in (config_dir() / group).glob("*.yaml")}
+        assert listed[group] == options - ({"accuracy", "none"} if group == "eval" else set())
 
 
 def test_strategies_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

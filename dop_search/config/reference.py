@@ -30,6 +30,12 @@ folders of your own. `dop-search --cfg job` prints what a command line comes to;
 error before anything runs. [benchmarks.yaml](benchmarks.yaml) describes the benchmarks that suites name.
 """
 
+_LAUNCHERS = {
+    "basic": "Hydra's own: the runs of a sweep one after the other.",
+    "joblib": "Several processes on this machine, hydra.launcher.n_jobs=N of them.",
+}
+"""Of ``hydra/launcher``: Hydra and its plugin bring these."""
+
 Schema = Mapping[str, Any]
 
 
@@ -45,13 +51,17 @@ def reference() -> str:
 def _groups(folder: Path) -> Iterator[str]:
     """Every option of every group with the first sentence of its file; the default in bold."""
     defaults = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["defaults"]
-    chosen = {group: option for item in defaults if isinstance(item, dict) for group, option in item.items()}
+    chosen = {"hydra/launcher": "basic"}
+    chosen |= {group: option for item in defaults if isinstance(item, dict) for group, option in item.items()}
     yield "In bold: what `dop-search` takes if nothing is chosen."
-    for group in sorted(path for path in folder.iterdir() if path.is_dir()):
-        yield from ("", f"| `{group.name}` | |", "|---|---|")
-        for path in sorted(group.glob("*.yaml")):
-            name = f"**`{path.stem}`**" if path.stem == chosen.get(group.name) else f"`{path.stem}`"
-            yield f"| {name} | {_cell(_first_sentence(path))} |"
+    for group in sorted({path.parent for path in folder.rglob("*.yaml")} - {folder}):
+        name = group.relative_to(folder).as_posix()
+        yield from ("", f"| `{name}` | |", "|---|---|")
+        options = {path.stem: _first_sentence(path) for path in group.glob("*.yaml")}
+        options |= _LAUNCHERS if name == "hydra/launcher" else {}
+        for option in sorted(options):
+            shown = f"**`{option}`**" if option == chosen.get(name) else f"`{option}`"
+            yield f"| {shown} | {_cell(options[option])} |"
     yield ""
 
 
