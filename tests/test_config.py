@@ -104,6 +104,12 @@ def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[obj
     assert [budget.plain for budget in composed(*experiment, override).budget] == plain
 
 
+@pytest.mark.parametrize("option", sorted(path.stem for path in (config_dir() / "search").glob("*.yaml")))
+def test_the_quick_experiment_takes_every_solver(option: str) -> None:
+    chosen = composed("experiment=smoke", f"search={option}")
+    assert chosen.search == composed(f"search={option}").search
+
+
 def test_a_storage_is_a_file_or_a_url_without_a_password() -> None:
     url = "postgresql+psycopg://user@host/db"
     assert composed(f"storage={url}").storage == url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dop_search.config import CONFIG_NAME, config_dir, parse_as
 from dop_search.config.schema import EvalRunConfig, SearchConfig
+from dop_search.cost import Budget
+from dop_search.scoring import open_suite
+from dop_search.search import Problem, Solution, additive_exact, solve
 from dop_search.selectors import SELECTORS
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +49,40 @@ def test_examples_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(compile("\n".join(code), document, "exec", dont_inherit=True), {"__name__": "readme"})
 
 
+def test_the_sample_solver_runs_as_the_pipeline_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options of a section and ``on_progress``, which is not passed to a solver without it."""
+    sample: dict[str, Any] = {"__name__": "readme"}
+    exec("\n".join(blocks("dop_search/search/README.md", "python")), sample)
+
+    def silent(problem: Problem, budget: Budget, seed: int = 0) -> Solution:
+        return additive_exact(problem, budget)
+
+    solvers = {"random_search": sample["random_search"], "silent": silent}
+    monkeypatch.setattr("dop_search.search.registry.SOLVERS", solvers)
+    heard: list[tuple[int, int, str]] = []
+    for name in solvers:
+        found = solve(name, sample["problem"], sample["budget"], seed=1, on_progress=lambda *step: heard.append(step))
+        assert found.cost_ratio <= 0.5
+    assert heard[0] == (0, 500, "random assignments")
+
+
+def test_the_sample_suite_is_a_suite(tmp_path: Path) -> None:
+    """As a file in a folder given by ``--config-dir``."""
+    (text,) = blocks("dop_search/evaluation/README.md", "yaml")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "mine.yaml").write_text(text, encoding="utf-8")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        overrides = ["eval=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+        config = parse_as(compose("eval_config", overrides=overrides), EvalRunConfig)
+    suite = open_suite(config.suite)
+    assert suite is not None
+    assert [benchmark.name for benchmark in suite.benchmarks] == ["gqa", "infovqa"]
+    sample: dict[str, Any] = {"__name__": "readme"}
+    exec("\n".join(blocks("dop_search/evaluation/README.md", "python")), sample)
+    assert suite.benchmarks == sample["suite"].benchmarks
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_links_lead_somewhere(document: Path) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -60,7 +98,7 @@ def commands() -> list[str]:
         for block in blocks(path, "bash")
         for line in block.replace("\\\n", " ").split("\n")
     ]
-    found = [line.strip().removeprefix("uv run ") for line in lines]
+    found = [re.sub(r"^([A-Z_]+=\S+ )*(uv run )?", "", line.strip()) for line in lines]
     return sorted({line for line in found if line.startswith(("dop-search ", "dop-eval ")) and "--" not in line})
 
 
@@ -73,4 +111,10 @@ def test_commands_compose_and_validate(command: str) -> None:
     config_name, schema = (CONFIG_NAME, SearchConfig) if name == "dop-search" else ("eval_config", EvalRunConfig)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        parse_as(compose(config_name, overrides=words), schema)
+        config = parse_as(compose(config_name, overrides=words), schema)
+    if (
+        isinstance(config, SearchConfig)
+        and config.study is not None
+        and not config.model.name_or_path.startswith("pocket")
+    ):
+        assert config.study.workers == 1, "every worker loads a copy of the model"

@@ -29,7 +29,7 @@ SOLVERS: Mapping[str, Callable[..., Solution]] = MappingProxyType(
 
 
 def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Solution:
-    """Run the solver ``name``.
+    """Run the solver ``name``; ``on_progress`` is left out for one that does not take it.
 
     Raises:
         ConfigError: on an unknown solver or option; the message names a near one.
@@ -38,6 +38,8 @@ def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Soluti
     if name not in SOLVERS:
         raise ConfigError(f"unknown solver {name!r}; {_hint(name, SOLVERS)}known: {list(SOLVERS)}")
     known = list(inspect.signature(SOLVERS[name]).parameters)[2:]
+    if "on_progress" not in known:
+        options.pop("on_progress", None)
     for option in options:
         if option not in known:
             raise ConfigError(f"solver {name!r} has no option {option!r}; {_hint(option, known)}it has {known}")
