@@ -1,8 +1,10 @@
 """What users write, and what importing it costs."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,35 @@ def test_loading_what_is_not_there_names_the_remedy(tmp_path):
         dop.load("pocket/tiny")
     with pytest.raises(DopError, match="float8"):
         dop.load("pocket", dtype="float8")
+
+
+@pytest.mark.parametrize("name", ["{folder}/absent", "./absent", "../absent/model", "~/absent", "some/deep/absent"])
+def test_a_folder_that_is_not_there_is_named_as_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = Path(name.format(folder=tmp_path)).expanduser()
+    with pytest.raises(DopError, match=rf"'{re.escape(str(path))}' does not exist .*set model.name_or_path"):
+        dop.load(name.format(folder=tmp_path))
+
+
+def test_a_folder_is_found_by_every_way_to_write_it(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "model").mkdir(parents=True)
+    (tmp_path / "deep" / "model" / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.chdir(tmp_path / "deep")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("./model", "../deep/model", "~/deep/model", "model", str(tmp_path / "deep" / "model")):
+        with pytest.raises(UnsupportedModelError, match="model_type 'bert'"):
+            dop.load(name)
+    with pytest.raises(DopError, match=r"config\.json' is a file; set model.name_or_path to the folder"):
+        dop.load("./model/config.json")
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llava_llama"}', "{}", None])
+def test_a_checkpoint_in_another_format_is_refused_with_the_one_to_take(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UnsupportedModelError, match=r"(?s)model.type.*llava-hf/llava-1\.5-7b-hf.*convert"):
+        dop.load(str(tmp_path))
 
 
 def test_strategies_move_between_depths_by_their_ratios():

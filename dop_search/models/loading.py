@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from dop_search.errors import DopError
+from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
 from dop_search.network import hub_is_reachable as hub_is_reachable
@@ -96,7 +96,8 @@ def load(
 
     Raises:
         DopError: if the checkpoint cannot be found; says how to point to a local copy.
-        UnsupportedModelError: if no adapter covers the model's class, or its decoder is spread over devices.
+        UnsupportedModelError: if transformers does not know the checkpoint's format, if no adapter covers the model's
+            class, or if its decoder is spread over devices.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
@@ -107,7 +108,7 @@ def load(
     if not Path(source).is_dir() and not hub_is_reachable():
         options["local_files_only"] = True  # fail at once instead of retrying for minutes
     try:
-        check_model_type(AutoConfig.from_pretrained(source, **options).model_type, repr(name_or_path))
+        check_model_type(_model_type(source, options, name_or_path), repr(name_or_path))
         processor = AutoProcessor.from_pretrained(source, **options)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **options
@@ -139,16 +140,47 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def _model_type(source: str, options: dict[str, Any], name: str) -> str | None:
+    try:
+        model_type: str | None = AutoConfig.from_pretrained(source, **options).model_type
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"transformers cannot tell the model of {name!r}: {str(error).splitlines()[0]}\n"
+            "A checkpoint in Hugging Face format is needed, whose config.json names a `model_type` that transformers "
+            "knows: of a checkpoint in its authors' own format take the one on the hub that ends in -hf (as in "
+            "llava-hf/llava-1.5-7b-hf, OpenGVLab/InternVL3-8B-hf), or convert it with the script in transformers' "
+            "repository (src/transformers/models/FAMILY/convert_*.py)"
+        ) from error
+    return model_type
+
+
 def _source(name_or_path: str) -> str:
     name, _, variant = name_or_path.partition("/")
     if name != "pocket":
-        return name_or_path
+        return _folder(name_or_path) if _is_path(name_or_path) else name_or_path
     from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
 
     for known in POCKET_VARIANTS:
         if variant in ("", known):
             return str(pocket_path(known))
     raise DopError(f"the bundled model has no variant {variant!r}; there are {', '.join(POCKET_VARIANTS)}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can only be a folder: a hub id is ``NAME`` or ``OWNER/NAME``."""
+    return name.startswith(("/", "./", "../", "~")) or name in (".", "..") or name.count("/") > 1
+
+
+def _folder(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    above = next(parent for parent in path.absolute().parents if parent.is_dir())
+    what = "is a file" if path.is_file() else f"does not exist ({str(above)!r} is there)"
+    raise DopError(
+        f"cannot load {name!r}: {str(path)!r} {what}; set model.name_or_path to the folder of a checkpoint "
+        "(with config.json, weights and the processor's files) or to a hub id, or use the bundled model: model=pocket"
+    )
 
 
 def _device(device: str) -> torch.device:
