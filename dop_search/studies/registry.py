@@ -32,6 +32,7 @@ from dop_search.studies.long_answers import long_answers
 from dop_search.studies.objective import objective
 from dop_search.studies.results import ResultFile
 from dop_search.studies.selectors import selectors
+from dop_search.studies.settings import check_settings
 from dop_search.studies.solver import solver
 from dop_search.studies.split_attention import split_attention
 from dop_search.studies.text_operations import text_operations
@@ -74,13 +75,15 @@ def run_study(config: SearchConfig, progress: Progress) -> dict[str, Any]:
         The content of ``result.json``.
 
     Raises:
-        ConfigError: on an unknown study or option, or a folder with a result of another setup.
+        ConfigError: on an unknown study or option, a setting that studies do not heed, or a folder with a result of
+            another setup.
         DopError: on anything else that a user can mend.
     """
     study = config.study
     assert study is not None
     import_modules(config.imports)
     measure = _find(study.name, study.options)
+    check_settings(config)
     if study.workers > 1:
         config = config.model_copy(update={"num_threads": config.num_threads or 1})
     with _helpers(config, study.workers - 1):

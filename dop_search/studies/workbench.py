@@ -23,6 +23,7 @@ from dop_search.search import CurveGrid, EvaluationStore
 from dop_search.search_data import load_split
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
+from dop_search.studies.settings import flops_ratios
 
 
 class Workbench:
@@ -35,11 +36,14 @@ class Workbench:
 
     Attributes:
         budgets: FLOPs ratios that the study is asked for.
+
+    Raises:
+        ConfigError: on a budget of another kind.
     """
 
     def __init__(self, config: SearchConfig, loaded: LoadedModel, progress: Progress) -> None:
         self.config, self.loaded, self.progress = config, loaded, progress
-        self.budgets = [budget.value for budget in config.budget if budget.name == "flops_ratio"]
+        self.budgets = flops_ratios(config)
         self._data: dict[Any, ValidationSet] = {}
         self._teachers: dict[Any, Teacher] = {}
         self._stores: dict[Any, EvaluationStore] = {}

@@ -1,0 +1,53 @@
+"""What a study has no use for is refused before a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_studies import StudyRunner, study_config
+
+from dop_search.config import config_dir
+from dop_search.errors import ConfigError
+from dop_search.progress import SilentProgress
+from dop_search.studies import STUDIES, Workbench, registry
+from dop_search.studies.settings import check_settings
+
+EXPERIMENTS = [path.stem for path in (config_dir() / "experiment").glob("*.yaml") if path.stem in STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(registry, "load", forbidden)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget=[{kv_ratio: 0.3}]", r"FLOPs, but got the budget {'kv_ratio': 0\.3}; give ratios, as in budget="),
+        ("budget=[0.3,{latency_ms: 20}]", r"got the budget {'latency_ms': 20\.0}"),
+        ("search=exact_optuna", r"no use for `search`, but got search\.solver=exact_optuna.*study\.options"),
+        ("search.num_rerank=3", r"got search\.num_rerank=3; leave it out"),
+        ("eval=pocket13", r"no use for `eval`, but got eval\.name=pocket13"),
+        ("storage=shared.journal", r"no use for `storage`, but got storage=shared\.journal.*study\.workers"),
+    ],
+)
+def test_a_setting_that_a_study_would_not_heed_is_refused(
+    run_small_study: StudyRunner, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_small_study("split_attention", override)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_experiment_sets_what_its_study_would_not_heed(name: str, tmp_path: Path) -> None:
+    check_settings(study_config(name, tmp_path))
+
+
+def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  # type: ignore[no-untyped-def]
+    config = study_config("split_attention", tmp_path, "budget=[{kv_ratio: 0.3}]")
+    with pytest.raises(ConfigError, match="kv_ratio"):
+        Workbench(config, pocket, SilentProgress())
