@@ -63,7 +63,7 @@ from dop_search.search import (
     solve,
     uniform_assignment,
 )
-from dop_search.search_data import check_data, data_sources, load_data
+from dop_search.search_data import check_data, data_sources, load_data, needed_splits
 from dop_search.selectors import Selector, make_selector
 from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
@@ -104,7 +104,8 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     suite = open_suite(config.eval)
-    check_data(config.data, suite)
+    make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
+    check_data(config.data, suite, needed_splits(config))
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dop_search.config import DataConfig, SearchConfig
-from dop_search.data.named import named_sources
 from dop_search.data.pools import check_sources, refuse_overlap
-from dop_search.data.samples import ValidationSet
+from dop_search.data.samples import ValidationSet, no_answer
 from dop_search.data.sources import Source, origin
-from dop_search.data.validation import Split, validation_set
+from dop_search.data.validation import Split, file_rows, sources_of, validation_set
 
 if TYPE_CHECKING:
     from dop_search.evaluation.suites import Suite
 
 
-def load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
+def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
     """The disjoint sets that a search needs; the test set only for ``eval=accuracy``."""
-    splits: list[Split] = ["search", "heldout"]
-    if config.eval.name == "accuracy" and config.data.num_test:
-        splits.append("test")
-    return {split: load_split(config.data, split) for split in splits}
+    judged = config.eval.name == "accuracy" and config.data.num_test > 0
+    return ("search", "heldout", "test") if judged else ("search", "heldout")
+
+
+def load_data(config: SearchConfig) -> dict[Split, ValidationSet]:
+    """The samples of the needed splits."""
+    return {split: load_split(config.data, split) for split in needed_splits(config)}
 
 
 def load_split(config: DataConfig, split: Split) -> ValidationSet:
@@ -41,20 +44,37 @@ def load_split(config: DataConfig, split: Split) -> ValidationSet:
 
 
 def data_sources(config: DataConfig) -> tuple[Source, ...]:
-    """The splits that search samples are drawn from; none for rendered samples and files."""
-    if config.sources or config.name in ("pocket", "jsonl"):
-        return config.sources
-    return named_sources(config.name) or ()
+    """The splits that search samples are drawn from; none for rendered samples and files.
+
+    Raises:
+        DataError: on an unknown name.
+    """
+    return sources_of(config.name, config.sources)
 
 
-def check_data(config: DataConfig, suite: Suite | None) -> None:
+def check_data(
+    config: DataConfig, suite: Suite | None, splits: Sequence[Split], judged: Sequence[Split] = ("test",)
+) -> None:
     """Find out before a model is loaded whether the samples can be had, and that the suite does not score them.
+
+    Args:
+        config: which samples.
+        suite: the benchmarks that judge, if any.
+        splits: those that are needed.
+        judged: splits whose answers are compared with the annotation.
 
     Raises:
         DataError: saying what to do.
     """
     refuse_scored_data(config, suite)
     check_sources(data_sources(config))
+    if config.name != "jsonl" or config.path is None:
+        return
+    sizes = {split: config.sizes[split] for split in splits}
+    for split, rows in file_rows(config.path, sizes, config.seed, config.families).items():
+        for row in rows:
+            if not row.answers and (split in judged or config.answers == "ground_truth"):
+                raise no_answer(row.where)
 
 
 def refuse_scored_data(config: DataConfig, suite: Suite | None) -> None:

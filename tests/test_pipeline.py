@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dop_search.config import SearchConfig
-from dop_search.errors import BudgetError, CacheError
+from dop_search.errors import BudgetError, CacheError, DopError
 from dop_search.pipeline import run
 from dop_search.progress import SilentProgress
 from dop_search.record import Record
@@ -235,3 +236,42 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
     again = run(config, tmp_path / "again", SilentProgress())
     assert [result.strategy for result in again.results] == [result.strategy for result in record.results]
     assert len(calls) == 1
+
+
+def own_file(path, num_lines, answer=True):
+    """A JSONL file with an image per line."""
+    lines = []
+    for index in range(num_lines):
+        Image.new("RGB", (40, 40), (9 * index, 0, 0)).save(path / f"{index}.png")
+        lines.append({"image": f"{index}.png", "question": "What is it?", **({"answer": "red"} if answer else {})})
+    (path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"name": "jsonl", "path": str(path / "mine.jsonl"), "num_samples": 2, "num_heldout": 2, "num_test": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*Did you mean 'cls_attention'"),
+        ({"selector": {"name": "random", "options": {"sed": 1}}}, r"no option \['sed'\]"),
+        ({"data": {"name": "poket"}}, "unknown validation set 'poket'"),
+        ({"data": {"name": "jsonl", "path": "absent.jsonl"}}, "no validation file at 'absent.jsonl'"),
+        ({"num_heldout": 4}, r"6 different images.*search 2 of 2, heldout 2 of 4 .*11 lines .*lower data\.num_heldout"),
+        ({"num_test": 1}, r"line \d has no answer.*data\.num_test=0"),
+        ({"answers": "ground_truth"}, r"line \d has no answer.*data\.answers=teacher"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monkeypatch, changes, message):
+    def forbidden(**kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("dop_search.pipeline.load", forbidden)
+    if not {"selector", "data"} & set(changes):
+        changes = {"data": {**own_file(tmp_path, 6, answer=False), **changes}}
+    with pytest.raises(DopError, match=message):
+        run(small(tmp_path, **changes), tmp_path / "out", SilentProgress())
+
+
+def test_a_file_without_answers_is_enough_for_a_search(tmp_path):
+    record = run(small(tmp_path, data=own_file(tmp_path, 6, answer=False)), tmp_path / "out", SilentProgress())
+    assert (record.data.num_samples, record.data.num_heldout, record.data.num_test) == (2, 2, 0)
+    assert record.results[0].accuracy_full is None

@@ -72,7 +72,7 @@ class DataConfig(Section):
     name: str = Field(default="pocket", min_length=1)
     """``pocket`` (rendered by this project), ``jsonl`` (a file of your own), or any name with ``sources``."""
     path: str | None = None
-    """The file of ``name=jsonl``."""
+    """The file of ``name=jsonl``; every third image belongs to the same of the three sets."""
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
     num_samples: PositiveInt = 96
@@ -80,7 +80,7 @@ class DataConfig(Section):
     num_heldout: PositiveInt = 192
     """Samples that confirm the chosen strategy; the search never sees them."""
     num_test: NonNegativeInt = 204
-    """Samples with ground-truth answers for the task accuracy."""
+    """Samples with ground-truth answers for the task accuracy; 0: no accuracy."""
     families: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """Kinds of question to use; ``null``: all."""
     answers: Literal["teacher", "ground_truth"] = "teacher"

@@ -9,7 +9,9 @@ from functools import cached_property
 
 from PIL import Image
 
-__all__ = ["Sample", "ValidationSet", "alike_batches", "score_answer"]
+from dop_search.errors import DataError
+
+__all__ = ["Sample", "ValidationSet", "alike_batches", "no_answer", "score_answer"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,11 @@ class Sample:
         id: stable and unique, e.g. ``"pocket/search/0/000123"``.
         image: RGB image.
         question: the user's text including the benchmark's format suffix, without the chat template.
-        answers: accepted answers; the first is canonical.
+        answers: accepted answers, the first is canonical; none if they are not known, which a search does not need.
         family: question family, e.g. ``"count"``.
 
     Raises:
-        ValueError: no answer, or an image that is not RGB.
+        ValueError: an image that is not RGB.
     """
 
     id: str
@@ -34,8 +36,6 @@ class Sample:
     family: str
 
     def __post_init__(self) -> None:
-        if not self.answers:
-            raise ValueError(f"a sample needs at least one accepted answer, but {self.id!r} has none")
         if self.image.mode != "RGB":
             raise ValueError(
                 f"sample images must be RGB, but {self.id!r} has mode {self.image.mode!r}; "
@@ -99,8 +99,22 @@ def alike_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]
 
 
 def score_answer(prediction: str, sample: Sample) -> bool:
-    """Whether ``prediction`` equals an accepted answer, after stripping, lower-casing and dropping final dots."""
+    """Whether ``prediction`` equals an accepted answer, after stripping, lower-casing and dropping final dots.
+
+    Raises:
+        DataError: if no answer is known.
+    """
+    if not sample.answers:
+        raise no_answer(f"the sample {sample.id!r}")
     return _normalized(prediction) in {_normalized(answer) for answer in sample.answers}
+
+
+def no_answer(where: str) -> DataError:
+    """The error of a sample without the answer that something needs."""
+    return DataError(
+        f"{where} has no answer, but accuracy and data.answers=ground_truth need one; add an `answer`, or do without: "
+        "data.num_test=0 (a search without accuracy), data.answers=teacher"
+    )
 
 
 def _normalized(text: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from dop_search.data.disjoint import draw
-from dop_search.data.jsonl import jsonl_samples
+from dop_search.data.jsonl import JsonlRow, image_contents, read_jsonl
 from dop_search.data.named import known_names, named_sources
 from dop_search.data.pools import open_pool
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
@@ -19,6 +19,11 @@ from dop_search.errors import DataError
 
 Split = Literal["search", "heldout", "test"]
 SPLITS: tuple[Split, ...] = ("search", "heldout", "test")
+SIZE_KEYS: Mapping[Split, str] = {
+    "search": "data.num_samples",
+    "heldout": "data.num_heldout",
+    "test": "data.num_test",
+}
 SOURCES = ("pocket", "jsonl")
 
 
@@ -39,7 +44,7 @@ def validation_set(
         num_samples: how many.
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
-        path: the file of ``"jsonl"``. Every third shuffled sample belongs to the same split.
+        path: the file of ``"jsonl"``, see :func:`file_rows`.
         families: kinds of question to use; all with short answers by default.
         sources: splits of benchmarks or data sets to draw from, see ``dop_search.data.sources``.
 
@@ -50,22 +55,75 @@ def validation_set(
         raise DataError(f"`split` must be one of {list(SPLITS)}, but got {split!r}")
     if num_samples < 1:
         raise DataError(f"a validation set needs `num_samples >= 1`, but got (num_samples={num_samples})")
-    if sources:
-        return ValidationSet(name, split, seed, _from_sources(sources, num_samples, seed, split, families))
+    drawn_from = sources_of(name, sources)
+    if drawn_from:
+        return ValidationSet(name, split, seed, _from_sources(drawn_from, num_samples, seed, split, families))
     if name == "pocket":
         known = (*FAMILIES, *LONG_FAMILIES)
         unknown = sorted(set(families or ()) - set(known))
         if unknown:
             raise DataError(f"the rendered data has no families {unknown}; it has {list(known)}")
         return ValidationSet(name, split, seed, rendered_samples(split, num_samples, seed, families))
-    if name == "jsonl":
-        if path is None:
-            raise DataError("a jsonl validation set needs `path`; set data.path=FILE.jsonl")
-        return ValidationSet(name, split, seed, _split_file(path, num_samples, seed, split, families))
-    sources = named_sources(name)
-    if sources is None:
+    if path is None:
+        raise DataError("a jsonl validation set needs `path`; set data.path=FILE.jsonl")
+    rows = file_rows(path, {split: num_samples}, seed, families)[split]
+    return ValidationSet(name, split, seed, tuple(row.sample() for row in rows))
+
+
+def sources_of(name: str, sources: Sequence[Source] | None = None) -> tuple[Source, ...]:
+    """The splits that samples are drawn from; none for rendered samples and files.
+
+    Raises:
+        DataError: on an unknown name without ``sources``.
+    """
+    if sources or name in SOURCES:
+        return tuple(sources or ())
+    known = named_sources(name)
+    if known is None:
         raise DataError(f"unknown validation set {name!r}; there are {', '.join((*SOURCES, *known_names()))}")
-    return ValidationSet(name, split, seed, _from_sources(sources, num_samples, seed, split, families))
+    return known
+
+
+def file_rows(
+    path: str | Path, sizes: Mapping[Split, int], seed: int = 0, families: Sequence[str] | None = None
+) -> dict[Split, tuple[JsonlRow, ...]]:
+    """The lines of a JSONL file that each split uses.
+
+    The lines are shuffled. The images, in the order in which they first come, belong to search, held-out and test set
+    in turn, with all their questions, whatever ``families`` are asked for: no two splits of one seed share an image.
+    Each split uses the first of its lines.
+
+    Args:
+        path: the file, see :func:`dop_search.data.jsonl.read_jsonl`.
+        sizes: samples per split that is needed.
+        seed: of the shuffle.
+        families: kinds of question to use; all by default.
+
+    Raises:
+        DataError: on a line that cannot be used, or too few of them; says how many are needed.
+    """
+    rows = read_jsonl(path)
+    contents = image_contents(rows)
+    split_of: dict[str, Split] = {}
+    parts: dict[Split, list[JsonlRow]] = {split: [] for split in SPLITS}
+    for index in np.random.default_rng(seed).permutation(len(rows)):
+        row = rows[index]
+        split = split_of.setdefault(contents[row.image], SPLITS[len(split_of) % len(SPLITS)])
+        if families is None or row.family in families:
+            parts[split].append(row)
+    short = [split for split, size in sizes.items() if len(parts[split]) < size]
+    if short:
+        usable = sum(len(part) for part in parts.values())
+        counts = ", ".join(f"{split} {len(parts[split])} of {size}" for split, size in sizes.items())
+        needed = max(len(SPLITS) * (size - 1) + SPLITS.index(split) + 1 for split, size in sizes.items() if size)
+        only = "" if families is None else f" of the families {list(families)}"
+        raise DataError(
+            f"{str(path)!r} has {usable} usable samples{only} and {len(split_of)} different images; every third image "
+            f"belongs to the same of the splits {', '.join(SPLITS)}, which makes {counts} that are asked for. That "
+            f"takes {needed} lines with an image each: add lines, or lower "
+            f"{' and '.join(SIZE_KEYS[split] for split in short)}"
+        )
+    return {split: tuple(parts[split][:size]) for split, size in sizes.items()}
 
 
 def _from_sources(
@@ -76,17 +134,3 @@ def _from_sources(
         raise DataError(f"each source needs a name of its own, since sample ids start with it, but got {labels}")
     pools = [(open_pool(source), source.weight) for source in sources]
     return draw(pools, num_samples, seed, SPLITS.index(split), len(SPLITS), families)
-
-
-def _split_file(
-    path: str | Path, num_samples: int, seed: int, split: Split, families: Sequence[str] | None
-) -> tuple[Sample, ...]:
-    samples = [sample for sample in jsonl_samples(path) if families is None or sample.family in families]
-    order = np.random.default_rng(seed).permutation(len(samples))
-    part = [samples[index] for index in order[SPLITS.index(split) :: len(SPLITS)]]
-    if len(part) < num_samples:
-        raise DataError(
-            f"{str(path)!r} has {len(samples)} usable samples, which makes {len(part)} for the {split} split, but "
-            f"{num_samples} are asked for; add samples or lower data.num_samples, data.num_heldout and data.num_test"
-        )
-    return tuple(part[:num_samples])

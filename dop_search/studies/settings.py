@@ -1,10 +1,15 @@
-"""Which settings of ``dop-search`` a study has a use for: the others are refused, rather than read and left."""
+"""What is found out about a study before a model is loaded: that it heeds its settings, and has its samples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dop_search.config import SearchConfig
 from dop_search.config.section import Section
+from dop_search.data.validation import Split
 from dop_search.errors import ConfigError
+from dop_search.search_data import check_data
+from dop_search.selectors import make_selector
 
 UNUSED = {
     "search": "the study's own searches are told by study.options",
@@ -13,22 +18,43 @@ UNUSED = {
 }
 """Keys that only a search reads, and what studies have in their place."""
 
+SPLITS: Mapping[str, tuple[Split, ...]] = {
+    "additive_vs_exact": ("search", "heldout", "test"),
+    "claims": (),
+    "failures": ("search", "test"),
+    "objective": ("search", "heldout", "test"),
+}
+"""The samples that a study reads; the others read search and held-out samples."""
+
+JUDGED: Mapping[str, Split] = {
+    "additive_vs_exact": "test",
+    "compare": "heldout",
+    "failures": "test",
+    "objective": "test",
+    "text_operations": "heldout",
+    "vision_tower": "heldout",
+}
+"""The samples whose answers a study compares with the annotation."""
+
 
 def check_settings(config: SearchConfig) -> None:
-    """Refuse what a study would not heed.
+    """Refuse what a study would not heed, and what it cannot do.
 
     Raises:
-        ConfigError: naming the key, or the budget.
+        ConfigError: naming the key, or the budget, that a study would not heed.
+        DopError: on an unknown selector, or samples that cannot be had.
     """
     assert config.study is not None
+    name = config.study.name
     default = SearchConfig()
     for key, instead in UNUSED.items():
         given = _difference(key, getattr(config, key), getattr(default, key))
         if given is not None:
-            raise ConfigError(
-                f"study {config.study.name!r} has no use for `{key}`, but got {given}; leave it out: {instead}"
-            )
+            raise ConfigError(f"study {name!r} has no use for `{key}`, but got {given}; leave it out: {instead}")
     flops_ratios(config)
+    make_selector(config.selector.name, config.selector.options)
+    judged = (JUDGED[name],) if name in JUDGED else ()
+    check_data(config.data, None, SPLITS.get(name, ("search", "heldout")), judged)
 
 
 def flops_ratios(config: SearchConfig) -> list[float]:

@@ -1,12 +1,15 @@
 """Validation sets: disjoint splits, and errors that name the line."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from dop_search.data.jsonl import jsonl_samples
-from dop_search.data.validation import validation_set
+from dop_search.data.jsonl import read_jsonl
+from dop_search.data.samples import score_answer
+from dop_search.data.validation import SPLITS, file_rows, validation_set
 from dop_search.errors import DataError
 
 
@@ -47,7 +50,13 @@ def test_a_seed_fixes_the_set(file):
     [
         ("{", r"line 13 is not JSON"),
         ("[1]", r"line 13 must be an object"),
-        ('{"image": "0.png", "question": "?"}', r"line 13 lacks \['answer'\]"),
+        ('{"question": "?", "image": null}', r"line 13 lacks \['image'\]; it has \['image', 'question'\]"),
+        (
+            '{"image": ["0.png", "1.png"], "question": "?"}',
+            r"line 13: `image` must be the path of one image, .*'1\.png'",
+        ),
+        ('{"image": "0.png", "question": "?", "answer": {"a": 1}}', r"line 13: `answer` must be a text, a number or"),
+        ('{"image": "0.png", "question": "?", "id": "mine/000002"}', r"line 13 has the id 'mine/000002' of .* line 2;"),
         ('{"image": "no.png", "question": "?", "answer": "x"}', r"line 13: cannot read the image .*no\.png"),
         ('{"image": "mine.jsonl", "question": "?", "answer": "x"}', r"line 13: cannot read the image"),
     ],
@@ -55,11 +64,14 @@ def test_a_seed_fixes_the_set(file):
 def test_a_bad_line_is_named(file, line, message):
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
-        jsonl_samples(file)
+        read_jsonl(file)
 
 
 def test_bad_requests_name_the_remedy(file, tmp_path):
-    with pytest.raises(DataError, match=r"12 usable samples.*lower data.num_samples"):
+    with pytest.raises(
+        DataError,
+        match=r"12 usable samples and 12 different images.*search 4 of 5 .*takes 13 lines.*lower data.num_samples",
+    ):
         validation_set("jsonl", 5, path=file)
     with pytest.raises(DataError, match="num_samples >= 1"):
         validation_set("pocket", 0)
@@ -72,3 +84,62 @@ def test_bad_requests_name_the_remedy(file, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no samples"):
         validation_set("jsonl", 5, path=tmp_path / "empty.jsonl")
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return path
+
+
+def test_lines_of_one_image_stay_together_also_under_other_names(file, tmp_path):
+    for index in range(6):
+        (tmp_path / f"copy{index}.png").write_bytes((tmp_path / f"{index}.png").read_bytes())
+    lines = [{"image": f"{index}.png", "question": f"{q}?", "family": q} for index in range(6) for q in "abc"]
+    lines += [{"image": f"copy{index}.png", "question": "d?", "family": "d"} for index in range(6)]
+    path = write(tmp_path / "several.jsonl", lines)
+    parts = {split: validation_set("jsonl", 8, split=split, path=path, seed=5) for split in SPLITS}
+    images = {split: {sample.image.tobytes() for sample in part} for split, part in parts.items()}
+    assert [len(its) for its in images.values()] == [2, 2, 2]
+    assert len(set.union(*images.values())) == 6
+    one = {split: validation_set("jsonl", 2, split=split, path=path, seed=5, families=["b"]) for split in SPLITS}
+    for split in SPLITS:
+        assert {sample.image.tobytes() for sample in one[split]} == images[split], "the families do not move an image"
+
+
+def test_where_each_line_has_its_own_image_every_third_shuffled_line_is_of_the_same_split(file):
+    order = np.random.default_rng(3).permutation(12)
+    for place, split in enumerate(SPLITS):
+        expected = [f"mine/{index + 1:06d}" for index in order[place::3]]
+        assert [*validation_set("jsonl", 4, seed=3, split=split, path=file).ids] == expected
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 0), (2, 5, 4), (1, 2, 4)])
+def test_as_many_lines_as_the_error_asks_for_are_enough_and_one_less_is_not(file, tmp_path, sizes):
+    wanted = dict(zip(SPLITS, sizes, strict=True))
+    with pytest.raises(DataError, match=r"takes \d+ lines") as caught:
+        file_rows(write(tmp_path / "one.jsonl", [{"image": "0.png", "question": "?"}]), wanted)
+    needed = int(re.search(r"takes (\d+) lines", str(caught.value)).group(1))
+    for index in range(12, needed):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    lines = [{"image": f"{index}.png", "question": "?"} for index in range(needed)]
+    found = file_rows(write(tmp_path / "enough.jsonl", lines), wanted)
+    assert tuple(len(rows) for rows in found.values()) == sizes
+    with pytest.raises(DataError, match=r"add lines, or lower data\.num_"):
+        file_rows(write(tmp_path / "less.jsonl", lines[:-1]), wanted)
+
+
+def test_answers_are_texts_numbers_or_lists_and_need_not_be_known(file, tmp_path):
+    given = [0, 2.5, "no", ["a", 1, None], None, "", [], [" "]]
+    lines = [{"image": f"{index}.png", "question": "?", "answer": answer} for index, answer in enumerate(given)]
+    rows = read_jsonl(write(tmp_path / "answers.jsonl", [*lines, {"image": "9.png", "question": "Is it\u2028?"}]))
+    assert [row.answers for row in rows] == [("0",), ("2.5",), ("no",), ("a", "1"), (), (), (), (), ()]
+    assert score_answer("0", rows[0].sample())
+    with pytest.raises(DataError, match=r"'answers/000005' has no answer.*data\.num_test=0"):
+        score_answer("0", rows[4].sample())
+    assert len(validation_set("jsonl", 3, path=tmp_path / "answers.jsonl")) == 3
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "où?"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl' is not UTF-8 text"):
+        read_jsonl(tmp_path / "latin.jsonl")

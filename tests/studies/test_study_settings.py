@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_studies import StudyRunner, study_config
 
 from dop_search.config import config_dir
-from dop_search.errors import ConfigError
+from dop_search.errors import ConfigError, DataError, DopError
 from dop_search.progress import SilentProgress
 from dop_search.studies import STUDIES, Workbench, registry
 from dop_search.studies.settings import check_settings
@@ -40,6 +42,34 @@ def test_a_setting_that_a_study_would_not_heed_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_small_study("split_attention", override)
+
+
+def unanswered(folder: Path) -> tuple[str, ...]:
+    """Overrides for a file of 12 lines, an image each, without answers."""
+    lines = []
+    for index in range(12):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "question": "?"}))
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    return "data=jsonl", f"data.path={folder / 'mine.jsonl'}", "data.num_test=4"
+
+
+@pytest.mark.parametrize("name", ["compare", "failures", "objective", "text_operations", "additive_vs_exact"])
+def test_a_study_that_judges_answers_needs_them(run_small_study: StudyRunner, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"mine\.jsonl' line \d+ has no answer"):
+        run_small_study(name, *unanswered(tmp_path))
+
+
+def test_samples_and_selector_are_checked_before_loading(run_small_study: StudyRunner, tmp_path: Path) -> None:
+    given = unanswered(tmp_path)
+    with pytest.raises(DataError, match=r"heldout 4 of 5 .*takes 14 lines"):
+        run_small_study("split_attention", *given, "data.num_heldout=5")
+    with pytest.raises(DopError, match="unknown selector 'cls_atention'"):
+        run_small_study("split_attention", *given, "selector.name=cls_atention")
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run_small_study("split_attention", *given)
+    with pytest.raises(AssertionError, match="a model was loaded"):  # reads no held-out samples
+        run_small_study("claims", *given, "data.num_heldout=99")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
