@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dop_search.data.samples import Sample, ValidationSet, alike_batches
+from dop_search.data.samples import Sample, ValidationSet, alike_batches, no_answer
 from dop_search.divergence.encoding import EncodedSample, encode
 from dop_search.errors import CacheError, NumericalError
 from dop_search.files import write_atomic
@@ -158,7 +158,13 @@ def generate_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: i
 
 
 def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
-    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it."""
+    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it.
+
+    Raises:
+        DataError: if no answer is known.
+    """
+    if not sample.answers:
+        raise no_answer(f"the sample {sample.id!r}")
     tokenizer = loaded.processor.tokenizer
     prompt = chat_prompt(loaded.processor, sample.question)
     answer = sample.answers[0] if prompt[-1:].isspace() else " " + sample.answers[0]

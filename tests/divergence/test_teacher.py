@@ -1,5 +1,6 @@
 """What the full model said: agrees with plain generation, and comes back from the cache unchanged."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from dop_search.divergence import make_teacher
 from dop_search.divergence import teacher as teacher_module
-from dop_search.errors import CacheError, NumericalError
+from dop_search.errors import CacheError, DataError, NumericalError
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 
@@ -113,6 +114,8 @@ def test_an_annotated_answer_follows_the_prompt_as_it_ends(few_samples, monkeypa
     ids = teacher_module.annotated_ids(loaded, sample)
     assert "".join(map(chr, ids)) == space + sample.answers[0]
     assert asked[-1] == sample.question + end + space + sample.answers[0]
+    with pytest.raises(DataError, match=r"has no answer.*data\.answers=teacher"):
+        teacher_module.annotated_ids(loaded, replace(sample, answers=()))
 
 
 def test_fingerprint_depends_on_template_processor_and_configuration(pocket, few_samples, monkeypatch):
