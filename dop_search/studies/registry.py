@@ -32,7 +32,7 @@ from dop_search.studies.long_answers import long_answers
 from dop_search.studies.objective import objective
 from dop_search.studies.results import ResultFile
 from dop_search.studies.selectors import selectors
-from dop_search.studies.settings import check_settings
+from dop_search.studies.settings import check_settings, row_settings
 from dop_search.studies.solver import solver
 from dop_search.studies.split_attention import split_attention
 from dop_search.studies.text_operations import text_operations
@@ -102,7 +102,8 @@ def _measure(config: SearchConfig, measure: Measure, progress: Progress) -> Resu
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())
     bench = Workbench(config, loaded, progress)
-    results = ResultFile(Path(config.study.folder), config.study.name, bench.setup())
+    setup = bench.setup() | row_settings(config, STUDIES[config.study.name])
+    results = ResultFile(Path(config.study.folder), config.study.name, setup)
     with fast_linear(loaded.model):
         measure(bench, results, **config.study.options)
     return results

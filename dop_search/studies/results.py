@@ -218,7 +218,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _refuse_other(data: Mapping[str, Any], fresh: Mapping[str, Any], path: Path) -> None:
     other = [] if data["study"] == fresh["study"] else [f"study: file {data['study']!r}, now {fresh['study']!r}"]
-    old, new = data["setup"], fresh["setup"]
+    old, new = _flat(data["setup"]), _flat(fresh["setup"])
     other += [
         f"{name}: file {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*old, *new})
@@ -229,6 +229,15 @@ def _refuse_other(data: Mapping[str, Any], fresh: Mapping[str, Any], path: Path)
             f"{str(path)!r} was measured with another setup ({'; '.join(other)}); "
             "set study.folder to another folder, or remove the file to measure anew"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots, so that a message names what differs and nothing else."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""What is found out about a study before a model is loaded: that it heeds its settings, and has its samples."""
+"""What is found out about a study before a model is loaded: that it heeds its settings, has its samples, and which of
+its settings its rows depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dop_search.config import SearchConfig
 from dop_search.config.section import Section
@@ -35,6 +38,33 @@ JUDGED: Mapping[str, Split] = {
     "vision_tower": "heldout",
 }
 """The samples whose answers a study compares with the annotation."""
+
+
+ROWS: Mapping[str, frozenset[str]] = {
+    "compare": frozenset({"methods"}),
+    "selectors": frozenset({"names"}),
+    "solver": frozenset({"seeds", "solvers"}),
+    "split_attention": frozenset({"shares"}),
+    "transfer": frozenset({"models", "seeds"}),
+    "validation_seed": frozenset({"seeds"}),
+    "validation_size": frozenset({"sizes"}),
+}
+"""Options that say which rows there are, and change none: with more of them a study goes on."""
+
+
+def row_settings(config: SearchConfig, measure: Callable[..., Any]) -> dict[str, Any]:
+    """The settings that a study's rows depend on: selector, space and options, the defaults of ``measure`` included."""
+    study = config.study
+    assert study is not None
+    if study.name == "claims":
+        return {}  # it reads other results, anew every time
+    parameters = list(inspect.signature(measure).parameters.values())[2:]
+    options = {parameter.name: parameter.default for parameter in parameters} | dict(study.options)
+    return {
+        "selector": config.selector.model_dump(mode="json"),
+        "space": config.space.model_dump(mode="json"),
+        "options": {name: value for name, value in options.items() if name not in ROWS.get(study.name, ())},
+    }
 
 
 def check_settings(config: SearchConfig) -> None:

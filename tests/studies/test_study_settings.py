@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from small_studies import StudyRunner, study_config
 
-from dop_search.config import config_dir
+from dop_search.config import CONFIG_NAME, SearchConfig, config_dir, parse_config
 from dop_search.errors import ConfigError, DataError, DopError
 from dop_search.progress import SilentProgress
 from dop_search.studies import STUDIES, Workbench, registry
-from dop_search.studies.settings import check_settings
+from dop_search.studies.results import ResultFile, plain, read_result
+from dop_search.studies.settings import ROWS, check_settings, row_settings
 
+EXPERIMENT_FILES = [
+    path.stem for path in sorted((config_dir() / "experiment").glob("*.yaml")) if "study:" in path.read_text()
+]
 EXPERIMENTS = [path.stem for path in (config_dir() / "experiment").glob("*.yaml") if path.stem in STUDIES]
+
+
+def published(experiment: str) -> SearchConfig:
+    """``dop-search experiment=NAME`` as it stands."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return parse_config(compose(CONFIG_NAME, [f"experiment={experiment}"]))
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +93,34 @@ def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  #
     config = study_config("split_attention", tmp_path, "budget=[{kv_ratio: 0.3}]")
     with pytest.raises(ConfigError, match="kv_ratio"):
         Workbench(config, pocket, SilentProgress())
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENT_FILES if name != "claims"])
+def test_committed_results_were_measured_as_their_files_say(experiment: str) -> None:
+    config = published(experiment)
+    assert config.study is not None
+    setup = read_result(config_dir().parent / config.study.folder / "result.json")["setup"]
+    settings = plain(row_settings(config, STUDIES[config.study.name]))
+    assert {name: setup[name] for name in settings} == settings
+    assert setup["data"] == config.data.model_dump(mode="json", exclude_defaults=True)
+    assert setup["model"] == config.model.name_or_path
+
+
+def test_rows_are_of_one_selector_space_and_set_of_options(tmp_path: Path) -> None:
+    def opened(*overrides: str) -> None:
+        config = study_config("solver", tmp_path, *overrides)
+        ResultFile(tmp_path / "out", "solver", row_settings(config, STUDIES["solver"])).summarize({})
+
+    opened()
+    opened("study.options.seeds=[0,1]")  # more rows of the same kind
+    with pytest.raises(ConfigError, match=r"options\.num_trials: file 60, now 9.*study\.folder"):
+        opened("study.options.num_trials=9")
+    with pytest.raises(ConfigError, match=r"\(selector\.name: file 'cls_attention', now 'divprune'\)"):
+        opened("selector=divprune")
+    with pytest.raises(ConfigError, match=r"space\.num_token_levels"):
+        opened("space.num_token_levels=5")
+
+
+def test_options_that_only_add_rows_are_options() -> None:
+    for name, options in ROWS.items():
+        assert options <= set(inspect.signature(STUDIES[name]).parameters)
