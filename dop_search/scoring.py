@@ -85,11 +85,16 @@ class SuiteJudge:
     work_dir: Path
     progress: Progress
     _scores: dict[str, SuiteScores] = field(default_factory=dict)
+    _revisions: dict[str, str] | None = None
 
     def scores(self, strategy: Strategy | None) -> SuiteScores:
         """The scores of a strategy; ``None``: of the full model."""
+        from dop_search.evaluation.lmms.hub import check_suite, revisions_of
         from dop_search.evaluation.suite_scores import score_suite
 
+        if self._revisions is None:  # all strategies are judged on the same data, whatever is uploaded meanwhile
+            check_suite(self.suite)
+            self._revisions = revisions_of(self.suite)
         key = "" if strategy is None else strategy.key()
         if key not in self._scores:
             name = "full model" if strategy is None else strategy.describe()
@@ -100,6 +105,7 @@ class SuiteJudge:
                     strategy,
                     work_dir=self.work_dir,
                     on_progress=notify,
+                    revisions=self._revisions,
                 )
         return self._scores[key]
 

@@ -90,8 +90,10 @@ class FitContext:
     @cached_property
     def pricing(self) -> Pricing:
         """What strategies cost on the samples."""
-        width = None if self.loaded is None else self.loaded.adapter.tower_view.width
-        return Pricing(self.dims, self.counts, width)
+        if self.loaded is None:
+            return Pricing(self.dims, self.counts)
+        adapter = self.loaded.adapter
+        return Pricing(self.dims, self.counts, adapter.tower_width, adapter.patches_per_token)
 
     def ranked(self) -> dict[str, Any]:
         """The context's selector as fields of a strategy."""

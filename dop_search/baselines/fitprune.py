@@ -150,6 +150,7 @@ def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSamp
             inputs_embeds=sample.embeds[None, :length],
             position_ids=sample.full_position_ids[..., :length],
             use_cache=False,
+            **adapter.deepstack_arguments(visual[None], sample.deepstack),
         )
     finally:
         for handle in handles:

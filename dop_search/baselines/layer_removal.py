@@ -77,6 +77,8 @@ def layers_removed(
 ) -> Iterator[PreTrainedModel]:
     """Within the context ``model`` lacks some decoder layers; on exit, also by an exception, it is what it was.
 
+    Vision features that a decoder adds behind its first layers are then added behind the first that are left.
+
     Args:
         model: a supported model, not pruned.
         removed: layers to take out.

@@ -24,12 +24,19 @@ class Pricing:
     Args:
         dims: sizes of the decoder.
         counts: text and visual tokens of each sample.
-        vision_width: channels of the vision tower; the decoder's width, an upper bound, where not given.
+        vision_width: channels of the vision tower; the decoder's width, mostly more, where not given.
+        patches_per_token: patches of the tower that one visual token is made of.
     """
 
-    def __init__(self, dims: ModelDims, counts: Sequence[TokenCounts], vision_width: int | None = None) -> None:
+    def __init__(
+        self,
+        dims: ModelDims,
+        counts: Sequence[TokenCounts],
+        vision_width: int | None = None,
+        patches_per_token: int = 1,
+    ) -> None:
         self.dims = dims
-        self.vision_width = vision_width
+        self.vision_width, self.patches_per_token = vision_width, patches_per_token
         self.cost_model = CostModel(dims, counts)
         self._unique = Counter(counts)
 
@@ -54,7 +61,11 @@ class Pricing:
         return sum(
             weight
             * selector.selection_flops(
-                counts.visual, self.dims, strategy.num_kept(counts.visual), vision_width=self.vision_width
+                counts.visual,
+                self.dims,
+                strategy.num_kept(counts.visual),
+                vision_width=self.vision_width,
+                num_patches=counts.visual * self.patches_per_token,
             )
             for counts, weight in self._unique.items()
             if strategy.num_kept(counts.visual) < counts.visual or len(strategy.groups) > 1

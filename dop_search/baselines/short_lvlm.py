@@ -78,13 +78,15 @@ class ShortLvlm(Method):
         )
 
     def flops_ratio(self, context: FitContext, running: int, kept: int) -> float:
-        """FLOPs of a model of ``running`` layers on ``kept`` tokens, bridge included, relative to the full model."""
+        """FLOPs of a model of ``running`` layers on ``kept`` tokens, relative to the full model: bridge and selection
+        included."""
         short = CostModel(replace(context.dims, num_layers=running), context.counts)
         total = short.total(Strategy.full(running, num_visual_tokens=kept))
         if running < context.num_layers:
             per_token = 2 * 2 * context.dims.hidden_size * self.repair_rank
             total += per_token * sum(item.text + min(kept, item.visual) for item in context.counts)
-        return total / context.pricing.cost_model.full_total
+        entering = Strategy.full(context.num_layers, num_visual_tokens=kept, **context.ranked())
+        return total / context.pricing.cost_model.full_total + context.pricing.selection_ratio(entering)
 
     def _repair(self, context: FitContext, removed: tuple[int, ...]) -> LowRankRepair:
         loaded, teacher = context.needs_model("Short-LVLM's bridge")
@@ -111,7 +113,10 @@ def final_states(loaded: LoadedModel, sample: EncodedSample) -> Tensor:
     handle = loaded.adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     try:
         loaded.adapter.text_model(
-            inputs_embeds=sample.embeds[None], position_ids=sample.full_position_ids, use_cache=False
+            inputs_embeds=sample.embeds[None],
+            position_ids=sample.full_position_ids,
+            use_cache=False,
+            **loaded.adapter.deepstack_arguments(sample.visual[None], sample.deepstack),
         )
     finally:
         handle.remove()
@@ -141,6 +146,7 @@ def _last_output(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
             inputs_embeds=sample.embeds[None, :length],
             position_ids=sample.full_position_ids[..., :length],
             use_cache=False,
+            **adapter.deepstack_arguments(sample.visual[None, :length], sample.deepstack),
         )
     finally:
         handle.remove()

@@ -92,6 +92,14 @@ class DatasetPool(Pool):
         )
         columns = {name: getattr(source, name) for name in ("image", "question", "answer", "id", "family")}
         need_columns(self._table, columns, f"the data set {source.path!r}")
+        if source.id is not None:
+            names = Counter(self._table[source.id])
+            twice = [name for name, count in names.items() if count > 1]
+            if twice:
+                raise DataError(
+                    f"the column {source.id!r} of {source.path!r} has {twice[0]!r} {names[twice[0]]} times, but `id` "
+                    "must tell samples apart; name another column, or leave `id` out: rows are numbered then"
+                )
 
     def __len__(self) -> int:
         return len(self._table)

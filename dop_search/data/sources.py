@@ -122,13 +122,13 @@ class Origin:
 
     Attributes:
         dataset: last part of a hub id or folder, in lower case: mirrors of one data set share it.
-        split: the split, in lower case.
+        splits: base names of the splits, in lower case; ``all`` for everything.
         files: absolute paths where the data are local files; then they alone are compared.
         text: for messages.
     """
 
     dataset: str
-    split: str
+    splits: frozenset[str]
     files: frozenset[str]
     text: str
 
@@ -136,7 +136,9 @@ class Origin:
         """Whether both read the same split of the same data set, or a common file."""
         if self.files or other.files:
             return bool(self.files & other.files)
-        return (self.dataset, self.split) == (other.dataset, other.split)
+        if self.dataset != other.dataset:
+            return False
+        return bool(self.splits & other.splits) or "all" in self.splits | other.splits
 
 
 def origin(path: str, name: str | None, split: str, data_files: DataFiles | None, base: Path | None = None) -> Origin:
@@ -148,7 +150,12 @@ def origin(path: str, name: str | None, split: str, data_files: DataFiles | None
     elif is_file(path):
         files = frozenset({str(Path(path).resolve())})
     shown = f"{path}{f' ({name})' if name else ''}, split {split!r}"
-    return Origin(Path(path).name.lower(), split.lower(), files, shown)
+    return Origin(Path(path).name.lower(), base_splits(split), files, shown)
+
+
+def base_splits(split: str) -> frozenset[str]:
+    """The splits that ``train+test[:100]``, as ``datasets`` reads it, takes rows of."""
+    return frozenset(part.split("[")[0].strip().lower() for part in split.split("+"))
 
 
 def is_file(path: str) -> bool:

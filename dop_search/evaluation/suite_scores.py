@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,9 @@ __all__ = ["score_suite"]
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total) samples and the benchmark's title."""
 
+JUDGE_SETTINGS = ("MODEL_VERSION", "API_TYPE", "OPENAI_API_URL", "AZURE_ENDPOINT")
+"""Environment variables by which lmms-eval's tasks choose the model that judges; ``NUM_IMAGE`` is another of theirs."""
+
 
 def score_suite(
     loaded: LoadedModel,
@@ -33,6 +37,7 @@ def score_suite(
     batch_size: int | None = None,
     resume: bool = True,
     on_progress: OnProgress | None = None,
+    revisions: Mapping[str, str] | None = None,
 ) -> SuiteScores:
     """Score a model, whole or pruned, on every benchmark of a suite by lmms-eval's own task code.
 
@@ -49,6 +54,7 @@ def score_suite(
         batch_size: samples per generation call instead of the suite's.
         resume: read back what is there; ``False`` measures anew.
         on_progress: called with (done, total, title of the benchmark).
+        revisions: data set → commit, for several calls that are to score the same data; found out if not given.
 
     Raises:
         ConfigError: if the suite is malformed, or a program or key is missing.
@@ -62,7 +68,7 @@ def score_suite(
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     run = _Run(loaded, chosen, _without_emptiness(strategy), Path(work_dir), on_progress)
-    scores, marks = run.all(resume)
+    scores, marks = run.all(resume, revisions)
     return SuiteScores(
         suite=chosen.name,
         scores=scores,
@@ -92,10 +98,10 @@ class _Run:
         self.loaded, self.suite, self.strategy = loaded, suite, strategy
         self.work_dir, self.on_progress = work_dir, on_progress
 
-    def all(self, resume: bool) -> tuple[dict[str, BenchmarkScore], list[str]]:
+    def all(self, resume: bool, revisions: Mapping[str, str] | None) -> tuple[dict[str, BenchmarkScore], list[str]]:
         """Every benchmark's score, and the fingerprints that they are kept by."""
         check_suite(self.suite)
-        revisions = revisions_of(self.suite)
+        revisions = revisions_of(self.suite) if revisions is None else dict(revisions)
         marks = {benchmark.name: self._mark(benchmark, revisions) for benchmark in self.suite.benchmarks}
         found: dict[str, BenchmarkScore] = {}
         for benchmark in self.suite.benchmarks:
@@ -110,7 +116,11 @@ class _Run:
         return {b.name: found[b.name] for b in self.suite.benchmarks}, list(marks.values())
 
     def _mark(self, benchmark: Benchmark, revisions: Mapping[str, str]) -> str:
-        """Names everything that a benchmark's score depends on."""
+        """Names everything that a benchmark's score depends on.
+
+        But not the batch size, whose rounding can change an answer in half precision: who runs out of memory goes on
+        with a smaller one.
+        """
         from dop_search.data.benchmarks.parquet import rendered_version
 
         suite = self.suite
@@ -119,7 +129,9 @@ class _Run:
             None if self.strategy is None else self.strategy.key(),
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
-            suite.judge and benchmark.judge,
+            {name: os.environ.get(name) for name in JUDGE_SETTINGS} if suite.judge and benchmark.judge else None,
+            os.environ.get("NUM_IMAGE"),
+            self.loaded.adapter.text_config._attn_implementation,
             suite.limit,
             suite.max_new_tokens,
             [version(name).split("+")[0] for name in ("lmms-eval", "torch", "transformers")],

@@ -167,6 +167,17 @@ class ModelAdapter(ABC):
         """The image encoder."""
 
     @property
+    def tower_width(self) -> int:
+        """Channels of the vision tower."""
+        vision = self.model.config.vision_config
+        return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches of the vision tower that one visual token is made of; overridden where patches are merged."""
+        return 1
+
+    @property
     def tower_view(self) -> TowerView:
         """The vision tower for selectors that look deeper into it than its attention, or change it.
 

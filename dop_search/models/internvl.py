@@ -21,6 +21,11 @@ class InternVLAdapter(ModelAdapter):
         """See base class."""
         return self.model.model.vision_tower
 
+    @property
+    def patches_per_token(self) -> int:
+        """See base class: pixel shuffling joins a square of patches."""
+        return round(1 / self.model.config.downsample_ratio**2)
+
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; each tile is a grid, whichever image it belongs to."""
         vision = self.model.config.vision_config

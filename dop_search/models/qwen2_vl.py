@@ -26,6 +26,11 @@ class Qwen2VLAdapter(ModelAdapter):
         """See base class."""
         return self.model.model.visual
 
+    @property
+    def patches_per_token(self) -> int:
+        """See base class: the tower's merger joins a square of patches."""
+        return int(self.vision_tower.spatial_merge_size**2)
+
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; a video has one grid per pair of frames."""
         merge = self.vision_tower.spatial_merge_size

@@ -27,3 +27,18 @@ def attention_field(attention: str) -> str:
 def attention_of(inputs: SelectorInputs, attention: str) -> Tensor:
     """``[n]`` the chosen attention."""
     return inputs.tensor(attention_field(attention))
+
+
+def attention_flops(attention: str, num_visual: int, num_patches: int | None, width: int) -> int:
+    """FLOPs of the chosen attention, queries and keys projected once more, from the layer's input.
+
+    Args:
+        attention: ``cls``: one row of scores and all keys; ``received``: all scores, queries and keys.
+        num_visual: visual tokens, which stand for the patches where ``num_patches`` is ``None``.
+        num_patches: patches of the tower.
+        width: its channels.
+    """
+    patches = num_visual if num_patches is None else num_patches
+    if attention_field(attention) == "received_attention":
+        return 2 * patches * width * (2 * width + patches)
+    return 2 * patches * width * (width + 1)

@@ -43,7 +43,12 @@ class AvgPoolSelector(PerImageSelector):
         return Selection(order, middles, member @ embeds / member.sum(dim=1, keepdim=True))
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """The means."""
         return num_visual * dims.hidden_size

@@ -152,7 +152,12 @@ class Selector(ABC):
         raise NotImplementedError
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out.
 
@@ -160,7 +165,9 @@ class Selector(ABC):
             num_visual: visual tokens of the sample.
             dims: the decoder.
             num_kept: tokens kept; ``None``: all.
-            vision_width: channels of the vision tower; the decoder's width, an upper bound, where not given.
+            vision_width: channels of the vision tower; the decoder's width, mostly more, where not given.
+            num_patches: patches that the tower computes for the sample; as many as visual tokens where not given. All
+                are taken to attend to each other, which is more than towers compute on several tiles or images.
         """
         return 0
 

@@ -39,7 +39,12 @@ class _CdprunerBase(Selector):
         return with_rest(chosen, np.argsort(-relevance, kind="stable"))
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """All pairwise cosines and the incremental Cholesky factor; the text encoder is left out."""
         kept = num_visual if num_kept is None else num_kept

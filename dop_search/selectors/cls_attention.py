@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.operations import ModelDims
+from dop_search.selectors.attention_choice import attention_flops
 from dop_search.selectors.base import Selector, SelectorInputs, descending
 
 
@@ -28,8 +29,13 @@ class ClsAttentionSelector(Selector):
         return descending(inputs.tensor("cls_attention"))
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """The CLS row of scores; keys are projected once more, from the layer's input."""
         width = vision_width or dims.hidden_size
-        return 2 * num_visual * width * (width + 1)
+        return attention_flops("cls", num_visual, num_patches, width)

@@ -40,7 +40,12 @@ class DivPruneSelector(Selector):
         return np.array(chosen)
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """All pairwise cosines."""
         return 2 * num_visual**2 * dims.hidden_size

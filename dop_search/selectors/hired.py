@@ -79,7 +79,12 @@ class HiredSelector(Selector):
         return np.bincount(crop, minlength=tile_grid[0] * tile_grid[1])
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """The CLS rows of two layers with their keys."""
         width = vision_width or dims.hidden_size

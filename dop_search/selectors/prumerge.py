@@ -78,7 +78,12 @@ class PruMergePlusSelector(PerImageSelector):
         return np.concatenate([outliers, strided])
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """Keys and the CLS row, key similarities, and the weighted sums."""
         width = vision_width or dims.hidden_size

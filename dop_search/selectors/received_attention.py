@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.operations import ModelDims
+from dop_search.selectors.attention_choice import attention_flops
 from dop_search.selectors.base import Selector, SelectorInputs, descending
 
 
@@ -21,11 +22,16 @@ class ReceivedAttentionSelector(Selector):
     requires = frozenset({"received_attention"})
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """The scores of all patches; queries and keys are projected once more, from the layer's input."""
         width = vision_width or dims.hidden_size
-        return 2 * num_visual * width * (2 * width + num_visual)
+        return attention_flops("received", num_visual, num_patches, width)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

@@ -50,7 +50,12 @@ class _TrimBase(Selector):
         return Selection(with_rest(np.concatenate([kept, dropped[-1:]]), order), dropped[-1:], mean)
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
         """One similarity per token and the mean; the text encoder is left out."""
         return 3 * num_visual * dims.hidden_size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dop_search.errors import DopError
 from dop_search.operations import ModelDims
-from dop_search.selectors.attention_choice import attention_field, attention_of
+from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
 from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, with_rest
 from dop_search.selectors.sharing import PerImageSelector
 
@@ -83,12 +83,18 @@ class VisionZipSelector(PerImageSelector):
         return Selection(order, np.concatenate(slots), torch.cat(features), "features")
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
-        """CLS row and keys, similarities of the rest with the targets, and the means."""
+        """Attention with its keys, similarities of the rest with the targets, and the means."""
         width = vision_width or dims.hidden_size
         _, contextual = self.split(num_visual if num_kept is None else num_kept)
-        return 2 * num_visual * width * (width + 1) + 2 * num_visual * contextual * dims.head_dim + num_visual * width
+        attention = attention_flops(self.attention, num_visual, num_patches, width)
+        return attention + 2 * num_visual * contextual * dims.head_dim + num_visual * width
 
 
 def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:

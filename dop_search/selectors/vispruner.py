@@ -8,7 +8,7 @@ import numpy as np
 
 from dop_search.errors import DopError
 from dop_search.operations import ModelDims
-from dop_search.selectors.attention_choice import attention_field, attention_of
+from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
 from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, finite_array
 from dop_search.selectors.sharing import PerImageSelector
 
@@ -75,8 +75,13 @@ class VisPrunerSelector(PerImageSelector):
         return Selection(np.concatenate([important, diverse, *reversed(removed)]))
 
     def selection_flops(
-        self, num_visual: int, dims: ModelDims, num_kept: int | None = None, vision_width: int | None = None
+        self,
+        num_visual: int,
+        dims: ModelDims,
+        num_kept: int | None = None,
+        vision_width: int | None = None,
+        num_patches: int | None = None,
     ) -> int:
-        """CLS row and keys, and all pairwise cosines."""
+        """Attention with its keys, and all pairwise cosines."""
         width = vision_width or dims.hidden_size
-        return 2 * num_visual * width * (width + 1 + num_visual)
+        return attention_flops(self.attention, num_visual, num_patches, width) + 2 * num_visual**2 * width

@@ -147,6 +147,23 @@ def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
     refuse_overlap([DatasetSource(str(tmp_path / "train.parquet"), "test")], scored)
 
 
+@pytest.mark.parametrize("split", ["test", "test[:500]", "train[10%:]+TEST", "all"])
+def test_a_part_of_a_scored_split_is_scored_data(split: str) -> None:
+    scored = {"pope": origin("lmms-lab/POPE", None, "test", None)}
+    with pytest.raises(DataError, match="must not be searched on the samples that judge it"):
+        refuse_overlap([DatasetSource("lmms-lab/POPE", split)], scored)
+    refuse_overlap([DatasetSource("lmms-lab/POPE", "train[:500]+validation")], scored)
+
+
+def test_ids_that_tell_no_samples_apart_are_refused(tmp_path: Path) -> None:
+    write(
+        tmp_path / "some.parquet",
+        [{"image": picture(i), "question": "?", "answer": "a", "page": i // 2} for i in range(4)],
+    )
+    with pytest.raises(DataError, match=r"the column 'page' of .* has 0 2 times"):
+        open_pool(DatasetSource(str(tmp_path / "some.parquet"), "train", id="page"))
+
+
 def test_a_data_set_by_columns(tmp_path: Path) -> None:
     rows = [{"picture": picture(i), "query": f"how many {i}", "label": [str(i)], "kind": "c", "n": i} for i in range(9)]
     table = datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image())
@@ -194,8 +211,8 @@ def test_every_named_data_set_avoids_what_its_benchmark_scores() -> None:
     names = known_names()
     assert {"gqa", "textvqa", "scienceqa", "chartqa", "mixed"} <= set(names)
     scored = {task: scored_origin(task) for task in ("gqa", "textvqa_val", "scienceqa_img", "chartqa", "vqav2_val")}
-    assert (scored["gqa"].dataset, scored["gqa"].split) == ("gqa", "testdev")
-    assert (scored["textvqa_val"].dataset, scored["textvqa_val"].split) == ("textvqa", "validation")
+    assert (scored["gqa"].dataset, scored["gqa"].splits) == ("gqa", {"testdev"})
+    assert (scored["textvqa_val"].dataset, scored["textvqa_val"].splits) == ("textvqa", {"validation"})
     for name in names:
         refuse_overlap(named_sources(name) or (), scored)
     mirror = TaskSource("gqa", "testdev", dataset_path="lmms-lab/GQA", dataset_name="testdev_all_instructions")

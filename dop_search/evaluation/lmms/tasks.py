@@ -184,6 +184,7 @@ def _units(benchmark: Benchmark, docs: Any) -> list[list[int]]:
 
 def keep_rows(task: Any, split: str, rows: Sequence[int]) -> None:
     """Make ``task`` see only these rows of its split."""
-    for docs in (task.dataset, task.dataset_no_image):
+    tables = {id(docs): docs for docs in (task.dataset, task.dataset_no_image)}  # tasks may have one for both
+    for docs in tables.values():
         docs[split] = docs[split].select(list(rows))
     task.task_docs = task.dataset[split]

@@ -1,0 +1,78 @@
+"""What methods read of a model holds for every family: towers of any kind, decoders with deepstack."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dop_search.baselines import FitContext
+from dop_search.baselines.fitprune import layer_inputs
+from dop_search.baselines.short_lvlm import ShortLvlm, final_states
+from dop_search.divergence.encoding import encode
+from dop_search.models import FAMILIES, adapter_for
+from dop_search.models.prompts import with_answer
+from dop_search.operations import TokenCounts
+from dop_search.selectors import make_selector
+from dop_search.strategy import Strategy
+from dop_search.testing.inputs import tiny_sample
+from dop_search.testing.models import tiny_model
+
+ANSWER = (7, 8, 9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_selections_are_priced_whatever_the_tower_is(family: str) -> None:
+    adapter = adapter_for(tiny_model(family))
+    loaded = SimpleNamespace(adapter=adapter)
+    counts = (TokenCounts(8, 16),)
+    pricing = FitContext(adapter.dims, counts, loaded=loaded).pricing  # type: ignore[arg-type]
+    patches = 16 * adapter.patches_per_token
+    assert pricing.vision_width == adapter.tower_width == 16
+    assert adapter.patches_per_token == (4 if family.startswith("qwen") or family == "internvl" else 1)
+    fewer = Strategy.full(adapter.dims.num_layers, num_visual_tokens=8, selector="received_attention")
+    asked = pricing.selection_ratio(fewer) * pricing.cost_model.full_total
+    assert asked == pytest.approx(2 * patches * 16 * (2 * 16 + patches))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_the_full_models(family: str) -> None:
+    model = tiny_model(family)
+    adapter, inputs = adapter_for(model), tiny_sample(model)
+    with torch.inference_mode():
+        encoded = encode(adapter, inputs, ANSWER, make_selector("uniform_grid"))
+        states = final_states(SimpleNamespace(adapter=adapter), encoded)  # type: ignore[arg-type]
+        logits = adapter.lm_head(adapter.text_model.norm(states))
+        expected = model(**with_answer(inputs, torch.tensor([ANSWER[:-1]]))).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        length = encoded.prompt_length
+        prompt_states = encode(adapter, inputs, ANSWER[:1], make_selector("uniform_grid"))
+        entering = layer_inputs(adapter, encoded)[-1].hidden
+        seen = []
+        handle = adapter.layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        model(**inputs)
+        handle.remove()
+    assert len(prompt_states.embeds) == length
+    torch.testing.assert_close(entering, seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_is_asked_for_is_paid_for() -> None:
+    dims = adapter_for(tiny_model("llava")).dims
+    for name in ("visionzip", "vispruner", "holov"):
+        row, every = (
+            make_selector(name, {"attention": attention}).selection_flops(1296, dims, 100, 1280, 1296)
+            for attention in ("cls", "received")
+        )
+        assert every - row == 2 * 1296 * 1280 * (1280 + 1296 - 1)
+
+
+def test_short_lvlm_pays_for_the_selection() -> None:
+    adapter = adapter_for(tiny_model("llava"))
+    context = FitContext(adapter.dims, (TokenCounts(8, 16),), selector="divprune")
+    method = ShortLvlm()
+    chosen = Strategy.full(adapter.dims.num_layers, num_visual_tokens=8, selector="divprune")
+    free = FitContext(adapter.dims, (TokenCounts(8, 16),), selector="random")
+    paid = method.flops_ratio(context, 3, 8) - method.flops_ratio(free, 3, 8)
+    assert paid == pytest.approx(context.pricing.selection_ratio(chosen))
+    assert paid > 0
