@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -148,6 +149,11 @@ def started_ms(provenance: Provenance | None) -> int:
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
 
 
+def metric_name(name: str) -> str:
+    """The name as stores take it: data may name families with any character."""
+    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+
+
 def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
     """A row of a study as parameters (texts, and the budget) and metrics (numbers, also those of nested mappings)."""
     params = {name: value for name, value in row.items() if isinstance(value, str)}
@@ -158,5 +164,5 @@ def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, 
         items = value.items() if isinstance(value, Mapping) else [("", value)]
         for inner, number in items:
             if isinstance(number, (bool, int, float)) and math.isfinite(number):
-                metrics[f"{name}/{inner}" if inner else name] = float(number)
+                metrics[metric_name(f"{name}/{inner}" if inner else name)] = float(number)
     return {name: value[:500] for name, value in params.items()}, metrics

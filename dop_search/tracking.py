@@ -184,14 +184,15 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    digest = hashlib.sha256(json.dumps(result["rows"], sort_keys=True).encode()).hexdigest()[:16]
+    said = json.dumps([result["rows"], result["summary"]], sort_keys=True)
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
     shared = {"study": result["study"], "model": str(result["setup"]["model"])}
-    tags = {"kind": "study", "rows_digest": digest, **shared}
+    tags = {"kind": "study", **shared}
     try:
         with _quiet():
             client = MlflowClient(resolve_uri(config))
             experiment = _experiment(client, config)
-            if client.search_runs([experiment], f"tags.rows_digest = '{digest}'", max_results=1):
+            if client.search_runs([experiment], f"tags.digest = '{digest}'", max_results=1):
                 return None
             name = config.run_name or f"{shared['model']} {shared['study']}"
             parent = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
@@ -206,6 +207,7 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
                 run = str(client.create_run(experiment, tags=its, run_name=title).info.run_id)
                 _log(client, run, {**shared, **params}, metrics)
                 client.set_terminated(run)
+            client.set_tag(parent, "digest", digest)  # at the end: what was interrupted is logged anew
             client.set_terminated(parent)
     except MlflowException as error:
         raise ConfigError(_refused(config, error, folder)) from error

@@ -17,7 +17,7 @@ from dop_search.errors import ConfigError
 from dop_search.record import CURVES_FILE, RECORD_FILE
 from dop_search.strategy import Strategy
 from dop_search.testing.records import example_curves, example_record
-from dop_search.tracking import check_tracking, log_benchmark, result_metrics, result_params, ui_command
+from dop_search.tracking import check_tracking, log_benchmark, log_study, result_metrics, result_params, ui_command
 
 SEARCHES = """
 import sys
@@ -197,3 +197,32 @@ def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> N
     assert run.data.params["attn_implementation"] == "sdpa"
     assert [item.path for item in logged.client.list_artifacts(identifier)] == ["benchmark.json"]
     assert log_benchmark(TrackingConfig(backend="none"), data) is None
+
+
+def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    rows = [{"method": name, "budget": 0.5, "asked": {"what's (this)?": 3}} for name in ("a", "b")]
+    result = {"study": "invented", "setup": {"model": "m"}, "rows": rows, "summary": {"best": "a"}}
+    terminate = MlflowClient.set_terminated
+
+    def interrupted(self: Any, run: str, *args: Any) -> None:
+        terminate(self, run, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log_study(config, result, tmp_path)
+    parent = log_study(config, result, tmp_path)
+    assert parent is not None
+    client = MlflowClient(config.uri)
+    experiment = client.get_run(parent).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(nested) == 2
+    assert nested[0].data.metrics == {"budget": 0.5, "asked/what_s _this__": 3.0}
+    assert log_study(config, result, tmp_path) is None
+    assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None

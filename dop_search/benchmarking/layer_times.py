@@ -32,6 +32,8 @@ from dop_search.strategy import Strategy
 
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the visual tokens that take part, for strategies with several token groups."""
+NUM_LENGTHS = 5
+"""Prompt lengths at which the whole decoder is measured: its time is not linear between shortest and longest."""
 NUM_LAYERS = 6
 """Layers of the copy that is timed."""
 SHORT_MS = 300.0
@@ -94,7 +96,8 @@ def grids(counts: Sequence[TokenCounts]) -> tuple[tuple[int, ...], tuple[int, ..
     most = max(item.visual for item in counts)
     fractions = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
     visual = {0, *(max(1, round(most * fraction)) for fraction in fractions)} if most else {0}
-    return tuple(sorted({min(texts), max(texts)})), tuple(sorted(visual)), tuple(sorted({min(totals), max(totals)}))
+    between = np.linspace(min(totals), max(totals), NUM_LENGTHS).round().astype(int).tolist()
+    return tuple(sorted({min(texts), max(texts)})), tuple(sorted(visual)), tuple(sorted(set(between)))
 
 
 def table_for(

@@ -22,7 +22,7 @@ from dop_search.search import rerank_all
 from dop_search.selectors import SELECTORS
 from dop_search.statistics import bootstrap_ci95
 from dop_search.studies.overhead import counted_over_closed_form, prefill_times
-from dop_search.studies.results import ResultFile, Row
+from dop_search.studies.results import FAILED, ResultFile, Row
 from dop_search.studies.workbench import Workbench
 
 SPACES = ("dop", "dop_split", "dop_groups")
@@ -74,9 +74,10 @@ def compare(
         results.summarize({"full": {"accuracy": float(bench.correct(None, "heldout").mean())}})
     with bench.watch() as notify:
         results.measure(keys, row, notify, "methods at equal FLOPs", group="method")
-    _choose(results, names, bench.budgets)
-    results.sort([{"method": name, "budget": budget} for name in (*CHOICES, *names) for budget in bench.budgets])
-    results.summarize({"full": results.data["summary"]["full"], **summarize(results, bench.budgets)})
+    every = list(dict.fromkeys([*names, *(row["method"] for row in results.rows if row["method"] not in CHOICES)]))
+    _choose(results, every, results.budgets)
+    results.sort([{"method": name, "budget": budget} for name in (*CHOICES, *every) for budget in results.budgets])
+    results.summarize({"full": results.data["summary"]["full"], **summarize(results, results.budgets)})
 
 
 def _check(name: str) -> None:
@@ -164,7 +165,7 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
 
 
 def _choose(results: ResultFile, names: Sequence[str], budgets: Sequence[float]) -> None:
-    """Add the rows that are another row, chosen by its KL on the search samples."""
+    """Add the rows that are another row, chosen by its KL on the search samples among all that were ever measured."""
     for choice, among in CHOICES.items():
         for budget in budgets:
             keys = [{"method": name, "budget": budget} for name in names if name.partition("@")[0] in among]
@@ -187,13 +188,16 @@ def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "d
     """Paired differences to ``reference`` and mean ranks.
 
     ``differences``: per budget and method the 95 % bootstrap interval of KL(method) − KL(reference) over the same
-    held-out samples. ``mean_rank``: by held-out KL, over the budgets at which most methods exist; a method that
-    cannot reach a budget ranks last there, ties share the mean of their ranks.
+    held-out samples. ``mean_rank``: by held-out KL, over the budgets at which at least half of the methods were
+    measured, of the methods measured at all of them; a method that cannot reach a budget ranks last there, one whose
+    measurement failed has no rank, ties share the mean of their ranks.
     """
     differences: dict[str, dict[str, Any]] = {}
     ranks: dict[str, list[float]] = {}
+    counts = {budget: sum(row["budget"] == budget for row in results.rows) for budget in budgets}
+    ranked = [budget for budget in budgets if 2 * counts[budget] >= max(counts.values())]
     for budget in budgets:
-        its = [row for row in results.rows if row["budget"] == budget]
+        its = [row for row in results.rows if row["budget"] == budget and FAILED not in row]
         ours = results.per_sample({"method": reference, "budget": budget})
         between = {}
         for row in its:
@@ -202,10 +206,10 @@ def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "d
                 between[row["method"]] = bootstrap_ci95(theirs - ours)
         differences[f"{budget:g}"] = between
         values = [row.get("kl_heldout", np.inf) for row in its]
-        for row, value in zip(its, values, strict=True):
+        for row, value in zip(its, values, strict=True) if budget in ranked else ():
             below, equal = sum(v < value for v in values), sum(v == value for v in values)
             ranks.setdefault(row["method"], []).append(below + (equal + 1) / 2)
-    mean_rank = {name: float(np.mean(item)) for name, item in ranks.items() if len(item) == len(budgets)}
+    mean_rank = {name: float(np.mean(item)) for name, item in ranks.items() if len(item) == len(ranked)}
     return {
         "reference": reference,
         "differences": differences,

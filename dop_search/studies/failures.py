@@ -77,7 +77,7 @@ def failures(bench: Workbench, results: ResultFile, num_pictures: int = 4) -> No
     with bench.watch() as notify:
         results.measure(keys, row, notify, "lost answers")
     results.sort(keys)
-    results.summarize({"found_minus_uniform_ci95": _differences(results, bench.budgets, bench.config.seed)})
+    results.summarize({"found_minus_uniform_ci95": _differences(results, results.budgets, bench.config.seed)})
 
 
 def _differences(results: ResultFile, budgets: Sequence[float], seed: int) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def long_answers(
     results.sort(keys)
     summary = results.data["summary"]
     full = summary.get("full") or _full_model(bench, "heldout", changes, min_answer_tokens, bin_tokens)
-    results.summarize({"full": full, "differences": _differences(results, bench.budgets)})
+    results.summarize({"full": full, "differences": _differences(results, results.budgets)})
 
 
 def long_enough(teacher: Teacher, min_answer_tokens: int) -> list[int]:

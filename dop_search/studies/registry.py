@@ -88,6 +88,7 @@ def run_study(config: SearchConfig, progress: Progress) -> dict[str, Any]:
         config = config.model_copy(update={"num_threads": config.num_threads or 1})
     with _helpers(config, study.workers - 1):
         results = _measure(config, measure, progress)
+    results.refresh()  # a helper may have been the last to write
     folder = Path(study.folder)
     draw_study(results.data, folder)
     log_study(config.tracking, results.data, folder)

@@ -1,15 +1,18 @@
 """The result of a study: a JSON file of rows that grows as they are measured, so that nothing is measured twice.
 
-Several processes may measure the same study: each claims a group of rows before it measures them, under a lock, and
-takes over what a dead process had claimed.
+Several processes may measure the same study: each claims a group of rows before it measures them, by a lock that the
+system releases when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
+import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,6 @@ import numpy as np
 
 from dop_search.errors import CacheError, ConfigError, DataError, DopError, NumericalError
 from dop_search.files import write_text_atomic
-from dop_search.processes import is_dead, this_process
 from dop_search.progress import Notify
 
 log = logging.getLogger(__name__)
@@ -54,8 +56,9 @@ class ResultFile:
         self._fresh = {"format": FORMAT, "version": VERSION, "study": study, "setup": plain(setup)}
         self.data: dict[str, Any] = {**self._fresh, "rows": [], "summary": {}}
         self._samples: dict[str, list[float]] = {}
-        self._claims: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        self._claims = os.open(folder / ".claims", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, self._claims)  # locks last as long as it is open
         with self._locked():
             pass
 
@@ -66,6 +69,16 @@ class ResultFile:
         """The rows so far; each is its key and what was measured."""
         rows: list[Row] = self.data["rows"]
         return rows
+
+    @property
+    def budgets(self) -> list[float]:
+        """The budgets of all rows, also of those that this run does not ask for; the largest first."""
+        return sorted({row["budget"] for row in self.rows if row.get("budget") is not None}, reverse=True)
+
+    def refresh(self) -> None:
+        """Read what other processes have written meanwhile."""
+        with self._locked():
+            pass
 
     def find(self, key: Key) -> Row | None:
         """The row of a key."""
@@ -118,24 +131,22 @@ class ResultFile:
         while True:
             with self._locked():
                 open_ = [key for key in keys if self._is_open(key, mine)]
-                free = [key for key in open_ if self._is_free(_claim(key, group))]
-                if free:
-                    self._claims[_claim(free[0], group)] = this_process()
-                    self._save_claims()
+                claim = next(
+                    (name for name in dict.fromkeys(_claim(key, group) for key in open_) if self._take(name)), None
+                )
             notify(len(keys) - len(open_), len(keys), what)
             if not open_:
                 break
-            if not free:
+            if claim is None:
                 time.sleep(WAIT_S)
                 continue
-            claim = _claim(free[0], group)
-            for key in [key for key in open_ if _claim(key, group) == claim]:
-                self._measure_row(key, measure, what)
-                mine.add(_name(key))
-                notify(sum(not self._is_open(item, mine) for item in keys), len(keys), what)
-            with self._locked():
-                self._claims.pop(claim, None)
-                self._save_claims()
+            try:
+                for key in [key for key in open_ if _claim(key, group) == claim]:
+                    self._measure_row(key, measure, what)
+                    mine.add(_name(key))
+                    notify(sum(not self._is_open(item, mine) for item in keys), len(keys), what)
+            finally:
+                fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, _place(claim))
         found = [self.find(key) for key in keys]
         return [row for row in found if row is not None]
 
@@ -157,9 +168,13 @@ class ResultFile:
         row = self.find(key)
         return row is None or (FAILED in row and _name(key) not in mine)
 
-    def _is_free(self, claim: str) -> bool:
-        holder = self._claims.get(claim)
-        return holder is None or holder == this_process() or is_dead(holder)
+    def _take(self, claim: str) -> bool:
+        """Claim rows, unless another process has."""
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(claim))
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def _measure_row(self, key: Key, measure: Callable[..., Any], what: str) -> None:
         samples: np.ndarray | None = None
@@ -189,14 +204,10 @@ class ResultFile:
                 self.data = read_result(self.path)
                 _refuse_other(self.data, self._fresh, self.path)
             self._samples = _read_json(self.folder / SAMPLES_FILE)
-            self._claims = _read_json(self.folder / ".claims.json")
             yield
 
     def _save(self) -> None:
         write_text_atomic(self.path, to_text(self.data))
-
-    def _save_claims(self) -> None:
-        write_text_atomic(self.folder / ".claims.json", json.dumps(self._claims))
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -277,6 +288,11 @@ def _lines(samples: Mapping[str, list[float]]) -> str:
 
 def _name(key: Key) -> str:
     return json.dumps(plain(key), sort_keys=True)
+
+
+def _place(claim: str) -> int:
+    """The byte whose lock stands for a claim."""
+    return int.from_bytes(hashlib.sha256(claim.encode()).digest()[:7], "big")
 
 
 def _claim(key: Key, group: str | None) -> str:

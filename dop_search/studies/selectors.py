@@ -77,7 +77,7 @@ def selectors(
     with bench.watch() as notify:
         results.measure(keys, row, notify, "selectors with and without skipped operations", group="selector")
     results.sort(keys)
-    results.summarize(summarize(results, bench.budgets, bench.config.selector.name))
+    results.summarize(summarize(results, results.budgets, bench.config.selector.name))
 
 
 def summarize(results: ResultFile, budgets: Sequence[float], reference: str) -> dict[str, Any]:

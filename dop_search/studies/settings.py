@@ -3,8 +3,10 @@ its settings its rows depend on."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dop_search.config import SearchConfig
@@ -60,7 +62,13 @@ def row_settings(config: SearchConfig, measure: Callable[..., Any]) -> dict[str,
         return {}  # it reads other results, anew every time
     parameters = list(inspect.signature(measure).parameters.values())[2:]
     options = {parameter.name: parameter.default for parameter in parameters} | dict(study.options)
+    own: dict[str, Any] = {}
+    if study.name == "solver":  # its one budget is in no key
+        own["budget"] = flops_ratios(config)
+    if config.data.path is not None and Path(config.data.path).is_file():
+        own["data_file"] = hashlib.sha256(Path(config.data.path).read_bytes()).hexdigest()[:16]
     return {
+        **own,
         "selector": config.selector.model_dump(mode="json"),
         "space": config.space.model_dump(mode="json"),
         "options": {name: value for name, value in options.items() if name not in ROWS.get(study.name, ())},
@@ -82,6 +90,16 @@ def check_settings(config: SearchConfig) -> None:
         if given is not None:
             raise ConfigError(f"study {name!r} has no use for `{key}`, but got {given}; leave it out: {instead}")
     flops_ratios(config)
+    if name != "claims" and min(config.data.num_samples, config.data.num_heldout) < 2:
+        raise ConfigError(
+            f"study {name!r} gives intervals over samples, but got data.num_samples={config.data.num_samples} and "
+            f"data.num_heldout={config.data.num_heldout}; give at least 2 of each"
+        )
+    if name in JUDGED and config.data.answers != "teacher":
+        raise ConfigError(
+            f"study {name!r} counts the answers that stay the full model's, but got "
+            f"data.answers={config.data.answers}; leave it at teacher"
+        )
     make_selector(config.selector.name, config.selector.options)
     judged = (JUDGED[name],) if name in JUDGED else ()
     check_data(config.data, None, SPLITS.get(name, ("search", "heldout")), judged)

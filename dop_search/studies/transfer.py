@@ -90,6 +90,8 @@ def transfer(
         }
         return values, heldout
 
+    for seed in seeds:
+        bench.check_other_seed(seed)
     keys = _keys(own, models, seeds, bench.budgets)
     with bench.watch() as notify:
         results.measure(keys, row, notify, "strategies at their targets", group="target")

@@ -125,12 +125,7 @@ def validation_seed(bench: Workbench, results: ResultFile, seeds: Sequence[int] 
         raise ConfigError(f"`seeds` must be two or more different ones, but got {list(seeds)}; e.g. [0,1,2]")
 
     def row(seed: int, budget: float) -> tuple[Row, np.ndarray]:
-        shared = {*bench.data("search", seed=seed).ids} & {*bench.data("heldout").ids}
-        if shared:
-            raise ConfigError(
-                f"{len(shared)} search samples of seed {seed} are held-out samples of seed {bench.config.data.seed}, "
-                f"e.g. {min(shared)!r}; use experiment=validation_size, whose subsets are of one search set"
-            )
+        bench.check_other_seed(seed)
         return _measure(bench, [bench.profile(seed=seed)], budget)
 
     keys = [{"seed": seed, "budget": budget} for budget in bench.budgets for seed in seeds]

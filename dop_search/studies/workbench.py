@@ -15,6 +15,7 @@ from dop_search.config import DataConfig, SearchConfig, SpaceConfig
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.validation import Split
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
+from dop_search.errors import ConfigError
 from dop_search.evaluation import correct_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.profiling import Profile, evaluation_store, profile
@@ -82,6 +83,20 @@ class Workbench:
         if key not in self._data:
             self._data[key] = load_split(self.data_config(changes), split)
         return self._data[key]
+
+    def check_other_seed(self, seed: int) -> None:
+        """Refuse a seed whose search samples would be scored on.
+
+        Raises:
+            ConfigError: if some are among the held-out ones, as in a file that is shuffled before it is cut.
+        """
+        shared = {*self.data("search", seed=seed).ids} & {*self.data("heldout").ids}
+        if shared:
+            raise ConfigError(
+                f"{len(shared)} search samples of seed {seed} are held-out samples of seed {self.config.data.seed}, "
+                f"e.g. {min(shared)!r}; leave that seed out (study.options.seeds), or use experiment=validation_size, "
+                "whose subsets are of one search set"
+            )
 
     def teacher(self, split: Split, selector: str | Selector | None = None, **changes: Any) -> Teacher:
         """The full model's answers on a split, with its tokens ranked by ``selector`` (default: the configured)."""

@@ -104,7 +104,7 @@ def test_the_first_layers_compute_what_they_compute_in_the_model(model):
 
 def test_grids_cover_the_samples():
     text, visual, lengths = grids([TokenCounts(5, 100), TokenCounts(9, 60)])
-    assert (text, visual[0], visual[-1], lengths) == ((5, 9), 0, 100, (69, 105))
+    assert (text, visual[0], visual[-1], lengths) == ((5, 9), 0, 100, (69, 78, 87, 96, 105))
     assert list(visual) == sorted(set(visual))
     with pytest.raises(DataError, match="at least one sample"):
         measure_table(None, [])

@@ -128,6 +128,27 @@ def test_ranks_share_ties_and_differences_are_paired(tmp_path: Path) -> None:
     assert "c" not in summary["differences"]["0.5"]
 
 
+def test_failures_have_no_rank_and_a_budget_of_few_methods_does_not_count(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path, "compare", {})
+    for budget in (0.5, 0.1):
+        results.add({"method": "a", "budget": budget}, {"kl_heldout": 0.1})
+        results.add({"method": "b", "budget": budget}, {"kl_heldout": 0.2})
+        results.add({"method": "c", "budget": budget}, {"failed": "OutOfMemoryError"})
+    results.add({"method": "b", "budget": 0.3}, {"kl_heldout": 0.2})
+    assert results.budgets == [0.5, 0.3, 0.1]
+    assert summarize(results, results.budgets)["mean_rank"] == {"a": 1.0, "b": 2.0}
+
+
+def test_ours_is_chosen_among_all_rows_not_only_the_methods_of_this_run(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path, "compare", {})
+    for name, kl in (("dop", 0.3), ("dop_split", 0.1)):
+        results.add({"method": name, "budget": 0.5}, {"kl_search": kl, "kl_heldout": kl, "hyperparameters": {}})
+    compare._choose(results, ["dop", "dop_split"], [0.5])
+    chosen = results.find({"method": "dop_search", "budget": 0.5})
+    assert chosen is not None
+    assert chosen["hyperparameters"] == {"chosen": "dop_split"}
+
+
 def test_relative_mean_weighs_families_alike() -> None:
     right = np.array([True, False, True, True, False])
     full = np.array([True, True, True, True, False])

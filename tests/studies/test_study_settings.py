@@ -46,6 +46,7 @@ def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("search=exact_optuna", r"no use for `search`, but got search\.solver=exact_optuna.*study\.options"),
         ("search.num_rerank=3", r"got search\.num_rerank=3; leave it out"),
         ("eval=pocket13", r"no use for `eval`, but got eval\.name=pocket13"),
+        ("data.num_heldout=1", r"intervals over samples, but got data\.num_samples=4 and data\.num_heldout=1"),
         ("storage=shared.journal", r"no use for `storage`, but got storage=shared\.journal.*study\.workers"),
     ],
 )
@@ -124,3 +125,20 @@ def test_rows_are_of_one_selector_space_and_set_of_options(tmp_path: Path) -> No
 def test_options_that_only_add_rows_are_options() -> None:
     for name, options in ROWS.items():
         assert options <= set(inspect.signature(STUDIES[name]).parameters)
+
+
+def test_answers_are_compared_with_the_full_models(run_small_study: StudyRunner) -> None:
+    with pytest.raises(ConfigError, match=r"data\.answers=ground_truth; leave it at teacher"):
+        run_small_study("compare", "data.answers=ground_truth")
+
+
+def test_another_budget_of_solvers_or_another_file_is_another_result(tmp_path: Path) -> None:
+    def settings(*overrides: str) -> dict[str, object]:
+        return row_settings(study_config("solver", tmp_path, *overrides), STUDIES["solver"])
+
+    assert settings("budget=0.2") != settings("budget=0.1")
+    data = unanswered(tmp_path)
+    before = settings(*data)
+    assert settings(*data) == before
+    (tmp_path / "mine.jsonl").write_text((tmp_path / "mine.jsonl").read_text() + "\n")
+    assert settings(*data) != before
