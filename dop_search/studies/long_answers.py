@@ -105,7 +105,7 @@ def long_answers(
     results.sort(keys)
     summary = results.data["summary"]
     full = summary.get("full") or _full_model(bench, "heldout", changes, min_answer_tokens, bin_tokens)
-    results.summarize({"full": full, "differences": _differences(results, results.budgets)})
+    results.summarize({"full": full, "differences": _differences(results)})
 
 
 def long_enough(teacher: Teacher, min_answer_tokens: int) -> list[int]:
@@ -212,10 +212,10 @@ def first_other_token(given: Sequence[int], answer: Sequence[int]) -> float:
     return float("inf")
 
 
-def _differences(results: ResultFile, budgets: Sequence[float]) -> dict[str, Any]:
-    """Paired 95 % intervals of the held-out KL between strategies, per budget."""
+def _differences(results: ResultFile) -> dict[str, Any]:
+    """Paired 95 % intervals of the held-out KL between strategies, per budget that strategies were searched for."""
     found = {}
-    for budget in budgets:
+    for budget in (budget for budget in results.budgets if results.find({"strategy": FOUND, "budget": budget})):
         samples = {
             name: results.per_sample({"strategy": name, "budget": budget}) for name in (UNIFORM, FOUND, FOUND_LONG)
         }
