@@ -60,7 +60,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A stand-in for lmms-eval: right answers in proportion to the tokens kept. Remembers what was measured."""
     calls: list[str] = []
 
-    def score_suite(loaded, suite, strategy, *, work_dir, on_progress) -> SuiteScores:
+    def score_suite(loaded, suite, strategy, *, work_dir, on_progress, revisions) -> SuiteScores:
+        assert revisions == {}  # rendered rows have no commits
         calls.append("full" if strategy is None else strategy.key())
         kept = 20 if strategy is None or strategy.num_visual_tokens is None else strategy.num_visual_tokens % 20
         on_progress(20, 20, "everything")
@@ -68,6 +69,22 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("dop_search.evaluation.suite_scores.score_suite", score_suite)
     return calls
+
+
+def test_all_states_are_scored_on_one_commit_of_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commits, given = iter(("first", "second")), []
+
+    def score_suite(*args: object, revisions: dict[str, str], **kwargs: object) -> SuiteScores:
+        given.append(revisions)
+        return suite_scores(gqa=[1.0])
+
+    monkeypatch.setattr("dop_search.evaluation.suite_scores.score_suite", score_suite)
+    monkeypatch.setattr("dop_search.evaluation.lmms.hub.check_suite", lambda suite: None)
+    monkeypatch.setattr("dop_search.evaluation.lmms.hub.revisions_of", lambda suite: {"lmms-lab/GQA": next(commits)})
+    judge = SuiteJudge(SimpleNamespace(), load_suite("dop13"), tmp_path, SilentProgress())
+    judge.scores(None)
+    judge.scores(Strategy.full(4, num_visual_tokens=3))
+    assert given == [{"lmms-lab/GQA": "first"}] * 2
 
 
 def test_every_state_of_the_model_is_measured_once(measured: list[str], tmp_path: Path) -> None:

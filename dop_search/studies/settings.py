@@ -35,6 +35,7 @@ JUDGED: Mapping[str, Split] = {
     "additive_vs_exact": "test",
     "compare": "heldout",
     "failures": "test",
+    "long_answers": "heldout",
     "objective": "test",
     "text_operations": "heldout",
     "vision_tower": "heldout",

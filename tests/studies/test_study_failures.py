@@ -40,7 +40,7 @@ def test_counts_pictures_figures_and_a_rerun(run_small_study: StudyRunner, tmp_p
     assert (tmp_path / "out" / "pictures.png").stat().st_size > 10_000
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "failures", *given)
     with pytest.raises(ConfigError, match="num_pictures=-1"):
-        run_small_study("failures", *given, "study.options.num_pictures=-1")
+        run_small_study("failures", *given, "study.options.num_pictures=-1", f"study.folder={tmp_path / 'none'}")
 
 
 def test_pictures_go_round_the_families() -> None:

@@ -67,7 +67,9 @@ def unanswered(folder: Path) -> tuple[str, ...]:
     return "data=jsonl", f"data.path={folder / 'mine.jsonl'}", "data.num_test=4"
 
 
-@pytest.mark.parametrize("name", ["compare", "failures", "objective", "text_operations", "additive_vs_exact"])
+@pytest.mark.parametrize(
+    "name", ["compare", "failures", "objective", "text_operations", "additive_vs_exact", "long_answers"]
+)
 def test_a_study_that_judges_answers_needs_them(run_small_study: StudyRunner, tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"mine\.jsonl' line \d+ has no answer"):
         run_small_study(name, *unanswered(tmp_path))
