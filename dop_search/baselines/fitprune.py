@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import nested_strategy, solve_real
-from dop_search.divergence.encoding import EncodedSample, rotary
+from dop_search.divergence.encoding import EncodedSample, full_states, rotary
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample
@@ -146,12 +146,7 @@ def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSamp
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in adapter.layers]
     try:
-        adapter.text_model(
-            inputs_embeds=sample.embeds[None, :length],
-            position_ids=sample.full_position_ids[..., :length],
-            use_cache=False,
-            **adapter.deepstack_arguments(visual[None], sample.deepstack),
-        )
+        full_states(adapter, sample, length)
     finally:
         for handle in handles:
             handle.remove()

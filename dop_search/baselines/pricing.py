@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dop_search.cost import CostModel
 from dop_search.operations import ModelDims, TokenCounts
 from dop_search.pruning.stages import StagePlan
-from dop_search.selectors import make_selector
+from dop_search.selectors import SelectionSizes, make_selector
 from dop_search.strategy import Strategy
 
 TOLERANCE = 0.01
@@ -58,18 +58,14 @@ class Pricing:
         if strategy.stages or whole:
             return 0
         selector = make_selector(strategy.selector, strategy.selector_options)
-        return sum(
-            weight
-            * selector.selection_flops(
-                counts.visual,
-                self.dims,
-                strategy.num_kept(counts.visual),
-                vision_width=self.vision_width,
-                num_patches=counts.visual * self.patches_per_token,
-            )
-            for counts, weight in self._unique.items()
-            if strategy.num_kept(counts.visual) < counts.visual or len(strategy.groups) > 1
-        )
+        width = self.vision_width or self.dims.hidden_size
+        total = 0
+        for counts, weight in self._unique.items():
+            visual, kept = counts.visual, strategy.num_kept(counts.visual)
+            if kept < visual or len(strategy.groups) > 1:
+                sizes = SelectionSizes(visual, kept, self.dims, width, visual * self.patches_per_token)
+                total += weight * selector.selection_flops(sizes)
+        return total
 
     def ratio(self, strategy: Strategy) -> float:
         """FLOPs relative to the full model's."""

@@ -25,7 +25,7 @@ from dop_search.baselines.equal_flops import fewest_layers, solve_integer
 from dop_search.baselines.fitprune import layer_inputs
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
 from dop_search.cost import CostModel
-from dop_search.divergence.encoding import EncodedSample
+from dop_search.divergence.encoding import EncodedSample, full_states
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
@@ -98,26 +98,21 @@ def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Colle
     """From the short model's final states of text tokens to the full model's, with all visual tokens in both."""
     wanted, states = [], []
     for sample in samples:
-        full = final_states(loaded, sample)
+        full = final_states(loaded.adapter, sample)
         with layers_removed(loaded.model, removed):
-            short = final_states(loaded, sample)
+            short = final_states(loaded.adapter, sample)
         wanted.append(full[~sample.visual])
         states.append(short[~sample.visual])
     return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), rank)
 
 
 @torch.inference_mode()
-def final_states(loaded: LoadedModel, sample: EncodedSample) -> Tensor:
-    """States before the final norm of prompt and answer with all visual tokens: ``[length, hidden_size]``."""
+def final_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
+    """States before the final norm with all visual tokens, ``[length, hidden_size]``; ``None``: prompt and answer."""
     seen: list[Tensor] = []
-    handle = loaded.adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    handle = adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     try:
-        loaded.adapter.text_model(
-            inputs_embeds=sample.embeds[None],
-            position_ids=sample.full_position_ids,
-            use_cache=False,
-            **loaded.adapter.deepstack_arguments(sample.visual[None], sample.deepstack),
-        )
+        full_states(adapter, sample, length)
     finally:
         handle.remove()
     return seen[0]
@@ -127,7 +122,7 @@ def final_states(loaded: LoadedModel, sample: EncodedSample) -> Tensor:
 def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
     """Importance-weighted change that each layer makes to one prompt: ``[num_layers]`` float64."""
     views = layer_inputs(adapter, sample)
-    after = [*[view.hidden for view in views[1:]], _last_output(adapter, sample)]
+    after = [*[view.hidden for view in views[1:]], final_states(adapter, sample, sample.prompt_length)]
     result = []
     for view, behind in zip(views, after, strict=True):
         last = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
@@ -135,22 +130,6 @@ def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
         change = 1.0 - torch.nn.functional.cosine_similarity(view.hidden.double(), behind.double(), dim=1)
         result.append((weight * change).sum())
     return torch.stack(result)
-
-
-def _last_output(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
-    seen: list[Tensor] = []
-    handle = adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-    try:
-        length = sample.prompt_length
-        adapter.text_model(
-            inputs_embeds=sample.embeds[None, :length],
-            position_ids=sample.full_position_ids[..., :length],
-            use_cache=False,
-            **adapter.deepstack_arguments(sample.visual[None, :length], sample.deepstack),
-        )
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def removal_order(context: FitContext) -> tuple[int, ...]:

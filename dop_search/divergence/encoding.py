@@ -134,3 +134,18 @@ def rotary(adapter: ModelAdapter, sample: EncodedSample) -> tuple[Tensor, Tensor
     """Cosine and sine of the sample's positions, each ``[length, head_dim]``."""
     cos, sin = adapter.rotary(sample.embeds[None], sample.full_position_ids)
     return cos[0], sin[0]
+
+
+def full_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
+    """The decoder as it is on a sample: its normed last states, ``[length, hidden_size]``.
+
+    ``length``: tokens from the start, all of the prompt at least; ``None``: the answer as well.
+    """
+    end = len(sample.visual) if length is None else length
+    states: Tensor = adapter.text_model(
+        inputs_embeds=sample.embeds[None, :end],
+        position_ids=sample.full_position_ids[..., :end],
+        use_cache=False,
+        **adapter.deepstack_arguments(sample.visual[None, :end], sample.deepstack),
+    ).last_hidden_state[0]
+    return states

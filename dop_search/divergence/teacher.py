@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dop_search.data.samples import Sample, ValidationSet, alike_batches, no_answer
-from dop_search.divergence.encoding import EncodedSample, encode
+from dop_search.divergence.encoding import EncodedSample, encode, full_states
 from dop_search.errors import CacheError, NumericalError
 from dop_search.files import write_atomic
 from dop_search.models.adapter import ModelAdapter
@@ -150,8 +150,12 @@ def generate_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: i
     model: Any = loaded.model
     output = model.generate(
         **inputs,
-        **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad},
-        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
     )
     rows: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return rows
@@ -193,12 +197,7 @@ def cut_at_end(ids: Sequence[int], end: Sequence[int]) -> list[int]:
 def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: Selector) -> TeacherSample:
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
     encoded = encode(loaded.adapter, inputs, answer, selector)
-    hidden = loaded.adapter.text_model(
-        inputs_embeds=encoded.embeds[None],
-        position_ids=encoded.full_position_ids,
-        use_cache=False,
-        **loaded.adapter.deepstack_arguments(encoded.visual[None], encoded.deepstack),
-    ).last_hidden_state[0, encoded.prompt_length - 1 :]
+    hidden = full_states(loaded.adapter, encoded)[encoded.prompt_length - 1 :]
     logits = loaded.adapter.lm_head(hidden).float()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from dop_search.errors import DopError
 from dop_search.selectors.avg_pool import AvgPoolSelector
-from dop_search.selectors.base import Selection, Selector, SelectorInputs
+from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
 from dop_search.selectors.divprune import DivPruneSelector
@@ -65,4 +65,4 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     return SELECTORS[name](**(options or {}))
 
 
-__all__ = ["SELECTORS", "Selection", "Selector", "SelectorInputs", "make_selector"]
+__all__ = ["SELECTORS", "Selection", "SelectionSizes", "Selector", "SelectorInputs", "make_selector"]

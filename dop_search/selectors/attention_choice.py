@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dop_search.errors import DopError
-from dop_search.selectors.base import SelectorInputs
+from dop_search.selectors.base import SelectionSizes, SelectorInputs
 
 ATTENTION_FIELDS = {"cls": "cls_attention", "received": "received_attention"}
 
@@ -29,16 +29,12 @@ def attention_of(inputs: SelectorInputs, attention: str) -> Tensor:
     return inputs.tensor(attention_field(attention))
 
 
-def attention_flops(attention: str, num_visual: int, num_patches: int | None, width: int) -> int:
+def attention_flops(attention: str, sizes: SelectionSizes) -> int:
     """FLOPs of the chosen attention, queries and keys projected once more, from the layer's input.
 
-    Args:
-        attention: ``cls``: one row of scores and all keys; ``received``: all scores, queries and keys.
-        num_visual: visual tokens, which stand for the patches where ``num_patches`` is ``None``.
-        num_patches: patches of the tower.
-        width: its channels.
+    ``cls``: one row of scores and all keys; ``received``: all scores, queries and keys.
     """
-    patches = num_visual if num_patches is None else num_patches
+    patches, width = sizes.num_patches, sizes.width
     if attention_field(attention) == "received_attention":
         return 2 * patches * width * (2 * width + patches)
     return 2 * patches * width * (width + 1)

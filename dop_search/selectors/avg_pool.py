@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dop_search.operations import ModelDims
-from dop_search.selectors.base import Selection, SelectorInputs, with_rest
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, with_rest
 from dop_search.selectors.grid_cells import balanced_cells
 from dop_search.selectors.sharing import PerImageSelector
 from dop_search.selectors.uniform_grid import spread_order
@@ -42,13 +41,6 @@ class AvgPoolSelector(PerImageSelector):
         member = torch.nn.functional.one_hot(index, num_kept).T.float()  # a product adds in a fixed order
         return Selection(order, middles, member @ embeds / member.sum(dim=1, keepdim=True))
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """The means."""
-        return num_visual * dims.hidden_size
+        return sizes.num_visual * sizes.dims.hidden_size

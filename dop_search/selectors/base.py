@@ -98,6 +98,26 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class SelectionSizes:
+    """What the price of a selection depends on, for one sample.
+
+    Attributes:
+        num_visual: visual tokens of the sample.
+        num_kept: how many of them are kept.
+        dims: the decoder.
+        width: channels of the vision tower.
+        num_patches: patches that the tower computes for the sample. All are taken to attend to each other, which is
+            more than towers compute on several tiles or images.
+    """
+
+    num_visual: int
+    num_kept: int
+    dims: ModelDims
+    width: int
+    num_patches: int
+
+
+@dataclass(frozen=True)
 class Selector(ABC):
     """Ranks the visual tokens of a sample. A new criterion is one subclass in one file, listed in ``SELECTORS``.
 
@@ -151,24 +171,8 @@ class Selector(ABC):
         """
         raise NotImplementedError
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
-        """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out.
-
-        Args:
-            num_visual: visual tokens of the sample.
-            dims: the decoder.
-            num_kept: tokens kept; ``None``: all.
-            vision_width: channels of the vision tower; the decoder's width, mostly more, where not given.
-            num_patches: patches that the tower computes for the sample; as many as visual tokens where not given. All
-                are taken to attend to each other, which is more than towers compute on several tiles or images.
-        """
+    def selection_flops(self, sizes: SelectionSizes) -> int:
+        """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out."""
         return 0
 
     def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:

@@ -8,8 +8,15 @@ import numpy as np
 from torch import Tensor
 
 from dop_search.errors import DopError
-from dop_search.operations import ModelDims
-from dop_search.selectors.base import Selector, SelectorInputs, cosine_matrix, finite_array, kept_count, with_rest
+from dop_search.selectors.base import (
+    SelectionSizes,
+    Selector,
+    SelectorInputs,
+    cosine_matrix,
+    finite_array,
+    kept_count,
+    with_rest,
+)
 from dop_search.selectors.clip_text import clip_text
 
 EXHAUSTED = 1e-10
@@ -38,17 +45,9 @@ class _CdprunerBase(Selector):
         chosen = greedy_map(kernel, kept_count(inputs, num_kept))
         return with_rest(chosen, np.argsort(-relevance, kind="stable"))
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """All pairwise cosines and the incremental Cholesky factor; the text encoder is left out."""
-        kept = num_visual if num_kept is None else num_kept
-        return 2 * num_visual**2 * dims.hidden_size + num_visual * kept**2
+        return 2 * sizes.num_visual**2 * sizes.dims.hidden_size + sizes.num_visual * sizes.num_kept**2
 
 
 @dataclass(frozen=True)

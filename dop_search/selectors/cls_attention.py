@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_flops
-from dop_search.selectors.base import Selector, SelectorInputs, descending
+from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,6 @@ class ClsAttentionSelector(Selector):
         """See base class."""
         return descending(inputs.tensor("cls_attention"))
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """The CLS row of scores; keys are projected once more, from the layer's input."""
-        width = vision_width or dims.hidden_size
-        return attention_flops("cls", num_visual, num_patches, width)
+        return attention_flops("cls", sizes)

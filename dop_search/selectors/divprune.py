@@ -6,8 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.operations import ModelDims
-from dop_search.selectors.base import Selector, SelectorInputs, cosine_matrix, finite_array, kept_count, with_rest
+from dop_search.selectors.base import (
+    SelectionSizes,
+    Selector,
+    SelectorInputs,
+    cosine_matrix,
+    finite_array,
+    kept_count,
+    with_rest,
+)
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,6 @@ class DivPruneSelector(Selector):
             nearest = np.minimum(nearest, distance[chosen[-1]])
         return np.array(chosen)
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """All pairwise cosines."""
-        return 2 * num_visual**2 * dims.hidden_size
+        return 2 * sizes.num_visual**2 * sizes.dims.hidden_size

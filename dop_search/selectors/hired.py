@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.errors import DopError
-from dop_search.operations import ModelDims
-from dop_search.selectors.base import Selector, SelectorInputs, descending, kept_count
+from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending, kept_count
 from dop_search.selectors.sharing import shares
 
 
@@ -78,14 +78,6 @@ class HiredSelector(Selector):
         crop = row * tile_grid[0] // side * tile_grid[1] + column * tile_grid[1] // side
         return np.bincount(crop, minlength=tile_grid[0] * tile_grid[1])
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """The CLS rows of two layers with their keys."""
-        width = vision_width or dims.hidden_size
-        return 4 * num_visual * width * (width + 1)
+        return 2 * attention_flops("cls", sizes)

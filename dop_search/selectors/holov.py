@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.errors import DopError
-from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, finite_array
 from dop_search.selectors.sharing import PerImageSelector, shares
 
 
@@ -73,15 +72,7 @@ class HoloVSelector(PerImageSelector):
         mean = variance.mean()
         return scaled + (self.alpha * variance * scaled.mean() / mean if mean > 0 else 0.0)
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, and the cosines within segments."""
-        width = vision_width or dims.hidden_size
-        within = num_visual**2 // max(1, min(self.num_segments, num_visual)) * dims.hidden_size
-        return attention_flops(self.attention, num_visual, num_patches, width) + 2 * within
+        within = sizes.num_visual**2 // max(1, min(self.num_segments, sizes.num_visual)) * sizes.dims.hidden_size
+        return attention_flops(self.attention, sizes) + 2 * within

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dop_search.operations import ModelDims
+from dop_search.selectors.attention_choice import attention_flops
 from dop_search.selectors.base import (
     Selection,
+    SelectionSizes,
     SelectorInputs,
     cosine_matrix,
     descending,
@@ -77,15 +78,8 @@ class PruMergePlusSelector(PerImageSelector):
         strided = rest[np.arange(missing) * len(rest) // max(1, missing)]
         return np.concatenate([outliers, strided])
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """Keys and the CLS row, key similarities, and the weighted sums."""
-        width = vision_width or dims.hidden_size
-        kept = num_visual if num_kept is None else num_kept
-        return 2 * num_visual * width * (width + 1 + kept) + 2 * width * (kept * self.num_neighbors + num_visual)
+        attention = attention_flops("cls", sizes)
+        similarities, means = sizes.num_visual * sizes.num_kept, sizes.num_kept * self.num_neighbors + sizes.num_visual
+        return attention + 2 * sizes.width * (similarities + means)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_flops
-from dop_search.selectors.base import Selector, SelectorInputs, descending
+from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending
 
 
 @dataclass(frozen=True)
@@ -21,17 +20,9 @@ class ReceivedAttentionSelector(Selector):
     name = "received_attention"
     requires = frozenset({"received_attention"})
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """The scores of all patches; queries and keys are projected once more, from the layer's input."""
-        width = vision_width or dims.hidden_size
-        return attention_flops("received", num_visual, num_patches, width)
+        return attention_flops("received", sizes)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

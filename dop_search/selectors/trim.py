@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.operations import ModelDims
 from dop_search.selectors.base import (
     Selection,
+    SelectionSizes,
     Selector,
     SelectorInputs,
     cosine_matrix,
@@ -49,16 +49,9 @@ class _TrimBase(Selector):
         mean = embeds[torch.from_numpy(dropped).to(embeds.device)].float().mean(dim=0, keepdim=True)
         return Selection(with_rest(np.concatenate([kept, dropped[-1:]]), order), dropped[-1:], mean)
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """One similarity per token and the mean; the text encoder is left out."""
-        return 3 * num_visual * dims.hidden_size
+        return 3 * sizes.num_visual * sizes.dims.hidden_size
 
 
 @dataclass(frozen=True)

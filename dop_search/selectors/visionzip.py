@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dop_search.errors import DopError
-from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, with_rest
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, with_rest
 from dop_search.selectors.sharing import PerImageSelector
 
 
@@ -82,19 +81,11 @@ class VisionZipSelector(PerImageSelector):
         order = with_rest(np.concatenate([chosen, targets]), by_attention)
         return Selection(order, np.concatenate(slots), torch.cat(features), "features")
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, similarities of the rest with the targets, and the means."""
-        width = vision_width or dims.hidden_size
-        _, contextual = self.split(num_visual if num_kept is None else num_kept)
-        attention = attention_flops(self.attention, num_visual, num_patches, width)
-        return attention + 2 * num_visual * contextual * dims.head_dim + num_visual * width
+        _, contextual = self.split(sizes.num_kept)
+        attention = attention_flops(self.attention, sizes)
+        return attention + 2 * sizes.num_visual * contextual * sizes.dims.head_dim + sizes.num_visual * sizes.width
 
 
 def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:

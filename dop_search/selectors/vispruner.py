@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.errors import DopError
-from dop_search.operations import ModelDims
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import Selection, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, finite_array
 from dop_search.selectors.sharing import PerImageSelector
 
 
@@ -74,14 +73,6 @@ class VisPrunerSelector(PerImageSelector):
         diverse = by_attention[np.isin(by_attention, rest)]
         return Selection(np.concatenate([important, diverse, *reversed(removed)]))
 
-    def selection_flops(
-        self,
-        num_visual: int,
-        dims: ModelDims,
-        num_kept: int | None = None,
-        vision_width: int | None = None,
-        num_patches: int | None = None,
-    ) -> int:
+    def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, and all pairwise cosines."""
-        width = vision_width or dims.hidden_size
-        return attention_flops(self.attention, num_visual, num_patches, width) + 2 * num_visual**2 * width
+        return attention_flops(self.attention, sizes) + 2 * sizes.num_visual**2 * sizes.width

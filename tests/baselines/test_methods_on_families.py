@@ -14,7 +14,7 @@ from dop_search.divergence.encoding import encode
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.prompts import with_answer
 from dop_search.operations import TokenCounts
-from dop_search.selectors import make_selector
+from dop_search.selectors import SelectionSizes, make_selector
 from dop_search.strategy import Strategy
 from dop_search.testing.inputs import tiny_sample
 from dop_search.testing.models import tiny_model
@@ -42,7 +42,7 @@ def test_states_are_the_full_models(family: str) -> None:
     adapter, inputs = adapter_for(model), tiny_sample(model)
     with torch.inference_mode():
         encoded = encode(adapter, inputs, ANSWER, make_selector("uniform_grid"))
-        states = final_states(SimpleNamespace(adapter=adapter), encoded)  # type: ignore[arg-type]
+        states = final_states(adapter, encoded)
         logits = adapter.lm_head(adapter.text_model.norm(states))
         expected = model(**with_answer(inputs, torch.tensor([ANSWER[:-1]]))).logits[0]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -61,7 +61,7 @@ def test_attention_that_is_asked_for_is_paid_for() -> None:
     dims = adapter_for(tiny_model("llava")).dims
     for name in ("visionzip", "vispruner", "holov"):
         row, every = (
-            make_selector(name, {"attention": attention}).selection_flops(1296, dims, 100, 1280, 1296)
+            make_selector(name, {"attention": attention}).selection_flops(SelectionSizes(1296, 100, dims, 1280, 1296))
             for attention in ("cls", "received")
         )
         assert every - row == 2 * 1296 * 1280 * (1280 + 1296 - 1)

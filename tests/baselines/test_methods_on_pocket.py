@@ -154,11 +154,11 @@ def test_short_lvlm_removes_the_least_influential_and_repair_helps(pocket, few, 
     assert removed == sorted(order[: len(removed)])
     sample = few.samples[0].encoded
     repair = bridge(pocket, [sample], removed, rank=4)
-    full = final_states(pocket, sample)
+    full = final_states(pocket.adapter, sample)
     with fitted.apply(pocket.model):
         assert len(pocket.model.model.language_model.layers) == LAYERS - len(removed)
     with layers_removed(pocket.model, removed):
-        short = final_states(pocket, sample)
+        short = final_states(pocket.adapter, sample)
     text = ~sample.visual
     assert float((repair(short) - full)[text].norm()) < 0.9 * float((short - full)[text].norm())
 

@@ -10,7 +10,7 @@ from invented_inputs import invented
 
 from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.operations import ModelDims
-from dop_search.selectors import SELECTORS, make_selector
+from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
 from dop_search.selectors.base import cosine_matrix
 from dop_search.selectors.grid_cells import balanced_cells, grid_cells, smaller_grid
 from dop_search.selectors.sharing import shares
@@ -79,7 +79,10 @@ def test_ties_keep_the_order_of_the_tokens_and_choose_without_error(name, clip_f
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 def test_own_cost_is_an_estimate_that_grows_with_the_image(name):
-    small, large = (SELECTORS[name]().selection_flops(count, DIMS, 10) for count in (50, 200))
+    small, large = (
+        SELECTORS[name]().selection_flops(SelectionSizes(count, 10, DIMS, DIMS.hidden_size, count))
+        for count in (50, 200)
+    )
     assert 0 <= small <= large
     if name in ("divprune", "cdpruner_llm"):
         assert large >= 2 * 200**2 * 24  # all pairwise cosines
