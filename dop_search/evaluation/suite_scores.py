@@ -102,7 +102,8 @@ class _Run:
         """Every benchmark's score, and the fingerprints that they are kept by."""
         check_suite(self.suite)
         revisions = revisions_of(self.suite) if revisions is None else dict(revisions)
-        marks = {benchmark.name: self._mark(benchmark, revisions) for benchmark in self.suite.benchmarks}
+        model = self.loaded.fingerprint  # reads a whole tokenizer
+        marks = {benchmark.name: self._mark(benchmark, revisions, model) for benchmark in self.suite.benchmarks}
         found: dict[str, BenchmarkScore] = {}
         for benchmark in self.suite.benchmarks:
             known = self._known(benchmark, marks[benchmark.name]) if resume else None
@@ -115,7 +116,7 @@ class _Run:
                 found[benchmark.name] = score
         return {b.name: found[b.name] for b in self.suite.benchmarks}, list(marks.values())
 
-    def _mark(self, benchmark: Benchmark, revisions: Mapping[str, str]) -> str:
+    def _mark(self, benchmark: Benchmark, revisions: Mapping[str, str], model: str) -> str:
         """Names everything that a benchmark's score depends on.
 
         But not the batch size, whose rounding can change an answer in half precision: who runs out of memory goes on
@@ -125,7 +126,7 @@ class _Run:
 
         suite = self.suite
         return fingerprint(
-            self.loaded.fingerprint,
+            model,
             None if self.strategy is None else self.strategy.key(),
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
