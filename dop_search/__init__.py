@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dop_search.cost import Budget
     from dop_search.data.validation import validation_set
+    from dop_search.divergence.profiling import Profile, profile
     from dop_search.models.loading import load
-    from dop_search.profiling import Profile, profile
     from dop_search.pruning import prune_, pruned
     from dop_search.strategy import Strategy
+    from dop_search.strategy.cost import Budget
 
 __version__ = "0.1.0"
 
@@ -21,9 +21,9 @@ _PUBLIC = {
     "prune_": "dop_search.pruning",
     "load": "dop_search.models.loading",
     "validation_set": "dop_search.data.validation",
-    "profile": "dop_search.profiling",
-    "Profile": "dop_search.profiling",
-    "Budget": "dop_search.cost",
+    "profile": "dop_search.divergence.profiling",
+    "Profile": "dop_search.divergence.profiling",
+    "Budget": "dop_search.strategy.cost",
 }
 
 __all__ = ["Budget", "Profile", "Strategy", "load", "profile", "prune_", "pruned", "validation_set"]

@@ -11,12 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from dop_search.config import CONFIG_NAME, config_dir, parse_as
-from dop_search.config.schema import EvalRunConfig, SearchConfig
-from dop_search.cost import Budget
-from dop_search.scoring import open_suite
+from dop_search.app.config import parse_as
+from dop_search.app.config.schema import EvalRunConfig, SearchConfig
+from dop_search.app.scoring import open_suite
 from dop_search.search import Problem, Solution, additive_exact, solve
 from dop_search.selectors import SELECTORS
+from dop_search.strategy.cost import Budget
+from dop_search.utils.conf import CONFIG_NAME, config_dir
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(

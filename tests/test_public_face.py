@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dop_search as dop
-from dop_search.errors import BudgetError, CacheError, DopError, StrategyError, UnsupportedModelError
+from dop_search.utils.errors import BudgetError, CacheError, DopError, StrategyError, UnsupportedModelError
 
 
 def run_python(code):

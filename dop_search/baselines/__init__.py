@@ -17,8 +17,8 @@ from dop_search.baselines.skip_vision import SkipVision
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.baselines.vtw import Vtw
-from dop_search.errors import ConfigError
 from dop_search.selectors import SELECTORS
+from dop_search.utils.errors import ConfigError
 
 BASELINES: dict[str, Method] = {
     **{name: UniformReduction(name) for name in SELECTORS},

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from dop_search.baselines.pricing import Pricing
 from dop_search.divergence import DivergenceEngine, Teacher
-from dop_search.errors import DopError
+from dop_search.divergence.profiling import token_counts
 from dop_search.models.loading import LoadedModel
-from dop_search.operations import ModelDims, TokenCounts
-from dop_search.profiling import token_counts
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.errors import DopError
 
 Evaluate = Callable[[Sequence[Strategy]], np.ndarray]
 """Mean divergence in nats of each strategy (``[num_strategies]``); none of them may have stages."""

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from dop_search.baselines.pricing import TOLERANCE
-from dop_search.errors import BudgetError
-from dop_search.operations import TokenGroup
-from dop_search.policy import GroupPolicy
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import TokenGroup
+from dop_search.strategy.policy import GroupPolicy
+from dop_search.utils.errors import BudgetError
 
 REAL_STEPS = 50
 """Bisections of a real hyperparameter: its strategies are discrete, so that this finds the step next to the target."""

@@ -19,11 +19,11 @@ from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
 from dop_search.divergence import Teacher, kl_divergence
 from dop_search.divergence.teacher import TeacherSample, generate_ids
-from dop_search.errors import DopError, NumericalError
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError, NumericalError
 
 Runnable = Strategy | FittedMethod
 

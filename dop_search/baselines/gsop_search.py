@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.operations import MODULES, Module
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import MODULES, Module
 
 KEY, REST = 0, 1
 SHARES = (0.25, 0.75)

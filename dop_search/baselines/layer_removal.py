@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_search.errors import DopError
 from dop_search.models.families import adapter_for
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dop_search.cost import CostModel
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.pruning.stages import StagePlan
 from dop_search.selectors import SelectionSizes, make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import CostModel
+from dop_search.strategy.operations import ModelDims, TokenCounts
 
 TOLERANCE = 0.01
 """How far a fitted ratio may be from its target, relative to the target, without a note."""
@@ -18,8 +18,8 @@ TOLERANCE = 0.01
 class Pricing:
     """Prefill FLOPs on a set of samples, relative to the full model.
 
-    Counted as in :mod:`dop_search.cost.flops`, plus what the ranking of visual tokens computes, before the decoder
-    (``Selector.selection_flops``) or inside it. The vision tower is reported beside the decoder.
+    Counted as in :mod:`dop_search.strategy.cost.flops`, plus what the ranking of visual tokens computes, before the
+    decoder (``Selector.selection_flops``) or inside it. The vision tower is reported beside the decoder.
 
     Args:
         dims: sizes of the decoder.

@@ -24,11 +24,11 @@ from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import fewest_layers, solve_integer
 from dop_search.baselines.fitprune import layer_inputs
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
-from dop_search.cost import CostModel
 from dop_search.divergence.encoding import EncodedSample, full_states
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import CostModel
 
 MAX_SAMPLES = 64
 

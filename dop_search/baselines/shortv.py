@@ -16,8 +16,8 @@ import numpy as np
 
 from dop_search.baselines.base import Evaluate, FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import fewest_layers, solve_integer
-from dop_search.policy import GroupPolicy
 from dop_search.strategy import Strategy
+from dop_search.strategy.policy import GroupPolicy
 
 PUBLISHED_ORDER: dict[str, tuple[int, ...]] = {
     "llava-1.5-7b": (31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17, 12, 19),

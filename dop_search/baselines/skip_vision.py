@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_integer
-from dop_search.operations import TokenGroup
-from dop_search.policy import GroupPolicy
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import TokenGroup
+from dop_search.strategy.policy import GroupPolicy
 
 MLP_SHARE = 0.25
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from dop_search.baselines.base import Evaluate, FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import fewest_layers, solve_integer
-from dop_search.errors import DopError
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)

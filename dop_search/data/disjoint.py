@@ -10,7 +10,7 @@ from PIL import Image
 
 from dop_search.data.pools import Pool
 from dop_search.data.samples import Sample
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 
 def draw(

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dop_search.data.samples import Sample
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dop_search.data.sources import DatasetSource, ImageTable, Source, TaskSource
-from dop_search.errors import DataError
+from dop_search.utils.conf import config_dir
+from dop_search.utils.errors import DataError
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _KINDS: dict[str, type[TaskSource | DatasetSource]] = {"task": TaskSource, "dataset": DatasetSource}
 
 
@@ -20,21 +19,17 @@ def named_sources(name: str) -> tuple[Source, ...] | None:
     Raises:
         DataError: if the file lists something that is no source.
     """
-    for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
-        file = folder / "data" / f"{name}.yaml"
-        if file.is_file():
-            items = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("sources") or ()
-            return tuple(parse_source(item, str(file)) for item in items) or None
-    return None
+    file = config_dir() / "data" / f"{name}.yaml"
+    if not file.is_file():
+        return None
+    items = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("sources") or ()
+    return tuple(parse_source(item, str(file)) for item in items) or None
 
 
 def known_names() -> tuple[str, ...]:
     """The options with sources."""
-    for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
-        names = sorted(path.stem for path in (folder / "data").glob("*.yaml"))
-        if names:
-            return tuple(name for name in names if named_sources(name))
-    return ()
+    names = sorted(path.stem for path in (config_dir() / "data").glob("*.yaml"))
+    return tuple(name for name in names if named_sources(name))
 
 
 def parse_source(item: Any, where: str) -> Source:

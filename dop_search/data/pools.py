@@ -11,7 +11,7 @@ from dop_search.data.samples import Sample
 from dop_search.data.sources import DatasetSource, Origin, Source, TaskSource, origin
 from dop_search.data.tables import as_image, check_reachable, load_table, need_columns
 from dop_search.data.tasks import scored_origin, task_fields, task_file, task_on
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from PIL import Image
 
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 __all__ = ["Sample", "ValidationSet", "alike_batches", "no_answer", "score_answer"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 DataFiles = str | Sequence[str] | Mapping[str, Any]
 """As in ``datasets.load_dataset(data_files=…)``."""

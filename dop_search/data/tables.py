@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from dop_search.data.sources import LOCAL_BUILDERS, DataFiles, is_file
-from dop_search.errors import DataError
-from dop_search.network import hub_is_reachable
+from dop_search.utils.errors import DataError
+from dop_search.utils.network import hub_is_reachable
 
 if TYPE_CHECKING:
     from datasets import Dataset

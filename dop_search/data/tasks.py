@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dop_search.data.sources import Origin, origin
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

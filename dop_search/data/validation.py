@@ -15,7 +15,7 @@ from dop_search.data.pools import open_pool
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.sources import Source
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 Split = Literal["search", "heldout", "test"]
 SPLITS: tuple[Split, ...] = ("search", "heldout", "test")

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dop_search.divergence.chunks import NO_GROUPS, HiddenStates, PackedChunk, chunks_by_length
 from dop_search.divergence.teacher import Teacher
-from dop_search.errors import DopError, NumericalError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.deepstack import Deepstack
@@ -33,6 +32,7 @@ from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError, NumericalError
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]

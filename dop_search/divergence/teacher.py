@@ -17,13 +17,13 @@ from torch import Tensor
 
 from dop_search.data.samples import Sample, ValidationSet, alike_batches, no_answer
 from dop_search.divergence.encoding import EncodedSample, encode, full_states
-from dop_search.errors import CacheError, NumericalError
-from dop_search.files import write_atomic
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import chat_prompt, model_inputs
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
+from dop_search.utils.errors import CacheError, NumericalError
+from dop_search.utils.files import write_atomic
 
 FORMAT = "dop_search.teacher"
 VERSION = 3

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.errors import DopError
+from dop_search.utils.errors import DopError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 

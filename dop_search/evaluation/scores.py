@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.errors import CacheError, DopError
 from dop_search.evaluation.aggregates import SampleScore, Units, make_aggregate
-from dop_search.files import write_atomic, write_text_atomic
+from dop_search.utils.errors import CacheError, DopError
+from dop_search.utils.files import write_atomic, write_text_atomic
 
 __all__ = [
     "BenchmarkScore",

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dop_search.errors import CacheError
 from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
@@ -17,6 +16,7 @@ from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprin
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
 from dop_search.models.loading import LoadedModel, hub_is_reachable
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError
 
 __all__ = ["score_suite"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from dop_search.config.parse import config_dir
-from dop_search.errors import ConfigError
 from dop_search.evaluation.aggregates import make_aggregate
+from dop_search.utils.conf import config_dir
+from dop_search.utils.errors import ConfigError
 
 __all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_arithmetic, check_attention, check_placement
 from dop_search.models.tower import (
@@ -22,7 +21,8 @@ from dop_search.models.tower import (
     cls_attention,
     received_attention,
 )
-from dop_search.operations import ModelDims
+from dop_search.strategy.operations import ModelDims
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 
 class ModelAdapter(ABC):

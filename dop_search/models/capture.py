@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.models.tower import Read, TowerCapture, cls_attention
+from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from dop_search.models.adapter import ModelAdapter

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.utils.errors import UnsupportedModelError
 
 DECODER_LAYERS = frozenset(
     {

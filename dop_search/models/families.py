@@ -6,8 +6,8 @@ import importlib
 
 from transformers import PreTrainedModel
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
+from dop_search.utils.errors import UnsupportedModelError
 
 FAMILIES: dict[str, str] = {
     "llava": "dop_search.models.llava:LlavaAdapter",

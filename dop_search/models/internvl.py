@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.utils.errors import UnsupportedModelError
 
 
 class InternVLAdapter(ModelAdapter):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TowerView, refuse
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 
 class LlavaAdapter(ModelAdapter):

@@ -13,10 +13,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
-from dop_search.network import hub_is_reachable as hub_is_reachable
+from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.models.qwen2_vl import Qwen2VLAdapter, grid_thw
+from dop_search.utils.errors import UnsupportedModelError
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):

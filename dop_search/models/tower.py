@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dop_search.errors import DopError
+from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
     from dop_search.models.adapter import ModelAdapter

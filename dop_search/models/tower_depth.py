@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_search.errors import StrategyError
 from dop_search.models.capture import TowerView, attention_flops, mlp_flops
+from dop_search.utils.errors import StrategyError
 
 
 @contextmanager

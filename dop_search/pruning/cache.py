@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from dop_search.errors import DopError
+from dop_search.utils.errors import DopError
 
 
 @dataclass

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.selectors import Selection, Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 MAX_REMEMBERED = 8
 PREFIX = "selector."

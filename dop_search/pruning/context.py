@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from dop_search.errors import DopError, StrategyError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
@@ -22,6 +21,7 @@ from dop_search.pruning.stages import StagePlan
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError, StrategyError
 
 _pruned_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dop_search.errors import DopError
 from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError
 
 TEXT = -1
 DROPPED = -2

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TOWER_FIELDS
 from dop_search.models.tower import TowerCapture, VisionWatch
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 CAPTURED = frozenset(TOWER_FIELDS)
 

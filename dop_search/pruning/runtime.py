@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
@@ -23,6 +22,7 @@ from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 
 class PrunedDecoder:

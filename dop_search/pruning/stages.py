@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.errors import DopError
 from dop_search.models.adapter import ModelAdapter
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.in_decoder import StageSample, StageSelector, make_stage_selector
 from dop_search.pruning.layout import TEXT, Layout
 from dop_search.pruning.steps import Groups, layer_steps
-from dop_search.staging import Pool, stage_pools
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.strategy.stages import Pool, stage_pools
+from dop_search.utils.errors import DopError
 
 
 class StagePlan:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dop_search.operations import Module
-from dop_search.policy import GroupPolicy
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import Module
+from dop_search.strategy.policy import GroupPolicy
 
 Groups = frozenset[int]
 """Groups of tokens that take part; text tokens that are in no group always do."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.cost.flops import layer_counts, layer_flops
-from dop_search.errors import StrategyError
-from dop_search.operations import ModelDims, Module, TokenCounts
-from dop_search.policy import GroupPolicy
 from dop_search.pruning.layout import TEXT
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import layer_counts, layer_flops
+from dop_search.strategy.operations import ModelDims, Module, TokenCounts
+from dop_search.strategy.policy import GroupPolicy
+from dop_search.utils.errors import StrategyError
 
 Depths = tuple[int, int, int]
 """Exit depths of queries, of keys and values, and of the MLP."""
@@ -93,7 +93,7 @@ def text_sizes(visual: np.ndarray) -> tuple[int, int]:
 def text_groups_flops(
     dims: ModelDims, strategy: Strategy, text: TextGroups, num_visual: int, sizes: Sequence[int]
 ) -> int:
-    """FLOPs of one sample's prefill, as :func:`dop_search.cost.flops.strategy_flops` counts them.
+    """FLOPs of one sample's prefill, as :func:`dop_search.strategy.cost.flops.strategy_flops` counts them.
 
     Args:
         dims: sizes of the decoder.

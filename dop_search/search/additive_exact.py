@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.cost.budget import Budget
-from dop_search.cost.model import CostModel
 from dop_search.search.enumeration import Batch, Enumeration, undominated
 from dop_search.search.solution import Problem, Solution, as_assignment
 from dop_search.search.space import Space
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.search.surrogate import IntArray
+from dop_search.strategy.cost.budget import Budget
+from dop_search.strategy.cost.model import CostModel
 
 
 @dataclass(frozen=True)

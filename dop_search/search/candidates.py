@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.cost.budget import Budget
-from dop_search.errors import ConfigError
 from dop_search.search.enumeration import Batch, Enumeration
 from dop_search.search.solution import Problem, as_assignment
 from dop_search.search.store import FloatArray
 from dop_search.search.surrogate import IntArray
+from dop_search.strategy.cost.budget import Budget
+from dop_search.utils.errors import ConfigError
 
 CandidateMode = Literal["slices", "exact"]
 

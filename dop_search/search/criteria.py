@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.errors import ConfigError
+from dop_search.utils.errors import ConfigError
 
 Criterion = Literal["kl", "root_kl"]
 DEFAULT_CRITERION: Criterion = "kl"

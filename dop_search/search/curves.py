@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-from dop_search.errors import CacheError, ConfigError
-from dop_search.files import write_atomic
 from dop_search.search.space import Parameter, Space
 from dop_search.search.store import EvaluationStore, FloatArray, OnProgress
 from dop_search.search.surrogate import Surrogate
+from dop_search.utils.errors import CacheError, ConfigError
+from dop_search.utils.files import write_atomic
 
 FORMAT = "dop_search.curves"
 VERSION = 1

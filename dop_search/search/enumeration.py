@@ -23,10 +23,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.cost.model import CostModel
 from dop_search.search.space import Parameter
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.search.surrogate import IntArray, Surrogate
+from dop_search.strategy.cost.model import CostModel
 
 MAX_CELLS = 1_000_000
 """Partial assignments times levels that are looked at in one step; bounds the memory."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.cost.budget import Budget
-from dop_search.errors import ConfigError
 from dop_search.search.solution import Problem, Solution
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.budget import Budget
+from dop_search.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dop_search.cost.budget import Budget
-from dop_search.errors import ConfigError
 from dop_search.search.candidates import best_candidates
 from dop_search.search.solution import Problem, Solution, uniform_assignment
 from dop_search.search.store import FloatArray, OnProgress
+from dop_search.strategy.cost.budget import Budget
+from dop_search.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial

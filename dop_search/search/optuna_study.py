@@ -21,9 +21,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import Trial, TrialState
 
-from dop_search.errors import CacheError, ConfigError
 from dop_search.search.sharing import Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
+from dop_search.utils.errors import CacheError, ConfigError
 
 _SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),

@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-from dop_search.cost.budget import Budget
-from dop_search.errors import ConfigError
 from dop_search.search.additive_exact import additive_exact
 from dop_search.search.exhaustive import exhaustive
 from dop_search.search.optuna_solvers import additive_optuna, exact_optuna
 from dop_search.search.rerank import rerank
 from dop_search.search.solution import Problem, Solution
+from dop_search.strategy.cost.budget import Budget
+from dop_search.utils.errors import ConfigError
 
 SOLVERS: Mapping[str, Callable[..., Solution]] = MappingProxyType(
     {

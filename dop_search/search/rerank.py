@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dop_search.cost.budget import Budget
 from dop_search.search.candidates import Candidate, CandidateMode, best_candidates
 from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
 from dop_search.search.solution import Problem, Solution, uniform_assignment
 from dop_search.search.store import OnProgress
+from dop_search.strategy.cost.budget import Budget
 
 
 def rerank_all(

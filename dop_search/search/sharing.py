@@ -16,8 +16,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dop_search.processes import is_dead as process_is_dead
-from dop_search.processes import this_process
+from dop_search.utils.processes import is_dead as process_is_dead
+from dop_search.utils.processes import this_process
 
 HEARTBEAT_S = 10.0
 """How often a worker says that it is alive."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost.budget import Budget
-from dop_search.cost.model import CostModel
-from dop_search.errors import ConfigError
 from dop_search.search.space import Space
 from dop_search.search.store import EvaluationStore, FloatArray
 from dop_search.search.surrogate import Surrogate
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.budget import Budget
+from dop_search.strategy.cost.model import CostModel
+from dop_search.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from dop_search.errors import ConfigError
-from dop_search.operations import TokenGroup, group_sizes
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import TokenGroup, group_sizes
+from dop_search.utils.errors import ConfigError
 
 Role = Literal["attention", "q", "kv", "mlp", "tokens"]
 Assignment = Mapping[str, int]

@@ -12,8 +12,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.errors import CacheError, ConfigError, DataError, NumericalError
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError, ConfigError, DataError, NumericalError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], FloatArray]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.errors import ConfigError
 from dop_search.search.space import Assignment, Parameter, Space
 from dop_search.search.store import FloatArray
+from dop_search.utils.errors import ConfigError
 
 IntArray = NDArray[np.int64]
 

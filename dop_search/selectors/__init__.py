@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from dop_search.errors import DopError
 from dop_search.selectors.avg_pool import AvgPoolSelector
 from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
@@ -23,6 +22,7 @@ from dop_search.selectors.trim import TrimLlmSelector, TrimSelector
 from dop_search.selectors.uniform_grid import UniformGridSelector
 from dop_search.selectors.visionzip import VisionZipSelector
 from dop_search.selectors.vispruner import VisPrunerSelector
+from dop_search.utils.errors import DopError
 
 SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector

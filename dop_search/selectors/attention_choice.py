@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dop_search.errors import DopError
 from dop_search.selectors.base import SelectionSizes, SelectorInputs
+from dop_search.utils.errors import DopError
 
 ATTENTION_FIELDS = {"cls": "cls_attention", "received": "received_attention"}
 

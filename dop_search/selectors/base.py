@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.errors import DopError
-from dop_search.operations import ModelDims
+from dop_search.strategy.operations import ModelDims
+from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
     from dop_search.models.capture import TowerView

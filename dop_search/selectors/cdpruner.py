@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dop_search.errors import DopError
 from dop_search.selectors.base import (
     SelectionSizes,
     Selector,
@@ -18,6 +17,7 @@ from dop_search.selectors.base import (
     with_rest,
 )
 from dop_search.selectors.clip_text import clip_text
+from dop_search.utils.errors import DopError
 
 EXHAUSTED = 1e-10
 """Conditional variance, relative to the largest, below which a kernel has no more directions to offer."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.utils.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

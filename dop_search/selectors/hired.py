@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.errors import DopError
 from dop_search.selectors.attention_choice import attention_flops
 from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending, kept_count
 from dop_search.selectors.sharing import shares
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.errors import DopError
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
 from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, finite_array
 from dop_search.selectors.sharing import PerImageSelector, shares
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)

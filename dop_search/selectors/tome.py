@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.selectors.base import Selector, SelectorInputs, TowerPatch
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from dop_search.models.capture import TowerView

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.errors import DopError
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
 from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, with_rest
 from dop_search.selectors.sharing import PerImageSelector
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost import Budget
-from dop_search.errors import ConfigError
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.search import (
     CurveGrid,
     Curves,
@@ -34,10 +34,10 @@ from dop_search.search import (
     pareto_front,
     rerank_all,
 )
-from dop_search.statistics import bootstrap_ci95, spearman
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import bootstrap_ci95, spearman
 
 METHODS = ("additive", "rerank", "reanchored", "pair", "pairs", "exact")
 SCORED = ("additive", "exact")

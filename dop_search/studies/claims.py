@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dop_search.errors import ConfigError
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
+from dop_search.utils.errors import ConfigError
 
 Records = Callable[[str], dict[str, Any]]
 """From a path below ``experiments/`` to its content."""

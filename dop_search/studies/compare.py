@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from dop_search.app.results import FAILED, ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.baselines import BASELINES, FitContext, FittedMethod, baseline
-from dop_search.cost import Budget
-from dop_search.errors import BudgetError, ConfigError
 from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.search import rerank_all
 from dop_search.selectors import SELECTORS
-from dop_search.statistics import bootstrap_ci95
+from dop_search.strategy.cost import Budget
 from dop_search.studies.overhead import counted_over_closed_form, prefill_times
-from dop_search.studies.results import FAILED, ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.utils.errors import BudgetError, ConfigError
+from dop_search.utils.statistics import bootstrap_ci95
 
 SPACES = ("dop", "dop_split", "dop_groups")
 CHOICES = {"dop_search": SPACES, "uniform_search": tuple(SELECTORS)}

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.baselines import FittedMethod
-from dop_search.cost import Budget
-from dop_search.errors import BudgetError, ConfigError
 from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.search import Solution, rerank_all, solve
-from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import BudgetError, ConfigError
+from dop_search.utils.statistics import bootstrap_ci95
 
 CURVE, SEARCH = "curve", "search"
 """Parts of the result: one parameter varied alone, and what a search found."""

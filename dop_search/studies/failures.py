@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost import Budget
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.data.samples import Sample
-from dop_search.errors import BudgetError, ConfigError
 from dop_search.evaluation import correct_answers
 from dop_search.search.rerank import rerank
 from dop_search.search.solution import uniform_assignment
-from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import BudgetError, ConfigError
+from dop_search.utils.statistics import bootstrap_ci95
 
 METHODS = ("found", "uniform")
 MAX_SIDE_PX = 128

@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost import Budget
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.data.samples import alike_batches
 from dop_search.data.validation import Split
 from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.teacher import generate_ids
-from dop_search.errors import ConfigError, DataError
 from dop_search.evaluation import correct_answers
 from dop_search.pruning import pruned
 from dop_search.search import rerank_all
-from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
+from dop_search.strategy.cost import Budget
 from dop_search.studies.transfer import uniform
-from dop_search.studies.workbench import Workbench
+from dop_search.utils.errors import ConfigError, DataError
+from dop_search.utils.statistics import bootstrap_ci95
 
 FOUND, FOUND_LONG, UNIFORM = "found", "found_long", "uniform"
 CUTS = ("kv", "q", "mlp")

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.cost import Budget
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.data.validation import Split
 from dop_search.divergence import kl_divergence
-from dop_search.errors import ConfigError
 from dop_search.evaluation import correct_answers
 from dop_search.search import Problem
 from dop_search.search.candidates import best_candidates
 from dop_search.search.solution import fill_tokens
-from dop_search.statistics import spearman
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import spearman
 
 MEASURED = ("kl", "reverse_kl", "js", "logit_mse", "changed")
 """Measured per sample, mean over its answer positions; ``changed``: another top token."""

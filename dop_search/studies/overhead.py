@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 
 from dop_search.baselines import FittedMethod
 from dop_search.baselines.evaluate import Runnable, applied
-from dop_search.benchmarking.timing import Clock, now_ms, prefill_timer
-from dop_search.cost.flops import strategy_flops
 from dop_search.data.samples import Sample
+from dop_search.evaluation.timing.counting import count_decoder_flops
+from dop_search.evaluation.timing.timing import Clock, now_ms, prefill_timer
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
-from dop_search.operations import TokenCounts
 from dop_search.pruning import pruned
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.stages import stage_flops
 from dop_search.strategy import Strategy
-from dop_search.testing.measure import count_decoder_flops
+from dop_search.strategy.cost.flops import strategy_flops
+from dop_search.strategy.operations import TokenCounts
 
 
 def counted_over_closed_form(loaded: LoadedModel, sample: Sample, method: FittedMethod) -> float | None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.baselines import FitContext, baseline
-from dop_search.errors import ConfigError
 from dop_search.selectors import SELECTORS
-from dop_search.statistics import bootstrap_ci95, spearman
 from dop_search.studies.compare import SPACES, search_space
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import bootstrap_ci95, spearman
 
 OPERATIONS = ("uniform", "found")
 MOVED_NATS = 1e-2

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
 from dop_search.baselines import BASELINES
-from dop_search.benchmarking.timing import Clock, now_ms
-from dop_search.cost import Budget, CostModel
 from dop_search.divergence import DivergenceEngine
-from dop_search.errors import ConfigError
-from dop_search.profiling import SAVE_EVERY
+from dop_search.divergence.profiling import SAVE_EVERY
+from dop_search.evaluation.timing.timing import Clock, now_ms
 from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, additive_exact, exact_optuna, rerank_all
-from dop_search.statistics import bootstrap_ci95
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget, CostModel
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import bootstrap_ci95
 
 SAMPLERS = ("tpe", "gp", "cmaes", "nsga2", "random")
 DETERMINISTIC = ("additive_exact", "rerank", "gsop")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost import Budget
-from dop_search.errors import ConfigError
-from dop_search.profiling import Profile
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
+from dop_search.divergence.profiling import Profile
 from dop_search.search import rerank_all
-from dop_search.statistics import bootstrap_ci95
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import bootstrap_ci95
 
 SHARES = ((1.0,), (0.25, 0.75), (0.2, 0.3, 0.5))
 

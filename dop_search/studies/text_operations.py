@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dop_search.cost.flops import full_flops
+from dop_search.app.results import ResultFile
+from dop_search.app.workbench import Workbench
 from dop_search.divergence import Teacher
-from dop_search.operations import MODULES, ModelDims, TokenCounts
 from dop_search.pruning import pruned
 from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_sizes
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import full_flops
+from dop_search.strategy.operations import MODULES, ModelDims, TokenCounts
 from dop_search.studies.extension import Depths, Extension, checked_levels, extension_study
-from dop_search.studies.results import ResultFile
-from dop_search.studies.workbench import Workbench
 
 GROUPS = ("before", "after")
 

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.cost import Budget
-from dop_search.errors import ConfigError
-from dop_search.profiling import Profile
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench
+from dop_search.divergence.profiling import Profile
 from dop_search.search import EvaluationStore
 from dop_search.search.additive_exact import additive_exact
 from dop_search.search.rerank import rerank_all
 from dop_search.search.solution import Solution
-from dop_search.statistics import crossed_bootstrap_ci95
 from dop_search.strategy import Strategy
-from dop_search.studies.results import ResultFile, Row
-from dop_search.studies.workbench import Workbench
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.statistics import crossed_bootstrap_ci95
 
 RULES = ("additive", "rerank", "one_se", "root")
 

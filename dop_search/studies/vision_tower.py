@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
+from dop_search.app.results import ResultFile
+from dop_search.app.workbench import Workbench
 from dop_search.baselines import FitContext
-from dop_search.errors import UnsupportedModelError
 from dop_search.models.capture import TowerView
 from dop_search.models.tower_depth import tower_depth_flops, tower_depths
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.studies.extension import Depths, Extension, checked_levels, extension_study
-from dop_search.studies.results import ResultFile
-from dop_search.studies.workbench import Workbench
+from dop_search.utils.errors import UnsupportedModelError
 
 
 class VisionTower(Extension):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.testing.models import (
     ANYRES_TILE_SIZE,
     IMAGE_TOKEN_ID,
     NUM_SPECIAL_TOKENS,
     PAD_TOKEN_ID,
 )
+from dop_search.utils.errors import UnsupportedModelError
 
 Inputs = dict[str, Tensor]
 

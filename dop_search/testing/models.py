@@ -31,7 +31,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from dop_search.errors import UnsupportedModelError
+from dop_search.utils.errors import UnsupportedModelError
 
 PAD_TOKEN_ID = 0
 IMAGE_TOKEN_ID = 1

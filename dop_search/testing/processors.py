@@ -32,7 +32,6 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from dop_search.errors import UnsupportedModelError
 from dop_search.testing.models import (
     ANYRES_TILE_SIZE,
     IMAGE_TOKEN_ID,
@@ -42,6 +41,7 @@ from dop_search.testing.models import (
     VISION_END_TOKEN_ID,
     VISION_START_TOKEN_ID,
 )
+from dop_search.utils.errors import UnsupportedModelError
 
 VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 END_TOKEN = "</s>"

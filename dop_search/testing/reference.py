@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_search.errors import DopError, StrategyError, UnsupportedModelError
-from dop_search.operations import MODULES, Module
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import MODULES, Module
+from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 Rankings = Sequence[np.ndarray]
 """Per sample: the indices ``0..num_visual-1`` of its visual tokens in sequence order, best first."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from dop_search.operations import MODULES, TokenGroup
-from dop_search.policy import GroupPolicy, Layers
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import MODULES, TokenGroup
+from dop_search.strategy.policy import GroupPolicy, Layers
 
 _SHARES: tuple[tuple[float, ...], ...] = (
     (1.0,),

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 
 from dop_search import load, validation_set
-from dop_search.cost import CostModel
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
-from dop_search.files import write_text_atomic
+from dop_search.divergence.profiling import make_space, token_counts
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
-from dop_search.profiling import make_space, token_counts
 from dop_search.pruning import pruned
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import CostModel
+from dop_search.utils.files import write_text_atomic
 
 HERE = Path(__file__).parent
 BATCH_SIZE = 16  # of the Hugging Face forwards

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
-from dop_search.record import Record
-from dop_search.report.layer_map import draw_operations
-from dop_search.report.style import FAINT, FOUND, INK, UNIFORM, save_figure, styled
+from dop_search.app.record import Record
+from dop_search.app.report.layer_map import draw_operations
+from dop_search.app.report.style import FAINT, FOUND, INK, UNIFORM, save_figure, styled
 from dop_search.strategy import Strategy
 
 HERE = Path(__file__).parent

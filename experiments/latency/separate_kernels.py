@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dop_search.benchmarking.shapes import build, shape_named
-from dop_search.benchmarking.timing import now_ms
-from dop_search.benchmarking.validation import random_strategies
-from dop_search.cost import layer_counts
+from dop_search.evaluation.timing.shapes import build, shape_named
+from dop_search.evaluation.timing.timing import now_ms
+from dop_search.evaluation.timing.validation import random_strategies
 from dop_search.models.families import adapter_for
-from dop_search.operations import Module, TokenCounts
+from dop_search.strategy.cost import layer_counts
+from dop_search.strategy.operations import Module, TokenCounts
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

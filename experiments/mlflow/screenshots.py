@@ -64,7 +64,7 @@ def main() -> None:
 
 def sweep(folder: Path) -> str:
     """Six searches in one experiment; the store's URI."""
-    command = [sys.executable, "-m", "dop_search.cli", "-m", *SWEEP.split()]
+    command = [sys.executable, "-m", "dop_search.app.cli.search", "-m", *SWEEP.split()]
     subprocess.run(command, cwd=folder, check=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dop_search.data.rendered import FAMILIES
-from dop_search.files import write_text_atomic
+from dop_search.utils.files import write_text_atomic
 
 HERE = Path(__file__).parent
 

@@ -25,10 +25,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.rendered.questions import FAMILY_ANSWERS
 from dop_search.data.samples import Sample, score_answer
-from dop_search.files import write_text_atomic
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
 from dop_search.models.prompts import model_inputs
-from dop_search.progress import default_progress
+from dop_search.utils.files import write_text_atomic
+from dop_search.utils.progress import default_progress
 
 IMAGES = ("true", "blank", "shuffled")
 RESULTS = Path(__file__).parent / "results.json"

@@ -20,7 +20,7 @@ from dop_search.data.rendered.drawing import draw_scene
 from dop_search.data.rendered.formats import Question
 from dop_search.data.rendered.questions import COLORS_ZH, PLACES, PLACES_ZH, SHAPES_ZH
 from dop_search.data.rendered.scenes import COLORS, SHAPES
-from dop_search.files import write_atomic
+from dop_search.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 SEED = 4

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dop_search.files import write_atomic
+from dop_search.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 STYLES: dict[str, tuple[str, str, str]] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.staging import stage_pools
 from dop_search.strategy import Strategy
+from dop_search.strategy.stages import stage_pools
 from dop_search.testing.inputs import Inputs
 from dop_search.testing.reference import masked_forward, visual_positions
 

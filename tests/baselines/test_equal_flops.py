@@ -17,10 +17,10 @@ from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.short_lvlm import ShortLvlm
 from dop_search.baselines.sparsevlm import KEEP_LISTS, SparseVlm
 from dop_search.baselines.uniform import UniformReduction
-from dop_search.cost.flops import full_flops, layer_flops
-from dop_search.errors import BudgetError, ConfigError, DopError
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import full_flops, layer_flops
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.errors import BudgetError, ConfigError, DopError
 
 BUDGETS = (0.5, 0.3, 0.2, 0.15, 0.1)
 SHAPES = {

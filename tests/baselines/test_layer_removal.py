@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
-from dop_search.cost.flops import strategy_flops
-from dop_search.errors import DopError
+from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.models import adapter_for
-from dop_search.operations import TokenCounts
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import strategy_flops
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import tiny_inputs, tiny_sample
-from dop_search.testing.measure import cache_lengths, count_decoder_flops, model_state, state_difference
+from dop_search.testing.measure import cache_lengths, model_state, state_difference
 from dop_search.testing.models import tiny_llava
 from dop_search.testing.reference import text_positions
+from dop_search.utils.errors import DopError
 
 LAYERS = 5
 REMOVED = (0, 3)

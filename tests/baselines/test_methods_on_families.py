@@ -13,9 +13,9 @@ from dop_search.baselines.short_lvlm import ShortLvlm, final_states
 from dop_search.divergence.encoding import encode
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.prompts import with_answer
-from dop_search.operations import TokenCounts
 from dop_search.selectors import SelectionSizes, make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import tiny_sample
 from dop_search.testing.models import tiny_model
 

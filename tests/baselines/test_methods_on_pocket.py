@@ -16,9 +16,9 @@ from dop_search.baselines.short_lvlm import bridge, final_states, layer_influenc
 from dop_search.baselines.shortv import layer_contributions
 from dop_search.baselines.vtw import withdrawal_layer
 from dop_search.divergence import DivergenceEngine, Teacher
-from dop_search.errors import DopError
 from dop_search.evaluation import answer_questions
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DopError
 
 LAYERS = 12
 

@@ -13,20 +13,21 @@ import torch
 from transformers import PreTrainedModel
 
 import dop_search as dop
-from dop_search.cost.flops import strategy_flops
 from dop_search.divergence import DivergenceEngine, Teacher
-from dop_search.errors import DopError, StrategyError
+from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.models import adapter_for
-from dop_search.operations import TokenCounts
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.in_decoder.sparsevlm import density_peaks, split_kept, with_recycled
 from dop_search.pruning.stages import stage_flops
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import strategy_flops
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import Inputs, collate, tiny_sample
-from dop_search.testing.measure import cache_lengths, count_decoder_flops
+from dop_search.testing.measure import cache_lengths
 from dop_search.testing.models import tiny_llava
 from dop_search.testing.reference import append_tokens, masked_forward, text_positions, visual_positions
+from dop_search.utils.errors import DopError, StrategyError
 
 LAYERS = 5
 TOLERANCE = 2e-5

@@ -9,7 +9,7 @@ import pytest
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file, benchmark_rows
 from dop_search.data.benchmarks.parquet import rows_fingerprint
 from dop_search.data.rendered import rendered_samples
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 DIGESTS = {"gqa": "bcd93eaf23baa1d4", "mme": "cfbee683ec321330", "hallusionbench": "10243d4bbbe2518c"}
 

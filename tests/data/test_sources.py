@@ -17,7 +17,7 @@ from dop_search.data.pools import check_sources, open_pool, refuse_overlap, sour
 from dop_search.data.sources import DatasetSource, ImageTable, TaskSource, origin
 from dop_search.data.tasks import scored_origin, task_file
 from dop_search.data.validation import SPLITS, validation_set
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -260,7 +260,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
 
 def test_reading_sources_imports_neither_lmms_eval_nor_datasets() -> None:
     code = (
-        "import sys, dop_search.config; from dop_search.data.named import named_sources;"
+        "import sys, dop_search.app.config; from dop_search.data.named import named_sources;"
         "from dop_search.data.pools import source_origin; from dop_search.data.tasks import scored_origin;"
         "[source_origin(s) for s in named_sources('mixed')]; scored_origin('mme');"
         "sys.exit(str([m for m in ('lmms_eval', 'datasets', 'torch') if m in sys.modules] or ''))"

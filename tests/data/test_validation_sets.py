@@ -10,7 +10,7 @@ from PIL import Image
 from dop_search.data.jsonl import read_jsonl
 from dop_search.data.samples import score_answer
 from dop_search.data.validation import SPLITS, file_rows, validation_set
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 
 @pytest.fixture

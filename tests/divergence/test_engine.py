@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from dop_search.cost import Budget
-from dop_search.cost.kv_cache import strategy_kv_bytes
 from dop_search.data.validation import validation_set
 from dop_search.divergence import DivergenceEngine, kl_divergence, make_teacher
-from dop_search.errors import DopError, NumericalError
-from dop_search.profiling import Profile, profile
+from dop_search.divergence.profiling import Profile, profile
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget
+from dop_search.strategy.cost.kv_cache import strategy_kv_bytes
 from dop_search.testing.naive import naive_divergence
+from dop_search.utils.errors import DopError, NumericalError
 
 LAYERS = 12
 

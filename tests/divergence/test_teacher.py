@@ -8,9 +8,9 @@ import torch
 
 from dop_search.divergence import make_teacher
 from dop_search.divergence import teacher as teacher_module
-from dop_search.errors import CacheError, DataError, NumericalError
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
+from dop_search.utils.errors import CacheError, DataError, NumericalError
 
 OPTIONS = {"max_new_tokens": 6, "batch_size": 4}
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from dop_search.data.benchmarks import benchmark_rows, parquet
 from dop_search.data.samples import Sample
-from dop_search.errors import CacheError, DataError, DopError
 from dop_search.evaluation import answer_questions, load_suite, make_suite, score_suite
 from dop_search.evaluation.lmms.answering import Generation, Prompt, Turn, Video, answer_prompts
 from dop_search.evaluation.lmms.tasks import write_tasks
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError, DataError, DopError
 
 STRATEGY = Strategy.depthwise(num_layers=12, q=8, kv=10, mlp=4, num_visual_tokens=72)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "temperature": 0, "until": ["\n\n"]}

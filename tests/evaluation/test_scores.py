@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from dop_search.errors import CacheError, DopError
 from dop_search.evaluation.aggregates import AGGREGATES, SampleScore, make_aggregate
 from dop_search.evaluation.scores import (
     BenchmarkScore,
@@ -20,6 +19,7 @@ from dop_search.evaluation.scores import (
     relative,
     relative_mean,
 )
+from dop_search.utils.errors import CacheError, DopError
 
 
 def _samples(values, keys=None, predictions=None, targets=None):

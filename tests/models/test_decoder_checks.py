@@ -23,10 +23,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dop_search as dop
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models import adapter_for
 from dop_search.testing.inputs import tiny_inputs, tiny_sample
 from dop_search.testing.models import IMAGE_TOKEN_ID, TinySizes, randomize_, tiny_llava
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 TEXT = TinySizes().text()
 REORDERED = dop.Strategy.full(4, num_visual_tokens=16, selector="random")

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 
 import dop_search as dop
 from dop_search.data.samples import Sample, ValidationSet
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource, visual_counts
@@ -23,6 +22,7 @@ from dop_search.testing.naive import naive_divergence
 from dop_search.testing.processors import VIDEO_FAMILIES, drawn_image, drawn_video, tiny_processor
 from dop_search.testing.reference import masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import corner_strategy, dop_strategies, random_rankings
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 SIZES = ((56, 40), (30, 70), (50, 50), (29, 28))
 QUESTIONS = ("What is this?", "How many?", "Is there a red shape, or not?")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dop_search.errors import StrategyError
 from dop_search.models.capture import tower_flops
 from dop_search.models.families import adapter_for
 from dop_search.models.tower_depth import tower_depth_flops, tower_depths
 from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.models import tiny_llava, tiny_model
+from dop_search.utils.errors import StrategyError
 
 DEPTHS = [(0, 0), (1, 2), (2, 0), (3, 3)]
 

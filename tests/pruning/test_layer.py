@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dop_search.errors import DopError
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.pruning import prune_, pruned
 from dop_search.pruning.attention import bottom_right_causal, lower_right
@@ -15,6 +14,7 @@ from dop_search.pruning.layer import PLAIN_RMS_NORMS, normalize
 from dop_search.strategy import Strategy
 from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.models import IMAGE_TOKEN_ID, tiny_model
+from dop_search.utils.errors import DopError
 
 
 def norms_of(model_type: str) -> list[nn.Module]:

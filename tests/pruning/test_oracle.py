@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.errors import DopError, StrategyError, UnsupportedModelError
-from dop_search.operations import MODULES
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import MODULES
 from dop_search.testing.inputs import Inputs, collate, tiny_inputs, tiny_sample
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.models import TINY_CONFIGS, tiny_llava, tiny_model
@@ -31,6 +30,7 @@ from dop_search.testing.reference import (
     visual_positions,
 )
 from dop_search.testing.strategies import dop_strategies, random_rankings
+from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 NUM_LAYERS = 4
 TOLERANCE = 2e-5

@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 
 import dop_search as dop
 from dop_search.baselines import FitContext, baseline
-from dop_search.cost.flops import strategy_flops
-from dop_search.errors import StrategyError
+from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.models.families import adapter_for
-from dop_search.operations import TokenCounts
-from dop_search.policy import GroupPolicy
 from dop_search.pruning import pruned
 from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_sizes
+from dop_search.strategy.cost.flops import strategy_flops
+from dop_search.strategy.operations import TokenCounts
+from dop_search.strategy.policy import GroupPolicy
 from dop_search.testing.inputs import collate, tiny_inputs, tiny_sample
-from dop_search.testing.measure import count_decoder_flops
 from dop_search.testing.models import tiny_model
 from dop_search.testing.reference import (
     OperationMasks,
@@ -30,6 +29,7 @@ from dop_search.testing.reference import (
     visual_positions,
 )
 from dop_search.testing.strategies import random_rankings
+from dop_search.utils.errors import StrategyError
 
 NUM_LAYERS = 4
 TOLERANCE = 2e-5

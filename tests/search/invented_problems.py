@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from dop_search.cost import CostModel, LatencyTable
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.search import EvaluationStore, Evaluator, Problem, Space, Surrogate
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import CostModel, LatencyTable
+from dop_search.strategy.operations import ModelDims, TokenCounts
 
 
 def make_space(kind: str, num_layers: int, num_visual_tokens: int, **options: int) -> Space:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from invented_problems import enumerate_plainly, make_space, plain_front, problems, random_curves
 
-from dop_search.cost import Budget, CostModel
-from dop_search.errors import BudgetError
-from dop_search.operations import ModelDims, TokenCounts
 from dop_search.search import Problem, Surrogate, best_candidates, pareto_front, solve
+from dop_search.strategy.cost import Budget, CostModel
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.errors import BudgetError
 
 
 def budget_for(problem: Problem, ratio: float) -> Budget:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from invented_problems import pocket_problem
 
-from dop_search.cost import Budget
-from dop_search.errors import ConfigError
 from dop_search.search import rerank_all, score
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import ConfigError
 
 
 def test_values_are_the_mean_and_the_mean_of_roots() -> None:

@@ -16,11 +16,11 @@ import optuna
 import pytest
 from invented_problems import counted, interacting_evaluator, pocket_problem
 
-from dop_search.cost import Budget
-from dop_search.errors import CacheError, ConfigError
 from dop_search.search import EvaluationStore, Problem, solve, uniform_assignment
 from dop_search.search.optuna_study import FINISHED, open_storage, suggest, trial_parameters
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import CacheError, ConfigError
 
 BUDGET = Budget(flops_ratio=0.35)
 

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 from invented_problems import KINDS, POCKET_LIKE, interacting_evaluator, make_space, pocket_problem
 
-from dop_search.cost import Budget, CostModel
-from dop_search.errors import BudgetError, ConfigError
-from dop_search.operations import TokenCounts
 from dop_search.search import (
     EvaluationStore,
     Problem,
@@ -25,6 +22,9 @@ from dop_search.search import (
     uniform_assignment,
 )
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget, CostModel
+from dop_search.strategy.operations import TokenCounts
+from dop_search.utils.errors import BudgetError, ConfigError
 
 
 def fresh(problem: Problem, kind: str, num_samples: int = 20) -> Problem:
@@ -150,7 +150,7 @@ def test_kv_budgets_are_solved_too() -> None:
 
 def test_search_imports_no_torch_and_no_model_code() -> None:
     code = (
-        "import sys, dop_search.search, dop_search.cost; "
+        "import sys, dop_search.search, dop_search.strategy.cost; "
         "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'optuna') "
         "or m.startswith(('dop_search.models', 'dop_search.pruning'))]; sys.exit(bool(bad))"
     )

@@ -18,13 +18,13 @@ import optuna
 import pytest
 from invented_problems import interacting_evaluator, make_space, pocket_problem
 
-from dop_search.cost import Budget
-from dop_search.errors import CacheError, ConfigError, NumericalError
 from dop_search.search import Curves, EvaluationStore, Problem, rerank_all, solve
 from dop_search.search.optuna_study import FINISHED, open_storage
 from dop_search.search.shared_store import CHUNK_SIZE, SharedEvaluationStore
 from dop_search.search.sharing import Claims, Worker
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget
+from dop_search.utils.errors import CacheError, ConfigError, NumericalError
 
 BUDGET = Budget(flops_ratio=0.35)
 NUM_SAMPLES = 8

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invented_problems import KINDS, counted, enumerate_plainly, interacting_evaluator, make_space, problems
 
-from dop_search.errors import CacheError, ConfigError, StrategyError
 from dop_search.search import Curve, CurveGrid, Curves, EvaluationStore, Problem, Space, Surrogate
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError, ConfigError, StrategyError
 
 # -- spaces -------------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from invented_problems import counted, interacting_evaluator, make_space
 
-from dop_search.errors import CacheError, DataError, NumericalError
 from dop_search.search import EvaluationStore
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError, DataError, NumericalError
 
 SPACE = make_space("dop", 4, 12)
 STRATEGIES = [SPACE.strategy({"attention_depth": a, "num_visual_tokens": n}) for a in range(5) for n in (3, 7, 12)]

@@ -8,13 +8,13 @@ import dop_search as dop
 from dop_search.data.validation import validation_set
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence import teacher as teacher_module
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.evaluation import answer_questions, correct_answers
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
 from dop_search.selectors import SELECTORS, Selection, Selector, make_selector
 from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.models import tiny_model
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 LAYERS = 12
 NEEDS_CLIP = ("cdpruner", "trim")

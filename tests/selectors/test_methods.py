@@ -8,13 +8,13 @@ import slow_selection as slow
 import torch
 from invented_inputs import invented
 
-from dop_search.errors import DopError, UnsupportedModelError
-from dop_search.operations import ModelDims
 from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
 from dop_search.selectors.base import cosine_matrix
 from dop_search.selectors.grid_cells import balanced_cells, grid_cells, smaller_grid
 from dop_search.selectors.sharing import shares
 from dop_search.selectors.tome import merge_schedule
+from dop_search.strategy.operations import ModelDims
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 NEEDS_CLIP = ("cdpruner", "trim")
 DIMS = ModelDims(2, 24, 48, 4, 4, 6, True, 100)

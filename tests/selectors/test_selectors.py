@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dop_search.errors import DopError
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SelectorInputs, make_selector
 from dop_search.selectors.uniform_grid import farthest_point_order
+from dop_search.utils.errors import DopError
 
 
 def test_cls_attention_keeps_what_the_tower_looks_at(pocket, few_samples):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dop_search as dop
-from dop_search.errors import UnsupportedModelError
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
@@ -14,6 +13,7 @@ from dop_search.selectors import SELECTORS, make_selector
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.utils.errors import UnsupportedModelError
 
 HAS_CLS = ("llava", "llava_next", "internvl")
 EVERYWHERE = {"cdpruner_llm", "divprune", "random", "received_attention", "uniform_grid"}

@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
-from dop_search.errors import DopError, UnsupportedModelError
 from dop_search.models import adapter_for
 from dop_search.models.capture import TOWER_FIELDS, capture_field, tower_flops
 from dop_search.models.prompts import model_inputs
@@ -18,6 +17,7 @@ from dop_search.selectors.grid_cells import grid_cells
 from dop_search.selectors.tome import merge_schedule
 from dop_search.testing.inputs import tiny_sample
 from dop_search.testing.models import tiny_model
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")

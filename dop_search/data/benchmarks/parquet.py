@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from dop_search.data.benchmarks.rows import NUM_ROWS, SEED, Row, benchmark_rows
-from dop_search.files import write_atomic
+from dop_search.utils.files import write_atomic
 
 VERSION = 1
 """Raise it whenever rows change: the number is part of the files' folder."""

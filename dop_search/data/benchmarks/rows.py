@@ -16,7 +16,7 @@ from dop_search.data.benchmarks.grouped import hallusionbench_rows, mme_rows
 from dop_search.data.rendered.drawing import draw_scene
 from dop_search.data.rendered.sampling import RenderedQuestion, rendered_questions
 from dop_search.data.rendered.scenes import Scene
-from dop_search.errors import DataError
+from dop_search.utils.errors import DataError
 
 Row: TypeAlias = dict[str, Any]
 

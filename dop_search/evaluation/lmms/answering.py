@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dop_search.errors import DataError
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DataError
 
 __all__ = ["Generation", "Part", "Prompt", "Turn", "Video", "answer_prompts"]
 

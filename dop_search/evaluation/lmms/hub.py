@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dop_search.errors import ConfigError, DataError
 from dop_search.evaluation.suites import HubDataset, Suite
 from dop_search.models.loading import hub_is_reachable
+from dop_search.utils.errors import ConfigError, DataError
 
 __all__ = ["check_suite", "offline", "revisions_of"]
 

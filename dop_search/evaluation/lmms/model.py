@@ -14,11 +14,11 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
-from dop_search.errors import DataError, DopError
 from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
-from dop_search.extensions import import_modules
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
+from dop_search.utils.errors import DataError, DopError
+from dop_search.utils.extensions import import_modules
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "DopChatLmms", "DopLmms"]
 

@@ -10,11 +10,11 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 
-from dop_search.errors import DataError, DopError
 from dop_search.evaluation.lmms.tasks import keep_rows, load_task, scored_rows, task_name
 from dop_search.evaluation.lmms.values import lmms_score, sample_scores
 from dop_search.evaluation.scores import BenchmarkScore
 from dop_search.evaluation.suites import Benchmark, Suite
+from dop_search.utils.errors import DataError, DopError
 
 __all__ = ["run_benchmark"]
 

@@ -13,11 +13,11 @@ import yaml
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file
 from dop_search.data.tasks import task_fields
-from dop_search.errors import ConfigError, DopError
 from dop_search.evaluation.aggregates import make_aggregate
 from dop_search.evaluation.lmms import gqa
 from dop_search.evaluation.suites import Benchmark, Suite
-from dop_search.files import write_text_atomic
+from dop_search.utils.errors import ConfigError, DopError
+from dop_search.utils.files import write_text_atomic
 
 __all__ = ["keep_rows", "load_task", "scored_rows", "task_manager", "task_name", "tasks_root", "write_tasks"]
 

@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from dop_search.errors import DopError
 from dop_search.evaluation.aggregates import SampleScore
 from dop_search.evaluation.suites import Benchmark, Suite
+from dop_search.utils.errors import DopError
 
 Logged: TypeAlias = dict[str, Any]
 """One entry of ``results["samples"][task]``."""

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from dop_search.errors import DopError
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
 from dop_search.pruning.in_decoder.sparsevlm import SparseVlmSelector
+from dop_search.utils.errors import DopError
 
 STAGE_SELECTORS: dict[str, type[StageSelector]] = {
     selector.name: selector

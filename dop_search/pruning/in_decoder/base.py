@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.operations import ModelDims
 from dop_search.pruning.layer import normalize, project_heads, rotate
+from dop_search.strategy.operations import ModelDims
 
 
 @dataclass(frozen=True)

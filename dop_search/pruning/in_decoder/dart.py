@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dop_search.operations import ModelDims
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector, best_first
+from dop_search.strategy.operations import ModelDims
 
 
 @dataclass(frozen=True)

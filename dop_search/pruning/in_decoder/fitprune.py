@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_search.operations import ModelDims
 from dop_search.pruning.in_decoder.base import (
     StageRanking,
     StageSample,
@@ -24,6 +23,7 @@ from dop_search.pruning.in_decoder.base import (
     attention_rows_flops,
     best_first,
 )
+from dop_search.strategy.operations import ModelDims
 
 CHUNK_ROWS = 128
 

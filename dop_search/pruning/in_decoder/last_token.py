@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dop_search.operations import ModelDims
 from dop_search.pruning.in_decoder.base import (
     StageRanking,
     StageSample,
@@ -15,6 +14,7 @@ from dop_search.pruning.in_decoder.base import (
     attention_rows_flops,
     best_first,
 )
+from dop_search.strategy.operations import ModelDims
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.operations import ModelDims
 from dop_search.pruning.in_decoder.base import (
     StageRanking,
     StageSample,
@@ -31,6 +30,7 @@ from dop_search.pruning.in_decoder.base import (
     attention_rows_flops,
     best_first,
 )
+from dop_search.strategy.operations import ModelDims
 
 RECYCLED_SHARE = 0.3
 """Share of the leaving tokens that is clustered."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.operations import TokenCounts
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import Inputs, tiny_sample
 from dop_search.testing.reference import text_positions, visual_positions
 from dop_search.testing.strategies import random_rankings

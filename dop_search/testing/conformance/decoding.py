@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
-from dop_search.errors import DopError
 from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all, generate, max_difference
 from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.models import NUM_SPECIAL_TOKENS
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
 from dop_search.testing.strategies import corner_strategy, dop_strategies
+from dop_search.utils.errors import DopError
 
 NUM_NEW_TOKENS = 7
 NUM_LONG_TOKENS = 256

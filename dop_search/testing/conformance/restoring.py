@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import dop_search as dop
-from dop_search.errors import DopError
 from dop_search.strategy import Strategy
 from dop_search.testing.conformance.base import ConformanceBase, Models, backends, generate
 from dop_search.testing.inputs import collate
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.strategies import corner_strategy
+from dop_search.utils.errors import DopError
 
 
 class RestoringConformance(ConformanceBase):

@@ -6,11 +6,12 @@ import torch
 from hypothesis import strategies as st
 
 import dop_search as dop
-from dop_search.cost.flops import full_flops, strategy_flops
-from dop_search.cost.kv_cache import strategy_kv_bytes
+from dop_search.evaluation.timing.counting import cache_bytes, count_decoder_flops
 from dop_search.models import adapter_for
+from dop_search.strategy.cost.flops import full_flops, strategy_flops
+from dop_search.strategy.cost.kv_cache import strategy_kv_bytes
 from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all
-from dop_search.testing.measure import cache_bytes, cache_lengths, count_decoder_flops
+from dop_search.testing.measure import cache_lengths
 from dop_search.testing.strategies import dop_strategies
 
 

@@ -1,0 +1,1 @@
+"""Everything of Hydra, pydantic and MLflow: commands, configuration, records, reports, tracking, studies."""

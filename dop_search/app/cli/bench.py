@@ -1,0 +1,338 @@
+"""``dop-bench``: how long the full model and pruned ones take, in one run on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dop_search.evaluation.timing.comparison import Comparison, compare, environment
+from dop_search.evaluation.timing.layer_times import measure_table
+from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model, shape_named
+from dop_search.evaluation.timing.text import comparison_text
+from dop_search.evaluation.timing.validation import (
+    Prediction,
+    random_strategies,
+    summary,
+    validate_table,
+    validation_text,
+)
+from dop_search.evaluation.timing.variants import FAMILIES, Prompt, make_variants
+from dop_search.models.families import adapter_for
+from dop_search.strategy import Strategy
+from dop_search.strategy.cost import LatencyTable
+from dop_search.utils.errors import ConfigError, DopError
+from dop_search.utils.extensions import import_modules
+from dop_search.utils.files import write_text_atomic
+
+DESCRIPTION = """\
+Time the full model against pruned ones: vision tower, prefill, each decoded token, end to end; memory and KV cache.
+
+Everything is timed in one process, in another order every round; ratios are paired by round. Beside the strategies
+stand, at the same FLOPs, uniform token reduction in front of the plain decoder (the bound: nothing that keeps fewer
+tokens can be faster) and a plain hook that drops tokens at layer 2. Needs torch and transformers only.
+"""
+
+EPILOG = """\
+examples:
+  dop-bench                                              the CPU target: --shape small, ratios 0.5 0.3 0.14
+  dop-bench --shape llava_next_7b --out next.json        random weights at real sizes, on the GPU if there is one
+  dop-bench --model pocket --strategy strategy-0.3.json  a checkpoint and strategies that a search has found
+  dop-bench --model /models/llava-1.5-7b --weights random --ratio 0.3
+  dop-bench --shape small --ratio --strategy a.json b.json                 only the given strategies
+  dop-bench --shape small --table small.json --validate-table              how well a latency table predicts
+  PYTHONPATH=. python -m dop_search.app.cli.bench --shape llava_next_7b         on a machine without this package
+"""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="dop-bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = result.add_argument_group("what is timed")
+    which = model.add_mutually_exclusive_group()
+    which.add_argument(
+        "--shape", choices=list(SHAPES), metavar="NAME", help=f"sizes of: {', '.join(SHAPES)} (default: small)"
+    )
+    which.add_argument("--model", metavar="NAME", help="a local folder, a hub id, or pocket")
+    model.add_argument(
+        "--weights",
+        choices=["random", "pretrained"],
+        help="random: build --model from its configuration alone (a --shape is always random)",
+    )
+    model.add_argument("--text-tokens", type=int, default=60, metavar="N", help="text tokens of a shape's prompt (60)")
+    model.add_argument("--image-size", type=int, default=336, metavar="PIXELS", help="side of --model's image (336)")
+    model.add_argument("--batch", type=int, default=1, metavar="N", help="equal prompts in a batch (1)")
+    model.add_argument("--tokens", type=int, default=8, metavar="N", help="tokens to generate; 1: prefill only (8)")
+    model.add_argument("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")
+    model.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
+    model.add_argument("--attn", default="sdpa", metavar="NAME", help="attention backend: sdpa, eager, ... (sdpa)")
+    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch (default: torch's)")
+    model.add_argument(
+        "--imports", nargs="+", default=[], metavar="MODULE", help="modules of your own with selectors or families"
+    )
+    against = result.add_argument_group("what it is compared with")
+    against.add_argument("--strategy", nargs="+", default=[], metavar="FILE", help="strategy files")
+    against.add_argument(
+        "--ratio",
+        nargs="*",
+        type=float,
+        default=None,
+        metavar="R",
+        help="FLOPs ratios for the built-in shapes of strategy and the baselines (default: 0.5 0.3 0.14)",
+    )
+    against.add_argument(
+        "--family", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), help="built-in shapes (all)"
+    )
+    against.add_argument("--selector", default="uniform_grid", metavar="NAME", help="of the built-in shapes")
+    against.add_argument("--compile", action="store_true", help="the pruned layers of ours through torch.compile")
+    how = result.add_argument_group("how")
+    how.add_argument("--rounds", type=int, default=9, metavar="N", help="readings per variant (9)")
+    how.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before that which do not count (1)")
+    how.add_argument("--passes", type=int, metavar="N", help="generations per reading, the last counts (CPU 1, GPU 2)")
+    how.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: what this process computed; for one thread on a machine that others use too (wall)",
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders (0)")
+    latency = result.add_argument_group("latency tables (budget={latency_ratio: ...} of dop-search)")
+    latency.add_argument(
+        "--table", type=Path, metavar="FILE", help="read this table, or measure and write it if there is no such file"
+    )
+    latency.add_argument(
+        "--validate-table",
+        nargs="?",
+        type=int,
+        const=24,
+        metavar="N",
+        help="instead of the comparison: predict N random strategies by a table and measure them (24)",
+    )
+    output = result.add_argument_group("where it goes")
+    output.add_argument("--out", type=Path, metavar="FILE", help="all readings as JSON")
+    output.add_argument("--mlflow", metavar="URI", help="log to this MLflow store, e.g. sqlite:///mlflow.db")
+    output.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        print(validation_text(validate(options)) if options.validate_table else comparison_text(run(options)))
+    except DopError as error:
+        print(f"dop-bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> Comparison:
+    """Build the model, make the variants, time them, write what was asked for.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    _check(options)
+    import_modules(options.imports)
+    strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
+    if len(strategies) != len(options.strategy):
+        raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
+    what, model, inputs = _subject(options)
+    adapter = adapter_for(model)
+    given = Prompt.of(adapter, inputs)
+    ratios = [0.5, 0.3, 0.14] if options.ratio is None else options.ratio
+    variants, notes = make_variants(
+        model,
+        adapter,
+        given,
+        strategies,
+        ratios,
+        families=options.family,
+        selector=options.selector,
+        compile=options.compile,
+    )
+    rows = compare(
+        model,
+        adapter,
+        inputs,
+        variants,
+        rounds=options.rounds,
+        warmup=options.warmup,
+        passes=options.passes or (2 if adapter.device.type == "cuda" else 1),
+        num_tokens=options.tokens,
+        clock=options.clock,
+        seed=options.seed,
+        on_progress=None if options.quiet else _show,
+    )
+    result = Comparison(
+        what, environment(model, adapter, options.clock), given.counts, options.tokens, tuple(rows), tuple(notes)
+    )
+    if options.out is not None:
+        write_text_atomic(options.out, json.dumps(result.to_json(), indent=1) + "\n")
+    if options.mlflow is not None:
+        _log(options.mlflow, result)
+    return result
+
+
+def validate(options: argparse.Namespace) -> list[Prediction]:
+    """Read or measure the latency table, and compare what it predicts with what random strategies take.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    _check(options)
+    import_modules(options.imports)
+    what, model, inputs = _subject(options)
+    adapter = adapter_for(model)
+    counts = Prompt.of(adapter, inputs).counts
+    notify = None if options.quiet else _show
+    where = environment(model, adapter, options.clock)
+    if options.table is not None and options.table.is_file():
+        table = LatencyTable.load(options.table, where)
+    else:
+        table = measure_table(
+            model, [counts], rounds=options.rounds, clock=options.clock, seed=options.seed, on_progress=notify
+        )
+        if options.table is not None:
+            table.save(options.table)
+    strategies = random_strategies(adapter.dims.num_layers, counts.visual, options.validate_table, options.seed)
+    predictions = validate_table(
+        model,
+        table,
+        counts,
+        strategies,
+        rounds=max(2, options.rounds // 2),
+        clock=options.clock,
+        seed=options.seed,
+        on_progress=notify,
+    )
+    if options.out is not None:
+        data = {
+            "format": "dop_search.latency_validation",
+            "version": 1,
+            "what": what,
+            "environment": where,
+            "text_tokens": counts.text,
+            "visual_tokens": counts.visual,
+            "summary": summary(predictions),
+            "predictions": [item.to_json() for item in predictions],
+        }
+        write_text_atomic(options.out, json.dumps(data, indent=1) + "\n")
+    return predictions
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse values out of range; set the threads."""
+    if options.num_threads is not None and options.num_threads >= 1:
+        torch.set_num_threads(options.num_threads)
+    for name in ("rounds", "tokens", "batch", "passes", "image_size", "num_threads", "validate_table"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"`--{name.replace('_', '-')} >= 1` must hold, but got {value}")
+    if options.warmup < 0:
+        raise ConfigError(f"`--warmup >= 0` must hold, but got {options.warmup}")
+    for ratio in options.ratio or ():
+        if not 0.0 < ratio <= 1.0:
+            raise ConfigError(f"`0 < ratio <= 1` must hold, but got --ratio {ratio:g}")
+    if options.table is not None and options.validate_table is None:
+        raise ConfigError("--table needs --validate-table, e.g. `--table small.json --validate-table 24`")
+    if options.shape is not None and options.weights == "pretrained":
+        raise ConfigError("a --shape has no pretrained weights; give a checkpoint with --model")
+
+
+def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
+    """What is timed, in words, and its prompt."""
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"`--device` must be auto, cpu or cuda[:index], but got {name!r}") from error
+    dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    if options.model is None:
+        shape = shape_named(options.shape or "small")
+        model = build(shape, device, dtype, options.attn)
+        words = f"{shape.name} ({shape.source}), random weights"
+        return words, model, prompt(shape, model, options.text_tokens, options.batch)
+    return _checkpoint(options, device, dtype)
+
+
+def _checkpoint(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
+    if options.weights == "random":
+        model, processor = _without_weights(options.model, device, dtype, options.attn)
+        words = f"{options.model}, random weights"
+    else:
+        from dop_search.models.loading import load
+
+        name = str(dtype).removeprefix("torch.")
+        loaded = load(options.model, device=str(device), dtype=name, attn_implementation=options.attn)
+        model, processor, words = loaded.model, loaded.processor, f"{options.model}, its weights"
+    from PIL import Image
+
+    from dop_search.models.prompts import chat_prompt
+
+    image = Image.new("RGB", (options.image_size, options.image_size), (127, 127, 127))
+    batch: Any = processor(
+        images=[image] * options.batch,
+        text=[chat_prompt(processor, "Describe the image.")] * options.batch,
+        return_tensors="pt",
+    )
+    inputs = {
+        key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in batch.items()
+    }
+    return words, model, inputs
+
+
+def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[PreTrainedModel, Any]:
+    """A model from its configuration, and its processor; its weights need not be there."""
+    from transformers import AutoConfig, AutoProcessor
+
+    source = name
+    if name.partition("/")[0] == "pocket":
+        from dop_search.models.pocket import pocket_path
+
+        source = str(pocket_path())
+    try:
+        config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration of {name!r}: {str(error).splitlines()[0]}; point to a local folder"
+        ) from error
+    return random_model(config, device, dtype, attn), processor
+
+
+def _log(uri: str, result: Comparison) -> None:
+    try:
+        from dop_search.app.config import TrackingConfig
+        from dop_search.app.tracking.store import log_benchmark
+    except ImportError as error:
+        raise ConfigError(f"--mlflow needs `dop-search[search]`: {error}") from error
+    log_benchmark(TrackingConfig(uri=uri), result.to_json())
+
+
+def _show(done: int, total: int, what: str) -> None:
+    end = "\n" if done == total else ""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{done}/{total} {what}", end=end, file=sys.stderr, flush=True)
+    elif done % max(1, total // 20) == 0 or done == total:
+        print(f"{done}/{total}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the commands that Hydra composes have in common: exit statuses, errors without a traceback, the last lines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from dop_search.utils.conf import config_dir
+from dop_search.utils.errors import DopError
+
+log = logging.getLogger(__name__)
+
+
+def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], None]) -> None:
+    """Compose the configuration and run ``job`` with it and the run directory, or with ``-m`` once per combination.
+
+    A :class:`DopError` is shown without a traceback (``HYDRA_FULL_ERROR=1`` shows it). Exit status 1 on a user's error,
+    130 on Ctrl-C.
+    """
+    try:
+        directory = config_dir()
+    except DopError as error:
+        sys.exit(f"{name}: {error}")
+
+    def task(composed: DictConfig) -> None:
+        try:
+            job(composed, Path(HydraConfig.get().runtime.output_dir))
+        except DopError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                log.error("%s", error)  # Hydra runs the rest of the sweep and reports only the first error, at the end
+            raise CompactHydraException(f"{name}: {error}") from error
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(task)()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def print_end(tables: list[object], lines: list[str], ui_command: str | None) -> None:
+    """The tables of a result, where everything lies, and how to compare runs."""
+    console = Console()
+    console.print()
+    for table in tables:
+        console.print(table)
+        console.print()
+    if ui_command is not None:
+        lines = [*lines, f"Compare:  {ui_command}"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

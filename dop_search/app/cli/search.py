@@ -1,0 +1,68 @@
+"""``dop-search``: compose by Hydra, validate, run the pipeline, print the table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dop_search.app.cli.hydra_command import print_end, run_command
+from dop_search.app.config import SearchConfig, parse_config
+from dop_search.utils.conf import CONFIG_NAME
+from dop_search.utils.progress import default_progress
+
+
+def main() -> None:
+    """Entry point: one search, or with ``-m`` one per combination."""
+    run_command("dop-search", CONFIG_NAME, run_search)
+
+
+def run_search(composed: DictConfig, run_dir: Path) -> None:
+    """Validate the configuration, search, and print the summary and where everything lies.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    config = parse_config(composed)
+    # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
+    from dop_search.app.tracking.store import check_tracking, ui_command
+
+    check_tracking(config.tracking)
+    if config.study is not None:
+        run_study_job(config)
+        return
+    from dop_search.app.report import summary
+    from dop_search.app.report.scores import score_summary
+    from dop_search.app.search import run
+
+    record = run(config, run_dir, default_progress())
+    scores = score_summary(record)
+    print_end(
+        [summary(record)] if scores is None else [summary(record), scores],
+        [
+            f"Strategies, record, curves, plots: {os.path.relpath(run_dir)}",
+            f"Report:   {os.path.relpath(run_dir / 'report.html')}",
+        ],
+        ui_command(config.tracking),
+    )
+
+
+def run_study_job(config: SearchConfig) -> None:
+    """Measure a study, and print its table and where everything lies.
+
+    Raises:
+        DopError: for anything the user can mend.
+    """
+    from dop_search.app.report.studies import study_table
+    from dop_search.app.study import run_study
+    from dop_search.app.tracking.store import ui_command
+
+    assert config.study is not None
+    table = study_table(run_study(config, default_progress()))
+    folder = os.path.relpath(config.study.folder)
+    print_end([] if table is None else [table], [f"Rows, figures: {folder}"], ui_command(config.tracking))
+
+
+if __name__ == "__main__":
+    main()

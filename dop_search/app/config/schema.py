@@ -1,0 +1,355 @@
+"""What can be configured: one frozen pydantic model per Hydra group, unknown keys forbidden."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from dop_search.app.config.section import Section
+from dop_search.app.config.solvers import AdditiveExactConfig, SolverConfig, Storage
+from dop_search.data.sources import DatasetSource, TaskSource
+from dop_search.data.validation import Split
+
+
+def _dotted(name: str) -> str:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"a module is named as in Python, e.g. my_selectors or my_package.selectors, not {name!r}")
+    return name
+
+
+Imports = Annotated[
+    tuple[Annotated[str, AfterValidator(_dotted)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+"""Names of modules; one may stand without a list."""
+
+
+class ModelConfig(Section):
+    """Which model to prune and how to load it."""
+
+    name_or_path: str = Field(default="pocket", min_length=1)
+    """``pocket`` (bundled), a local directory in HF format, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint; pin a commit for results that you publish."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the checkpoint's on an accelerator, float32 on a CPU."""
+    device: str = "auto"
+    """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
+    device_map: str | None = None
+    """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may run."""
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> ModelConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"`device` and `device_map` exclude each other, but got (device={self.device!r}, "
+                f"device_map={self.device_map!r}); set one of them to its default (auto, null)"
+            )
+        return self
+
+
+SourceConfig = Annotated[TaskSource | DatasetSource, Field(discriminator="kind")]
+"""Where samples come from; the key ``kind`` says which."""
+
+
+class DataConfig(Section):
+    """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
+
+    name: str = Field(default="pocket", min_length=1)
+    """``pocket`` (rendered by this project), ``jsonl`` (a file of your own), or any name with ``sources``."""
+    path: str | None = None
+    """The file of ``name=jsonl``; every third image belongs to the same of the three sets."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
+    num_samples: PositiveInt = 96
+    """Samples of the search set: curves and re-ranking see only these."""
+    num_heldout: PositiveInt = 192
+    """Samples that confirm the chosen strategy; the search never sees them."""
+    num_test: NonNegativeInt = 204
+    """Samples with ground-truth answers for the task accuracy; 0: no accuracy."""
+    families: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Kinds of question to use; ``null``: all."""
+    answers: Literal["teacher", "ground_truth"] = "teacher"
+    """Whose answer is teacher-forced: the full model's greedy one (label-free), or the annotation."""
+    max_new_tokens: PositiveInt = 16
+    """Longest answer."""
+    averaging: Literal["per_sample", "per_token"] = "per_sample"
+    """Mean of the KL: over answer positions first and samples then, or over all positions at once."""
+    seed: NonNegativeInt = 0
+    """Of drawing or rendering the samples."""
+
+    @property
+    def sizes(self) -> dict[Split, int]:
+        """Samples per split."""
+        return {"search": self.num_samples, "heldout": self.num_heldout, "test": self.num_test}
+
+    @model_validator(mode="after")
+    def _file_given(self) -> DataConfig:
+        if self.name == "jsonl" and self.path is None:
+            raise ValueError("`name=jsonl` needs a file; set data.path=FILE.jsonl")
+        if self.sources and self.name in ("pocket", "jsonl"):
+            raise ValueError(f"`sources` need a `name` of their own, but got (name={self.name!r}); set data.name=MINE")
+        return self
+
+
+class SelectorConfig(Section):
+    """Which visual tokens come first when not all enter the decoder."""
+
+    name: str = Field(default="cls_attention", min_length=1)
+    """A selector of ``dop_search.selectors``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
+
+
+class SpaceConfig(Section):
+    """Which strategies are searched: exit depths per module and group, and the number of visual tokens."""
+
+    name: Literal["dop", "dop_split", "dop_groups", "uniform"] = "dop_split"
+    """``dop``: one depth for attention and one for MLP; ``dop_split``: queries and keys/values apart; ``dop_groups``:
+    that per group of tokens; ``uniform``: the number of tokens alone."""
+    shares: Annotated[tuple[float, ...], Field(strict=False)] = (1.0,)
+    """Share of the kept visual tokens per group, best-ranked first; sums to 1."""
+    num_depth_levels: Annotated[int, Field(ge=2)] | None = None
+    """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
+    num_token_levels: int = Field(default=12, ge=2)
+    """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> SpaceConfig:
+        if any(share <= 0.0 for share in self.shares) or abs(sum(self.shares) - 1.0) > 1e-6:
+            raise ValueError(f"`shares` must be positive and sum to 1, but got {list(self.shares)}")
+        if self.name == "dop_groups" and len(self.shares) < 2:
+            raise ValueError(f"`name=dop_groups` needs 2 or more `shares`, but got {list(self.shares)}")
+        if self.name != "dop_groups" and len(self.shares) > 1:
+            raise ValueError(f"`name={self.name}` has one group of tokens, but got shares={list(self.shares)}")
+        return self
+
+
+class BudgetConfig(Section):
+    """What a strategy may cost at prefill; exactly one of the fields is given."""
+
+    flops_ratio: float | None = None
+    """Share of the full model's prefill FLOPs (text included), in (0, 1]."""
+    kv_ratio: float | None = None
+    """Share of the full model's KV-cache bytes, in (0, 1]."""
+    flops: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute prefill FLOPs per sample (1 MAC = 2 FLOPs)."""
+    kv_bytes: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute bytes of the KV cache per sample."""
+    latency_ratio: float | None = None
+    """Share of the full model's prefill time on this device, in (0, 1]; a table of layer times is measured first."""
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    """Absolute prefill milliseconds per sample on this device."""
+
+    @field_validator("flops_ratio", "kv_ratio", "latency_ratio")
+    @classmethod
+    def _is_ratio(cls, value: float | None) -> float | None:
+        if value is not None and not 0.0 < value <= 1.0:
+            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value <= 100.0 else ""
+            raise ValueError(f"`0 < ratio <= 1` must hold, but got {value:g}{hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetConfig:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget needs exactly one of {', '.join(type(self).model_fields)}, but got {given or 'none'}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The cost that is limited."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether it needs layer times of this device."""
+        return self.name.startswith("latency")
+
+    @property
+    def value(self) -> float:
+        """The limit, in the unit of :attr:`name`."""
+        return float(getattr(self, self.name))
+
+    @property
+    def plain(self) -> float | dict[str, float]:
+        """As in records: a number for a FLOPs ratio, ``{name: value}`` for anything else."""
+        return self.value if self.name == "flops_ratio" else {self.name: self.value}
+
+
+class EvalConfig(Section):
+    """How the found strategies are judged beyond KL."""
+
+    name: str = Field(default="accuracy", min_length=1)
+    """``accuracy``: on ``data.num_test`` samples; ``none``; or a suite of benchmarks, e.g. ``pocket13``, ``dop13``."""
+    benchmarks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)] = ()
+    """Of a suite, by their names in ``conf/benchmarks.yaml``; none: those of the suite's file."""
+    source: Literal["hub", "rendered"] = "hub"
+    """Where the rows come from: the hub's data sets, or rendered in their schemas (no network)."""
+    judge: bool = True
+    """Whether a benchmark may ask its GPT judge."""
+    limit: PositiveInt | None = None
+    """Most samples per benchmark; ``null``: all."""
+    batch_size: PositiveInt = 16
+    """Samples per generation call."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer, instead of what each benchmark says."""
+
+    @property
+    def is_suite(self) -> bool:
+        """Whether benchmarks are run."""
+        return self.name not in ("none", "accuracy")
+
+    @model_validator(mode="after")
+    def _benchmarks_have_a_name(self) -> EvalConfig:
+        if self.benchmarks and not self.is_suite:
+            raise ValueError(
+                f"`name={self.name}` runs no benchmarks, but got {list(self.benchmarks)}; set a suite's name"
+            )
+        return self
+
+
+class TrackingConfig(Section):
+    """Where the search is logged."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    """``none``: the files in the run directory are all there is."""
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking store; a relative SQLite path is taken from the working directory."""
+    artifact_location: str | None = None
+    """``null``: the folder ``mlartifacts`` beside the SQLite file, or the server's own."""
+    experiment: str = Field(default="dop-search", min_length=1)
+    """MLflow experiment; made if it is missing."""
+    run_name: str | None = None
+    """``null``: model, space and solver."""
+
+
+class StudyConfig(Section):
+    """A study instead of one search: a table of rows, see ``dop_search.studies``."""
+
+    name: str = Field(min_length=1)
+    """``compare``, ``additive_vs_exact``, …: the files in ``conf/experiment`` that set it are the way to choose one."""
+    folder: str = Field(default="outputs/studies", min_length=1)
+    """Where ``result.json`` and the figures are; rows that are there are not measured again."""
+    workers: PositiveInt = 1
+    """Processes that share the rows; with more than one, each computes on ``num_threads`` threads, or on one."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the study can be told besides, e.g. which methods to compare."""
+
+
+class SearchConfig(Section):
+    """Everything that one search, or one study, depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    selector: SelectorConfig = SelectorConfig()
+    space: SpaceConfig = SpaceConfig()
+    budget: Annotated[tuple[BudgetConfig, ...], Field(strict=False)] = (
+        BudgetConfig(flops_ratio=0.5),
+        BudgetConfig(flops_ratio=0.3),
+        BudgetConfig(flops_ratio=0.15),
+    )
+    """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` or ``{latency_ratio: 0.3}`` limits another cost; a list searches
+    each."""
+    search: SolverConfig = AdditiveExactConfig()
+    eval: EvalConfig = EvalConfig()
+    study: StudyConfig | None = None
+    """A table to measure instead of one search; ``null``: search."""
+    tracking: TrackingConfig = TrackingConfig()
+    batch_size: PositiveInt = 16
+    """Samples per generation call; scoring batches by what fits the device."""
+    hidden_states: Literal["keep", "offload", "recompute"] = "keep"
+    """The full model's hidden states while profiling: on the device (fastest), in CPU memory, or recomputed (least)."""
+    cache_dir: str = Field(default=".cache/dop_search", min_length=1)
+    """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
+    storage: Storage | None = None
+    """Where several processes share one search: a journal file, or a database URL such as
+    ``postgresql+psycopg://user@host/db``. ``null``: this process searches alone."""
+    seed: NonNegativeInt = 0
+    """Of the solvers' samplers and of the bootstrap."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; ``null``: torch's default."""
+    imports: Imports = ()
+    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families or methods;
+    imported before anything is looked up by name."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_list_of_mappings(cls, value: Any) -> Any:
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        return [{"flops_ratio": x} if isinstance(x, (int, float, str, bool)) else x for x in items]
+
+    @field_validator("budget", mode="after")
+    @classmethod
+    def _all_different(cls, budgets: tuple[BudgetConfig, ...]) -> tuple[BudgetConfig, ...]:
+        plain = [budget.plain for budget in budgets]
+        if not plain:
+            raise ValueError("at least one budget is needed, e.g. budget=0.3, but got []")
+        if any(plain.count(item) > 1 for item in plain):
+            raise ValueError(f"the budgets must differ, but got {plain}")
+        return budgets
+
+
+class EvalRunConfig(Section):
+    """Everything that one ``dop-eval`` depends on."""
+
+    model: ModelConfig = ModelConfig()
+    eval: EvalConfig = EvalConfig(name="pocket13", source="rendered", judge=False, max_new_tokens=16)
+    strategy: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Strategy files; a file or a list of files. None: the full model alone."""
+    limit: PositiveInt | None = None
+    """Most samples per benchmark; ``null``: what the suite says."""
+    batch_size: PositiveInt | None = None
+    """Samples per generation call; ``null``: what the suite says."""
+    tracking: TrackingConfig = TrackingConfig()
+    cache_dir: str = Field(default=".cache/dop_search", min_length=1)
+    """Scores, keyed by content: what was measured of the full model or of a strategy is not measured again."""
+    seed: NonNegativeInt = 0
+    """Of the bootstrap."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; ``null``: torch's default."""
+    imports: Imports = ()
+    """As with ``dop-search``."""
+
+    @property
+    def suite(self) -> EvalConfig:
+        """``eval`` with ``limit`` and ``batch_size``."""
+        given = {"limit": self.limit, "batch_size": self.batch_size}
+        return self.eval.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("strategy", mode="after")
+    @classmethod
+    def _each_once(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(files)) < len(files):
+            raise ValueError(f"each strategy file is given once, but got {list(files)}")
+        return files
+
+    @field_validator("eval", mode="after")
+    @classmethod
+    def _is_suite(cls, value: EvalConfig) -> EvalConfig:
+        if not value.is_suite:
+            raise ValueError(
+                f"dop-eval runs a suite of benchmarks, e.g. eval=pocket13 or eval=dop13, not {value.name!r}"
+            )
+        return value

@@ -1,0 +1,309 @@
+"""The record of one search: the contract that reports, notebooks and everything downstream read.
+
+``record.json`` lies in the run directory. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError
+from dop_search.utils.files import write_text_atomic
+
+SCHEMA_VERSION: Literal[1] = 1
+RECORD_FILE = "record.json"
+CURVES_FILE = "curves.parquet"
+SAMPLES_FILE = "samples.json"
+
+Interval = tuple[float, float]
+"""A 95 % confidence interval ``(low, high)``, by bootstrap over samples."""
+Ratio = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Point = tuple[float, float]
+"""``(cost ratio, additive KL in nats)``."""
+
+
+def _strategy(value: Any) -> Strategy:
+    return value if isinstance(value, Strategy) else Strategy.from_json(value)
+
+
+StrategyField = Annotated[Strategy, PlainValidator(_strategy), PlainSerializer(lambda strategy: strategy.to_json())]
+"""A :class:`Strategy`, as its JSON in the file."""
+
+
+class Part(BaseModel):
+    """Base of every part: unknown fields, NaN and infinite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class Named(Part):
+    """Something chosen by name, with its options."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class ModelInfo(Part):
+    """The model that was searched."""
+
+    name: str
+    fingerprint: str
+    num_layers: Count
+    num_visual_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    """Mean over the search set; the same for every sample in models of fixed resolution."""
+    num_text_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    num_parameters: Count | None = None
+    dtype: str | None = None
+    device: str | None = None
+    attn_implementation: str | None = None
+
+
+class DataInfo(Part):
+    """The samples that were used."""
+
+    name: str
+    num_samples: Count
+    num_heldout: Count
+    num_test: Count = 0
+    seed: int = 0
+    answers: str = "teacher"
+    averaging: str = "per_sample"
+    fingerprints: dict[str, str] = {}
+    """Of the search, held-out and test set."""
+    sources: list[dict[str, Any]] = []
+    """Splits of benchmarks and data sets that the samples come from."""
+    samples_file: str | None = None
+    """File beside the record with the sample ids of every set, see :func:`save_sample_ids`."""
+
+
+class UniformResult(Part):
+    """Uniform token reduction (``n_v`` alone, the same selector) at the FLOPs of the found strategy."""
+
+    num_visual_tokens: Count
+    flops_ratio: Ratio
+    kl_heldout: float
+    kl_heldout_ci95: Interval | None = None
+    accuracy: float | None = None
+    kv_ratio: Ratio | None = None
+    kl_search: float | None = None
+    kl_additive: float | None = None
+    latency_ratio: Ratio | None = None
+
+
+class ScoreComparison(Part):
+    """One benchmark under the full model, a strategy, and uniform reduction at the strategy's FLOPs."""
+
+    full: float
+    """In the benchmark's unit, as the other scores."""
+    pruned: float
+    uniform: float | None = None
+    ci95: Interval | None = None
+    """Of pruned minus full, by a bootstrap over samples that pairs the two."""
+    uniform_ci95: Interval | None = None
+    """Of pruned minus uniform; above zero: the found strategy is better."""
+    unit: str = "%"
+    num_samples: Count = 0
+
+    @property
+    def relative_pruned(self) -> float | None:
+        """Per cent of the full model's score that the strategy keeps; ``None`` if that is 0."""
+        return 100.0 * self.pruned / self.full if self.full else None
+
+    @property
+    def relative_uniform(self) -> float | None:
+        """The same for uniform reduction."""
+        return 100.0 * self.uniform / self.full if self.full and self.uniform is not None else None
+
+
+class RelativeMean(Part):
+    """Mean over benchmarks of the per cent of the full model's score: the literature's relative average."""
+
+    pruned: float | None
+    """``None`` if the full model scores 0 on a benchmark."""
+    uniform: float | None = None
+
+
+class SuiteInfo(Part):
+    """The benchmarks that were run."""
+
+    suite: str
+    limit: Count | None = None
+    """Most samples per benchmark."""
+    batch_size: Count | None = None
+    fingerprint: str | None = None
+    """Of the full model's scores."""
+
+
+class Candidate(Part):
+    """A strategy whose exact KL was measured on the search set."""
+
+    describe: str
+    flops_ratio: Ratio
+    kl_search: float
+    kl_additive: float | None = None
+    is_uniform: bool = False
+
+
+class Result(Part):
+    """What one budget led to. All KLs in nats; accuracies and ratios in 0..1."""
+
+    budget: float | dict[str, float]
+    """A number is a FLOPs ratio; else ``{"kv_ratio": 0.3}`` and the like."""
+    strategy: StrategyField
+    flops_ratio: Ratio
+    kv_ratio: Ratio
+    kl_additive: float | None
+    """The surrogate's estimate; ``None`` where the solver has none."""
+    kl_search: float
+    kl_search_ci95: Interval | None = None
+    kl_heldout: float
+    kl_heldout_ci95: Interval | None = None
+    accuracy_full: float | None = None
+    """``None``: not evaluated (``eval=none``)."""
+    accuracy_pruned: float | None = None
+    uniform: UniformResult | None
+    """``None`` if not even one visual token fits with every operation on."""
+    num_validation_runs: Count
+    """Passes over the search set with a pruned model that this result needed, the curves included."""
+    seconds: Seconds
+    kl_heldout_difference_ci95: Interval | None = None
+    """Of pruned minus uniform, paired by sample; below zero: the found strategy is better."""
+    candidates: list[Candidate] = []
+    latency_ratio: Ratio | None = None
+    """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
+    latency_ms: Annotated[float, Field(ge=0.0)] | None = None
+    """Predicted prefill milliseconds, mean over the search set."""
+    scores: dict[str, ScoreComparison] = {}
+    """Benchmark → scores, where a suite ran (``eval=pocket13``, ``eval=dop13``, …)."""
+    relative_mean: RelativeMean | None = None
+
+    @property
+    def uniform_strategy(self) -> Strategy | None:
+        """The uniform reduction that this result is compared with."""
+        if self.uniform is None:
+            return None
+        found = self.strategy
+        return Strategy.full(
+            found.num_layers,
+            num_visual_tokens=self.uniform.num_visual_tokens,
+            selector=found.selector,
+            selector_options=found.selector_options,
+            model_fingerprint=found.model_fingerprint,
+        )
+
+    @property
+    def budget_text(self) -> str:
+        """For tables, e.g. ``0.3`` or ``KV 0.3``."""
+        if isinstance(self.budget, float):
+            return f"{self.budget:g}"
+        return " ".join(f"{_BUDGET_NAMES.get(name, name)} {value:g}" for name, value in self.budget.items())
+
+
+_BUDGET_NAMES = {
+    "flops_ratio": "",
+    "kv_ratio": "KV",
+    "flops": "FLOPs",
+    "kv_bytes": "KV bytes",
+    "latency_ratio": "time",
+    "latency_ms": "ms",
+}
+
+
+class Provenance(Part):
+    """Where the numbers come from."""
+
+    started_at: str
+    """ISO 8601, UTC."""
+    versions: dict[str, str] = {}
+    git_commit: str | None = None
+    command: str | None = None
+    machine: str | None = None
+    config: dict[str, Any] = {}
+    search_id: str | None = None
+    """Also in the provenance of the strategies and on the tracked runs, so that later runs find the search."""
+
+
+class Record(Part):
+    """One search, all budgets."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelInfo
+    data: DataInfo
+    selector: Named
+    space: Named
+    solver: Named
+    results: list[Result] = Field(min_length=1)
+    floor_ratio: Ratio | None = None
+    """FLOPs ratio that no strategy can go below: what the text tokens cost."""
+    front: list[Point] = []
+    """The Pareto front of the additive surrogate."""
+    uniform_front: list[Point] = []
+    """The same for ``n_v`` alone."""
+    front_cost: Literal["flops_ratio", "kv_ratio"] = "flops_ratio"
+    """The cost on the fronts."""
+    candidates: list[Candidate] = []
+    """Strategies measured beside those of a single result, e.g. at random to check the surrogate."""
+    num_validation_runs: Count = 0
+    """All passes over the search set, for the curves and all budgets together."""
+    seconds: Seconds = 0.0
+    timings: dict[str, Seconds] = {}
+    """Seconds per stage."""
+    scores: Annotated[SuiteInfo | None, BeforeValidator(lambda value: value or None)] = None
+    """The benchmarks behind the results' scores; ``None`` if no suite ran."""
+    provenance: Provenance | None = None
+
+    def all_candidates(self) -> list[Candidate]:
+        """Every strategy with an exact KL, each once."""
+        items = [*self.candidates, *(item for result in self.results for item in result.candidates)]
+        return list({(item.describe, item.flops_ratio): item for item in items}.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, atomically."""
+        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read a record, from its file or from the run directory that holds it.
+
+        Raises:
+            CacheError: if there is none, or it is of another version or malformed; the message says where.
+        """
+        file = Path(path) / RECORD_FILE if Path(path).is_dir() else Path(path)
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CacheError(f"no record at {str(file)!r}; give the directory of a finished run") from error
+        except ValueError as error:
+            raise CacheError(f"{str(file)!r} is not a JSON file: {error}") from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise CacheError(
+                f"{str(file)!r} has schema_version {version!r}, but this dop-search reads {SCHEMA_VERSION}; "
+                "run the search again, or use the version that wrote it"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)
+            ]
+            raise CacheError("\n  ".join([f"{str(file)!r} is not a record:", *lines])) from error
+
+
+def save_sample_ids(path: Path, ids: Mapping[str, Sequence[str]], fingerprints: Mapping[str, str]) -> None:
+    """Write which samples each set holds: ``{"search": {"fingerprint": …, "ids": […]}, …}``."""
+    data = {name: {"fingerprint": fingerprints[name], "ids": list(values)} for name, values in ids.items()}
+    write_text_atomic(path, json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,109 @@
+"""How numbers and strategies are written in tables, plots and tracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dop_search.app.record import Record, Result
+from dop_search.strategy import Strategy
+from dop_search.strategy.operations import Module
+from dop_search.strategy.policy import GroupPolicy
+
+NONE = "–"
+
+
+def kl_text(value: float | None) -> str:
+    """A KL in nats with two or three significant digits, e.g. ``0.0123`` or ``8.1e-05``."""
+    if value is None:
+        return NONE
+    if value == 0.0:
+        return "0"
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """A confidence interval, e.g. ``0.0100…0.0150``."""
+    return NONE if interval is None else f"{kl_text(interval[0])}…{kl_text(interval[1])}"
+
+
+def percent_text(value: float | None) -> str:
+    """A ratio as per cent, without the sign."""
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+@dataclass(frozen=True)
+class PolicyText:
+    """The paper's policy ``(D_A, D_P, n_v)`` in words, one entry per token group.
+
+    ``attention`` (``D_A``) is one number where q and kv are tied, ``q/kv`` where they differ; a free layer set
+    reads as the number of its layers in braces.
+    """
+
+    attention: tuple[str, ...]
+    attention_ratio: tuple[str, ...]
+    mlp: tuple[str, ...]
+    mlp_ratio: tuple[str, ...]
+    num_visual_tokens: str
+
+
+def policy_text(strategy: Strategy) -> PolicyText:
+    """Describe a strategy by depths and depth ratios."""
+    num_layers = strategy.num_layers
+    return PolicyText(
+        attention=tuple(_attention(group, None) for group in strategy.groups),
+        attention_ratio=tuple(_attention(group, num_layers) for group in strategy.groups),
+        mlp=tuple(_depth(group, Module.MLP, None) for group in strategy.groups),
+        mlp_ratio=tuple(_depth(group, Module.MLP, num_layers) for group in strategy.groups),
+        num_visual_tokens="all" if strategy.num_visual_tokens is None else str(strategy.num_visual_tokens),
+    )
+
+
+def _attention(group: GroupPolicy, num_layers: int | None) -> str:
+    q, kv = group.depth(Module.Q), group.depth(Module.KV)
+    # The query of the last layer with keys is dead, so a tied strategy may come without it.
+    tied = q is not None and kv is not None and q in (kv, kv - 1)
+    both = (Module.KV,) if tied else (Module.Q, Module.KV)
+    return "/".join(_depth(group, module, num_layers) for module in both)
+
+
+def _depth(group: GroupPolicy, module: Module, num_layers: int | None) -> str:
+    depth = group.depth(module)
+    if num_layers is None:
+        return f"{{{len(group.layers(module))}}}" if depth is None else str(depth)
+    return NONE if depth is None else f"{depth / num_layers:.2f}"
+
+
+def verdict(result: Result) -> str:
+    """``better``, ``worse`` or ``no difference``: the held-out KL against uniform reduction."""
+    interval = result.kl_heldout_difference_ci95
+    if result.uniform is None:
+        return NONE
+    if interval is None:
+        lower = result.kl_heldout < result.uniform.kl_heldout
+        return "lower, untested" if lower else "not lower, untested"
+    low, high = interval
+    return "better" if high < 0.0 else "worse" if low > 0.0 else "no difference"
+
+
+def notes(record: Record) -> list[str]:
+    """What has to be known to read the summary."""
+    full = record.results[0].accuracy_full
+    data = record.data
+    lines = [
+        f"{record.model.name} on {data.name}; KL in nats, mean of {data.num_samples} search and "
+        f"{data.num_heldout} held-out samples.",
+        f"D_A, D_P: exit depths of attention (q/kv where they differ) and MLP, of {record.model.num_layers} layers.",
+        "n_v: visual tokens that enter the decoder; uniform: only fewer of them, same FLOPs.",
+    ]
+    if full is not None:
+        lines.append(f"Accuracy of the full model on {data.num_test} test samples: {percent_text(full)} %.")
+    if record.floor_ratio is not None:
+        lines.append(f"The text tokens, never pruned, cost {percent_text(record.floor_ratio)} % of the FLOPs.")
+    timed = [
+        f"{percent_text(item.latency_ratio)} % at {item.budget_text}" for item in record.results if item.latency_ratio
+    ]
+    if timed:
+        lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
+    verdicts = ", ".join(f"{verdict(result)} at {result.budget_text}" for result in record.results)
+    lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
+    return lines

@@ -1,0 +1,64 @@
+"""All pictures and the page of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from dop_search.app.record import CURVES_FILE, Record
+from dop_search.app.report.additive_vs_exact import additive_vs_exact
+from dop_search.app.report.divergence_curves import divergence_curves
+from dop_search.app.report.layer_map import layer_map
+from dop_search.app.report.page import page
+from dop_search.app.report.pareto_front import pareto_front
+from dop_search.app.report.scores import relative_scores
+from dop_search.app.report.style import save_figure
+from dop_search.search.curves import Curves
+from dop_search.utils.files import write_text_atomic
+
+PLOTS_FOLDER = "plots"
+PAGE_FILE = "report.html"
+
+
+def figures(record: Record, curves: Curves | None) -> dict[str, Figure]:
+    """Every figure that the record has the numbers for, by file name."""
+    result = {"layer_map": layer_map(record), "pareto_front": pareto_front(record)}
+    if curves is not None:
+        result["divergence_curves"] = divergence_curves(curves, record.model.num_layers)
+    if any(item.kl_additive is not None for item in record.all_candidates()):
+        result["additive_vs_exact"] = additive_vs_exact(record)
+    if any(item.scores for item in record.results):
+        result["relative_scores"] = relative_scores(record)
+    return result
+
+
+def write_report(record: Record, curves: Curves | None, run_dir: Path) -> list[Path]:
+    """Write ``plots/*.png``, ``plots/*.pdf`` and ``report.html`` into the run directory.
+
+    Args:
+        record: the search.
+        curves: what the surrogate was built from; ``None`` leaves their figure out.
+        run_dir: where to write; existing files are replaced.
+
+    Returns:
+        The files written, the page first.
+    """
+    drawn = figures(record, curves)
+    paths = []
+    for name, figure in drawn.items():
+        for suffix in (".png", ".pdf"):
+            paths.append(run_dir / PLOTS_FOLDER / f"{name}{suffix}")
+            save_figure(figure, paths[-1])
+    write_text_atomic(run_dir / PAGE_FILE, page(record, drawn))
+    return [run_dir / PAGE_FILE, *paths]
+
+
+def load_curves(run_dir: Path) -> Curves | None:
+    """The curves beside a record, or ``None`` if the run has none.
+
+    Raises:
+        CacheError: if the file holds no curves.
+    """
+    path = run_dir / CURVES_FILE
+    return Curves.load(path) if path.exists() else None

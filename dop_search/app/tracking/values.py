@@ -1,0 +1,168 @@
+"""What is tracked of a run, by name: parameters, metrics and tags. Plain values, no mlflow."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from dop_search.app.record import Provenance, Record, Result
+from dop_search.app.report.text import policy_text
+from dop_search.app.tracking.score_metrics import score_metrics
+from dop_search.search.curves import Curves
+from dop_search.strategy import Strategy
+
+FULL_STEP = 10_000
+"""Step of a curve's last point: half of the layers, or of the visual tokens, is step 5000 in every model."""
+
+
+def result_params(result: Result) -> dict[str, str]:
+    """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
+    return {"budget": result.budget_text, **strategy_params(result.strategy)}
+
+
+def strategy_params(strategy: Strategy) -> dict[str, str]:
+    """Depths, depth ratios and visual tokens, as in :func:`result_params`."""
+    policy = policy_text(strategy)
+    params = {
+        "D_A": ", ".join(policy.attention),
+        "D_P": ", ".join(policy.mlp),
+        "n_v": policy.num_visual_tokens,
+        "D_A_ratio": ", ".join(policy.attention_ratio),
+        "D_P_ratio": ", ".join(policy.mlp_ratio),
+        "strategy": strategy.describe(),
+    }
+    for module, depths in (strategy.depths() or {}).items():
+        params[f"depth_{module}"] = ", ".join(map(str, depths))
+        params[f"depth_ratio_{module}"] = ", ".join(f"{depth / strategy.num_layers:.4f}" for depth in depths)
+    return params
+
+
+def result_metrics(result: Result) -> dict[str, float]:
+    """Every number of a result by a name that is the same across methods; what was not measured is left out."""
+    values: dict[str, float | None] = {
+        "flops_ratio": result.flops_ratio,
+        "kv_ratio": result.kv_ratio,
+        "kl_additive": result.kl_additive,
+        "kl_search": result.kl_search,
+        "kl_heldout": result.kl_heldout,
+        "accuracy_full": result.accuracy_full,
+        "accuracy_pruned": result.accuracy_pruned,
+        "num_validation_runs": float(result.num_validation_runs),
+        "seconds": result.seconds,
+        "latency_ratio": result.latency_ratio,
+        "latency_ms": result.latency_ms,
+    }
+    uniform = result.uniform
+    if uniform is not None:
+        values |= {
+            "uniform_num_visual_tokens": float(uniform.num_visual_tokens),
+            "uniform_flops_ratio": uniform.flops_ratio,
+            "uniform_kl_search": uniform.kl_search,
+            "uniform_kl_heldout": uniform.kl_heldout,
+            "uniform_accuracy": uniform.accuracy,
+            "uniform_latency_ratio": uniform.latency_ratio,
+        }
+    intervals = {
+        "kl_search": result.kl_search_ci95,
+        "kl_heldout": result.kl_heldout_ci95,
+        "uniform_kl_heldout": uniform.kl_heldout_ci95 if uniform is not None else None,
+        "kl_heldout_difference": result.kl_heldout_difference_ci95,
+    }
+    for name, interval in intervals.items():
+        if interval is not None:
+            values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
+    values |= score_metrics(result.scores, result.relative_mean)
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def shared_params(record: Record) -> dict[str, str]:
+    """What all budgets of a search share."""
+    params = {
+        "model": record.model.name,
+        "num_layers": str(record.model.num_layers),
+        "data": record.data.name,
+        "num_samples": str(record.data.num_samples),
+        "averaging": record.data.averaging,
+        "answers": record.data.answers,
+        "data_seed": str(record.data.seed),
+    }
+    for name, part in (("selector", record.selector), ("space", record.space), ("solver", record.solver)):
+        params[name] = part.name
+        params |= {f"{name}.{key}": str(value) for key, value in part.options.items()}
+    return params
+
+
+def shared_metrics(record: Record) -> dict[str, float]:
+    """Numbers of the search as a whole."""
+    metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
+    metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
+    if record.floor_ratio is not None:
+        metrics["floor_ratio"] = record.floor_ratio
+    return metrics
+
+
+def curve_points(curves: Curves) -> dict[str, dict[int, float]]:
+    """Metric → step → mean KL in nats of a divergence curve: ``curve/mlp_depth`` and the like.
+
+    A step is the share of the full value (of the layers, of the visual tokens) in ten-thousandths, so that the curves
+    of models with different numbers of layers lie over each other.
+    """
+    return {
+        f"curve/{curve.parameter}": {
+            round(FULL_STEP * int(level) / int(curve.levels[-1])): float(value)
+            for level, value in zip(curve.levels, curve.mean_nats, strict=True)
+        }
+        for curve in curves.curves.values()
+        if curve.levels[-1] > 0
+    }
+
+
+def search_tags(record: Record) -> dict[str, str]:
+    """Facts to filter runs by."""
+    result = {"kind": "search", "model_fingerprint": record.model.fingerprint}
+    result |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
+    return result | provenance_tags(record.provenance)
+
+
+def provenance_tags(provenance: Provenance | None) -> dict[str, str]:
+    """Where a run comes from, as tags."""
+    if provenance is None:
+        return {}
+    tags = {f"version.{name}": version for name, version in provenance.versions.items()}
+    if provenance.search_id is not None:
+        tags["search_id"] = provenance.search_id
+    if provenance.git_commit is not None:
+        tags["mlflow.source.git.commit"] = provenance.git_commit
+    if provenance.command is not None:
+        tags["command"] = provenance.command
+    return tags
+
+
+def started_ms(provenance: Provenance | None) -> int:
+    """When a run began, in milliseconds since 1970; now if that is not known."""
+    if provenance is None:
+        return int(time.time() * 1000)
+    return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
+
+
+def metric_name(name: str) -> str:
+    """The name as stores take it: data may name families with any character."""
+    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+
+
+def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
+    """A row of a study as parameters (texts, and the budget) and metrics (numbers, also those of nested mappings)."""
+    params = {name: value for name, value in row.items() if isinstance(value, str)}
+    if "budget" in row:
+        params["budget"] = str(row["budget"])
+    metrics: dict[str, float] = {}
+    for name, value in row.items():
+        items = value.items() if isinstance(value, Mapping) else [("", value)]
+        for inner, number in items:
+            if isinstance(number, (bool, int, float)) and math.isfinite(number):
+                metrics[metric_name(f"{name}/{inner}" if inner else name)] = float(number)
+    return {name: value[:500] for name, value in params.items()}, metrics

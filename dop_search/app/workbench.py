@@ -1,0 +1,283 @@
+"""What studies measure with: a model, samples, the full model's answers, profiles, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dop_search.app.config import DataConfig, SearchConfig, SpaceConfig
+from dop_search.app.search_data import load_split
+from dop_search.app.study_settings import flops_ratios
+from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
+from dop_search.data.samples import Sample, ValidationSet
+from dop_search.data.validation import Split
+from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
+from dop_search.divergence.profiling import Profile, evaluation_store, profile
+from dop_search.evaluation import correct_answers
+from dop_search.models.loading import LoadedModel
+from dop_search.search import CurveGrid, EvaluationStore
+from dop_search.selectors import Selector, make_selector
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.progress import Notify, Progress, watch
+
+
+class Workbench:
+    """A model with its samples; asks the full model once per set of samples and selector.
+
+    Args:
+        config: model, data, selector, space, budgets: the groups of ``dop-search``.
+        loaded: the model.
+        progress: shows how far things are.
+
+    Attributes:
+        budgets: FLOPs ratios that the study is asked for.
+
+    Raises:
+        ConfigError: on a budget of another kind.
+    """
+
+    def __init__(self, config: SearchConfig, loaded: LoadedModel, progress: Progress) -> None:
+        self.config, self.loaded, self.progress = config, loaded, progress
+        self.budgets = flops_ratios(config)
+        self._data: dict[Any, ValidationSet] = {}
+        self._teachers: dict[Any, Teacher] = {}
+        self._stores: dict[Any, EvaluationStore] = {}
+        self._profiles: dict[Any, Profile] = {}
+        self._answers: dict[str, list[str]] = {}
+
+    @property
+    def cache(self) -> Path:
+        """Where everything that was measured is kept, by content."""
+        return Path(self.config.cache_dir)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.loaded.adapter.dims.num_layers
+
+    def setup(self) -> dict[str, Any]:
+        """What every number depends on."""
+        return {
+            "model": self.loaded.name,
+            "model_fingerprint": self.loaded.adapter.fingerprint,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "data": self.config.data.model_dump(mode="json", exclude_defaults=True),
+            "samples": dict(self.config.data.sizes),
+        }
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def data_config(self, changes: Mapping[str, Any] | None = None) -> DataConfig:
+        """The data's configuration with some keys changed."""
+        return DataConfig(**{**self.config.data.model_dump(), **(changes or {})})
+
+    def data(self, split: Split, **changes: Any) -> ValidationSet:
+        """The samples of a split; ``changes`` are keys of the data's configuration, such as ``num_samples``."""
+        key = (split, _frozen(changes))
+        if key not in self._data:
+            self._data[key] = load_split(self.data_config(changes), split)
+        return self._data[key]
+
+    def check_other_seed(self, seed: int) -> None:
+        """Refuse a seed whose search samples would be scored on.
+
+        Raises:
+            ConfigError: if some are among the held-out ones, as in a file that is shuffled before it is cut.
+        """
+        shared = {*self.data("search", seed=seed).ids} & {*self.data("heldout").ids}
+        if shared:
+            raise ConfigError(
+                f"{len(shared)} search samples of seed {seed} are held-out samples of seed {self.config.data.seed}, "
+                f"e.g. {min(shared)!r}; leave that seed out (study.options.seeds), or use experiment=validation_size, "
+                "whose subsets are of one search set"
+            )
+
+    def teacher(self, split: Split, selector: str | Selector | None = None, **changes: Any) -> Teacher:
+        """The full model's answers on a split, with its tokens ranked by ``selector`` (default: the configured)."""
+        ranker = self.selector(selector)
+        key = (split, ranker, _frozen(changes))
+        if key not in self._teachers:
+            data, config = self.data(split, **changes), self.data_config(changes)
+            same = (other for (part, _, what), other in self._teachers.items() if (part, what) == (split, key[2]))
+            known = next(same, None)
+            with watch(self.progress) as notify:
+                self._teachers[key] = make_teacher(
+                    self.loaded,
+                    data,
+                    ranker,
+                    max_new_tokens=config.max_new_tokens,
+                    answers=config.answers,
+                    batch_size=self.config.batch_size,
+                    cache_dir=self.cache,
+                    answer_ids=None if known is None else [sample.answer_ids for sample in known.samples],
+                    on_progress=partial(notify, what=f"full model on {len(data)} {split} samples, {ranker.name}"),
+                )
+        return self._teachers[key]
+
+    def selector(self, selector: str | Selector | None = None) -> Selector:
+        """A selector by name; the configured one has the configured options."""
+        if isinstance(selector, Selector):
+            return selector
+        if selector is None or selector == self.config.selector.name:
+            return make_selector(self.config.selector.name, self.config.selector.options)
+        return make_selector(selector)
+
+    # -- divergence -----------------------------------------------------------------------------
+
+    def store(self, split: Split, selector: str | Selector | None = None, **changes: Any) -> EvaluationStore:
+        """Exact divergences on a split, each measured once."""
+        ranker = self.selector(selector)
+        key = (split, ranker, _frozen(changes))
+        if key not in self._stores:
+            self._stores[key] = evaluation_store(
+                self.loaded,
+                self.teacher(split, ranker, **changes),
+                averaging=self.config.data.averaging,
+                cache_dir=self.cache,
+                hidden_states=self.config.hidden_states if split == "search" else "recompute",
+            )
+        return self._stores[key]
+
+    def divergence(
+        self, strategies: Sequence[Strategy], split: Split = "heldout", what: str = "", **changes: Any
+    ) -> np.ndarray:
+        """KL in nats ``[num_strategies, num_samples]``, each strategy under its own selector."""
+        found: dict[str, np.ndarray] = {}
+        by_selector: dict[Selector, list[Strategy]] = {}
+        for strategy in strategies:
+            by_selector.setdefault(make_selector(strategy.selector, strategy.selector_options), []).append(strategy)
+        for selector, its in by_selector.items():
+            store = self.store(split, selector, **changes)
+            with watch(self.progress) as notify:
+                values = store.evaluate(its, on_progress=notify, what=what or f"KL of {len(its)} strategies ({split})")
+            found.update((strategy.key(), row) for strategy, row in zip(its, values, strict=True))
+        return np.stack([found[strategy.key()] for strategy in strategies])
+
+    def distances(
+        self, strategies: Sequence[Strategy], split: Split, divergence: Divergence, **changes: Any
+    ) -> np.ndarray:
+        """Other divergences than KL, ``[num_strategies, num_samples, K]``, under the configured selector; not kept."""
+        engine = DivergenceEngine(
+            self.loaded.adapter,
+            self.teacher(split, **changes),
+            averaging=self.config.data.averaging,
+            hidden_states=self.config.hidden_states,
+            divergence=divergence,
+        )
+        with watch(self.progress) as notify:
+            what = f"{len(strategies)} strategies ({split})"
+            return engine.evaluate(strategies, on_progress=partial(notify, what=what))
+
+    def profile(
+        self,
+        space: str | None = None,
+        selector: str | Selector | None = None,
+        shares: Sequence[float] | None = None,
+        split: bool = True,
+        **changes: Any,
+    ) -> Profile:
+        """The divergence curves of a space on the search samples, with a store for exact evaluations.
+
+        ``shares`` and ``split`` (q and kv apart) are for ``dop_groups``.
+        """
+        chosen = self.config.space
+        if space is not None:
+            chosen = SpaceConfig.model_validate({"name": space, "shares": tuple(shares or _shares(space))})
+        ranker = self.selector(selector)
+        key = (chosen, split, ranker, _frozen(changes))
+        if key not in self._profiles:
+            teacher = self.teacher("search", ranker, **changes)
+            grid = self.config.space
+            with watch(self.progress, f"{ranker.name}: ") as notify:
+                self._profiles[key] = profile(
+                    self.loaded,
+                    self.data("search", **changes),
+                    ranker,
+                    space=chosen.name,
+                    shares=chosen.shares,
+                    split=split,
+                    grid=CurveGrid.of(grid.num_depth_levels, grid.num_token_levels),
+                    teacher=teacher,
+                    averaging=self.config.data.averaging,
+                    batch_size=self.config.batch_size,
+                    hidden_states=self.config.hidden_states,
+                    cache_dir=self.cache,
+                    on_progress=notify,
+                )
+        return self._profiles[key]
+
+    def context(self, selector: str | Selector | None = None) -> FitContext:
+        """What published methods are fitted with; divergences come from the store of the search samples."""
+        ranker = self.selector(selector)
+        store = self.store("search", ranker)
+        return FitContext.from_teacher(
+            self.loaded,
+            self.teacher("search", ranker),
+            ranker.name,
+            {name: getattr(ranker, name) for name in ranker.option_names()},
+            evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
+        )
+
+    # -- methods as they run --------------------------------------------------------------------
+
+    def outcome(self, method: Strategy | FittedMethod, split: Split = "heldout") -> Outcome:
+        """KL in nats, and whether the answer is the full model's, by forwards of the model as it runs; any method."""
+        return plain_outcome(self.loaded, self.data(split).samples, self.teacher(split), method)
+
+    def correct_after(self, method: Strategy | FittedMethod, outcome: Outcome, split: Split = "heldout") -> np.ndarray:
+        """Which greedy answers are right, boolean ``[num_samples]``: only those that changed are generated."""
+        samples = self.data(split).samples
+        right = self.correct(None, split).copy()
+        changed = np.flatnonzero(~outcome.same_answer)
+        if len(changed):
+            asked = [samples[index] for index in changed]
+            right[changed] = correct_answers(self._generate(method, asked), asked)
+        return right
+
+    def correct(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> np.ndarray:
+        """Which greedy answers are right, boolean ``[num_samples]``; ``None``: the full model's."""
+        return correct_answers(self.answers(method, split), self.data(split).samples)
+
+    def answers(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> list[str]:
+        """Greedy answers, one per sample; ``None``: the full model's."""
+        if method is None:
+            method = Strategy.full(self.num_layers)
+        strategy = method.strategy if isinstance(method, FittedMethod) else method
+        key = None if strategy is None else split + strategy.key()
+        if key is None or key not in self._answers:
+            answers = self._generate(method, self.data(split).samples)
+            if key is None:
+                return answers
+            self._answers[key] = answers
+        return self._answers[key]
+
+    def _generate(self, method: Strategy | FittedMethod, samples: Sequence[Sample]) -> list[str]:
+        limit = self.config.data.max_new_tokens
+        return plain_answers(self.loaded, samples, method, batch_size=self.config.batch_size, max_new_tokens=limit)
+
+    def full_answers(self, split: Split = "test") -> list[str]:
+        """The full model's greedy answers, as its teacher has them, one per sample."""
+        changes = {} if self.config.data.answers == "teacher" else {"answers": "teacher"}
+        answers = [sample.answer_ids for sample in self.teacher(split, **changes).samples]
+        texts = self.loaded.processor.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @contextmanager
+    def watch(self, prefix: str = "") -> Iterator[Notify]:
+        """Progress of a study's own loop."""
+        with watch(self.progress, prefix) as notify:
+            yield notify
+
+
+def _shares(space: str) -> tuple[float, ...]:
+    return (0.25, 0.75) if space == "dop_groups" else (1.0,)
+
+
+def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in changes.items()))

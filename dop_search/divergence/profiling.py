@@ -1,0 +1,297 @@
+"""The divergence curves of a model on a validation set, and strategies solved from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dop_search.data.samples import ValidationSet
+from dop_search.divergence import DivergenceEngine, HiddenStates, Teacher, make_teacher
+from dop_search.models.loading import LoadedModel
+from dop_search.search import (
+    DEFAULT_CRITERION,
+    Criterion,
+    CurveGrid,
+    Curves,
+    EvaluationStore,
+    Problem,
+    Solution,
+    Space,
+    rerank_all,
+    solve,
+)
+from dop_search.selectors import Selector, make_selector
+from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget, CostModel, LatencyTable
+from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.errors import CacheError, ConfigError
+from dop_search.utils.files import write_text_atomic
+
+FORMAT = "dop_search.profile"
+VERSION = 1
+SAVE_EVERY = 16
+"""Strategies per call of the engine: about one curve, so that prefixes are shared and little is lost in a crash."""
+
+OnProgress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a search needs to know; solving takes milliseconds and no model.
+
+    Attributes:
+        space: what is searched.
+        curves: measured divergence of each parameter varied alone.
+        dims: sizes of the decoder.
+        counts: text and visual tokens of each validation sample.
+        store: exact evaluations, while the model is at hand; ``None`` for a profile loaded from files.
+        facts: where the profile comes from.
+        latency: layer times of this device, which latency budgets need; not saved with the profile.
+        bytes_per_element: of the KV cache, as the model was loaded; what ``kv_bytes`` budgets count.
+    """
+
+    space: Space
+    curves: Curves
+    dims: ModelDims
+    counts: tuple[TokenCounts, ...]
+    store: EvaluationStore | None
+    facts: Mapping[str, Any]
+    latency: LatencyTable | None = None
+    bytes_per_element: int = 2
+
+    def problem(self, budget: Budget | None = None) -> Problem:
+        """The search problem, priced in the budget's kind of cost (FLOPs by default)."""
+        kind = "flops" if budget is None else budget.kind
+        cost_model = CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
+        return Problem(self.space, cost_model, self.curves.surrogate(self.space), self.store)
+
+    def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
+        """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.
+
+        Raises:
+            BudgetError: if nothing fits; names the smallest feasible value.
+        """
+        return self._sign(solve(solver, self.problem(budget), budget, **options), budget)
+
+    def rerank(
+        self,
+        budget: Budget,
+        num_candidates: int = 16,
+        criterion: Criterion = DEFAULT_CRITERION,
+        on_progress: OnProgress | None = None,
+    ) -> Strategy:
+        """The best by exact KL of the surrogate's best candidates and uniform reduction; needs the model.
+
+        ``criterion``: see :mod:`dop_search.search.criteria`; ``kl`` ranks by the mean, as the paper does.
+        """
+        problem = self.problem(budget)
+        ranked = rerank_all(problem, budget, num_candidates, criterion=criterion, on_progress=on_progress)
+        return self._sign(ranked[0], budget)
+
+    def _sign(self, solution: Solution, budget: Budget) -> Strategy:
+        provenance = {
+            **self.facts,
+            "solver": solution.solver,
+            "budget": {budget.name: budget.value},
+            "cost_ratio": solution.cost_ratio,
+            "kl_additive_nats": solution.divergence_additive,
+            "kl_search_nats": solution.divergence_exact,
+        }
+        return replace(solution.strategy, provenance=provenance)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``profile.json`` and ``curves.parquet``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self.curves.save(path / "curves.parquet")
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "space": {
+                "name": self.space.name,
+                "shares": list(self.space.shares),
+                "split": self.space.find("kv", 0) is not None,
+                "num_visual_tokens": self.space.tokens.full,
+                "min_visual_tokens": self.space.tokens.levels[0],
+                "strategy_fields": dict(self.space.strategy_fields),
+            },
+            "dims": asdict(self.dims),
+            "counts": [[item.text, item.visual] for item in self.counts],
+            "bytes_per_element": self.bytes_per_element,
+            "facts": dict(self.facts),
+        }
+        write_text_atomic(path / "profile.json", json.dumps(data, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Profile:
+        """Read what :meth:`save` wrote; solves without a model, but cannot evaluate.
+
+        Raises:
+            CacheError: if the folder holds no profile of this version.
+        """
+        path = Path(folder) / "profile.json"
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CacheError(f"cannot read a profile from {str(path)!r} ({error}); profile the model again") from error
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise CacheError(f"{str(path)!r} is not a profile of version {VERSION}; profile the model again")
+        dims = ModelDims(**data["dims"])
+        return cls(
+            space=make_space(num_layers=dims.num_layers, **data["space"]),
+            curves=Curves.load(path.parent / "curves.parquet"),
+            dims=dims,
+            counts=tuple(TokenCounts(text, visual) for text, visual in data["counts"]),
+            store=None,
+            facts=data["facts"],
+            bytes_per_element=data.get("bytes_per_element", 2),
+        )
+
+
+def make_space(
+    name: str,
+    num_layers: int,
+    num_visual_tokens: int,
+    shares: Sequence[float] = (1.0,),
+    split: bool = True,
+    min_visual_tokens: int = 1,
+    strategy_fields: Mapping[str, Any] | None = None,
+) -> Space:
+    """A search space by name: ``dop``, ``dop_split``, ``dop_groups`` or ``uniform``.
+
+    Raises:
+        ConfigError: on an unknown name.
+    """
+    fields = {"min_visual_tokens": min_visual_tokens, **(strategy_fields or {})}
+    makers: dict[str, Callable[[], Space]] = {
+        "dop": lambda: Space.dop(num_layers, num_visual_tokens, **fields),
+        "dop_split": lambda: Space.dop_split(num_layers, num_visual_tokens, **fields),
+        "dop_groups": lambda: Space.dop_groups(num_layers, num_visual_tokens, shares=shares, split=split, **fields),
+        "uniform": lambda: Space.uniform(num_layers, num_visual_tokens, **fields),
+    }
+    if name not in makers:
+        raise ConfigError(f"unknown space {name!r}; there are {', '.join(makers)}")
+    return makers[name]()
+
+
+def token_counts(teacher: Teacher) -> tuple[TokenCounts, ...]:
+    """Text and visual tokens of each sample's prompt: what prefill costs."""
+    encoded = [sample.encoded for sample in teacher.samples]
+    return tuple(TokenCounts(item.prompt_length - item.num_visual, item.num_visual) for item in encoded)
+
+
+def evaluation_store(
+    loaded: LoadedModel,
+    teacher: Teacher,
+    *,
+    averaging: str = "per_sample",
+    cache_dir: Path | None = None,
+    storage: str | Path | None = None,
+    hidden_states: HiddenStates = "keep",
+) -> EvaluationStore:
+    """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``; or, with
+    ``storage``, shared by all processes that use it and kept there."""
+    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, hidden_states=hidden_states)
+    name = f"evaluations-{teacher.fingerprint}-{averaging}"
+    header = {"teacher": teacher.fingerprint, "averaging": averaging}
+    if storage is not None:
+        from dop_search.search.shared_store import SharedEvaluationStore  # imports Optuna
+
+        return SharedEvaluationStore(engine, engine.num_samples, storage, name, header)
+    path = None if cache_dir is None else cache_dir / f"{name}.jsonl"
+    return EvaluationStore(engine, engine.num_samples, path, header, batch_size=SAVE_EVERY)
+
+
+def profile(
+    loaded: LoadedModel,
+    data: ValidationSet,
+    selector: str | Selector = "cls_attention",
+    *,
+    space: str = "dop_split",
+    shares: Sequence[float] = (1.0,),
+    split: bool = True,
+    grid: CurveGrid | None = None,
+    teacher: Teacher | None = None,
+    max_new_tokens: int = 16,
+    answers: str = "teacher",
+    averaging: str = "per_sample",
+    batch_size: int = 16,
+    hidden_states: HiddenStates = "keep",
+    cache_dir: str | Path | None = None,
+    storage: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Profile:
+    """Measure how far the output moves when each parameter of a space varies alone (arXiv 2507.02909).
+
+    Args:
+        loaded: the model.
+        data: validation samples; 25 to 100 are what the paper uses.
+        selector: ranks the visual tokens, by name or with its options.
+        space: ``dop`` (the paper's), ``dop_split``, ``dop_groups`` or ``uniform``.
+        shares: share of the kept tokens per group of ``dop_groups``.
+        split: whether ``dop_groups`` has exit depths of their own for q and kv.
+        grid: at which levels the curves are measured.
+        teacher: the full model's answers, if they are at hand.
+        max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
+        batch_size: samples per generation call.
+        hidden_states: ``keep``, ``offload`` or ``recompute``; bounds the memory, see ``DivergenceEngine``.
+        cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
+        storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
+            URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.
+        on_progress: called with (done, total, what).
+
+    Raises:
+        DopError: on anything that does not fit together; the message says what to change.
+    """
+    ranker = make_selector(selector) if isinstance(selector, str) else selector
+    if teacher is not None and teacher.selector != ranker:
+        raise ConfigError(
+            f"`teacher` has its tokens ranked by {teacher.selector!r}, but `selector` is {ranker!r}; make the teacher "
+            "with the same selector, or pass that selector"
+        )
+    cache = None if cache_dir is None else Path(cache_dir)
+    if teacher is None:
+        notify = (
+            None if on_progress is None else lambda done, total: on_progress(done, total, "the full model's answers")
+        )
+        teacher = make_teacher(
+            loaded,
+            data,
+            ranker,
+            max_new_tokens=max_new_tokens,
+            answers=answers,
+            batch_size=batch_size,
+            cache_dir=cache,
+            on_progress=notify,
+        )
+    counts = token_counts(teacher)
+    dims = loaded.adapter.dims
+    num_visual = max(item.visual for item in counts)
+    fewest = ranker.fewest_tokens(num_visual, len(loaded.adapter.tower_view.layers)) if ranker.changes_tower else 1
+    searched = make_space(
+        space,
+        dims.num_layers,
+        num_visual,
+        shares,
+        split,
+        min_visual_tokens=fewest,
+        strategy_fields={
+            "selector": ranker.name,
+            "selector_options": {name: getattr(ranker, name) for name in ranker.option_names()},
+            "model_fingerprint": loaded.adapter.fingerprint,
+        },
+    )
+    store = evaluation_store(
+        loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, hidden_states=hidden_states
+    )
+    curves = Curves.measure(searched, store, grid, on_progress)
+    facts = {
+        "model": loaded.name,
+        "data": {"name": data.name, "split": data.split, "num_samples": len(data), "fingerprint": data.fingerprint},
+        "teacher": teacher.fingerprint,
+    }
+    element = loaded.model.dtype.itemsize
+    return Profile(searched, curves, dims, counts, store, facts, bytes_per_element=element)

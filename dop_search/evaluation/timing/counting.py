@@ -1,0 +1,47 @@
+"""FLOPs and cache bytes as a counter and the cache itself see them, to hold the closed forms to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from dop_search.models.fast_linear import available as fast_linear_available
+
+Flops = int
+
+
+def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Flops:
+    """Count the FLOPs (1 MAC = 2 FLOPs) of all decoder layers in one prefill, by dispatched operators.
+
+    Everything that runs inside ``model.model.language_model`` counts except its rotary embedding: vision tower,
+    projector and ``lm_head`` run outside of it. Causality is not discounted. The counter knows no price for SDPA on
+    the CPU (it would say 0), so the model must use ``eager`` attention.
+
+    Raises:
+        ValueError: if the model does not use eager attention, or nothing was counted.
+    """
+    backend = model.config.get_text_config()._attn_implementation
+    if backend != "eager":
+        raise ValueError(f"`attn_implementation` must be 'eager' to count FLOPs, but got {backend!r}")
+    prices = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if fast_linear_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=prices) as counter, torch.no_grad():
+        model(**inputs)
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    decoder = f"{type(model).__name__}.model.language_model"
+    if not by_module.get(decoder):
+        raise ValueError(f"nothing was counted under {decoder!r}; counted modules: {sorted(by_module)}")
+    return int(by_module[decoder] - by_module.get(f"{decoder}.rotary_emb", 0))
+
+
+def _linear_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: Any) -> Flops:
+    """A linear layer that runs through oneDNN, see ``fast_linear``; arguments are shapes."""
+    return 2 * rows.numel() * weight[0]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds."""
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)

@@ -1,0 +1,113 @@
+"""A comparison as plain text, 100 columns or so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dop_search.evaluation.timing.comparison import EMPTY_TOLERANCE, OVERHEAD_FACTOR, OVERHEAD_OFFSET, Comparison, Row
+from dop_search.evaluation.timing.statistics import Spread
+
+NONE = "n/a"
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Rows of cells as aligned lines; the first ``left`` columns are aligned to the left."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """What was measured, where, each variant's times, the prefill comparison with its verdicts, and the notes."""
+    facts, counts = comparison.environment, comparison.counts
+    threads = "" if facts["num_threads"] is None else f", {facts['num_threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    rounds = len(comparison.full.readings)
+    clock = "" if facts["clock"] == "wall" else " that this process computed"
+    lines = [
+        comparison.what,
+        f"{facts['device']}{threads}, {facts['dtype']}, attention backend {facts['attn_implementation']}, {versions}",
+        f"{counts.text} text and {counts.visual} visual tokens, {comparison.num_tokens} generated; "
+        f"median of {rounds} interleaved rounds, times in ms{clock}",
+        "",
+        *columns(
+            [
+                ["", "vision", "prefill", "95 % CI", "per token", "end to end", "peak memory", "KV cache"],
+                *(_times(row) for row in comparison.rows),
+            ]
+        ),
+        "",
+        "Prefill time against FLOPs, relative to the full model of the same round.",
+        f"Aim: time <= {OVERHEAD_FACTOR:.2f} x FLOPs + {OVERHEAD_OFFSET:.2f}; "
+        f"empty strategy within {EMPTY_TOLERANCE:.0%} of the plain model.",
+        "",
+        *columns(
+            [
+                ["", "FLOPs", "time", "95 % CI", "aim", "", "end to end", ""],
+                *(_verdict(row, comparison.full) for row in comparison.rows[1:]),
+            ]
+        ),
+    ]
+    if comparison.notes:
+        lines += ["", *comparison.notes]
+    return "\n".join(lines)
+
+
+def name_of(row: Row) -> str:
+    """The variant and what it was solved for."""
+    target = row.variant.target_ratio
+    return row.variant.name if target is None else f"{target:g} {row.variant.name}"
+
+
+def _times(row: Row) -> list[str]:
+    prefill = row.spread("prefill_ms")
+    assert prefill is not None
+    return [
+        name_of(row),
+        ms_text(row.spread("vision_ms")),
+        ms_text(prefill),
+        f"{prefill.ci95[0]:.1f}…{prefill.ci95[1]:.1f}",
+        ms_text(row.spread("decode_ms")),
+        ms_text(row.spread("end_to_end_ms")),
+        bytes_text(row.spread("peak_bytes")),
+        bytes_text(row.spread("kv_bytes")),
+    ]
+
+
+def _verdict(row: Row, full: Row) -> list[str]:
+    ratio, end_to_end = row.ratio(full, "prefill_ms"), row.ratio(full, "end_to_end_ms")
+    assert ratio is not None
+    assert row.allowed_ratio is not None
+    what = (
+        row.variant.strategy.describe() if row.variant.strategy is not None else f"n_v={row.variant.num_visual_tokens}"
+    )
+    return [
+        name_of(row),
+        f"{row.variant.flops_ratio:.3f}",
+        f"{ratio.median:.3f}",
+        f"{ratio.ci95[0]:.3f}…{ratio.ci95[1]:.3f}",
+        f"{row.allowed_ratio:.3f}",
+        "pass" if row.passes(full) else "FAIL",
+        NONE if end_to_end is None else f"{end_to_end.median:.3f}",
+        what,
+    ]
+
+
+def ms_text(value: Spread | None) -> str:
+    """Milliseconds with a sensible number of digits."""
+    if value is None:
+        return NONE
+    return f"{value.median:.2f}" if value.median < 10 else f"{value.median:.1f}"
+
+
+def bytes_text(value: Spread | None) -> str:
+    """Bytes in MiB or GiB."""
+    if value is None:
+        return NONE
+    mib = value.median / 2**20
+    return f"{mib:.1f} MiB" if mib < 1024 else f"{mib / 1024:.2f} GiB"

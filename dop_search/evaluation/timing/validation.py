@@ -1,0 +1,143 @@
+"""How well a latency table predicts: random strategies, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from dop_search.evaluation.timing.comparison import OnProgress
+from dop_search.evaluation.timing.layer_times import image_order, steady_prefill, synthetic_prompt
+from dop_search.evaluation.timing.text import columns
+from dop_search.evaluation.timing.timing import Clock
+from dop_search.models.families import adapter_for
+from dop_search.pruning import pruned
+from dop_search.strategy import Strategy
+from dop_search.strategy.cost import CostModel, LatencyTable
+from dop_search.strategy.operations import TokenCounts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One strategy: what the table says and what was measured, in milliseconds and relative to the full model."""
+
+    strategy: Strategy
+    flops_ratio: float
+    predicted_ms: float
+    measured_ms: float
+    predicted_ratio: float
+    measured_ratio: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured milliseconds, minus 1."""
+        return self.predicted_ms / self.measured_ms - 1.0
+
+    @property
+    def ratio_error(self) -> float:
+        """Predicted over measured ratio to the full model, minus 1."""
+        return self.predicted_ratio / self.measured_ratio - 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        numbers = {name: value for name, value in vars(self).items() if name != "strategy"}
+        return {"strategy": self.strategy.describe(), **numbers, "error": self.error, "ratio_error": self.ratio_error}
+
+
+def random_strategies(
+    num_layers: int, num_visual: int, number: int, seed: int = 0, shares: Sequence[float] = (1.0,)
+) -> list[Strategy]:
+    """Depth-wise strategies, every depth and number of visual tokens equally likely; the canonical ones."""
+    draw = np.random.default_rng(seed)
+    found: dict[str, Strategy] = {}
+    while len(found) < number:
+        depths = {name: draw.integers(0, num_layers + 1, len(shares)).tolist() for name in ("q", "kv", "mlp")}
+        strategy = Strategy.depthwise(
+            num_layers,
+            **depths,
+            shares=shares,
+            num_visual_tokens=int(draw.integers(1, num_visual + 1)),
+            selector="uniform_grid",
+        ).canonical()
+        found.setdefault(strategy.key(), strategy)
+    return list(found.values())
+
+
+def validate_table(
+    model: PreTrainedModel,
+    table: LatencyTable,
+    counts: TokenCounts,
+    strategies: Sequence[Strategy],
+    *,
+    rounds: int = 3,
+    clock: Clock = "wall",
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> list[Prediction]:
+    """Measure each strategy's prefill on the whole model, in turn with the full one, beside what the table says."""
+    adapter, inputs = adapter_for(model), synthetic_prompt(model, counts)
+    dims = adapter.dims
+    flops, latency = CostModel(dims, [counts]), CostModel(dims, [counts], "latency", latency=table)
+    full = Strategy.full(dims.num_layers)
+    order = np.random.default_rng(seed)
+    readings: list[list[float]] = [[] for _ in range(len(strategies) + 1)]
+    total = rounds * len(readings)
+    for step in range(rounds):
+        for done, index in enumerate(order.permutation(len(readings)), start=1 + step * len(readings)):
+            strategy = full if index == len(strategies) else strategies[index]
+            with pruned(model, strategy, rankings=[image_order(inputs, model)]):
+                readings[index].append(steady_prefill(model, inputs, clock))
+            if on_progress is not None:
+                on_progress(done, total, "random strategies against the table")
+    full_ms = float(np.median(readings[-1]))
+    result = []
+    for strategy, values in zip(strategies, readings[:-1], strict=True):
+        predicted, measured = latency.absolute(strategy) / 1e6, float(np.median(values))
+        ratio = latency.ratio(strategy)
+        result.append(Prediction(strategy, flops.ratio(strategy), predicted, measured, ratio, measured / full_ms))
+    return result
+
+
+def summary(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Median and largest absolute error of the milliseconds and of the ratio, and the median signed errors."""
+    errors = np.array([item.error for item in predictions])
+    ratios = np.array([item.ratio_error for item in predictions])
+    return {
+        "num_strategies": float(len(predictions)),
+        "median_absolute_error": float(np.median(np.abs(errors))),
+        "largest_absolute_error": float(np.abs(errors).max()),
+        "median_error": float(np.median(errors)),
+        "median_absolute_ratio_error": float(np.median(np.abs(ratios))),
+        "largest_absolute_ratio_error": float(np.abs(ratios).max()),
+    }
+
+
+def validation_text(predictions: Sequence[Prediction]) -> str:
+    """A line per strategy and the errors."""
+    rows = [["", "FLOPs", "predicted ms", "measured ms", "error", "predicted ratio", "measured ratio", "error"]]
+    for item in sorted(predictions, key=lambda item: item.measured_ms):
+        rows.append(
+            [
+                item.strategy.describe(),
+                f"{item.flops_ratio:.3f}",
+                f"{item.predicted_ms:.2f}",
+                f"{item.measured_ms:.2f}",
+                f"{item.error:+.1%}",
+                f"{item.predicted_ratio:.3f}",
+                f"{item.measured_ratio:.3f}",
+                f"{item.ratio_error:+.1%}",
+            ]
+        )
+    found = summary(predictions)
+    return "\n".join(
+        [
+            *columns(rows),
+            "",
+            f"{len(predictions)} random strategies: median error {found['median_absolute_error']:.1%} of the time "
+            f"(largest {found['largest_absolute_error']:.1%}), {found['median_absolute_ratio_error']:.1%} of the ratio "
+            f"to the full model (largest {found['largest_absolute_ratio_error']:.1%}). Aim: 10 %.",
+        ]
+    )

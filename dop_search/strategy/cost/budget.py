@@ -1,0 +1,117 @@
+"""What a strategy may cost: a ratio of the full model or an absolute number per sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from dop_search.strategy.cost.model import CostKind, CostModel
+from dop_search.utils.errors import BudgetError
+
+_KINDS: dict[str, CostKind] = {
+    "flops_ratio": "flops",
+    "kv_ratio": "kv_cache",
+    "flops": "flops",
+    "kv_bytes": "kv_cache",
+    "latency_ratio": "latency",
+    "latency_ms": "latency",
+}
+_PER_UNIT = {"latency_ms": 1e6}
+"""The cost model's units (here nanoseconds) in one unit of the budget, where they differ."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on the prefill cost; exactly one field is given.
+
+    Attributes:
+        flops_ratio: FLOPs relative to the full model, in (0, 1].
+        kv_ratio: bytes of the KV cache relative to the full model, in (0, 1].
+        flops: FLOPs per sample, mean over the validation set (1 MAC = 2 FLOPs, text included).
+        kv_bytes: bytes of the KV cache per sample, mean over the validation set.
+        latency_ratio: predicted prefill time relative to the full model, in (0, 1]; needs a measured table.
+        latency_ms: predicted prefill milliseconds per sample, mean over the validation set; needs a measured table.
+
+    Raises:
+        BudgetError: if not exactly one is given, or it is out of range.
+    """
+
+    flops_ratio: float | None = None
+    kv_ratio: float | None = None
+    flops: float | None = None
+    kv_bytes: float | None = None
+    latency_ratio: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [item.name for item in fields(self) if getattr(self, item.name) is not None]
+        if len(given) != 1:
+            names = ", ".join(f"`{item.name}`" for item in fields(self))
+            raise BudgetError(f"exactly one of {names} must be given, but got {given or 'none'}")
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BudgetError(f"`{self.name}` must be a number, but got ({self.name}={value!r})")
+        if self.is_ratio and not 0.0 < value <= 1.0:
+            raise BudgetError(f"`0 < {self.name} <= 1` must hold, but got ({self.name}={value})")
+        if not self.is_ratio and not 0.0 < value < float("inf"):
+            raise BudgetError(f"`0 < {self.name} < inf` must hold, but got ({self.name}={value})")
+
+    @property
+    def name(self) -> str:
+        """The field that is given."""
+        return next(item.name for item in fields(self) if getattr(self, item.name) is not None)
+
+    @property
+    def value(self) -> float:
+        """The number that is given, in the unit of :attr:`name`."""
+        value: float = getattr(self, self.name)
+        return value
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether the limit is relative to the full model."""
+        return self.name.endswith("_ratio")
+
+    @property
+    def kind(self) -> CostKind:
+        """The cost model that the limit is about."""
+        return _KINDS[self.name]
+
+    def resolve(self, cost_model: CostModel) -> float:
+        """The limit as a ratio of the full model's cost, in (0, 1].
+
+        Raises:
+            BudgetError: if the cost model is of another kind, or an absolute limit exceeds the full model.
+        """
+        if cost_model.kind != self.kind:
+            raise BudgetError(
+                f"a budget of `{self.name}` needs a cost model of kind {self.kind!r}, but got {cost_model.kind!r}"
+            )
+        if self.is_ratio:
+            return self.value
+        full = cost_model.full / _PER_UNIT.get(self.name, 1.0)
+        ratio = self.value / full
+        if ratio > 1.0:
+            unit = self.name.split("_")[-1] if self.name in _PER_UNIT else cost_model.unit
+            raise BudgetError(
+                f"`{self.name}` must not exceed the full model's {full:.6g} {unit} per "
+                f"sample, but got ({self.name}={self.value:.6g}); a budget above that asks for no pruning"
+            )
+        return ratio
+
+    def infeasible(self, cost_model: CostModel, smallest_ratio: float) -> BudgetError:
+        """The error for a limit below ``smallest_ratio``, naming the smallest feasible value in its own unit."""
+        scale = 1.0 if self.is_ratio else cost_model.full / _PER_UNIT.get(self.name, 1.0)
+        smallest, floor = smallest_ratio * scale, cost_model.floor_ratio * scale
+        return BudgetError(
+            f"no strategy of this space fits ({self.name}={self.value:.6g}): the smallest feasible value is "
+            f"{_round_up(smallest):.6g}, of which the text tokens, which are never pruned, need {floor:.6g}; "
+            f"raise `{self.name}`",
+            smallest_feasible=smallest,
+        )
+
+
+def _round_up(value: float) -> float:
+    """``value`` in six significant digits, not below it, so that what a message names is feasible."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 5) if value > 0 else 1.0
+    return math.ceil(value / step) * step

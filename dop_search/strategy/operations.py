@@ -1,0 +1,121 @@
+"""The nouns of operation pruning: modules, operations, token groups, model and token sizes.
+
+Source: Liu et al., *Fine-grained Token Allocation Via Operation Pruning for Efficient MLLMs*
+(arXiv 2507.02909), section 3. Pure Python: nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from dop_search.utils.errors import StrategyError
+
+
+class Module(StrEnum):
+    """What a decoder layer can do for a group of visual tokens.
+
+    ``Q`` and ``KV`` are the two sides of multi-head attention (the paper's MHA is both, tied):
+    a token with ``Q`` issues a query and receives attention output, a token with ``KV`` offers a key
+    and a value to the others. ``MLP`` is the feed-forward block.
+    """
+
+    Q = "q"
+    KV = "kv"
+    MLP = "mlp"
+
+
+MODULES: tuple[Module, ...] = (Module.Q, Module.KV, Module.MLP)
+"""The order of the module axis wherever operations are stored as an array ``[group, layer, module]``."""
+
+
+@dataclass(frozen=True, order=True)
+class Operation:
+    """One module of one decoder layer processing one group of visual tokens."""
+
+    group: int
+    layer: int
+    module: Module
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A range of ranks among the kept visual tokens: ``share`` of them, after the groups before it."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise StrategyError(f"`0 < share <= 1` must hold for a token group, but got (share={self.share})")
+
+
+def group_sizes(groups: tuple[TokenGroup, ...], num_tokens: int) -> tuple[int, ...]:
+    """Cut ``num_tokens`` ranked tokens into groups; the cumulative shares are rounded, so sizes add up.
+
+    Raises:
+        StrategyError: if the shares do not sum to 1.
+    """
+    total = sum(group.share for group in groups)
+    if abs(total - 1.0) > 1e-6:
+        raise StrategyError(f"the shares of the token groups must sum to 1, but got {total} from {groups}")
+    sizes, start, cumulative = [], 0, 0.0
+    for group in groups:
+        cumulative += group.share
+        end = min(num_tokens, int(cumulative * num_tokens + 0.5 + 1e-9))
+        sizes.append(end - start)
+        start = end
+    sizes[-1] += num_tokens - start
+    return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The sizes of a decoder that its cost depends on."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gated_mlp: bool = True
+    vocab_size: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key (or value) heads together; smaller than the queries' with grouped-query attention."""
+        return self.num_kv_heads * self.head_dim
+
+    def fingerprint(self, model_type: str) -> str:
+        """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
+        text = json.dumps({"model_type": model_type, **asdict(self)}, sort_keys=True)
+        return f"{model_type}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many text and visual tokens one sample brings into the decoder at prefill."""
+
+    text: int
+    visual: int
+
+    @property
+    def total(self) -> int:
+        """Length of the prefill sequence."""
+        return self.text + self.visual
+
+
+def all_operations(num_groups: int, num_layers: int) -> Iterator[Operation]:
+    """Every operation on visual tokens of a model, group by group, layer by layer."""
+    for group in range(num_groups):
+        for layer in range(num_layers):
+            for module in MODULES:
+                yield Operation(group, layer, module)

@@ -1,0 +1,65 @@
+"""What one group of visual tokens does: the layers in which each module runs for it. Pure Python."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dop_search.strategy.operations import MODULES, Module, TokenGroup
+
+Layers = tuple[int, ...]
+"""The decoder layers in which a module runs, sorted."""
+
+ALL_KEPT = TokenGroup(1.0)
+"""The single group of a strategy that treats all kept tokens alike."""
+
+
+@dataclass(frozen=True)
+class GroupPolicy:
+    """For one token group: the layers in which each module processes it."""
+
+    q: Layers
+    kv: Layers
+    mlp: Layers
+    group: TokenGroup = ALL_KEPT
+
+    def __post_init__(self) -> None:
+        for module in MODULES:  # NumPy's integers are welcome, and written as plain ones
+            object.__setattr__(self, module.value, tuple(operator.index(layer) for layer in self.layers(module)))
+
+    def layers(self, module: Module) -> Layers:
+        """The layers in which ``module`` runs."""
+        return {Module.Q: self.q, Module.KV: self.kv, Module.MLP: self.mlp}[module]
+
+    def depth(self, module: Module) -> int | None:
+        """The exit depth ``d`` when the module runs in exactly the layers ``< d``, else ``None``."""
+        layers = self.layers(module)
+        return len(layers) if layers == tuple(range(len(layers))) else None
+
+    def canonical(self, ranked_at: int = 0) -> GroupPolicy:
+        """Drop dead operations: a token's state is read where it is a key, and where it is ranked."""
+        last_read = max(self.kv[-1] if self.kv else 0, ranked_at)
+        return replace(
+            self,
+            q=tuple(layer for layer in self.q if layer < last_read),
+            mlp=tuple(layer for layer in self.mlp if layer < last_read),
+        )
+
+
+def layers_text(layers: Layers) -> str:
+    """Layers for people: a depth, a window or a list."""
+    if layers == tuple(range(len(layers))):
+        return f"≤{len(layers)}"
+    if layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"∈[{layers[0]},{layers[-1] + 1})"
+    return "∈{" + ",".join(map(str, layers)) + "}"
+
+
+def policy_json(policy: GroupPolicy) -> dict[str, Any]:
+    """A policy as it is saved; exit depths as numbers."""
+    result: dict[str, Any] = {"share": policy.group.share}
+    for module in MODULES:
+        depth = policy.depth(module)
+        result[module.value] = list(policy.layers(module)) if depth is None else depth
+    return result

@@ -1,0 +1,367 @@
+"""Which operations run: the strategy, its canonical form and its JSON file. Pure Python and NumPy."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dop_search.strategy.operations import MODULES, Operation, TokenGroup, group_sizes
+from dop_search.strategy.policy import GroupPolicy, Layers, layers_text, policy_json
+from dop_search.strategy.stages import check_stages, ranked_until
+from dop_search.utils.errors import StrategyError
+from dop_search.utils.files import write_text_atomic
+
+FORMAT = "dop_search.strategy"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A set of operations on visual tokens that run; every other operation on a visual token is skipped.
+
+    Text tokens keep all their operations (arXiv 2507.02909, section 3). The first ``num_visual_tokens``
+    tokens of the selector's ranking enter the decoder (``None``: all), cut into groups by rank.
+
+    Attributes:
+        num_layers: decoder layers of the model that the strategy is for.
+        groups: one policy per token group, best-ranked tokens first.
+        num_visual_tokens: visual tokens that enter the decoder, per sample; ``None`` keeps all.
+        selector: name of the ranking, see ``dop_search.selectors``.
+        selector_options: keyword arguments of the selector; ``stages`` are layers that rank inside the decoder.
+        model_fingerprint: architecture that the strategy was searched on; ``None`` fits any model of
+            ``num_layers`` layers.
+        provenance: free-form facts about where the strategy comes from.
+    """
+
+    num_layers: int
+    groups: tuple[GroupPolicy, ...]
+    num_visual_tokens: int | None = None
+    selector: str = "cls_attention"
+    selector_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    model_fingerprint: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_layers", operator.index(self.num_layers))
+        if self.num_layers < 1:
+            raise StrategyError(f"`num_layers >= 1` must hold, but got (num_layers={self.num_layers})")
+        if not self.groups:
+            raise StrategyError("a strategy needs at least one token group")
+        if self.num_visual_tokens is not None:
+            object.__setattr__(self, "num_visual_tokens", _count(self.num_visual_tokens))
+        group_sizes(tuple(policy.group for policy in self.groups), 1)
+        for index, policy in enumerate(self.groups):
+            for module in MODULES:
+                layers = policy.layers(module)
+                if list(layers) != sorted(set(layers)) or any(not 0 <= x < self.num_layers for x in layers):
+                    raise StrategyError(
+                        f"the `{module.value}` layers of group {index} must be sorted, unique and within "
+                        f"0..{self.num_layers - 1}, but got {list(layers)}"
+                    )
+        check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens)
+
+    # -- constructors ---------------------------------------------------------------------------
+
+    @classmethod
+    def depthwise(
+        cls,
+        num_layers: int,
+        q: int | Sequence[int],
+        kv: int | Sequence[int],
+        mlp: int | Sequence[int],
+        num_visual_tokens: int | None = None,
+        shares: Sequence[float] | None = None,
+        **fields: Any,
+    ) -> Strategy:
+        """Exit depths: module ``m`` of layers ``< depth`` runs (arXiv 2507.02909: ``D_A`` is q = kv).
+
+        Args:
+            num_layers: decoder layers ``L``.
+            q, kv, mlp: exit depth in ``0..L``, one number or one per token group.
+            num_visual_tokens: tokens that enter the decoder, ``None`` for all.
+            shares: share of the kept tokens per group, by rank; must sum to 1. Default: one group.
+            **fields: further fields of :class:`Strategy`.
+
+        Raises:
+            StrategyError: if a depth is outside ``0..L`` or the numbers of groups differ.
+        """
+        shares = [1.0] if shares is None else list(shares)
+        depths: dict[str, list[int]] = {}
+        for name, value in (("q", q), ("kv", kv), ("mlp", mlp)):
+            values = [value] * len(shares) if isinstance(value, (int, np.integer)) else list(value)
+            if len(values) != len(shares):
+                raise StrategyError(f"`{name}` needs one depth per token group ({len(shares)}), but got {values}")
+            for depth in values:
+                if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or not 0 <= depth <= num_layers:
+                    raise StrategyError(
+                        f"`0 <= {name} <= num_layers` must hold, but got ({name}={depth}, num_layers={num_layers})"
+                    )
+            depths[name] = [int(depth) for depth in values]
+        groups = tuple(
+            GroupPolicy(
+                q=tuple(range(depths["q"][i])),
+                kv=tuple(range(depths["kv"][i])),
+                mlp=tuple(range(depths["mlp"][i])),
+                group=TokenGroup(share),
+            )
+            for i, share in enumerate(shares)
+        )
+        return cls(num_layers=num_layers, groups=groups, num_visual_tokens=num_visual_tokens, **fields)
+
+    @classmethod
+    def full(cls, num_layers: int, **fields: Any) -> Strategy:
+        """The empty strategy: nothing is skipped."""
+        return cls.depthwise(num_layers, num_layers, num_layers, num_layers, **fields)
+
+    @classmethod
+    def from_array(
+        cls,
+        runs: np.ndarray,
+        shares: Sequence[float] | None = None,
+        num_visual_tokens: int | None = None,
+        **fields: Any,
+    ) -> Strategy:
+        """The general form: ``runs[group, layer, module]`` (modules as in ``MODULES``) says what runs."""
+        runs = np.asarray(runs)
+        if runs.ndim != 3 or runs.shape[2] != len(MODULES) or runs.dtype != np.bool_:
+            raise StrategyError(
+                f"`runs` must be a boolean array [group, layer, {len(MODULES)}], but got {runs.dtype} {runs.shape}"
+            )
+        shares = [1.0 / runs.shape[0]] * runs.shape[0] if shares is None else list(shares)
+        if len(shares) != runs.shape[0]:
+            raise StrategyError(f"`shares` needs one entry per group ({runs.shape[0]}), but got {shares}")
+        layers = [[tuple(np.flatnonzero(runs[g, :, m]).tolist()) for m in range(3)] for g in range(len(runs))]
+        groups = tuple(
+            GroupPolicy(q=q, kv=kv, mlp=mlp, group=TokenGroup(share))
+            for (q, kv, mlp), share in zip(layers, shares, strict=True)
+        )
+        return cls(runs.shape[1], groups, num_visual_tokens, **fields)
+
+    # -- views ----------------------------------------------------------------------------------
+
+    def to_array(self) -> np.ndarray:
+        """Boolean array ``[group, layer, module]`` of the operations that run."""
+        runs = np.zeros((len(self.groups), self.num_layers, len(MODULES)), dtype=np.bool_)
+        for g, policy in enumerate(self.groups):
+            for m, module in enumerate(MODULES):
+                runs[g, list(policy.layers(module)), m] = True
+        return runs
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The layers at whose door the visual tokens are ranked; empty if they are ranked before the decoder."""
+        return tuple(self.selector_options.get("stages", ()))
+
+    def ranked_until(self) -> tuple[int, ...]:
+        """Per group the last stage that ranks it: its state is read there. 0 without stages."""
+        return ranked_until(self.groups, self.stages, self.num_layers)
+
+    def canonical(self) -> Strategy:
+        """Without dead operations: a state matters only until it is last a key, or last ranked. Lossless."""
+        ranked = zip(self.groups, self.ranked_until(), strict=True)
+        return replace(self, groups=tuple(policy.canonical(stage) for policy, stage in ranked))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but dead operations is skipped, so that every text logit is the full model's."""
+        full = Strategy.full(self.num_layers).canonical().groups[0]
+        same = all(replace(policy.canonical(), group=full.group) == full for policy in self.groups)
+        return same and self.num_visual_tokens is None
+
+    def skipped(self) -> tuple[Operation, ...]:
+        """The operations that do not run, in the canonical form."""
+        runs = self.canonical().to_array()
+        return tuple(Operation(int(g), int(layer), MODULES[m]) for g, layer, m in np.argwhere(~runs))
+
+    def depths(self) -> dict[str, tuple[int, ...]] | None:
+        """Exit depth per module and group, or ``None`` if the strategy is not depth-wise."""
+        result: dict[str, tuple[int, ...]] = {}
+        for module in MODULES:
+            values = [policy.depth(module) for policy in self.groups]
+            if any(value is None for value in values):
+                return None
+            result[module.value] = tuple(value for value in values if value is not None)
+        return result
+
+    def depth_ratios(self) -> dict[str, tuple[float, ...]] | None:
+        """Exit depth divided by the number of layers: what carries over to a model of other depth.
+
+        A query or MLP depth that only leaves out dead operations counts as the depth of the keys, so that it stays
+        lossless wherever the strategy goes.
+        """
+        depths = self.depths()
+        if depths is None:
+            return None
+        lossless = {
+            name: [kv if depth >= kv - 1 else depth for depth, kv in zip(values, depths["kv"], strict=True)]
+            for name, values in depths.items()
+        }
+        return {name: tuple(depth / self.num_layers for depth in values) for name, values in lossless.items()}
+
+    def num_kept(self, num_visual: int) -> int:
+        """Visual tokens that enter the decoder when the sample has ``num_visual``."""
+        return num_visual if self.num_visual_tokens is None else min(self.num_visual_tokens, num_visual)
+
+    def group_sizes(self, num_visual: int) -> tuple[int, ...]:
+        """Kept visual tokens per group for a sample with ``num_visual`` visual tokens."""
+        return group_sizes(tuple(policy.group for policy in self.groups), self.num_kept(num_visual))
+
+    def key(self) -> str:
+        """A string that two strategies share only when they compute the same function; names evaluations."""
+        canonical = self.canonical()
+        return json.dumps(
+            [canonical.num_visual_tokens, _selector_json(canonical), [policy_json(p) for p in canonical.groups]],
+            sort_keys=True,
+        )
+
+    def for_num_layers(self, num_layers: int) -> Strategy:
+        """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded).
+
+        Raises:
+            StrategyError: if the strategy is not depth-wise.
+        """
+        ratios = self.depth_ratios()
+        if ratios is None:
+            raise StrategyError("only a depth-wise strategy can move to another depth; this one has free layer sets")
+        if self.stages:
+            raise StrategyError("a strategy with stages cannot move to another depth; fit the method on that model")
+        scaled = {name: [int(ratio * num_layers + 0.5) for ratio in values] for name, values in ratios.items()}
+        return Strategy.depthwise(
+            num_layers,
+            scaled["q"],
+            scaled["kv"],
+            scaled["mlp"],
+            num_visual_tokens=self.num_visual_tokens,
+            shares=[policy.group.share for policy in self.groups],
+            selector=self.selector,
+            selector_options=self.selector_options,
+            provenance={**self.provenance, "scaled_from_num_layers": self.num_layers},
+        )
+
+    def describe(self) -> str:
+        """One line for tables, e.g. ``q≤8 kv≤10 mlp≤4 n_v=72``."""
+        parts = []
+        for policy in self.groups:
+            prefix = f"{policy.group.share:.0%}: " if len(self.groups) > 1 else ""
+            parts.append(prefix + " ".join(f"{m.value}{layers_text(policy.layers(m))}" for m in MODULES))
+        kept = "all" if self.num_visual_tokens is None else str(self.num_visual_tokens)
+        return " | ".join(parts) + f" n_v={kept}"
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; exit depths are numbers, free layer sets are lists."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_layers": self.num_layers,
+            "num_visual_tokens": self.num_visual_tokens,
+            "groups": [policy_json(policy) for policy in self.groups],
+            "depth_ratios": self.depth_ratios(),
+            **_selector_json(self),
+            "model_fingerprint": self.model_fingerprint,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Strategy:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            StrategyError: saying which field is missing, unknown or wrong.
+        """
+        return _parse(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write the strategy as JSON, atomically."""
+        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Strategy:
+        """Read a strategy.
+
+        Raises:
+            StrategyError: if the file is not a strategy; the message says what is wrong.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise StrategyError(f"no strategy file at {str(path)!r}") from error
+        except OSError as error:
+            raise StrategyError(f"cannot read a strategy from {str(path)!r}: {error.strerror}") from error
+        except ValueError as error:
+            raise StrategyError(f"{str(path)!r} is not a JSON file: {error}") from error
+        try:
+            return cls.from_json(data)
+        except StrategyError as error:
+            raise StrategyError(f"{str(path)!r}: {error}") from error
+
+
+def _count(value: Any) -> int:
+    """A number of visual tokens as a plain integer; NumPy's integers are welcome."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise StrategyError(f"`num_visual_tokens >= 0` must hold for an integer (None: all), but got {value!r}")
+    return int(value)
+
+
+def _selector_json(strategy: Strategy) -> dict[str, Any]:
+    return {"selector": strategy.selector, "selector_options": dict(strategy.selector_options)}
+
+
+_REQUIRED = {"format": str, "version": int, "num_layers": int, "groups": list}
+_OPTIONAL = {
+    "num_visual_tokens": (int, type(None)),
+    "selector": str,
+    "selector_options": dict,
+    "model_fingerprint": (str, type(None)),
+    "provenance": dict,
+    "depth_ratios": (dict, type(None)),
+}
+
+
+def _parse(data: Any) -> Strategy:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise StrategyError(f'not a strategy: expected an object with "format": "{FORMAT}"')
+    if data.get("version") != VERSION:
+        raise StrategyError(
+            f"strategy version {data.get('version')!r} is not supported (this is version {VERSION}); "
+            "update dop-search or search again"
+        )
+    _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
+    groups = []
+    for index, item in enumerate(data["groups"]):
+        where = f"groups[{index}]"
+        if not isinstance(item, dict):
+            raise StrategyError(f"{where} must be an object, but got {item!r}")
+        _check_fields(item, {"share": (int, float), **{m.value: (int, list) for m in MODULES}}, {}, where)
+        layers = {m.value: _parse_layers(item[m.value], data["num_layers"], f"{where}.{m.value}") for m in MODULES}
+        groups.append(GroupPolicy(group=TokenGroup(float(item["share"])), **layers))
+    fields = {name: data[name] for name in _OPTIONAL if name in data and name != "depth_ratios"}
+    return Strategy(num_layers=data["num_layers"], groups=tuple(groups), **fields)
+
+
+def _parse_layers(value: int | list[Any], num_layers: int, where: str) -> Layers:
+    if isinstance(value, list):
+        if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+            raise StrategyError(f"{where} must list layer numbers, but got {value!r}")
+        return tuple(value)
+    if not 0 <= value <= num_layers:
+        raise StrategyError(f"`0 <= {where} <= num_layers` must hold, but got ({value}, num_layers={num_layers})")
+    return tuple(range(value))
+
+
+def _check_fields(data: dict[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any], where: str) -> None:
+    missing = [name for name in required if name not in data]
+    unknown = [name for name in data if name not in required and name not in optional]
+    if missing or unknown:
+        raise StrategyError(f"{where}: missing fields {missing}, unknown fields {unknown}")
+    for name, types in {**required, **optional}.items():
+        value = data.get(name)
+        if name in data and (not isinstance(value, types) or isinstance(value, bool)):
+            raise StrategyError(f"{where}: `{name}` has the wrong type: {value!r}")

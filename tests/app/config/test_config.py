@@ -1,0 +1,194 @@
+"""Every config composes, every mistake is named, and the tree round-trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from dop_search.app.config import (
+    AdditiveExactConfig,
+    BudgetConfig,
+    ExactOptunaConfig,
+    SearchConfig,
+    parse_config,
+)
+from dop_search.utils.conf import CONFIG_NAME, config_dir
+from dop_search.utils.errors import ConfigError
+
+GROUPS = ("model", "data", "selector", "space", "search", "eval", "tracking")
+CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+EXPERIMENTS = sorted((config_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> SearchConfig:
+    return parse_config(compose(CONFIG_NAME, list(overrides)))
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        composed(*overrides)
+    return str(caught.value)
+
+
+def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None:
+    config = composed()
+    assert (config.model.name_or_path, config.data.name) == ("pocket", "pocket")
+    assert (config.selector.name, config.space.name) == ("cls_attention", "dop_split")
+    assert isinstance(config.search, AdditiveExactConfig)
+    assert [budget.plain for budget in config.budget] == [0.5, 0.3, 0.15]
+    assert config == SearchConfig.model_validate({"model": {"dtype": "float32"}})
+    assert composed("experiment=main") == config
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_composes_and_round_trips(choice: str) -> None:
+    config = composed(choice, *(["data.path=mine.jsonl"] if choice == "data=jsonl" else []))
+    assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> None:
+    composed(f"experiment={path.stem}")
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[2] == f"#   dop-search experiment={path.stem}"
+    assert len(" ".join(line for line in lines[3:] if line.startswith("# "))) > 60  # what it should show
+
+
+def test_the_six_models_of_the_paper_are_there() -> None:
+    hub_ids = {
+        composed(choice).model.name_or_path
+        for choice in CHOICES
+        if choice.startswith("model=") and choice != "model=pocket"
+    }
+    assert hub_ids >= {
+        "llava-hf/llava-1.5-7b-hf",
+        "llava-hf/llava-1.5-13b-hf",
+        "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "OpenGVLab/InternVL3-8B-hf",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "plain"),
+    [
+        ("budget=0.3", [0.3]),
+        ("budget=1", [1.0]),
+        ("budget=[0.5,0.15]", [0.5, 0.15]),
+        ("budget={kv_ratio: 0.3}", [{"kv_ratio": 0.3}]),
+        ("budget={flops_ratio: 0.3}", [0.3]),
+        ("budget=[0.3,{kv_bytes: 1e6}]", [0.3, {"kv_bytes": 1e6}]),
+        ("budget={latency_ratio: 0.3}", [{"latency_ratio": 0.3}]),
+        ("budget=[{latency_ms: 20},{latency_ratio: 0.5}]", [{"latency_ms": 20.0}, {"latency_ratio": 0.5}]),
+    ],
+)
+@pytest.mark.parametrize("experiment", [[], ["experiment=smoke"]], ids=["plain", "over an experiment"])
+def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[object], experiment: list[str]) -> None:
+    assert [budget.plain for budget in composed(*experiment, override).budget] == plain
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (config_dir() / "search").glob("*.yaml")))
+def test_the_quick_experiment_takes_every_solver(option: str) -> None:
+    chosen = composed("experiment=smoke", f"search={option}")
+    assert chosen.search == composed(f"search={option}").search
+
+
+def test_a_storage_is_a_file_or_a_url_without_a_password() -> None:
+    url = "postgresql+psycopg://user@host/db"
+    assert composed(f"storage={url}").storage == url
+    assert composed("search=exact_optuna", "search.storage=some.journal").storage is None
+    for key in ("storage", "search.storage"):
+        message = error_of("search=exact_optuna", f"{key}=postgresql+psycopg://user:secret@host/db")
+        assert f"{key}: a password" in message
+        assert "PGPASSWORD" in message
+        assert "secret" not in message
+
+
+def test_budget_name_and_value() -> None:
+    budget = BudgetConfig(kv_ratio=0.25)
+    assert (budget.name, budget.value) == ("kv_ratio", 0.25)
+
+
+def test_the_solver_key_chooses_the_section() -> None:
+    config = composed("search=exact_optuna", "search.sampler=gp", "seed=7")
+    assert isinstance(config.search, ExactOptunaConfig)
+    assert (config.search.sampler, config.search.seed) == ("gp", 7)
+
+
+def test_all_errors_come_at_once_with_their_paths() -> None:
+    message = error_of("budget=30", "data.num_samples=0", "data.answers=techer", "model.dtype=fp32", "+modle.x=1")
+    assert message.startswith("the configuration has 5 errors:")
+    assert "budget.flops_ratio: `0 < ratio <= 1` must hold, but got 30; for 30 % write 0.3" in message
+    assert "data.num_samples: input should be greater than 0, but got 0" in message
+    assert "data.answers: must be one of teacher, ground_truth, but got 'techer'; did you mean 'teacher'?" in message
+    assert "model.dtype: must be one of auto, float32, bfloat16, float16, but got 'fp32'" in message
+    assert "modle: unknown key; did you mean 'model'?" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["+search.num_rerrank=3"], "search.num_rerrank: unknown key; did you mean 'num_rerank'?"),
+        (["+space.zzz=3"], "space.zzz: unknown key; the keys are name, shares,"),
+        (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, additive_optuna"),
+        (["+search.num_trials=5"], "search.num_trials: unknown key"),  # of another solver
+        (["budget=[0.5,-1]"], "budget[1].flops_ratio: `0 < ratio <= 1` must hold, but got -1"),
+        (["budget=0"], "`0 < ratio <= 1` must hold, but got 0"),
+        (["budget=[0.3,0.3]"], "the budgets must differ, but got [0.3, 0.3]"),
+        (["budget=[]"], "at least one budget is needed, e.g. budget=0.3"),
+        (["budget=all"], "budget.flops_ratio: input should be a valid number, but got 'all'"),
+        (["budget={kv_ratio: 0.2, flops: 3}"], "exactly one of flops_ratio, kv_ratio, flops, kv_bytes, latency_ratio"),
+        (["data=jsonl"], "data: `name=jsonl` needs a file; set data.path=FILE.jsonl"),
+        (["data.seed=true"], "data.seed: input should be a valid integer, but got True"),
+        (["space=dop_groups", "space.shares=[0.5,0.6]"], "`shares` must be positive and sum to 1, but got [0.5, 0.6]"),
+        (["space=dop_groups", "space.shares=[1.0]"], "needs 2 or more `shares`"),
+        (["space=dop", "space.shares=[0.5,0.5]"], "has one group of tokens"),
+        (["model.device=cpu", "model.device_map=auto"], "exclude each other"),
+        (["batch_size=???"], "the configuration cannot be resolved: Missing mandatory value: batch_size"),
+    ],
+)
+def test_a_mistake_is_named(overrides: list[str], expected: str) -> None:
+    assert expected in error_of(*overrides)
+
+
+def test_an_unresolvable_interpolation_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="cannot be resolved"):
+        parse_config(OmegaConf.create({"seed": "${nowhere}"}))
+
+
+def test_the_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        composed().seed = 3
+
+
+def test_importing_the_config_imports_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, dop_search.app.config; sys.exit(any(m in sys.modules for m in ('torch', 'mlflow', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_config_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dop_search.utils.conf._PACKAGE", tmp_path / "dop_search")
+    with pytest.raises(ConfigError, match="reinstall dop-search"):
+        config_dir()
+    packaged = tmp_path / "dop_search" / "conf"
+    packaged.mkdir(parents=True)
+    (packaged / "config.yaml").touch()
+    assert config_dir() == packaged

@@ -1,0 +1,84 @@
+"""The record is a contract: its keys, its round trip, its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.records import example_record
+
+from dop_search.app.record import RECORD_FILE, Record
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import CacheError
+
+
+def test_round_trip_keeps_everything(tmp_path: Path) -> None:
+    record = example_record()
+    record.save(tmp_path / RECORD_FILE)
+    for path in (tmp_path / RECORD_FILE, tmp_path):
+        loaded = Record.load(path)
+        assert loaded == record
+        assert loaded.to_json() == record.to_json()
+    assert list(tmp_path.iterdir()) == [tmp_path / RECORD_FILE]
+
+
+def test_the_keys_that_everything_downstream_relies_on() -> None:
+    data = example_record().to_json()
+    assert data["schema_version"] == 1
+    assert {"model", "data", "selector", "space", "solver", "results"} <= set(data)
+    result = data["results"][2]
+    assert result["budget"] == 0.15
+    assert {
+        "strategy", "flops_ratio", "kv_ratio", "kl_additive", "kl_search", "kl_search_ci95", "kl_heldout",
+        "kl_heldout_ci95", "accuracy_full", "accuracy_pruned", "uniform", "num_validation_runs", "seconds",
+    } <= set(result)  # fmt: skip
+    assert {"num_visual_tokens", "flops_ratio", "kl_heldout", "kl_heldout_ci95", "accuracy"} <= set(result["uniform"])
+    strategy = Strategy.from_json(result["strategy"])
+    assert strategy.depths() == {"q": (3,), "kv": (8,), "mlp": (2,)}
+
+
+def test_other_budgets_are_mappings() -> None:
+    result = example_record().results[0]
+    assert result.model_copy(update={"budget": {"kv_ratio": 0.25}}).budget_text == "KV 0.25"
+    assert result.budget_text == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema_version": 2}, "schema_version 2, but this dop-search reads 1"),
+        ({"results": []}, "results: "),
+        ({"extra": 1}, "extra: "),
+        ({"floor_ratio": float("nan")}, "floor_ratio: "),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(change: dict[str, object], expected: str, tmp_path: Path) -> None:
+    path = tmp_path / RECORD_FILE
+    path.write_text(json.dumps({**example_record().to_json(), **change}))
+    with pytest.raises(CacheError) as caught:
+        Record.load(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_broken_strategy_inside_is_named(tmp_path: Path) -> None:
+    data = example_record().to_json()
+    data["results"][1]["strategy"]["groups"][0]["kv"] = 99
+    (tmp_path / RECORD_FILE).write_text(json.dumps(data))
+    with pytest.raises(CacheError, match=r"results\.1\.strategy: .*kv"):
+        Record.load(tmp_path)
+
+
+def test_missing_or_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="directory of a finished run"):
+        Record.load(tmp_path / "nothing")
+    (tmp_path / RECORD_FILE).write_text("{")
+    with pytest.raises(CacheError, match="not a JSON file"):
+        Record.load(tmp_path)
+
+
+def test_candidates_of_several_budgets_count_once() -> None:
+    record = example_record()
+    twice = record.model_copy(update={"candidates": record.results[0].candidates})
+    assert len(twice.all_candidates()) == len(record.all_candidates()) == 48

@@ -1,0 +1,277 @@
+"""The whole line on the bundled model: what a run leaves behind, and that a killed one continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dop_search.app.config import SearchConfig
+from dop_search.app.record import Record
+from dop_search.app.search import run
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import BudgetError, CacheError, DopError
+from dop_search.utils.progress import SilentProgress
+
+SMALL = {
+    "data": {"num_samples": 6, "num_heldout": 6, "num_test": 6},
+    "space": {"num_depth_levels": 3, "num_token_levels": 3},
+    "search": {"solver": "additive_exact", "num_rerank": 3},
+    "tracking": {"backend": "none"},
+}
+
+
+def small(tmp_path, **changes):
+    return SearchConfig.model_validate({**SMALL, "budget": [0.3], "cache_dir": str(tmp_path / "cache"), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
+    return path, record
+
+
+def test_leaves_record_strategies_curves_and_pictures(finished):
+    path, record = finished
+    names = {str(file.relative_to(path / "out")) for file in (path / "out").rglob("*") if file.is_file()}
+    assert {"record.json", "curves.parquet", "strategy-0.5.json", "strategy-0.25.json", "report.html"} <= names
+    assert {f"plots/{name}.{kind}" for name in ("layer_map", "pareto_front") for kind in ("png", "pdf")} <= names
+    assert Record.load(path / "out") == record
+    assert not [name for name in names if name.startswith(".")], "no temporary file is left"
+
+
+def test_record_keeps_its_contract(finished):
+    path, record = finished
+    data = json.loads((path / "out" / "record.json").read_text())
+    assert {"schema_version", "model", "data", "selector", "space", "solver", "results"} <= set(data)
+    fields = {
+        *("budget", "strategy", "flops_ratio", "kv_ratio", "kl_additive", "kl_search", "kl_heldout"),
+        *("kl_heldout_ci95", "accuracy_full", "accuracy_pruned", "uniform", "num_validation_runs", "seconds"),
+    }
+    for result in data["results"]:
+        assert fields <= set(result)
+        assert {"num_visual_tokens", "flops_ratio", "kl_heldout", "accuracy"} <= set(result["uniform"])
+    for result, budget in zip(record.results, (0.5, 0.25), strict=True):
+        assert result.flops_ratio <= budget
+        assert result.uniform.flops_ratio <= budget
+        assert Strategy.load(path / "out" / f"strategy-{budget:g}.json") == result.strategy
+        low, high = result.kl_heldout_ci95
+        assert low <= result.kl_heldout <= high
+        assert result.kl_search <= min(item.kl_search for item in result.candidates), "the best candidate is chosen"
+        assert any(item.is_uniform for item in result.candidates), "uniform reduction is among the candidates"
+
+
+def test_found_strategy_is_what_the_engine_scores(finished, pocket):
+    """The record's held-out KL again, from the saved strategy and plain pruned forwards of whole samples."""
+    import torch
+
+    from dop_search.data.validation import validation_set
+    from dop_search.models.prompts import model_inputs
+    from dop_search.pruning import pruned
+
+    path, record = finished
+    result = record.results[1]
+    strategy = Strategy.load(path / "out" / "strategy-0.25.json")
+    values = []
+    for sample in validation_set("pocket", 6, split="heldout"):
+        inputs = model_inputs(pocket.processor, [sample], torch.device("cpu"))
+        start = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            ids = pocket.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+            forced = {**inputs, "input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+            full = pocket.model(**forced).logits[0, start - 1 :].double().log_softmax(dim=-1)
+            with pruned(pocket.model, strategy):
+                ours = pocket.model(**forced).logits[0, start - 1 :].double().log_softmax(dim=-1)
+        values.append((full.exp() * (full - ours)).sum(dim=-1).mean().item())
+    assert np.mean(values) == pytest.approx(result.kl_heldout, rel=1e-2, abs=1e-4)
+
+
+def test_same_command_again_repeats_no_validation_run(finished, monkeypatch):
+    from dop_search.divergence import DivergenceEngine
+
+    path, record = finished
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a validation run was repeated")
+
+    monkeypatch.setattr(DivergenceEngine, "evaluate", forbidden)
+    monkeypatch.setattr(DivergenceEngine, "__call__", forbidden)
+    again = run(small(path, budget=[0.5, 0.25]), path / "again", SilentProgress())
+    assert [item.kl_heldout for item in again.results] == [item.kl_heldout for item in record.results]
+    assert again.num_validation_runs == record.num_validation_runs
+
+
+def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
+    """``kill -9`` while the curves are measured; the next run starts from what was saved."""
+    _, record = finished
+    config = small(tmp_path, budget=[0.5, 0.25])
+    code = (
+        "import sys; from pathlib import Path; from dop_search.app.config import SearchConfig; "
+        "from dop_search.app.search import run; from dop_search.utils.progress import SilentProgress; "
+        "run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())"
+    )
+    command = [sys.executable, "-c", code, config.model_dump_json(), str(tmp_path / "out")]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    cache = tmp_path / "cache"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(len(file.read_text().splitlines()) > 1 for file in cache.glob("evaluations-*.jsonl")):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "record.json").exists(), "killed before the end"
+    again = run(config, tmp_path / "out", SilentProgress())
+    for ours, theirs in zip(again.results, record.results, strict=True):
+        assert ours.strategy == theirs.strategy
+        assert ours.kl_heldout == pytest.approx(theirs.kl_heldout, rel=1e-3)
+    assert again.num_validation_runs == record.num_validation_runs
+
+
+def test_an_infeasible_budget_names_the_smallest_feasible(finished, tmp_path):
+    path, _ = finished
+    with pytest.raises(BudgetError, match=r"0\.01.*smallest") as caught:
+        run(small(path, budget=[0.01]), tmp_path / "out", SilentProgress())
+    assert 0.01 < caught.value.smallest_feasible < 0.3
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+def test_a_corrupt_cache_is_named(finished, tmp_path):
+    path, _ = finished
+    for file in (path / "cache").glob("evaluations-*.jsonl"):
+        copy = tmp_path / "cache" / file.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text("garbage\n" + file.read_text())
+    with pytest.raises(CacheError, match=r"evaluations-.*not an evaluation file.*delete it"):
+        run(small(tmp_path), tmp_path / "out", SilentProgress())
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"solver": "additive_optuna", "sampler": "random", "num_trials": 40, "num_rerank": 2},
+        {"solver": "exact_optuna", "sampler": "random", "num_trials": 6, "num_warm_start": 3, "pruner": "none"},
+        {"solver": "exhaustive", "num_levels": 2},
+    ],
+    ids=lambda search: search["solver"],
+)
+def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
+    path, _ = finished
+    record = run(small(path, budget=[0.5], search=search, eval={"name": "none"}), tmp_path, SilentProgress())
+    (result,) = record.results
+    assert result.flops_ratio <= 0.5
+    assert result.kl_search <= result.uniform.kl_search + 1e-9, "never worse than uniform reduction on the search set"
+
+
+def test_kv_budget_and_groups(finished, tmp_path):
+    path, _ = finished
+    space = {"name": "dop_groups", "shares": [0.25, 0.75], "num_depth_levels": 2, "num_token_levels": 3}
+    record = run(
+        small(path, budget=[{"kv_ratio": 0.4}], space=space, eval={"name": "none"}), tmp_path, SilentProgress()
+    )
+    assert record.results[0].kv_ratio <= 0.4
+    assert len(record.results[0].strategy.groups) == 2
+    assert Path(tmp_path / "strategy-KV-0.4.json").exists()
+
+
+def made_up_table(model, counts, **options):
+    """Layer times that nobody measured: 1 ms a layer of text, 1 ms more for each module of all visual tokens."""
+    from dop_search.evaluation.timing.comparison import environment
+    from dop_search.evaluation.timing.layer_times import grids
+    from dop_search.models.families import adapter_for
+    from dop_search.strategy.cost import LatencyTable
+
+    text, visual, lengths = grids(counts)
+    rising = np.tile(np.array(visual) / visual[-1], (len(text), 1))
+    empty = np.zeros((*rising.shape, 0))
+    adapter = adapter_for(model)
+    return LatencyTable(
+        environment=environment(model, adapter, options["clock"]),
+        num_layers=adapter.dims.num_layers,
+        text=text,
+        visual=visual,
+        shares=(),
+        keys_ms=1.0 + rising,
+        queries_ms=rising,
+        mlp_ms=rising,
+        queries_part_ms=empty,
+        mlp_part_ms=empty,
+        lengths=lengths,
+        fixed_ms=np.full(len(lengths), 0.5),
+        full_ms=np.full(len(lengths), 4.0 * adapter.dims.num_layers),
+    )
+
+
+def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp_path, monkeypatch):
+    from dop_search.evaluation.timing import layer_times
+
+    calls = []
+    monkeypatch.setattr(
+        layer_times,
+        "measure_table",
+        lambda model, counts, **rest: calls.append(1) or made_up_table(model, counts, **rest),
+    )
+    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}}
+    config = small(tmp_path, budget=[{"latency_ratio": 0.6}, {"latency_ms": 24.0}], **changes)
+    record = run(config, tmp_path / "out", SilentProgress())
+    for result in record.results:
+        depths = {name: values[0] for name, values in result.strategy.depths().items()}
+        visual = result.strategy.num_kept(256) / 256
+        expected_ms = 0.5 + 12 + visual * sum(depths.values())
+        assert result.latency_ms == pytest.approx(expected_ms, abs=0.2)  # the grid's tokens are rounded
+        assert result.latency_ratio == pytest.approx(result.latency_ms / 48)
+        assert result.uniform is None or result.uniform.latency_ratio <= 0.6
+        assert 0 < result.flops_ratio < 1
+    assert record.results[0].latency_ratio <= 0.6
+    assert record.results[1].latency_ms <= 24.0
+    assert record.results[0].budget_text == "time 0.6"
+    assert Record.load(tmp_path / "out") == record
+    again = run(config, tmp_path / "again", SilentProgress())
+    assert [result.strategy for result in again.results] == [result.strategy for result in record.results]
+    assert len(calls) == 1
+
+
+def own_file(path, num_lines, answer=True):
+    """A JSONL file with an image per line."""
+    lines = []
+    for index in range(num_lines):
+        Image.new("RGB", (40, 40), (9 * index, 0, 0)).save(path / f"{index}.png")
+        lines.append({"image": f"{index}.png", "question": "What is it?", **({"answer": "red"} if answer else {})})
+    (path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"name": "jsonl", "path": str(path / "mine.jsonl"), "num_samples": 2, "num_heldout": 2, "num_test": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*Did you mean 'cls_attention'"),
+        ({"selector": {"name": "random", "options": {"sed": 1}}}, r"no option \['sed'\]"),
+        ({"data": {"name": "poket"}}, "unknown validation set 'poket'"),
+        ({"data": {"name": "jsonl", "path": "absent.jsonl"}}, "no validation file at 'absent.jsonl'"),
+        ({"num_heldout": 4}, r"6 different images.*search 2 of 2, heldout 2 of 4 .*11 lines .*lower data\.num_heldout"),
+        ({"num_test": 1}, r"line \d has no answer.*data\.num_test=0"),
+        ({"answers": "ground_truth"}, r"line \d has no answer.*data\.answers=teacher"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monkeypatch, changes, message):
+    def forbidden(**kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("dop_search.app.search.load", forbidden)
+    if not {"selector", "data"} & set(changes):
+        changes = {"data": {**own_file(tmp_path, 6, answer=False), **changes}}
+    with pytest.raises(DopError, match=message):
+        run(small(tmp_path, **changes), tmp_path / "out", SilentProgress())
+
+
+def test_a_file_without_answers_is_enough_for_a_search(tmp_path):
+    record = run(small(tmp_path, data=own_file(tmp_path, 6, answer=False)), tmp_path / "out", SilentProgress())
+    assert (record.data.num_samples, record.data.num_heldout, record.data.num_test) == (2, 2, 0)
+    assert record.results[0].accuracy_full is None

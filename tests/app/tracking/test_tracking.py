@@ -1,0 +1,239 @@
+"""What MLflow holds after a search, and that a bad store is found before one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.records import example_curves, example_record
+
+from dop_search.app.config import TrackingConfig
+from dop_search.app.record import CURVES_FILE, RECORD_FILE
+from dop_search.app.tracking.store import (
+    check_tracking,
+    log_benchmark,
+    log_study,
+    result_metrics,
+    result_params,
+    ui_command,
+)
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import ConfigError
+
+WITH_SUPPORT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+"""For processes that use ``tests/support``."""
+
+SEARCHES = """
+import sys
+from pathlib import Path
+from dop_search.app.config import TrackingConfig
+from dop_search.app.record import CURVES_FILE, RECORD_FILE, Named
+from dop_search.app.report import write_report
+from support.records import example_curves, example_record
+from dop_search.app.tracking.store import log_search
+
+run_dir, record = Path(sys.argv[2]), example_record()
+record.save(run_dir / RECORD_FILE)
+example_curves().save(run_dir / CURVES_FILE)
+write_report(record, example_curves(), run_dir)
+other = record.model_copy(update={"space": Named(name="uniform"), "solver": Named(name="exact_optuna")})
+parents = [log_search(TrackingConfig(uri=sys.argv[1]), item, run_dir) for item in (record, other)]
+(run_dir / "parents").write_text(" ".join(parents))
+"""
+"""Two searches of different spaces, in a process where nothing was imported before."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A store with two searches."""
+
+    client: Any
+    folder: Path
+    parents: list[str]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    folder = tmp_path_factory.mktemp("tracking")
+    uri = f"sqlite:///{folder / 'sub' / 'mlflow.db'}"
+    command = [sys.executable, "-c", SEARCHES, uri, str(folder / "run")]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=WITH_SUPPORT)
+    from mlflow.tracking import MlflowClient
+
+    parents = (folder / "run" / "parents").read_text().split()
+    return Logged(MlflowClient(uri), folder, parents, result.stdout + result.stderr)
+
+
+def runs_of(client: Any, parent: str) -> list[Any]:
+    experiment = client.get_experiment_by_name("dop-search")
+    found = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return sorted(found, key=lambda run: -run.data.metrics["flops_ratio"])
+
+
+def test_one_parent_per_search_and_a_nested_run_per_budget(logged: Logged) -> None:
+    client, parents = logged.client, logged.parents
+    record = example_record()
+    parent = client.get_run(parents[0])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["model_fingerprint"] == record.model.fingerprint
+    assert parent.data.tags["data_fingerprint.heldout"] == "4e5f6a7b"
+    assert parent.data.tags["version.torch"] == "2.15.0"
+    assert parent.data.tags["mlflow.source.git.commit"].startswith("0123456789")
+    assert parent.data.params["space"] == "dop_split"
+    nested = runs_of(client, parents[0])
+    assert [run.data.params["budget"] for run in nested] == ["0.5", "0.3", "0.15"]
+    last, result = nested[-1], record.results[-1]
+    assert last.data.metrics["kl_heldout"] == pytest.approx(result.kl_heldout)
+    assert last.data.metrics["kl_heldout_difference_ci_high"] < 0
+    expected = {"D_A": "3/8", "D_P": "2", "n_v": "72", "depth_kv": "8", "depth_ratio_mlp": "0.1667"}
+    assert expected.items() <= last.data.params.items()
+
+
+def test_curves_are_stepped_metrics_over_the_share_of_the_full_value(logged: Logged) -> None:
+    client, parents, curves = logged.client, logged.parents, example_curves().curves
+    stored = {name for name in client.get_run(parents[0]).data.metrics if name.startswith("curve/")}
+    assert stored == {f"curve/{name}" for name in curves}
+    for name, curve in curves.items():
+        points = client.get_metric_history(parents[0], f"curve/{name}")
+        shares = [point.step / 10_000 for point in points]
+        assert shares == pytest.approx(list(curve.levels / curve.levels[-1]), abs=1e-4)
+        assert len(set(shares)) == len(curve.levels)
+        assert [point.value for point in points] == pytest.approx(list(curve.mean_nats))
+
+
+def test_names_are_the_same_across_methods(logged: Logged) -> None:
+    client, parents = logged.client, logged.parents
+    names = [
+        [(set(run.data.metrics), {key for key in run.data.params if "." not in key}) for run in runs_of(client, parent)]
+        for parent in parents
+    ]
+    assert names[0] == names[1]
+
+
+def test_artifacts_lie_beside_the_database(logged: Logged) -> None:
+    client, folder, parents = logged.client, logged.folder, logged.parents
+    names = {item.path for item in client.list_artifacts(parents[0])}
+    assert names == {RECORD_FILE, CURVES_FILE, "report.html", "plots"}
+    assert len(client.list_artifacts(parents[0], "plots")) == 8
+    uri = runs_of(client, parents[0])[-1].info.artifact_uri
+    path = Path(uri.removeprefix("file://")) / "strategy.json"
+    assert path.is_relative_to(folder / "sub" / "mlartifacts")
+    assert Strategy.from_json(json.loads(path.read_text())) == example_record().results[-1].strategy
+
+
+def test_metrics_hold_only_what_was_measured() -> None:
+    result = example_record().results[0]
+    bare = result.model_copy(update={"accuracy_full": None, "kl_additive": None, "uniform": None})
+    missing = set(result_metrics(result)) - set(result_metrics(bare))
+    assert {"accuracy_full", "kl_additive", "uniform_kl_heldout", "uniform_kl_heldout_ci_low"} <= missing
+    assert all(isinstance(value, float) for value in result_metrics(result).values())
+
+
+def test_params_of_groups() -> None:
+    strategy = Strategy.depthwise(12, q=[8, 2], kv=[9, 4], mlp=[4, 1], shares=[0.25, 0.75])
+    params = result_params(example_record({0.3: strategy}).results[0])
+    assert (params["D_A"], params["D_P"], params["n_v"], params["depth_q"]) == ("9, 2/4", "4, 1", "all", "8, 2")
+
+
+def test_the_line_that_opens_the_ui_works_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ui_command(TrackingConfig()) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
+    assert ui_command(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
+    assert ui_command(TrackingConfig(backend="none")) is None
+
+
+def test_a_bad_store_is_found_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "foreign.db").write_text("this is no database, and it is longer than a header would be" * 20)
+    (tmp_path / "folder").mkdir()
+    start = time.monotonic()
+    for uri in (
+        f"sqlite:///{tmp_path / 'foreign.db'}",
+        f"sqlite:///{tmp_path / 'folder'}",
+        f"sqlite:///{tmp_path / 'foreign.db' / 'below.db'}",
+        "mlruns",
+        "http://127.0.0.1:9",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_tracking(TrackingConfig(uri=uri))
+        assert uri in str(caught.value)
+        assert "tracking=none" in str(caught.value)
+    assert time.monotonic() - start < 10
+    check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path / 'new.db'}"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "foreign.db"]
+
+
+def test_without_tracking_mlflow_is_never_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
+        "from support.records import example_record; from dop_search.app.tracking.store import *;"
+        "import dop_search.app.tracking.store as t; c = TrackingConfig(backend='none'); t.check_tracking(c);"
+        f"assert t.log_search(c, example_record(), Path({str(tmp_path)!r})) is None;"
+        "sys.exit('mlflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=WITH_SUPPORT).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_store_is_made_in_silence(logged: Logged) -> None:
+    assert logged.printed == ""
+
+
+def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> None:
+    config = TrackingConfig(uri=f"sqlite:///{logged.folder / 'sub' / 'mlflow.db'}")
+    row = {"target_ratio": 0.3, "name": "hooks at layer 2", "flops_ratio": 0.301}
+    medians = {"prefill_ms": {"median": 12.5}, "peak_bytes": None}
+    data = {
+        "what": "tiny",
+        "text_tokens": 6,
+        "visual_tokens": 64,
+        "generated_tokens": 2,
+        "environment": {"device": "cpu", "attn_implementation": "sdpa"},
+        "rows": [{**row, "median": medians, "ratio": {"prefill_ms": {"median": 0.33}}}],
+    }
+    identifier = log_benchmark(config, data)
+    run = logged.client.get_run(identifier)
+    assert run.data.metrics == {
+        "0.3_hooks_at_layer_2/flops_ratio": 0.301,
+        "0.3_hooks_at_layer_2/prefill_ms_median": 12.5,
+        "0.3_hooks_at_layer_2/prefill_ms_ratio": 0.33,
+    }
+    assert run.data.params["attn_implementation"] == "sdpa"
+    assert [item.path for item in logged.client.list_artifacts(identifier)] == ["benchmark.json"]
+    assert log_benchmark(TrackingConfig(backend="none"), data) is None
+
+
+def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    rows = [{"method": name, "budget": 0.5, "asked": {"what's (this)?": 3}} for name in ("a", "b")]
+    result = {"study": "invented", "setup": {"model": "m"}, "rows": rows, "summary": {"best": "a"}}
+    terminate = MlflowClient.set_terminated
+
+    def interrupted(self: Any, run: str, *args: Any) -> None:
+        terminate(self, run, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log_study(config, result, tmp_path)
+    parent = log_study(config, result, tmp_path)
+    assert parent is not None
+    client = MlflowClient(config.uri)
+    experiment = client.get_run(parent).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(nested) == 2
+    assert nested[0].data.metrics == {"budget": 0.5, "asked/what_s _this__": 3.0}
+    assert log_study(config, result, tmp_path) is None
+    assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None
