@@ -332,7 +332,3 @@ def _show(done: int, total: int, what: str) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
