@@ -94,6 +94,7 @@ def notes(record: Record) -> list[str]:
         f"{data.num_heldout} held-out samples.",
         f"D_A, D_P: exit depths of attention (q/kv where they differ) and MLP, of {record.model.num_layers} layers.",
         "n_v: visual tokens that enter the decoder; uniform: only fewer of them, same FLOPs.",
+        f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget_text}' for result in record.results)}.",
     ]
     if full is not None:
         lines.append(f"Accuracy of the full model on {data.num_test} test samples: {percent_text(full)} %.")
@@ -107,3 +108,7 @@ def notes(record: Record) -> list[str]:
     verdicts = ", ".join(f"{verdict(result)} at {result.budget_text}" for result in record.results)
     lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
     return lines
+
+
+def _effort(result: Result) -> str:
+    return f"{result.num_validation_runs} ({result.seconds:.0f} s)"
