@@ -9,14 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
+from dop_search.evaluation.lmms.hub import check_suite, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
-from dop_search.models.loading import LoadedModel, hub_is_reachable
+from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError
+from dop_search.utils.network import hub_is_reachable, offline
 
 __all__ = ["score_suite"]
 
