@@ -21,33 +21,30 @@ def check_extras(what: str, *extras: str) -> None:
     Raises:
         MissingExtraError: says which packages are not there, and how to install the extras.
     """
-    problems = [problem for extra in extras for problem in _problems(extra)]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    missing, unfit = [], []
+    for requirement in _requirements(extras):
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            missing.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            unfit.append(f"{requirement.name} is {installed}, not {requirement.specifier}")
+    if missing or unfit:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems = [f"not installed: {', '.join(missing[:3])}{more}"] if missing else []
         raise MissingExtraError(
             f"{what} needs {' and '.join(f'`{DISTRIBUTION}[{extra}]`' for extra in extras)} "
-            f"({', '.join(problems[:3])}{more}); install with: pip install '{DISTRIBUTION}[{','.join(extras)}]', "
+            f"({'; '.join(problems + unfit)}); install with: pip install '{DISTRIBUTION}[{','.join(extras)}]', "
             f"in a clone: uv sync --inexact {' '.join(f'--extra {extra}' for extra in extras)}"
         )
 
 
-def _problems(extra: str) -> list[str]:
-    """A phrase per package that is missing or has another version than the extra allows."""
+def _requirements(extras: tuple[str, ...]) -> list[Requirement]:
+    """What the extras add to every installation; nothing where the package is on a path and not installed."""
     try:
-        listed = requires(DISTRIBUTION) or []
-    except PackageNotFoundError:  # on PYTHONPATH, not installed: nothing says what the extra holds
+        listed = [Requirement(line) for line in requires(DISTRIBUTION) or []]
+    except PackageNotFoundError:
         return []
-    found = []
-    for requirement in map(Requirement, listed):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            continue  # of every installation
-        if not requirement.marker.evaluate({"extra": extra}):
-            continue
-        try:
-            installed = version(requirement.name)
-        except PackageNotFoundError:
-            found.append(f"{requirement.name} is not installed")
-            continue
-        if not requirement.specifier.contains(installed, prereleases=True):
-            found.append(f"{requirement.name} is {installed}, not {requirement.specifier}")
-    return found
+    optional = [(item, item.marker) for item in listed if item.marker and not item.marker.evaluate({"extra": ""})]
+    return [item for item, marker in optional if any(marker.evaluate({"extra": extra}) for extra in extras)]

@@ -37,5 +37,5 @@ def _start(command: str, module: str, extras: tuple[str, ...]) -> None:
     try:
         check_extras(command, *extras)
     except MissingExtraError as error:
-        sys.exit(f"{command}: {error}")
+        sys.exit(str(error))
     sys.exit(importlib.import_module(f"dop_search.app.cli.{module}").main())
