@@ -24,6 +24,7 @@ from dop_search.evaluation import (
 )
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
+from dop_search.utils.extras import check_extras
 from dop_search.utils.progress import Notify, Progress, watch
 
 if TYPE_CHECKING:
@@ -166,9 +167,11 @@ def open_suite(config: EvalConfig) -> Suite | None:
 
     Raises:
         ConfigError: on an unknown suite or benchmark.
+        MissingExtraError: without lmms-eval.
     """
     if not config.is_suite:
         return None
+    check_extras(f"eval={config.name}", "eval")
     from dop_search.evaluation.suites import load_suite, make_suite
 
     if config.benchmarks:

@@ -106,6 +106,10 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     suite = open_suite(config.eval)
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     check_data(config.data, suite, needed_splits(config))
+    if config.storage is not None:
+        from dop_search.search.optuna_study import open_storage
+
+        open_storage(config.storage)  # and a database that cannot be opened
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

@@ -42,9 +42,9 @@ def load_table(
     Raises:
         DataError: if there is no such data set, configuration or split, or no way to reach it.
     """
-    import httpx
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that the hub uses
 
     check_reachable(path, name)
     is_local = path in LOCAL_BUILDERS or Path(path).exists()
@@ -64,7 +64,7 @@ def load_table(
             saved = load_from_disk(path)
     except ConnectionError as error:
         raise DataError(_offline(path, name)) from error
-    except (DatasetsError, httpx.HTTPError, OSError, ValueError) as error:
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
         raise DataError(
             f"cannot load the data set {_shown(path, name)}, split {split!r}: {str(error).splitlines()[0]}; check "
             "its path, configuration, split and revision"

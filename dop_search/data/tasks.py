@@ -15,6 +15,7 @@ import yaml
 
 from dop_search.data.sources import Origin, origin
 from dop_search.utils.errors import DataError
+from dop_search.utils.extras import check_extras
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,11 +23,25 @@ if TYPE_CHECKING:
 _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.-]+)[\"']?\s*(?:#.*)?$", re.MULTILINE)
 
 
+def tasks_root() -> Path:
+    """The folder of lmms-eval's own tasks, found without importing it.
+
+    Raises:
+        MissingExtraError: if lmms-eval is not installed.
+    """
+    check_extras("a benchmark of lmms-eval", "eval")
+    found = importlib.util.find_spec("lmms_eval")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "tasks"
+
+
 def task_file(task: str) -> Path:
     """The YAML file of a task, by its name among lmms-eval's tasks or by its path.
 
     Raises:
-        DataError: if there is no such file or task, with near names; or without lmms-eval.
+        DataError: if there is no such file or task, with near names.
+        MissingExtraError: if a name is given and lmms-eval is not installed.
     """
     if task.endswith((".yaml", ".yml")):
         path = Path(task).resolve()
@@ -100,11 +115,8 @@ def task_on(task: str, table: Dataset, split: str, *, run_process_docs: bool) ->
 
 @cache
 def _task_files() -> dict[str, Path]:
-    spec = importlib.util.find_spec("lmms_eval")
-    if spec is None or spec.origin is None:
-        raise DataError("samples of benchmarks need lmms-eval; install `dop-search[eval]`, or use data=pocket")
     files: dict[str, Path] = {}
-    for path in sorted((Path(spec.origin).parent / "tasks").rglob("*.yaml")):
+    for path in sorted(tasks_root().rglob("*.yaml")):
         found = _TASK_LINE.search(path.read_text(encoding="utf-8"))
         if found:
             files.setdefault(found[1], path)

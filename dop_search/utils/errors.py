@@ -33,5 +33,9 @@ class NumericalError(DopError):
     """A forward pass produced NaN or infinite logits."""
 
 
+class MissingExtraError(DopError):
+    """Something needs an extra of this package that is not installed."""
+
+
 class ConfigError(DopError):
     """The composed configuration is invalid; the message lists every error with its path."""

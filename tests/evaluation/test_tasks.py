@@ -12,10 +12,10 @@ from fixed_answers import FixedAnswers, right_answer, wrong_answer
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_rows
 from dop_search.data.rendered.formats import Question, prompt
-from dop_search.data.tasks import task_fields
+from dop_search.data.tasks import task_fields, tasks_root
 from dop_search.evaluation.lmms.hub import check_suite
 from dop_search.evaluation.lmms.quiet import silenced
-from dop_search.evaluation.lmms.tasks import scored_rows, task_manager, tasks_root, write_tasks
+from dop_search.evaluation.lmms.tasks import scored_rows, task_manager, write_tasks
 from dop_search.evaluation.suites import benchmark_names, load_suite, make_suite, suite_names
 from dop_search.utils.errors import ConfigError, DataError, DopError
 

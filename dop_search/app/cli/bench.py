@@ -30,6 +30,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
+from dop_search.utils.extras import check_extras
 from dop_search.utils.files import write_text_atomic
 
 DESCRIPTION = """\
@@ -144,6 +145,8 @@ def run(options: argparse.Namespace) -> Comparison:
         DopError: for anything the user can mend.
     """
     _check(options)
+    if options.mlflow is not None:
+        check_extras("--mlflow", "search")
     import_modules(options.imports)
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):
@@ -314,11 +317,9 @@ def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: 
 
 
 def _log(uri: str, result: Comparison) -> None:
-    try:
-        from dop_search.app.config import TrackingConfig
-        from dop_search.app.tracking.store import log_benchmark
-    except ImportError as error:
-        raise ConfigError(f"--mlflow needs `dop-search[search]`: {error}") from error
+    from dop_search.app.config import TrackingConfig
+    from dop_search.app.tracking.store import log_benchmark
+
     log_benchmark(TrackingConfig(uri=uri), result.to_json())
 
 

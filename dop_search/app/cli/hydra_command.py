@@ -16,8 +16,12 @@ from rich.console import Console
 
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import DopError
+from dop_search.utils.extras import check_extras
 
 log = logging.getLogger(__name__)
+
+LAUNCHER_EXTRAS = {"hydra/launcher=slurm": "slurm", "hydra/launcher=ray_gpu": "ray"}
+"""Overrides that Hydra cannot compose without an extra of this package."""
 
 
 def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], None]) -> None:
@@ -28,6 +32,8 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
     """
     try:
         directory = config_dir()
+        for override in LAUNCHER_EXTRAS.keys() & set(sys.argv):
+            check_extras(override, LAUNCHER_EXTRAS[override])
     except DopError as error:
         sys.exit(f"{name}: {error}")
 
