@@ -13,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.statistics import Spread, paired_ratio, spread
 from dop_search.evaluation.timing.timing import Clock, Reading, read_generation
 from dop_search.evaluation.timing.variants import Variant
 from dop_search.models.adapter import ModelAdapter
 from dop_search.strategy.operations import TokenCounts
+from dop_search.utils.statistics import Spread, paired_ratio, spread
+from dop_search.utils.versioned import Format
 
-FORMAT = "dop_search.benchmark"
-VERSION = 1
+FORMAT = Format("a benchmark", "dop_search.benchmark", 1, "run dop-bench again")
 
 TIMES = ("vision_ms", "prefill_ms", "decode_ms", "first_token_ms", "end_to_end_ms")
 OVERHEAD_FACTOR, OVERHEAD_OFFSET = 1.10, 0.02
@@ -96,8 +96,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary, every reading included."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "what": self.what,
             "environment": dict(self.environment),
             "text_tokens": self.counts.text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dop_search.evaluation.timing.comparison import EMPTY_TOLERANCE, OVERHEAD_FACTOR, OVERHEAD_OFFSET, Comparison, Row
-from dop_search.evaluation.timing.statistics import Spread
+from dop_search.utils.statistics import Spread
 
 NONE = "n/a"
 

@@ -16,7 +16,7 @@ from dop_search.app.cli.bench import main
 from dop_search.evaluation.timing.comparison import Comparison, Row, compare
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.evaluation.timing.shapes import build, prompt, shape_named
-from dop_search.evaluation.timing.statistics import paired_ratio, spread
+from dop_search.utils.statistics import paired_ratio, spread
 from dop_search.evaluation.timing.text import comparison_text
 from dop_search.evaluation.timing.timing import Reading, read_generation
 from dop_search.evaluation.timing.variants import Prompt, Variant, make_variants, nearest
