@@ -72,7 +72,7 @@ class EvaluationStore:
         self._offset = 0
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append([])
+            self._append(self.path, [])
 
     @property
     def header(self) -> dict[str, Any]:
@@ -166,11 +166,11 @@ class EvaluationStore:
     def _refresh(self) -> None:
         """Take in what other processes have saved meanwhile."""
         if self.path is not None:
-            self._append([])
+            self._append(self.path, [])
 
     def _save(self, records: Sequence[Mapping[str, Any]]) -> None:
         if self.path is not None:
-            self._append(records)
+            self._append(self.path, records)
         else:
             for record in records:
                 self._remember(record)
@@ -181,10 +181,9 @@ class EvaluationStore:
 
     # -- the file -------------------------------------------------------------------------------
 
-    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
-        assert self.path is not None
-        with open(self.path, "a+b") as file:
+        with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             lines = list(records)
             if self._read_new(file) == 0:

@@ -54,6 +54,16 @@ class Row:
         return None if values is None or references is None else paired_ratio(values, references)
 
     @property
+    def prefill(self) -> Spread:
+        """Median and spread of the prefill's milliseconds."""
+        return spread([reading.prefill_ms for reading in self.readings])
+
+    def prefill_ratio(self, full: Row) -> Spread:
+        """Median and spread of the prefill's time relative to the full model of the same round."""
+        ours, theirs = ([reading.prefill_ms for reading in row.readings] for row in (self, full))
+        return paired_ratio(ours, theirs)
+
+    @property
     def allowed_ratio(self) -> float | None:
         """The prefill time ratio that the project aims at; ``None`` for the full model."""
         if self.variant.kind == "full":
@@ -64,8 +74,7 @@ class Row:
 
     def passes(self, full: Row) -> bool | None:
         """Whether the median prefill ratio is within what is allowed."""
-        ratio = self.ratio(full, "prefill_ms")
-        return None if ratio is None or self.allowed_ratio is None else ratio.median <= self.allowed_ratio
+        return None if self.allowed_ratio is None else self.prefill_ratio(full).median <= self.allowed_ratio
 
 
 @dataclass(frozen=True)
