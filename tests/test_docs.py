@@ -13,7 +13,6 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dop_search.app.config import parse_as
 from dop_search.app.config.schema import EvalRunConfig, SearchConfig
-from dop_search.app.scoring import open_suite
 from dop_search.search import Problem, Solution, additive_exact, solve
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
@@ -76,7 +75,7 @@ def test_the_sample_suite_is_a_suite(tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         overrides = ["eval=mine", f"hydra.searchpath=[file://{tmp_path}]"]
         config = parse_as(compose("eval_config", overrides=overrides), EvalRunConfig)
-    suite = open_suite(config.suite)
+    suite = config.suite
     assert suite is not None
     assert [benchmark.name for benchmark in suite.benchmarks] == ["gqa", "infovqa"]
     sample: dict[str, Any] = {"__name__": "readme"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.section import Section
-from dop_search.app.search_data import check_data
+from dop_search.app.workbench import check_data, flops_ratios
 from dop_search.data.validation import Split
 from dop_search.selectors import make_selector
 from dop_search.utils.errors import ConfigError
@@ -103,22 +103,7 @@ def check_settings(config: SearchConfig) -> None:
         )
     make_selector(config.selector.name, config.selector.options)
     judged = (JUDGED[name],) if name in JUDGED else ()
-    check_data(config.data, None, SPLITS.get(name, ("search", "heldout")), judged)
-
-
-def flops_ratios(config: SearchConfig) -> list[float]:
-    """The budgets of a study.
-
-    Raises:
-        ConfigError: naming a budget that is none of FLOPs by ratio.
-    """
-    for budget in config.budget:
-        if budget.name != "flops_ratio":
-            raise ConfigError(
-                f"studies compare at shares of the full model's FLOPs, but got the budget {budget.plain}; "
-                "give ratios, as in budget=[0.3,0.15]"
-            )
-    return [budget.value for budget in config.budget]
+    check_data(config.data, config.eval, SPLITS.get(name, ("search", "heldout")), judged)
 
 
 def _difference(key: str, given: Section | str | None, default: Section | str | None) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
 from dop_search.divergence import Teacher, kl_divergence
-from dop_search.divergence.teacher import TeacherSample, generate_ids
+from dop_search.divergence.teacher import TeacherSample
+from dop_search.evaluation.accuracy import generate_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
@@ -153,12 +154,8 @@ def plain_answers(
     *,
     batch_size: int = 16,
     max_new_tokens: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers through ``generate()``, one per sample."""
-    answers: dict[int, str] = {}
     with applied(loaded, method):
-        for batch in alike_batches(samples, batch_size):
-            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
-            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
-    return [answers[index] for index in range(len(samples))]
+        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress)

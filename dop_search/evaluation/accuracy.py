@@ -32,15 +32,25 @@ def answer_questions(
         max_new_tokens: longest answer.
         on_progress: called with (done, total) samples.
     """
-    strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
+    with pruned(loaded.model, strategy or Strategy.full(loaded.adapter.dims.num_layers)):
+        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress)
+
+
+def generate_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy answers of the model as it is now, whatever prunes it; see :func:`answer_questions`."""
     answers: dict[int, str] = {}
-    with pruned(loaded.model, strategy):
-        for batch in alike_batches(samples, batch_size):
-            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
-            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
-            if on_progress is not None:
-                on_progress(len(answers), len(samples))
+    for batch in alike_batches(samples, batch_size):
+        ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
+        texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
+        answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
+        if on_progress is not None:
+            on_progress(len(answers), len(samples))
     return [answers[index] for index in range(len(samples))]
 
 

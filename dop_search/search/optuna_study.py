@@ -8,10 +8,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -82,11 +82,12 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock_path = path.with_name(path.name + ".flock")
-        self._file: IO[bytes] | None = None
+        self._held = ExitStack()
 
     def acquire(self) -> bool:
-        self._file = open(self._lock_path, "ab")  # noqa: SIM115 (held until release)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        file = open(self._lock_path, "ab")  # noqa: SIM115 (held until release)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._held.callback(file.close)
         with open(self._path, "a+b") as journal:
             if journal.tell() and os.pread(journal.fileno(), 1, journal.tell() - 1) != b"\n":
                 journal.seek(0)
@@ -94,9 +95,7 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
         return True
 
     def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        self._held.close()
 
 
 def open_storage(location: str | Path | None) -> BaseStorage:

@@ -66,8 +66,8 @@ class Space:
 
     def __post_init__(self) -> None:
         names = [parameter.name for parameter in self.parameters]
-        assert len(set(names)) == len(names), names
-        assert TOKENS in names, names
+        if len(set(names)) != len(names) or TOKENS not in names:
+            raise ConfigError(f"a space needs parameters of different names, {TOKENS!r} among them, but got {names}")
         group_sizes(tuple(TokenGroup(share) for share in self.shares), 1)  # raises on bad shares
         for parameter in self.parameters:
             top = None if parameter.role == "tokens" else self.num_layers

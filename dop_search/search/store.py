@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError, ConfigError, DataError, NumericalError
+from dop_search.utils.versioned import Format
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], FloatArray]
@@ -25,8 +26,7 @@ OnProgress: TypeAlias = Callable[[int, int, str], None]
 Report: TypeAlias = Callable[[int], None]
 """Called with the number of strategies still to be evaluated."""
 
-FORMAT = "dop_search.evaluations"
-VERSION = 1
+FORMAT = Format("an evaluation file", "dop_search.evaluations", 1, "delete it or choose another output directory")
 
 
 class EvaluationStore:
@@ -64,7 +64,7 @@ class EvaluationStore:
         self.batch_size = batch_size
         self.path = None if path is None else Path(path)
         self._evaluator = evaluator
-        self._header = {"format": FORMAT, "version": VERSION, "num_samples": num_samples, **(header or {})}
+        self._header = {**FORMAT.stamp, "num_samples": num_samples, **(header or {})}
         self._header = json.loads(json.dumps(self._header, sort_keys=True))
         self._values: dict[str, FloatArray] = {}  # NaN: not evaluated
         self._requested: dict[str, NDArray[np.bool_]] = {}
@@ -72,7 +72,7 @@ class EvaluationStore:
         self._offset = 0
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append([])
+            self._append(self.path, [])
 
     @property
     def header(self) -> dict[str, Any]:
@@ -166,11 +166,11 @@ class EvaluationStore:
     def _refresh(self) -> None:
         """Take in what other processes have saved meanwhile."""
         if self.path is not None:
-            self._append([])
+            self._append(self.path, [])
 
     def _save(self, records: Sequence[Mapping[str, Any]]) -> None:
         if self.path is not None:
-            self._append(records)
+            self._append(self.path, records)
         else:
             for record in records:
                 self._remember(record)
@@ -181,10 +181,9 @@ class EvaluationStore:
 
     # -- the file -------------------------------------------------------------------------------
 
-    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
-        assert self.path is not None
-        with open(self.path, "a+b") as file:
+        with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             lines = list(records)
             if self._read_new(file) == 0:
@@ -219,8 +218,7 @@ class EvaluationStore:
             header = json.loads(line)
         except ValueError as error:
             raise self._error("is not an evaluation file") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise self._error("is not an evaluation file")
+        FORMAT.check(header, repr(str(self.path)))
         names = sorted({*header, *self._header})
         other = {n: (header.get(n), self._header.get(n)) for n in names if header.get(n) != self._header.get(n)}
         if other:
@@ -235,4 +233,4 @@ class EvaluationStore:
             raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
 
     def _error(self, problem: str) -> CacheError:
-        return CacheError(f"{str(self.path)!r} {problem}; delete it or choose another output directory")
+        return CacheError(f"{str(self.path)!r} {problem}; {FORMAT.remedy}")

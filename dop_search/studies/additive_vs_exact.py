@@ -146,11 +146,10 @@ def _choose(measured: _Measured, method: str, budget: Budget, num_candidates: in
     problem = measured.counting()
     store = problem.need_store("study")
     first = pareto_front(problem).solve(budget)
-    chosen, estimate = first.strategy, first.divergence_additive
+    chosen, estimate = first.strategy, first.kl_additive
     if method == "rerank":
         ranked = rerank_all(problem, budget, num_candidates, "exact")
-        best = min(ranked, key=lambda solution: solution.divergence_exact or 0.0)
-        chosen, estimate = best.strategy, best.divergence_additive
+        chosen, estimate = ranked[0].strategy, ranked[0].kl_additive
     elif method in ("reanchored", "pair", "pairs"):
         mean = _mean(problem)
         if method == "reanchored":
@@ -161,7 +160,7 @@ def _choose(measured: _Measured, method: str, budget: Budget, num_candidates: in
         at = int(min(within, key=lambda i: (round(float(estimates[i]), 12), grid.cost_ratio[i])))
         chosen, estimate = grid.strategies[at], float(estimates[at])
         if method == "reanchored" and mean([grid.assignments[at]])[0] > mean([first.assignment])[0]:
-            chosen, estimate = first.strategy, first.divergence_additive
+            chosen, estimate = first.strategy, first.kl_additive
     elif method == "exact":
         best = grid.best(budget)
         chosen, estimate = best.strategy, None  # found without the sum of curves

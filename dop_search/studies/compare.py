@@ -124,7 +124,7 @@ def search_space(
     facts = {
         "strategy": strategy.describe(),
         "selector": strategy.selector,
-        "kl_additive": best.divergence_additive,
+        "kl_additive": best.kl_additive,
         "num_validation_runs": profile.curves.num_validation_runs + best.num_validation_runs,
     }
     return FittedMethod(name, budget, ratio, facts, note(ratio, budget), strategy=strategy)

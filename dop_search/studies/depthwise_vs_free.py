@@ -150,9 +150,9 @@ def _search(bench: Workbench, name: str, budget: float, num_runs: int) -> tuple[
         limit = Budget(flops_ratio=budget)
         profile = bench.profile("dop_split")
         problem = profile.problem(limit)
-        best = min(rerank_all(problem, limit), key=lambda solution: solution.divergence_exact or 0.0)
+        best = rerank_all(problem, limit)[0]
         strategy, used = best.strategy, profile.curves.num_validation_runs + best.num_validation_runs
-        path = [float(best.divergence_exact or 0.0)]
+        path = [best.kl_search]
         if name in MOVES:
             with bench.watch(f"{name} at {budget:g}: ") as notify:
                 strategy, path = local_search(

@@ -201,7 +201,7 @@ def _left(bench: Workbench, extension: Extension, budget: float, strategy: Strat
 
 def _found(extension: Extension, solution: Solution, depths: Depths, added: float) -> Found:
     strategy = replace(solution.strategy, model_fingerprint=None)
-    return Found(strategy, depths, (solution.divergence_additive or 0.0) + added, extension.ratio(strategy, depths))
+    return Found(strategy, depths, (solution.kl_additive or 0.0) + added, extension.ratio(strategy, depths))
 
 
 def best_sums(

@@ -139,8 +139,7 @@ def _search(problem: Problem, name: str, budget: Budget, num_trials: int, seed: 
     if name == "additive_exact":
         return additive_exact(problem, budget).strategy
     if name == "rerank":
-        ranked = rerank_all(problem, budget)
-        return min(ranked, key=lambda solution: solution.divergence_exact or 0.0).strategy
+        return rerank_all(problem, budget)[0].strategy
     sampler, _, warm = name.partition("+")
     return exact_optuna(
         problem,

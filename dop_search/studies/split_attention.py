@@ -61,15 +61,15 @@ def _search(bench: Workbench, profile: Profile, budget: Budget, num_candidates: 
     problem = profile.problem(budget)
     with bench.watch(f"{profile.space.name} at {budget.value:g}: ") as notify:
         ranked = rerank_all(problem, budget, num_candidates, on_progress=notify)
-    best = min(ranked, key=lambda solution: solution.divergence_exact or 0.0)
-    optimum = min(ranked, key=lambda solution: solution.divergence_additive or 0.0)
+    best = ranked[0]
+    optimum = min(ranked, key=lambda solution: solution.kl_additive or 0.0)
     heldout, untouched = bench.divergence([best.strategy, optimum.strategy])
     return {
         "strategy": best.strategy.describe(),
         "flops_ratio": best.cost_ratio,
         "num_parameters": len(problem.space.parameters),
         "num_validation_runs": profile.curves.num_validation_runs + best.num_validation_runs,
-        "kl_search": best.divergence_exact,
+        "kl_search": best.kl_search,
         "kl_heldout": float(heldout.mean()),
         "kl_heldout_median": float(np.median(heldout)),
         "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),

@@ -20,7 +20,7 @@ import numpy as np
 
 from dop_search.app.results import ResultFile, Row
 from dop_search.app.workbench import Workbench
-from dop_search.divergence.profiling import Profile
+from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import EvaluationStore
 from dop_search.search.additive_exact import additive_exact
 from dop_search.search.rerank import rerank_all
@@ -47,14 +47,13 @@ def choose(solutions: Sequence[Solution]) -> dict[str, Solution]:
     }
 
 
-def on_samples(whole: Profile, indices: Sequence[int] | np.ndarray) -> Profile:
+def on_samples(whole: MeasuredProfile, indices: Sequence[int] | np.ndarray) -> MeasuredProfile:
     """The profile of a search that sees these samples of a larger one (some twice, in a bootstrap).
 
     Curves are weighed anew from what was measured per sample; exact evaluations go to the larger profile's store.
     Prices stay those of all samples, so that a budget means the same whatever the search sees.
     """
     chosen, store = np.asarray(indices), whole.store
-    assert store is not None
 
     def evaluate(strategies: Sequence[Strategy], some: Sequence[int] | None = None) -> np.ndarray:
         wanted, place = np.unique(chosen if some is None else chosen[list(some)], return_inverse=True)
@@ -186,7 +185,7 @@ def validation_source(bench: Workbench, results: ResultFile, num_draws: int = 12
 # -- one row ---------------------------------------------------------------------------------------
 
 
-def _measure(bench: Workbench, profiles: Sequence[Profile], budget: float) -> tuple[Row, np.ndarray]:
+def _measure(bench: Workbench, profiles: Sequence[MeasuredProfile], budget: float) -> tuple[Row, np.ndarray]:
     """Search on each profile; mean KL over the searches by rule, and what each rule gains over ``additive``.
 
     Returns:
@@ -200,7 +199,7 @@ def _measure(bench: Workbench, profiles: Sequence[Profile], budget: float) -> tu
     kl = {rule: np.stack([held[choice[rule].strategy.key()] for choice in picked]) for rule in RULES}
     difference = {rule: kl[rule] - kl["additive"] for rule in RULES[1:]}
     values: Row = {"num_draws": len(profiles)}
-    values["kl_search"] = {r: float(np.mean([c[r].divergence_exact for c in picked])) for r in RULES}
+    values["kl_search"] = {r: float(np.mean([c[r].kl_search for c in picked])) for r in RULES}
     values["kl_heldout"] = {rule: float(kl[rule].mean()) for rule in RULES}
     values["kl_heldout_draws"] = {rule: kl[rule].mean(axis=1) for rule in RULES}
     values["difference_ci95"] = {r: crossed_bootstrap_ci95(d, bench.config.seed) for r, d in difference.items()}
@@ -210,7 +209,7 @@ def _measure(bench: Workbench, profiles: Sequence[Profile], budget: float) -> tu
     return values, np.concatenate([item.mean(axis=0) for item in difference.values()])
 
 
-def _stability(whole: Profile, resamples: Sequence[np.ndarray], budget: float) -> dict[str, Any]:
+def _stability(whole: MeasuredProfile, resamples: Sequence[np.ndarray], budget: float) -> dict[str, Any]:
     """Where the additive optimum of resampled curves lies: 5th, 50th and 95th percentile of every parameter."""
     limit = Budget(flops_ratio=budget)
     optima = [dict(additive_exact(on_samples(whole, i).problem(limit), limit).assignment) for i in resamples]
@@ -266,5 +265,5 @@ def _samples(solution: Solution) -> np.ndarray:
 
 
 def _estimate(solution: Solution) -> tuple[float, float]:
-    assert solution.divergence_additive is not None
-    return solution.divergence_additive, solution.cost_ratio
+    assert solution.kl_additive is not None
+    return solution.kl_additive, solution.cost_ratio

@@ -231,7 +231,7 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
         assert 0 < result.flops_ratio < 1
     assert record.results[0].latency_ratio <= 0.6
     assert record.results[1].latency_ms <= 24.0
-    assert record.results[0].budget_text == "time 0.6"
+    assert record.results[0].budget.text == "time 0.6"
     assert Record.load(tmp_path / "out") == record
     again = run(config, tmp_path / "again", SilentProgress())
     assert [result.strategy for result in again.results] == [result.strategy for result in record.results]

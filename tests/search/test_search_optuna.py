@@ -49,11 +49,11 @@ def test_every_sampler_solves_the_surrogate_within_the_budget(sampler: str, num_
     optimum = solve("additive_exact", problem, BUDGET)
     found = solve("additive_optuna", problem, BUDGET, sampler=sampler, num_trials=num_trials)
     assert problem.surrogate is not None
-    assert found.divergence_additive == problem.surrogate(found.assignment)
+    assert found.kl_additive == problem.surrogate(found.assignment)
     assert problem.cost_model.ratio(found.strategy) == found.cost_ratio <= 0.35
-    assert optimum.divergence_additive is not None
-    assert found.divergence_additive is not None
-    assert optimum.divergence_additive <= found.divergence_additive + 1e-12
+    assert optimum.kl_additive is not None
+    assert found.kl_additive is not None
+    assert optimum.kl_additive <= found.kl_additive + 1e-12
     assert len(found.history) == num_trials
     if sampler != "gp":  # too slow to do twice
         again = solve("additive_optuna", problem, BUDGET, sampler=sampler, num_trials=num_trials)
@@ -71,8 +71,8 @@ def test_exact_optuna_is_at_least_as_good_as_its_warm_start(sampler: str, num_tr
     uniform = uniform_assignment(problem, BUDGET)
     assert uniform is not None
     for strategy in (solve("additive_exact", problem, BUDGET).strategy, problem.space.strategy(uniform)):
-        assert found.divergence_exact is not None
-        assert found.divergence_exact <= exact([strategy], None).mean() + 1e-15
+        assert found.kl_search is not None
+        assert found.kl_search <= exact([strategy], None).mean() + 1e-15
     assert len(found.history) == num_trials
     assert found.history[0]["assignment"] == dict(solve("additive_exact", problem, BUDGET).assignment)
     assert all("num_samples" not in record for record in found.history if not record["fits"])
@@ -90,7 +90,7 @@ def test_the_pruner_saves_runs_and_keeps_the_answer() -> None:
         assert sum(record["state"] == "PRUNED" for record in found.history) > 3
         assert found.num_validation_runs < everything.num_validation_runs
         assert found.num_validation_runs == -(-sum(calls) // 64)
-        assert found.divergence_exact == pytest.approx(everything.divergence_exact, rel=0.05)
+        assert found.kl_search == pytest.approx(everything.kl_search, rel=0.05)
 
 
 def test_unknown_names_are_refused() -> None:

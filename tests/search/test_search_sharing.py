@@ -71,7 +71,7 @@ def study_worker(location: str, folder: Path, number: int, delay_s: float) -> No
     store = SharedEvaluationStore(logged(problem, folder / "log", delay_s), NUM_SAMPLES, location, "kl", {"data": 1})
     options = {"num_trials": 16, "num_warm_start": 3, "sampler": "random", "pruner": "median", "num_chunks": 2}
     found = solve("exact_optuna", replace(problem, store=store), BUDGET, storage=location, **options)
-    result = {"key": found.strategy.key(), "nats": found.divergence_exact, "trials": len(found.history)}
+    result = {"key": found.strategy.key(), "nats": found.kl_search, "trials": len(found.history)}
     (folder / f"result-{number}.json").write_text(json.dumps(result))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,9 @@ from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.versioned import Format, write_json
+
+VALIDATION = Format("a latency validation", "dop_search.latency_validation", 1, "run dop-bench again")
 
 DESCRIPTION = """\
 Time the full model against pruned ones: vision tower, prefill, each decoded token, end to end; memory and KV cache.
@@ -182,7 +183,7 @@ def run(options: argparse.Namespace) -> Comparison:
         what, environment(model, adapter, options.clock), given.counts, options.tokens, tuple(rows), tuple(notes)
     )
     if options.out is not None:
-        write_text_atomic(options.out, json.dumps(result.to_json(), indent=1) + "\n")
+        write_json(options.out, result.to_json(), indent=1)
     if options.mlflow is not None:
         _log(options.mlflow, result)
     return result
@@ -222,8 +223,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
     )
     if options.out is not None:
         data = {
-            "format": "dop_search.latency_validation",
-            "version": 1,
+            **VALIDATION.stamp,
             "what": what,
             "environment": where,
             "text_tokens": counts.text,
@@ -231,7 +231,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
             "summary": summary(predictions),
             "predictions": [item.to_json() for item in predictions],
         }
-        write_text_atomic(options.out, json.dumps(data, indent=1) + "\n")
+        write_json(options.out, data, indent=1)
     return predictions
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from dop_search.app.cli.hydra_command import print_end, run_command
 from dop_search.app.config import SearchConfig, parse_config
+from dop_search.app.config.schema import StudyConfig
 from dop_search.utils.conf import CONFIG_NAME
 from dop_search.utils.progress import default_progress
 
@@ -30,7 +31,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
 
     check_tracking(config.tracking)
     if config.study is not None:
-        run_study_job(config)
+        run_study_job(config, config.study)
         return
     from dop_search.app.report import summary
     from dop_search.app.report.scores import score_summary
@@ -48,7 +49,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     )
 
 
-def run_study_job(config: SearchConfig) -> None:
+def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
     """Measure a study, and print its table and where everything lies.
 
     Raises:
@@ -58,9 +59,8 @@ def run_study_job(config: SearchConfig) -> None:
     from dop_search.app.study import run_study
     from dop_search.app.tracking.store import ui_command
 
-    assert config.study is not None
     table = study_table(run_study(config, default_progress()))
-    folder = os.path.relpath(config.study.folder)
+    folder = os.path.relpath(study.folder)
     print_end([] if table is None else [table], [f"Rows, figures: {folder}"], ui_command(config.tracking))
 
 

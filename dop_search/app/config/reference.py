@@ -36,6 +36,9 @@ _LAUNCHERS = {
 }
 """Of ``hydra/launcher``: Hydra and its plugin bring these."""
 
+_BY_NAME = ("Benchmark",)
+"""What is chosen by name, and has its own file in ``conf/``."""
+
 Schema = Mapping[str, Any]
 
 
@@ -83,7 +86,7 @@ def _section(path: str, schema: Schema, defs: Schema) -> Iterator[str]:
         yield from (_summary(schema), "")
     yield from _table(schema)
     for name, field in schema["properties"].items():
-        mentioned = [defs[ref] for ref in _references(field)]
+        mentioned = [defs[ref] for ref in _references(field) if ref not in _BY_NAME]
         inner = f"{path}.{name}" if path else name
         inner += "[]" if "items" in field else ""
         for section in mentioned:
@@ -112,6 +115,8 @@ def _type(field: Schema) -> str:
     """The type in words, limits included."""
     if "const" in field or "enum" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum") or [field["const"]])
+    if set(_references(field)) & set(_BY_NAME):
+        return "list of (string or mapping)"
     if "$ref" in field or "oneOf" in field:
         return "section"
     if "anyOf" in field:

@@ -66,11 +66,8 @@ class ExactOptunaConfig(Section):
     """Points of the additive front that are tried first; 0: none."""
     pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
     """Stops a trial after part of the samples."""
-    storage: Storage | None = None
-    """``null``: the run's ``storage``, or else a journal file in ``cache_dir``; or an RDB URL such as
-    ``sqlite:///study.db``."""
     study_name: str | None = None
-    """Same name and storage: several processes work on one study. ``null``: from the fingerprints."""
+    """Same name and ``storage``: several processes work on one study. ``null``: from the fingerprints."""
     seed: NonNegativeInt = 0
     """Of the sampler."""
 

@@ -101,11 +101,11 @@ def notes(record: Record) -> list[str]:
     if record.floor_ratio is not None:
         lines.append(f"The text tokens, never pruned, cost {percent_text(record.floor_ratio)} % of the FLOPs.")
     timed = [
-        f"{percent_text(item.latency_ratio)} % at {item.budget_text}" for item in record.results if item.latency_ratio
+        f"{percent_text(item.latency_ratio)} % at {item.budget.text}" for item in record.results if item.latency_ratio
     ]
     if timed:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
-    verdicts = ", ".join(f"{verdict(result)} at {result.budget_text}" for result in record.results)
+    verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}" for result in record.results)
     lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
     return lines
 

@@ -20,25 +20,31 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dop_search.app.config import TrackingConfig
-from dop_search.app.eval_record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
 from dop_search.app.record import (
     CURVES_FILE,
+    FULL_FOLDER,
     RECORD_FILE,
     SAMPLES_FILE,
+    SAMPLES_FOLDER,
+    SCORES_FILE,
+    EvalRecord,
     Record,
     Result,
+    StrategyScores,
 )
 from dop_search.app.report.write import PAGE_FILE, PLOTS_FOLDER, load_curves
-from dop_search.app.tracking.score_metrics import score_columns, score_metrics, strategy_key
 from dop_search.app.tracking.values import (
     curve_points,
     provenance_tags,
     result_metrics,
     result_params,
+    score_columns,
+    score_metrics,
     search_tags,
     shared_metrics,
     shared_params,
     started_ms,
+    strategy_key,
     strategy_params,
     study_row_values,
 )
@@ -242,7 +248,7 @@ def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
 
 def _log_result(client: MlflowClient, experiment: str, parent: str, record: Record, result: Result) -> None:
     tags = {**search_tags(record), "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
-    name = f"{record.space.name} @ {result.budget_text}"
+    name = f"{record.space.name} @ {result.budget.text}"
     run = client.create_run(experiment, start_time=started_ms(record.provenance), tags=tags, run_name=name)
     identifier = str(run.info.run_id)
     _log(client, identifier, {**shared_params(record), **result_params(result)}, result_metrics(result))

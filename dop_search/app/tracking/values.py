@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -9,9 +10,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from dop_search.app.record import Provenance, Record, Result
+from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison
 from dop_search.app.report.text import policy_text
-from dop_search.app.tracking.score_metrics import score_metrics
 from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
 
@@ -21,7 +21,7 @@ FULL_STEP = 10_000
 
 def result_params(result: Result) -> dict[str, str]:
     """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
-    return {"budget": result.budget_text, **strategy_params(result.strategy)}
+    return {"budget": result.budget.text, **strategy_params(result.strategy)}
 
 
 def strategy_params(strategy: Strategy) -> dict[str, str]:
@@ -166,3 +166,38 @@ def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, 
             if isinstance(number, (bool, int, float)) and math.isfinite(number):
                 metrics[metric_name(f"{name}/{inner}" if inner else name)] = float(number)
     return {name: value[:500] for name, value in params.items()}, metrics
+
+
+def strategy_key(strategy: Strategy) -> str:
+    """16 hex digits that name what a strategy computes."""
+    return hashlib.sha256(strategy.key().encode()).hexdigest()[:16]
+
+
+def score_metrics(scores: Mapping[str, ScoreComparison], mean: RelativeMean | None) -> dict[str, float]:
+    """``score/gqa``, ``relative/gqa``, ``relative/mean`` and the same of uniform reduction; stable names."""
+    values: dict[str, float | None] = {}
+    for name, item in scores.items():
+        values |= {
+            f"score/{name}": item.pruned,
+            f"score_full/{name}": item.full,
+            f"score_uniform/{name}": item.uniform,
+            f"relative/{name}": item.relative_pruned,
+            f"relative_uniform/{name}": item.relative_uniform,
+        }
+        if item.ci95 is not None:
+            values |= {f"difference_ci_low/{name}": item.ci95[0], f"difference_ci_high/{name}": item.ci95[1]}
+    if mean is not None:
+        values |= {"relative/mean": mean.pruned, "relative_uniform/mean": mean.uniform}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def score_columns(scores: Mapping[str, ScoreComparison]) -> dict[str, list[Any]]:
+    """The scores as a table, a row per benchmark; what was not measured is empty."""
+    columns: dict[str, list[Any]] = {"benchmark": list(scores)}
+    for field in ("full", "pruned", "uniform", "relative_pruned", "relative_uniform", "unit", "num_samples"):
+        columns[field] = [getattr(item, field) for item in scores.values()]
+    for name, field in (("difference", "ci95"), ("uniform_difference", "uniform_ci95")):
+        for side, end in enumerate(("low", "high")):
+            intervals = [getattr(item, field) for item in scores.values()]
+            columns[f"{name}_ci_{end}"] = [None if interval is None else interval[side] for interval in intervals]
+    return columns

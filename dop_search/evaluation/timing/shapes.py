@@ -281,8 +281,9 @@ def random_model(
     """A model of any configuration with random weights, in evaluation mode."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    assert isinstance(model, PreTrainedModel)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
     return model.eval()
 
 

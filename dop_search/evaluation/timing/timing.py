@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.utils.errors import DopError
 
 Clock = Literal["wall", "cpu"]
 
@@ -34,10 +35,10 @@ class PrefillTimer:
 
     device: torch.device
     clock: Clock = "wall"
-    first_call: tuple[float, float] | None = None
     kv_bytes: int | None = None
     _entered: float = 0.0
     _entries: int = 0
+    _first_call: tuple[float, float] | None = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the decoder."""
@@ -47,14 +48,24 @@ class PrefillTimer:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the decoder."""
-        if self.first_call is None:
-            self.first_call = (self._entered, now_ms(self.device, self.clock))
+        if self._first_call is None:
+            self._first_call = (self._entered, now_ms(self.device, self.clock))
             self.kv_bytes = cache_bytes(getattr(output, "past_key_values", None))
+
+    @property
+    def first_call(self) -> tuple[float, float]:
+        """When the first call began and ended, in milliseconds.
+
+        Raises:
+            DopError: if the decoder was not called.
+        """
+        if self._first_call is None:
+            raise DopError("the decoder did not run while it was timed; time a forward of the model itself")
+        return self._first_call
 
     @property
     def ms(self) -> float:
         """Milliseconds of the first call."""
-        assert self.first_call is not None, "the decoder did not run"
         return self.first_call[1] - self.first_call[0]
 
 
@@ -127,7 +138,6 @@ def read_generation(
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
-    assert timer.first_call is not None
     steps = tuple(after - before for before, after in zip(tokens.times, tokens.times[1:], strict=False))
     return Reading(
         vision_ms=timer.first_call[0] - start,

@@ -13,7 +13,6 @@ denominator of ratios, was measured as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,9 @@ from numpy.typing import NDArray
 from dop_search.strategy.cost.prices import Counts, IntArray
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import CacheError, ConfigError
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.versioned import Format, write_json
 
-FORMAT = "dop_search.latency_table"
-VERSION = 1
+FORMAT = Format("a latency table", "dop_search.latency_table", 1, "measure it again")
 
 FloatArray = NDArray[np.float64]
 ENVIRONMENT = (
@@ -199,8 +197,7 @@ class LatencyTable:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "environment": dict(self.environment),
             "num_layers": self.num_layers,
             **{name: list(getattr(self, name)) for name in ("text", "visual", "shares", "lengths")},
@@ -214,8 +211,7 @@ class LatencyTable:
         Raises:
             CacheError: if it is no table of this version.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise CacheError(f"not a latency table of version {VERSION}; measure it again")
+        FORMAT.check(data)
         try:
             fields: dict[str, Any] = {name: tuple(data[name]) for name in ("text", "visual", "shares", "lengths")}
             fields |= {name: np.asarray(data[name], dtype=np.float64) for name in _ARRAYS}
@@ -225,7 +221,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, atomically."""
-        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        write_json(path, self.to_json(), indent=1)
 
     @classmethod
     def load(
@@ -242,10 +238,7 @@ class LatencyTable:
             CacheError: if the file is no table.
             ConfigError: if it was measured elsewhere.
         """
-        try:
-            table = cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CacheError(f"cannot read a latency table from {str(path)!r} ({error}); measure it again") from error
+        table = cls.from_json(FORMAT.read(path))
         if not any_environment:
             if environment is None:
                 raise ConfigError(

@@ -14,8 +14,8 @@ from support.score_records import example_evaluation
 
 from dop_search.app.cli.evaluate import main
 from dop_search.app.config import EvalRunConfig
-from dop_search.app.eval_record import SCORES_FILE, EvalRecord
 from dop_search.app.evaluate import read_strategies
+from dop_search.app.record import SCORES_FILE, EvalRecord
 from dop_search.strategy import Strategy
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import CacheError, ConfigError

@@ -16,7 +16,6 @@ from dop_search.app.cli.bench import main
 from dop_search.evaluation.timing.comparison import Comparison, Row, compare
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.evaluation.timing.shapes import build, prompt, shape_named
-from dop_search.evaluation.timing.statistics import paired_ratio, spread
 from dop_search.evaluation.timing.text import comparison_text
 from dop_search.evaluation.timing.timing import Reading, read_generation
 from dop_search.evaluation.timing.variants import Prompt, Variant, make_variants, nearest
@@ -25,6 +24,7 @@ from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel, layer_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.statistics import paired_ratio, spread
 
 BARE = """
 import sys
