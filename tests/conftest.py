@@ -1,6 +1,7 @@
-"""What many tests share: the bundled model and a few of its samples, loaded once."""
+"""What many tests share: the bundled model and a few of its samples, loaded once; and which tests are slow."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,10 +9,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling what is imported takes longer than most tests,
+sys.dont_write_bytecode = False  # here and in each process that a test starts
+
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+SLOW_FIXTURES = {"run_small_study"}
+"""A test that uses one of them is slow; others say so by ``pytest.mark.slow``."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

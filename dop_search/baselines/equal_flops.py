@@ -89,10 +89,3 @@ def nested_strategy(num_layers: int, exits: Sequence[int], counts: Sequence[int]
             layers = tuple(range(depth))
             groups.append(GroupPolicy(layers, layers, layers, TokenGroup(size / counts[0])))
     return Strategy(num_layers, tuple(groups), **fields)  # type: ignore[arg-type]
-
-
-def average_tokens(strategy: Strategy, num_visual: int) -> float:
-    """Visual tokens that are keys, mean over layers: the literature's average number of tokens."""
-    sizes = strategy.group_sizes(num_visual)
-    kept = sum(size * len(policy.kv) for size, policy in zip(sizes, strategy.groups, strict=True))
-    return kept / strategy.num_layers

@@ -27,7 +27,3 @@ class FastV(OneStage):
     def selector_options(self) -> Mapping[str, Any]:
         """See base class."""
         return {"stages": [self.layer - 1]}
-
-    def kept_for_average(self, average: float, num_layers: int, num_visual: int) -> int:
-        """``n`` for an average of ``average`` tokens per layer, rounded."""
-        return round((average * num_layers - self.layer * num_visual) / (num_layers - self.layer))

@@ -140,11 +140,6 @@ class Layout:
         self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
         self._layers: dict[tuple[Groups, LayerStep, bool], LayerPlan] = {}
 
-    @property
-    def num_rows(self) -> int:
-        """Tokens in the decoder, text and visual, over all samples."""
-        return len(self.sample)
-
     def rows(self, groups: Groups, read_only: bool = False) -> np.ndarray:
         """Sorted rows of the text tokens and of ``groups``; with ``read_only`` the text rows that are read."""
         key = (groups, read_only)

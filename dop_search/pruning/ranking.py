@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +22,32 @@ from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 CAPTURED = frozenset(TOWER_FIELDS)
+_SPAN: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("selection span", default=nullcontext)
+
+
+@contextmanager
+def selection_span(span: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter ``span()`` around each call that ranks or merges visual tokens before the decoder, to measure it."""
+    token = _SPAN.set(span)
+    try:
+        yield
+    finally:
+        _SPAN.reset(token)
+
+
+def _spanned(method: Callable[P, R]) -> Callable[P, R]:
+    """The method inside what :func:`selection_span` has set."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _SPAN.get()():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class RankingSource:
@@ -72,6 +99,7 @@ class RankingSource:
         if self._patch is not None:
             self._patch.restore()
 
+    @_spanned
     def prepare(
         self,
         embeds: Tensor,
@@ -111,6 +139,7 @@ class RankingSource:
                 embeds[row, place] = choice.embeds.to(embeds.device, embeds.dtype)
         return embeds
 
+    @_spanned
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
         """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -254,8 +253,3 @@ def finite_array(values: Tensor) -> np.ndarray:
 def with_rest(chosen: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """A permutation that starts with ``chosen`` and continues with ``rest`` in its own order."""
     return np.concatenate([chosen, rest[~np.isin(rest, chosen)]]).astype(np.int64)
-
-
-def options_of(selector: Selector) -> Mapping[str, Any]:
-    """The options of a selector by name."""
-    return {name: getattr(selector, name) for name in selector.option_names()}

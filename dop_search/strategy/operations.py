@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -111,11 +110,3 @@ class TokenCounts:
     def total(self) -> int:
         """Length of the prefill sequence."""
         return self.text + self.visual
-
-
-def all_operations(num_groups: int, num_layers: int) -> Iterator[Operation]:
-    """Every operation on visual tokens of a model, group by group, layer by layer."""
-    for group in range(num_groups):
-        for layer in range(num_layers):
-            for module in MODULES:
-                yield Operation(group, layer, module)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,11 +13,10 @@ from dop_search.baselines import FittedMethod
 from dop_search.baselines.evaluate import Runnable, applied
 from dop_search.data.samples import Sample
 from dop_search.evaluation.timing.counting import count_decoder_flops
-from dop_search.evaluation.timing.timing import Clock, now_ms, prefill_timer
+from dop_search.evaluation.timing.timing import Clock, prefill_timer, selection_timer
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
-from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.stages import stage_flops
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
@@ -63,7 +60,7 @@ def prefill_times(
         with ExitStack() as stack:
             stack.enter_context(applied(loaded, runnable))
             timer = stack.enter_context(prefill_timer(adapter, clock))
-            selection = stack.enter_context(_selection_timer(clock))
+            selection = stack.enter_context(selection_timer(adapter.device, clock))
             stack.enter_context(torch.inference_mode())
             loaded.model(**inputs, use_cache=True, logits_to_keep=1)
         return timer.ms, sum(selection)
@@ -89,23 +86,3 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextmanager
-def _selection_timer(clock: Clock) -> Iterator[list[float]]:
-    """Milliseconds of each call that ranks or merges visual tokens before the decoder."""
-    spent: list[float] = []
-
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(source: RankingSource, *args: Any, **kwargs: Any) -> Any:
-            start = now_ms(source.adapter.device, clock)
-            result = method(source, *args, **kwargs)
-            spent.append(now_ms(source.adapter.device, clock) - start)
-            return result
-
-        return run
-
-    with ExitStack() as stack:
-        for name in ("prepare", "rank"):
-            stack.enter_context(patch.object(RankingSource, name, timed(getattr(RankingSource, name))))
-        yield spent

@@ -28,6 +28,7 @@ def sweep(folder: Path, *arguments: str) -> list[Record]:
     return [Record.load(job) for job in jobs]
 
 
+@pytest.mark.slow
 def test_a_sweep_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     records = sweep(tmp_path, "space=dop,uniform", "budget=0.4", "seed=3")
@@ -39,6 +40,7 @@ def test_a_sweep_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len({record.data.fingerprints["search"] for record in records}) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_in_parallel_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parallel = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

@@ -185,6 +185,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     return path, run(config, path / "out", SilentProgress())
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:
     path, record = searched
     data = json.loads((path / "out" / RECORD_FILE).read_text())["results"][0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 import torch
 from optuna.trial import TrialState
 
@@ -19,6 +20,8 @@ from dop_search.app.record import Record
 from dop_search.app.search import run
 from dop_search.search.optuna_study import open_storage
 from dop_search.utils.progress import SilentProgress
+
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "data": {"num_samples": 6, "num_heldout": 6, "num_test": 0},

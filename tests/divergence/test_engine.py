@@ -32,6 +32,7 @@ def random_strategies(count, seed):
     return result
 
 
+@pytest.mark.slow
 def test_equals_naive_evaluation(pocket, few_samples, teacher):
     strategies = random_strategies(8, seed=0)
     scores = DivergenceEngine(pocket.adapter, teacher, batch_size=4).evaluate(strategies)

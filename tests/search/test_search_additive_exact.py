@@ -21,6 +21,7 @@ def budget_for(problem: Problem, ratio: float) -> Budget:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_front_equals_brute_force(problem: Problem) -> None:
@@ -38,6 +39,7 @@ def test_front_equals_brute_force(problem: Problem) -> None:
         assert problem.surrogate(solution.assignment) == front.divergence_nats[row]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
@@ -112,6 +114,7 @@ def test_full_budget_costs_no_divergence(kind: str) -> None:
     assert solution.strategy.is_empty
 
 
+@pytest.mark.slow
 def test_published_sizes_take_seconds_and_a_budget_less_than_a_millisecond() -> None:
     """2 groups x (q, kv, mlp) x 33 depths x 16 token levels: 2e10 assignments; a loose bound for slow machines."""
     dims = ModelDims(

@@ -110,6 +110,7 @@ def locations(folder: Path) -> dict[str, str]:
     return {"journal": str(folder / "study.journal"), "sqlite": f"sqlite:///{folder}/study.db"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_a_study_is_continued_as_if_it_had_never_stopped(tmp_path: Path, kind: str) -> None:
     where = locations(tmp_path)[kind]

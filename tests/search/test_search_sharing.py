@@ -127,6 +127,7 @@ def test_workers_share_a_search_and_each_run_is_done_once(tmp_path: Path) -> Non
     assert len({process for process, _, _ in seen}) >= 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_at_most_what_it_had_claimed(location: str, tmp_path: Path) -> None:
     problem = pocket_problem("dop_split", num_samples=NUM_SAMPLES)
     lone = profile_and_rerank(problem, EvaluationStore(interacting_evaluator(problem.space, NUM_SAMPLES), NUM_SAMPLES))
@@ -141,6 +142,7 @@ def test_a_killed_worker_loses_at_most_what_it_had_claimed(location: str, tmp_pa
     assert len(runs) == lone["runs"] * NUM_SAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True], ids=["all live", "one is killed"])
 def test_workers_share_a_study(location: str, tmp_path: Path, kill: bool) -> None:
     processes = start(study_worker, location, tmp_path, 0.05)

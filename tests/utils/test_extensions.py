@@ -69,6 +69,7 @@ def config(*overrides: str) -> SearchConfig:
         return parse_config(compose(CONFIG_NAME, list(overrides)))
 
 
+@pytest.mark.slow
 def test_a_search_with_a_selector_of_ones_own(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = (f"imports=[{module}]", "selector.name=feature_norm", "+selector.options.power=1")
@@ -79,6 +80,7 @@ def test_a_search_with_a_selector_of_ones_own(module: str, tmp_path: Path, monke
     assert "feature_norm" not in BASELINES
 
 
+@pytest.mark.slow
 def test_a_helper_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
     """Spawned as ``study.workers=2`` does, it knows nothing of what its parent has imported."""
     places = (f"study.folder={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "num_threads=1")

@@ -94,7 +94,7 @@ def notes(record: Record) -> list[str]:
         f"{data.num_heldout} held-out samples.",
         f"D_A, D_P: exit depths of attention (q/kv where they differ) and MLP, of {record.model.num_layers} layers.",
         "n_v: visual tokens that enter the decoder; uniform: only fewer of them, same FLOPs.",
-        f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget_text}' for result in record.results)}.",
+        f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget.text}' for result in record.results)}.",
     ]
     if full is not None:
         lines.append(f"Accuracy of the full model on {data.num_test} test samples: {percent_text(full)} %.")

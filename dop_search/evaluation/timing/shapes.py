@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -306,21 +306,3 @@ def prompt(shape: Shape, model: PreTrainedModel, num_text: int = 60, batch: int 
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-
-
-def shrunk(shape: Shape, layers: int = 3, hidden: int = 64, mlp: int = 96, vision_layers: int = 2) -> Shape:
-    """The same architecture and prompt at a small width, for trying it out."""
-    heads = 4
-    return replace(
-        shape,
-        layers=layers,
-        hidden=hidden,
-        mlp=mlp,
-        heads=heads,
-        kv_heads=max(1, heads * shape.kv_heads // shape.heads),
-        vocabulary=256,
-        vision_layers=vision_layers,
-        vision_hidden=32,
-        vision_heads=2,
-        vision_mlp=48,
-    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.ranking import selection_span
 from dop_search.utils.errors import DopError
 
 Clock = Literal["wall", "cpu"]
@@ -82,6 +83,21 @@ def prefill_timer(adapter: ModelAdapter, clock: Clock = "wall") -> Iterator[Pref
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def selection_timer(device: torch.device, clock: Clock = "wall") -> Iterator[list[float]]:
+    """Milliseconds of each call inside the context that ranks or merges visual tokens before the decoder."""
+    spent: list[float] = []
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        start = now_ms(device, clock)
+        yield
+        spent.append(now_ms(device, clock) - start)
+
+    with selection_span(timed):
+        yield spent
 
 
 class _TokenClock(StoppingCriteria):

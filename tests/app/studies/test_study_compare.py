@@ -67,6 +67,7 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
     assert logged.data.metrics["kl_heldout"] == pytest.approx(rows["divprune", 0.3]["kl_heldout"])
 
 
+@pytest.mark.slow
 def test_accuracy_of_what_changed_is_the_accuracy_of_all(tmp_path: Path) -> None:
     config = study_config("compare", tmp_path, "data.num_heldout=24")
     bench = Workbench(config, load("pocket"), SilentProgress())

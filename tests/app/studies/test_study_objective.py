@@ -45,6 +45,7 @@ def test_robust_means_and_the_worst_family() -> None:
     assert scores["worst_family_kl"] == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 def test_a_perfect_objective_correlates_fully_and_noise_does_not() -> None:
     rng = np.random.default_rng(0)
     quality = np.tile(np.linspace(0.1, 3.0, 12), 2)

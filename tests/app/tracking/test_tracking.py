@@ -170,6 +170,7 @@ def test_a_bad_store_is_found_at_once_and_leaves_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "foreign.db"]
 
 
+@pytest.mark.slow
 def test_without_tracking_mlflow_is_never_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
@@ -210,6 +211,7 @@ def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> N
     assert log_benchmark(TrackingConfig(backend="none"), data) is None
 
 
+@pytest.mark.slow
 def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ sys.exit(status)
 """The command where only what a pruned model needs is installed."""
 
 
+@pytest.mark.slow
 def test_on_a_bare_machine_it_times_everything_and_says_what(tmp_path: Path) -> None:
     strategy = tmp_path / "mine.json"
     Strategy.depthwise(4, 2, 3, 1, num_visual_tokens=50, selector="uniform_grid").save(strategy)

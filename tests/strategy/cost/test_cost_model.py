@@ -13,7 +13,6 @@ from dop_search.strategy.cost import (
     Budget,
     CostModel,
     full_flops,
-    full_kv_bytes,
     layer_flops,
     strategy_flops,
     strategy_kv_bytes,
@@ -44,7 +43,7 @@ def test_totals_are_sums_over_samples(strategy: Strategy, read: int | None) -> N
 
     cache = CostModel(DIMS, COUNTS, kind="kv_cache", bytes_per_element=4)
     assert cache.total(strategy) == sum(strategy_kv_bytes(DIMS, strategy, c, 4) for c in COUNTS)
-    assert cache.full == sum(full_kv_bytes(DIMS, c, 4) for c in COUNTS) / 4
+    assert cache.full == sum(2 * DIMS.kv_width * 4 * DIMS.num_layers * c.total for c in COUNTS) / 4
 
 
 @pytest.mark.parametrize("kind", ["flops", "kv_cache"])

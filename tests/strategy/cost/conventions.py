@@ -1,4 +1,4 @@
-"""FLOPs as the literature counts them, so that published numbers can be set beside ours.
+"""FLOPs as the literature counts them: our closed form has to give the numbers that papers publish.
 
 For LLaVA-1.5-7B, unpruned, by number of tokens:
 
@@ -16,22 +16,17 @@ attention, which the published formulas ignore, is counted with its real key/val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from types import MappingProxyType
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops, strategy_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
-from dop_search.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Convention:
     """How a paper counts: multiply-accumulates or FLOPs, with or without text, which MLP."""
 
-    name: str
     counts_text: bool
     gated_mlp: bool
     units_per_mac: int
@@ -41,11 +36,7 @@ class Convention:
         return self._from_flops(full_flops(self._dims(dims), self._counts(counts)))
 
     def strategy(self, dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> float:
-        """Cost of the prefill under ``strategy`` in the convention's unit.
-
-        Raises:
-            StrategyError: if the strategy is for another number of layers.
-        """
+        """Cost of the prefill under ``strategy`` in the convention's unit."""
         return self._from_flops(strategy_flops(self._dims(dims), strategy, self._counts(counts)))
 
     def _dims(self, dims: ModelDims) -> ModelDims:
@@ -58,26 +49,8 @@ class Convention:
         return flops * self.units_per_mac / 2
 
 
-CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
-    {
-        convention.name: convention
-        for convention in (
-            Convention("pdrop", counts_text=False, gated_mlp=True, units_per_mac=1),
-            Convention("fastv", counts_text=False, gated_mlp=False, units_per_mac=1),
-            Convention("gsop", counts_text=True, gated_mlp=True, units_per_mac=2),
-        )
-    }
-)
-
-
-def convention(name: str) -> Convention:
-    """Look a convention up by name.
-
-    Raises:
-        ConfigError: if there is none of that name; the message names near ones.
-    """
-    if name not in CONVENTIONS:
-        near = get_close_matches(name, CONVENTIONS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown FLOPs convention {name!r}; {hint}known: {sorted(CONVENTIONS)}")
-    return CONVENTIONS[name]
+CONVENTIONS = {
+    "pdrop": Convention(counts_text=False, gated_mlp=True, units_per_mac=1),
+    "fastv": Convention(counts_text=False, gated_mlp=False, units_per_mac=1),
+    "gsop": Convention(counts_text=True, gated_mlp=True, units_per_mac=2),
+}
