@@ -25,6 +25,11 @@ def report() -> None:
     _start("dop-report", "report", extras=("search",))
 
 
+def track() -> None:
+    """``dop-track``."""
+    _start("dop-track", "track", extras=("search",))
+
+
 def bench() -> None:
     """``dop-bench``."""
     _start("dop-bench", "bench", extras=())

@@ -27,7 +27,7 @@ def run_evaluation(composed: DictConfig, run_dir: Path) -> None:
         DopError: for anything the user can mend.
     """
     config = parse_as(composed, EvalRunConfig)
-    from dop_search.app.tracking.store import check_tracking, ui_command
+    from dop_search.app.tracking.connection import check_tracking, ui_command
 
     check_tracking(config.tracking)
     from dop_search.app.evaluate import evaluate

@@ -27,7 +27,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     """
     config = parse_config(composed)
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
-    from dop_search.app.tracking.store import check_tracking, ui_command
+    from dop_search.app.tracking.connection import check_tracking, ui_command
 
     check_tracking(config.tracking)
     if config.study is not None:
@@ -57,7 +57,7 @@ def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
     """
     from dop_search.app.report.studies import study_table
     from dop_search.app.study import run_study
-    from dop_search.app.tracking.store import ui_command
+    from dop_search.app.tracking.connection import ui_command
 
     table = study_table(run_study(config, default_progress()))
     folder = os.path.relpath(study.folder)

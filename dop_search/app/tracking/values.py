@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import math
 import re
@@ -11,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison
-from dop_search.app.report.text import policy_text
+from dop_search.app.report.text import NONE, interval_text, kl_text, percent_text, policy_text
 from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
 
@@ -96,12 +97,44 @@ def shared_params(record: Record) -> dict[str, str]:
     return params
 
 
+def run_name(record: Record, result: Result | None = None) -> str:
+    """Model, space, selector, budgets and seed: what tells the runs of a sweep apart in a table."""
+    budgets = ",".join(item.budget.text for item in ([result] if result else record.results))
+    return f"{record.model.name} {record.space.name}@{record.selector.name} {budgets} seed{record.data.seed}"
+
+
+def note(record: Record) -> str:
+    """The result as a Markdown table, which MLflow shows on top of a run."""
+    lines = [
+        "| budget | strategy | FLOPs % | KL (search) | KL (held-out) | uniform | accuracy % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for item in record.results:
+        cells = (
+            item.budget.text,
+            item.strategy.describe(),
+            percent_text(item.flops_ratio),
+            kl_text(item.kl_search),
+            f"{kl_text(item.kl_heldout)} ({interval_text(item.kl_heldout_ci95)})",
+            kl_text(item.uniform.kl_heldout) if item.uniform else NONE,
+            percent_text(item.accuracy_pruned),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shared_metrics(record: Record) -> dict[str, float]:
-    """Numbers of the search as a whole."""
+    """Numbers of the search as a whole; ``at 0.3/kl_heldout`` and the like per budget, ``best/…`` of the lowest KL."""
     metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
     metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
     if record.floor_ratio is not None:
         metrics["floor_ratio"] = record.floor_ratio
+    best = min(record.results, key=lambda item: item.kl_heldout)
+    for name, item in [("best", best), *((f"at {item.budget.text}", item) for item in record.results)]:
+        numbers = (item.kl_heldout, item.flops_ratio, item.accuracy_pruned)
+        for what, value in zip(("kl_heldout", "flops_ratio", "accuracy_pruned"), numbers, strict=True):
+            if value is not None:
+                metrics[metric_name(f"{name}/{what}")] = value
     return metrics
 
 
@@ -125,14 +158,15 @@ def search_tags(record: Record) -> dict[str, str]:
     """Facts to filter runs by."""
     result = {"kind": "search", "model_fingerprint": record.model.fingerprint}
     result |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
-    return result | provenance_tags(record.provenance)
+    return result | {"mlflow.note.content": note(record)} | provenance_tags(record.provenance)
 
 
 def provenance_tags(provenance: Provenance | None) -> dict[str, str]:
     """Where a run comes from, as tags."""
     if provenance is None:
         return {}
-    tags = {f"version.{name}": version for name, version in provenance.versions.items()}
+    tags = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "dop-search", "mlflow.source.type": "LOCAL"}
+    tags |= {f"version.{name}": version for name, version in provenance.versions.items()}
     if provenance.search_id is not None:
         tags["search_id"] = provenance.search_id
     if provenance.git_commit is not None:
@@ -147,6 +181,11 @@ def started_ms(provenance: Provenance | None) -> int:
     if provenance is None:
         return int(time.time() * 1000)
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
+
+
+def ended_ms(record: Record) -> int:
+    """When a search ended: what is logged later has its own times."""
+    return started_ms(record.provenance) + int(1000 * record.seconds)
 
 
 def metric_name(name: str) -> str:

@@ -16,14 +16,9 @@ from support.records import example_curves, example_record
 
 from dop_search.app.config import TrackingConfig
 from dop_search.app.record import CURVES_FILE, RECORD_FILE
-from dop_search.app.tracking.store import (
-    check_tracking,
-    log_benchmark,
-    log_study,
-    result_metrics,
-    result_params,
-    ui_command,
-)
+from dop_search.app.tracking.connection import check_tracking, ui_command
+from dop_search.app.tracking.store import log_benchmark, log_study, result_metrics, result_params
+from dop_search.app.tracking.values import started_ms
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 
@@ -175,8 +170,8 @@ def test_without_tracking_mlflow_is_never_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
         "from support.records import example_record; from dop_search.app.tracking.store import *;"
-        "import dop_search.app.tracking.store as t; c = TrackingConfig(backend='none'); t.check_tracking(c);"
-        f"assert t.log_search(c, example_record(), Path({str(tmp_path)!r})) is None;"
+        "import dop_search.app.tracking.connection as n; c = TrackingConfig(backend='none'); n.check_tracking(c);"
+        f"assert log_search(c, example_record(), Path({str(tmp_path)!r})) is None;"
         "sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=WITH_SUPPORT).returncode == 0
@@ -239,3 +234,60 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     assert nested[0].data.metrics == {"budget": 0.5, "asked/what_s _this__": 3.0}
     assert log_study(config, result, tmp_path) is None
     assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None
+
+
+def test_processes_that_end_together_on_a_new_store_all_log(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
+        "from support.records import example_record; from dop_search.app.tracking.store import log_search;"
+        "time.sleep(max(0.0, float(sys.argv[3]) - time.time()));"
+        "log_search(TrackingConfig(uri=sys.argv[1]), example_record(), Path(sys.argv[2]))"
+    )
+    uri, start = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", str(time.time() + 12)
+    command = [sys.executable, "-c", code, uri, str(tmp_path), start]
+    processes = [subprocess.Popen(command, env=WITH_SUPPORT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(TrackingConfig().experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 3
+
+
+def test_a_store_that_is_away_at_the_end_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    from dop_search.app.cli.track import main
+    from dop_search.app.tracking import connection
+    from dop_search.app.tracking.store import log_search
+
+    def away(*_: object) -> str:
+        raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
+
+    record, config = example_record(), TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    record.save(tmp_path / RECORD_FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_experiment", away)
+        with pytest.raises(ConfigError, match=r"refused the run.*the results are in .*dop-track"):
+            log_search(config, record, tmp_path)
+    assert main([str(tmp_path), "--uri", config.uri]) == 0
+    identifier = capsys.readouterr().out.split("run ")[1].split()[0]
+    from mlflow.tracking import MlflowClient
+
+    run = MlflowClient(config.uri).get_run(identifier)
+    assert record.provenance is not None
+    assert run.info.start_time == started_ms(record.provenance)
+    assert run.info.end_time - run.info.start_time == pytest.approx(1000 * record.seconds, abs=1)
+    assert "| budget |" in run.data.tags["mlflow.note.content"]
+    assert str(record.data.seed) in run.info.run_name
+    assert run.data.metrics["best/kl_heldout"] == min(result.kl_heldout for result in record.results)
+
+
+def test_the_experiment_opens_on_its_runs(logged: Logged) -> None:
+    experiment = logged.client.get_experiment_by_name(TrackingConfig().experiment)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
