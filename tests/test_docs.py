@@ -98,7 +98,7 @@ def commands() -> list[str]:
         for block in blocks(path, "bash")
         for line in block.replace("\\\n", " ").split("\n")
     ]
-    found = [re.sub(r"^([A-Z_]+=\S+ )*(uv run )?", "", line.strip()) for line in lines]
+    found = [re.sub(r"^([A-Z_]+=\S+ )*(uv run (--\S+ \S+ )*)?", "", line.strip()) for line in lines]
     return sorted({line for line in found if line.startswith(("dop-search ", "dop-eval ")) and "--" not in line})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.errors import DopError, MissingExtraError, UnsupportedModelError
 from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,11 +97,14 @@ def load(
 
     Raises:
         DopError: if the checkpoint cannot be found; says how to point to a local copy.
+        MissingExtraError: ``device_map`` without accelerate.
         UnsupportedModelError: if transformers does not know the checkpoint's format, if no adapter covers the model's
             class, or if its decoder is spread over devices.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("`device_map` needs accelerate; install with: pip install accelerate")
     source = _source(name_or_path)
     target = _device(device)
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if target.type == "cpu" and device_map is None else "auto")

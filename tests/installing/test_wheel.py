@@ -184,10 +184,12 @@ def test_without_extras_a_model_runs_pruned_as_it_does_here(environment: Callabl
     assert not imported
 
 
-def test_without_extras_the_other_models_are_said_to_be_in_a_clone(environment: Callable[[str], Environment]) -> None:
-    done = environment("").run("python", "-c", "import dop_search; dop_search.load('pocket/shallow')")
-    assert "DopError: the pocket model 'shallow' is not in" in done.stderr
-    assert "a clone of the repository has all" in done.stderr
+def test_without_extras_what_a_model_lacks_is_said(environment: Callable[[str], Environment]) -> None:
+    other = environment("").run("python", "-c", "import dop_search; dop_search.load('pocket/shallow')")
+    assert "DopError: the pocket model 'shallow' is not in" in other.stderr
+    assert "a clone of the repository has all" in other.stderr
+    spread = environment("").run("python", "-c", "import dop_search; dop_search.load('pocket', device_map='auto')")
+    assert "MissingExtraError: `device_map` needs accelerate" in spread.stderr
 
 
 def test_with_search_the_main_job_runs_and_is_drawn(environment: Callable[[str], Environment]) -> None:
