@@ -12,8 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so d
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling what is imported takes longer than most tests,
 sys.dont_write_bytecode = False  # here and in each process that a test starts
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
