@@ -18,8 +18,8 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-SLOW_FIXTURES = {"run_small_study"}
-"""A test that uses one of them is slow; others say so by ``pytest.mark.slow``."""
+SLOW_FIXTURES = {"logged", "run_small_study"}
+"""A test that uses one of these is slow; others say so by ``pytest.mark.slow``."""
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,10 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "conf/*.md", "dop_search/**/*.md", "experiments/**/*.md")
     for path in ROOT.glob(pattern)
 )
-RUNNABLE = [f"dop_search/{folder}README.md" for folder in ("", "selectors/", "search/", "baselines/", "evaluation/")]
+RUNNABLE = [
+    pytest.param("dop_search/README.md", marks=pytest.mark.slow),
+    *(f"dop_search/{folder}/README.md" for folder in ("selectors", "search", "baselines", "evaluation")),
+]
 
 
 def blocks(document: str | Path, language: str) -> list[str]:

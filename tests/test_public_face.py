@@ -19,6 +19,7 @@ def run_python(code):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_deploying_imports_neither_hydra_nor_optuna_nor_mlflow():
     code = (
         "import sys, json; from dop_search import pruned, Strategy, load; "

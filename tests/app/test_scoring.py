@@ -201,6 +201,7 @@ def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:
     assert "What is left on the benchmarks" in (path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_sample_ids_lie_beside_the_record(searched: tuple[Path, Record]) -> None:
     path, record = searched
     saved = json.loads((path / "out" / SAMPLES_FILE).read_text())

@@ -145,6 +145,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible(finished, tmp_path):
     assert not (tmp_path / "out").exists(), "nothing half-written"
 
 
+@pytest.mark.slow
 def test_a_corrupt_cache_is_named(finished, tmp_path):
     path, _ = finished
     for file in (path / "cache").glob("evaluations-*.jsonl"):

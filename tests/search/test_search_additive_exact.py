@@ -60,6 +60,7 @@ def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
         assert front.solve(budget_for(problem, caught.value.smallest_feasible)).cost_ratio == ratios[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(problems(max_points=800))
 def test_k_best_equal_brute_force(problem: Problem) -> None:

@@ -81,17 +81,21 @@ class Shape:
             **extra,
         }
 
+    def vision(self) -> dict[str, Any]:
+        """Keyword arguments of the configuration of a tower with one resolution."""
+        return {
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": self.vision_mlp,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_heads,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+        }
+
 
 def _llava(shape: Shape) -> PretrainedConfig:
     """CLIP tower, two-layer projector, Llama decoder; several tiles are several images of equal size."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=shape.vision_mlp,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_heads,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-    )
+    vision = CLIPVisionConfig(**shape.vision())
     text = LlamaConfig(**shape.text())
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID)
 
@@ -137,14 +141,7 @@ def _qwen_pixels(shape: Shape, batch: int) -> Inputs:
 
 def _internvl(shape: Shape) -> PretrainedConfig:
     """InternViT tiles after pixel shuffle (four patches a token), Qwen2 decoder."""
-    vision = InternVLVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=shape.vision_mlp,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_heads,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-    )
+    vision = InternVLVisionConfig(**shape.vision())
     return InternVLConfig(
         vision_config=vision.to_dict(), text_config=Qwen2Config(**shape.text()).to_dict(), image_token_id=IMAGE_TOKEN_ID
     )

@@ -28,25 +28,14 @@ from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategi
 class PrefillConformance(ConformanceBase):
     """Prefill with ``sdpa`` and ``eager`` attention, left-padded batches, any strategy."""
 
-    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> None:
-        """A pruned forward equals the masked reference on text logits."""
+    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> Tensor:
+        """A pruned forward equals the masked reference on text logits; returns the reference's logits."""
         rankings = self.rankings(model, inputs, seed)
         expected = masked_forward(model, inputs, strategy, rankings)
         with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
             logits = model(**inputs).logits
         assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
-
-    @backends
-    @pytest.mark.parametrize("corner", CORNERS)
-    def test_reference_is_not_the_full_model(self, models: Models, backend: str, corner: str) -> None:
-        """Each corner moves the logits far beyond the tolerance, so a runtime that skips nothing fails below."""
-        model = models(backend)
-        inputs = collate(self.samples(model))
-        strategy = corner_strategy(corner, self.num_layers(model))
-        with torch.no_grad():
-            full = model(**inputs).logits
-        masked = masked_forward(model, inputs, strategy, self.rankings(model, inputs))
-        assert max_text_difference(model, inputs, masked, full) > 500 * self.tolerance
+        return expected
 
     @backends
     @for_all(data=st.data())
@@ -76,9 +65,17 @@ class PrefillConformance(ConformanceBase):
     @backends
     @pytest.mark.parametrize("corner", CORNERS)
     def test_corners_equal_reference(self, models: Models, backend: str, corner: str) -> None:
-        """Left-padded batch, the corners of the space."""
+        """Left-padded batch, the corners of the space.
+
+        Each moves the logits far beyond the tolerance, so that a runtime that skips nothing fails.
+        """
         model = models(backend)
-        self.check_prefill(model, collate(self.samples(model)), corner_strategy(corner, self.num_layers(model)))
+        inputs = collate(self.samples(model))
+        strategy = corner_strategy(corner, self.num_layers(model))
+        expected = self.check_prefill(model, inputs, strategy)
+        with torch.no_grad():
+            full = model(**inputs).logits
+        assert max_text_difference(model, inputs, expected, full) > 500 * self.tolerance
 
     @backends
     @for_all(data=st.data(), seed=st.integers(0, 99))
@@ -125,19 +122,19 @@ class PrefillConformance(ConformanceBase):
             assert max_text_difference(model, inputs, logits.float(), reference.float()) <= 0.05
 
     @backends
-    @pytest.mark.parametrize("corner", CORNERS)
-    def test_text_only_prompt_is_untouched(self, models: Models, backend: str, corner: str) -> None:
+    def test_text_only_prompt_is_untouched(self, models: Models, backend: str) -> None:
         """Text tokens keep all their operations, so a prompt without an image has the full model's logits."""
         model = models(backend)
         input_ids = self.samples(model)[1]["input_ids"]
         text = input_ids[~visual_positions(model, input_ids)][None]
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-        strategy = corner_strategy(corner, self.num_layers(model))
         with torch.no_grad():
             expected = model(**inputs).logits
-            with dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
+        for corner in CORNERS:
+            strategy = corner_strategy(corner, self.num_layers(model))
+            with torch.no_grad(), dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
                 logits = model(**inputs).logits
-        assert max_difference(logits, expected) <= self.tolerance
+            assert max_difference(logits, expected) <= self.tolerance, corner
 
     @backends
     @for_all(data=st.data())

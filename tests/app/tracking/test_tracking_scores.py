@@ -18,8 +18,6 @@ from dop_search.app.config import TrackingConfig
 from dop_search.app.tracking.store import log_evaluation
 from dop_search.app.tracking.values import score_columns, score_metrics, strategy_key
 
-pytestmark = pytest.mark.slow
-
 LOG = """
 import json, sys
 from dataclasses import replace
