@@ -189,7 +189,7 @@ def make_space(
 def token_counts(teacher: Teacher) -> tuple[TokenCounts, ...]:
     """Text and visual tokens of each sample's prompt: what prefill costs."""
     encoded = [sample.encoded for sample in teacher.samples]
-    return tuple(TokenCounts(item.prompt_length - item.num_visual, item.num_visual) for item in encoded)
+    return tuple(TokenCounts.of_prompt(item.visual[: item.prompt_length].cpu().numpy()) for item in encoded)
 
 
 def evaluation_store(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
@@ -39,13 +40,22 @@ def adapter_for(model: PreTrainedModel) -> ModelAdapter:
     """The adapter of a model, or of what peft has wrapped.
 
     Raises:
-        UnsupportedModelError: if no adapter covers the model's class; lists the supported families.
+        UnsupportedModelError: if the model is a wrapper or a base model, or no adapter covers its class; lists the
+            supported families.
     """
+    name = type(model).__name__
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise UnsupportedModelError(f"{name} is a wrapper around the model; pass its `model.module`")
     unwrap = getattr(model, "get_base_model", None)
     if callable(unwrap):
         model = unwrap()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    check_model_type(model_type, type(model).__name__)
+    check_model_type(model_type, name)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{name} is a base model without a language head; pass the ...ForConditionalGeneration model whose "
+            "`model` it is"
+        )
     module, name = FAMILIES[str(model_type)].split(":")
     adapter: type[ModelAdapter] = getattr(importlib.import_module(module), name)
     return adapter(model)

@@ -46,7 +46,7 @@ class ForwardTables:
 
     def _gather(self, rows: Tensor, pad: Tensor | None, num_samples: int) -> tuple[Tensor, Tensor]:
         index = rows if pad is None else rows[pad]
-        shape = (num_samples, 1, -1, self.cos.shape[-1])
+        shape = (num_samples, 1, len(index) // num_samples, self.cos.shape[-1])
         return self.cos[index].view(shape), self.sin[index].view(shape)
 
     def mask(self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +127,8 @@ def attend(
 
     A mask is made only where plain causal attention would be wrong; ``eager`` always gets an additive one.
     """
+    if not query.shape[2] or not key.shape[2]:  # in a chunk of visual tokens nobody may ask, or nobody may answer
+        return query.new_zeros(query.shape).transpose(1, 2)
     segments = None if past_valid is not None else plan.segments
     implementation, function, kwargs = backend(attention, segments is None)
     if implementation == "eager":

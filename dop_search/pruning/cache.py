@@ -102,7 +102,7 @@ def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | No
         )
     layers: Any = cache.layers
     held = [layers[index].get_seq_length() if index < len(layers) else 0 for index in range(num_layers)]
-    if not isinstance(cache, PrunedCache) or not any(held):
+    if not isinstance(cache, PrunedCache) or (any(cache.state.lengths) and not any(held)):  # the latter was reset
         past = held[0]  # filled by the unpruned model: every layer holds every token
         valid = None
         if past and attention_mask is not None and not bool(attention_mask[:, :past].all()):

@@ -91,7 +91,7 @@ class Chooser:
             embeds = self.adapter.encode_images(self.inputs.tensor("pixel_values"))
         finally:
             patch.restore()
-        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.values.items()}
+        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.run.values.items()}
         order = self.selector.rank(replace(self.inputs, **noticed), num_kept)
         slots = order[:num_kept]
         return Choice(order, slots, embeds[torch.from_numpy(slots).to(embeds.device)])

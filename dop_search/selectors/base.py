@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dop_search.strategy.operations import ModelDims
+from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
@@ -199,15 +201,28 @@ class Selector(ABC):
         return self.merges or self.changes_tower or not self.nested
 
 
-class TowerPatch(ABC):
-    """A change of a vision tower instance.
+class TowerRun(threading.local):
+    """What a changed tower has noticed in this thread.
 
-    ``values`` holds what it noticed in the last run, per field ``[images, patches, 1]``; ``num_runs`` counts its runs.
+    Attributes:
+        values: of the last run, per field ``[images, patches, 1]``.
+        num_runs: runs so far.
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing yet."""
         self.values: dict[str, Tensor] = {}
         self.num_runs = 0
+
+
+class TowerPatch(Attached, ABC):
+    """A change of a vision tower instance; ``run`` is what the tower noticed, for each thread apart."""
+
+    def __init__(self) -> None:
+        self.run = TowerRun()
 
     @abstractmethod
     def restore(self) -> None:

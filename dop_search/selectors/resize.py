@@ -78,7 +78,7 @@ class ResizePatch(TowerPatch):
             pixel_values.float(), size=self.size, mode="bicubic", antialias=True, align_corners=False
         )
         output = self.original(small.to(pixel_values.dtype), *args, **{**kwargs, "interpolate_pos_encoding": True})
-        self.num_runs += 1
+        self.run.num_runs += 1
         index = self.index.to(pixel_values.device)
         output.last_hidden_state = output.last_hidden_state.index_select(1, index)
         if output.hidden_states is not None:

@@ -33,10 +33,10 @@ def counted_over_closed_form(loaded: LoadedModel, sample: Sample, method: Fitted
     if strategy is None:
         return None
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
-    visual = int(loaded.adapter.visual_token_mask(inputs["input_ids"]).sum())
-    counts = TokenCounts(inputs["input_ids"].shape[1] - visual, visual)
+    visual = loaded.adapter.visual_token_mask(inputs["input_ids"])[0].cpu().numpy()
+    counts = TokenCounts.of_prompt(visual)
     closed = strategy_flops(loaded.adapter.dims, strategy, counts) + stage_flops(strategy, loaded.adapter.dims, counts)
-    rankings = None if strategy.stages else [np.arange(visual)]
+    rankings = None if strategy.stages else [np.arange(visual.sum())]
     with _eager_attention(loaded.model), pruned(loaded.model, strategy, rankings):
         return count_decoder_flops(loaded.model, inputs) / closed
 

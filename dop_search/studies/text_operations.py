@@ -35,7 +35,7 @@ class TextOperations(Extension):
         self._prompts: dict[tuple[int, tuple[int, int]], int] = {}
         for sample in teacher.samples:
             visual = sample.encoded.visual[: sample.encoded.prompt_length].cpu().numpy()
-            key = (int(visual.sum()), text_sizes(visual))
+            key = (TokenCounts.of_prompt(visual).visual, text_sizes(visual))
             self._prompts[key] = self._prompts.get(key, 0) + 1
         self._full_flops = sum(
             weight * full_flops(dims, TokenCounts(sum(sizes) + 1, visual))

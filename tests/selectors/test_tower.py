@@ -96,7 +96,7 @@ def test_tome_equals_its_definition_head_by_head(pocket, pixels, num_kept):
             merged = pocket.adapter.encode_images(pixels).view(2, 256, -1)
         finally:
             patch.restore()
-    sizes = patch.values["tower_sizes"][..., 0].numpy()
+    sizes = patch.run.values["tower_sizes"][..., 0].numpy()
     for image in range(2):
         rows, size, origin = embedded[image], np.ones(257), [[token - 1] for token in range(257)]
         for layer, count in zip(view.layers, merge_schedule(256, num_kept, 5), strict=True):

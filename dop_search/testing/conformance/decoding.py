@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
-from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all, generate, max_difference
+from dop_search.testing.conformance.base import (
+    PROMPTS,
+    ConformanceBase,
+    Models,
+    backends,
+    for_all,
+    generate,
+    max_difference,
+)
 from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.models import NUM_SPECIAL_TOKENS
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
@@ -43,6 +51,23 @@ class DecodingConformance(ConformanceBase):
         assert max_difference(torch.stack(output.logits, dim=1), before_each_new(expected)) <= self.tolerance
         if not sample:
             assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
+
+    @backends
+    @for_all(data=st.data(), kind=st.sampled_from(list(PROMPTS)), chunk=st.sampled_from([None, 1, 3, 8]))
+    def test_prompts_in_chunks_equal_reference(
+        self, models: Models, backend: str, data: st.DataObject, kind: str, chunk: int | None
+    ) -> None:
+        """Every kind of prompt, fed at once or in chunks that cut through its images."""
+        model = models(backend)
+        inputs = self.prompts(model, kind)
+        strategy = data.draw(dop_strategies(self.num_layers(model), max_visual_tokens=40))
+        rankings = self.rankings(model, inputs)
+        with dop.pruned(model, strategy, rankings=rankings):
+            output = generate(model, **inputs, **generate_arguments(model), do_sample=False, prefill_chunk_size=chunk)
+        tokens, length = output.sequences[:, -NUM_NEW_TOKENS:], inputs["input_ids"].shape[1]
+        expected = masked_forward(model, append_tokens(inputs, tokens), strategy, rankings, length)
+        assert max_difference(torch.stack(output.logits, dim=1), before_each_new(expected)) <= self.tolerance
+        assert tokens.tolist() == masked_generate(model, inputs, strategy, rankings, NUM_NEW_TOKENS)
 
     def test_long_answer_equals_reference(self, models: Models) -> None:
         """Hundreds of steps on the shorter caches, a padded batch: positions and masks do not drift."""
