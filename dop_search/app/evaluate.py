@@ -32,7 +32,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     model's scores come from an earlier run if there was one.
 
     Raises:
-        DopError: on anything a user can mend; the message says how.
+        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)

@@ -70,7 +70,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     it stopped.
 
     Raises:
-        DopError: on anything a user can mend; the message says how.
+        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)

@@ -124,4 +124,4 @@ def _found(path: Path, where: str) -> Path:
 
 
 def _unreadable(path: Path, where: str, error: OSError) -> DataError:
-    return DataError(f"{where}: cannot read the image {str(path)!r} ({error}); mend or drop the line")
+    return DataError(f"{where}: cannot read the image {str(path)!r} ({error}); fix or drop the line")

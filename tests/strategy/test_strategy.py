@@ -225,7 +225,7 @@ def broken_group(**changes: Any) -> dict[str, Any]:
         ([], "not a strategy"),
         ({}, "not a strategy"),
         ({**valid_json(), "format": "kvpress.press"}, "not a strategy"),
-        ({**valid_json(), "version": 2}, "version 2 is not supported"),
+        ({**valid_json(), "version": 2}, "its version is 2, but this dop-search reads 1"),
         ({**valid_json(), "num_layer": 4}, r"unknown fields \['num_layer'\]"),
         ({k: v for k, v in valid_json().items() if k != "groups"}, r"missing fields \['groups'\]"),
         ({**valid_json(), "num_layers": "4"}, "`num_layers` has the wrong type: '4'"),
@@ -258,7 +258,7 @@ def test_foreign_json_is_refused(tmp_path: Path, data: Any, message: str) -> Non
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(StrategyError, match=r"no strategy file at .*nowhere\.json"):
+    with pytest.raises(StrategyError, match=r"there is no strategy at .*nowhere\.json"):
         Strategy.load(tmp_path / "nowhere.json")
     path = tmp_path / "half.json"
     for content in (b"", b'{"format": "dop_se', b"\xff\xfe\x00"):

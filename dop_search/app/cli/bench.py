@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> Comparison:
     """Build the model, make the variants, time them, write what was asked for.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     _check(options)
     if options.mlflow is not None:
@@ -193,7 +193,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
     """Read or measure the latency table, and compare what it predicts with what random strategies take.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     _check(options)
     import_modules(options.imports)

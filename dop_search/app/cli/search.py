@@ -23,7 +23,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     """Validate the configuration, search, and print the summary and where everything lies.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     config = parse_config(composed)
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
@@ -53,7 +53,7 @@ def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
     """Measure a study, and print its table and where everything lies.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     from dop_search.app.report.studies import study_table
     from dop_search.app.study import run_study

@@ -1,4 +1,4 @@
-"""What can be configured of the solvers: one section each, told apart by the key ``solver``."""
+"""What can be configured of the solvers: one section each, chosen by the key ``solver``."""
 
 from __future__ import annotations
 

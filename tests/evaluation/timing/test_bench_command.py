@@ -189,7 +189,7 @@ def test_reading_leaves_the_model_as_it_was() -> None:
         (["--ratio", "1.5"], "`0 < ratio <= 1` must hold, but got --ratio 1.5"),
         (["--rounds", "0"], "`--rounds >= 1` must hold, but got 0"),
         (["--shape", "tiny", "--weights", "pretrained"], "a --shape has no pretrained weights"),
-        (["--shape", "tiny", "--strategy", "nowhere.json"], "no strategy file at 'nowhere.json'"),
+        (["--shape", "tiny", "--strategy", "nowhere.json"], "there is no strategy at 'nowhere.json'"),
         (["--shape", "tiny", "--device", "gpu"], "`--device` must be auto, cpu or cuda[:index], but got 'gpu'"),
         (["--model", "./nowhere", "--weights", "random"], "cannot read the configuration of './nowhere'"),
         (["--shape", "tiny", "--table", "t.json"], "--table needs --validate-table"),
