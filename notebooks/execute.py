@@ -9,25 +9,16 @@ from __future__ import annotations
 import base64
 import io
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import nbformat
-import numpy as np
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT_S = 600
-NUMBER_TOLERANCE = {"rtol": 0.02, "atol": 1e-3}
-"""Largest difference of a number in two outputs that count as the same; another processor rounds otherwise."""
-PIXEL_TOLERANCE = 0.01
-"""Largest mean difference of two pictures' pixels, as a share of the range from black to white."""
-
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def execute(path: Path) -> NotebookNode:
@@ -63,34 +54,6 @@ def execute(path: Path) -> NotebookNode:
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """The cells that run."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def same_output(one: Any, other: Any) -> bool:
-    """Whether two outputs show the same: text up to ``NUMBER_TOLERANCE``, pictures up to ``PIXEL_TOLERANCE``."""
-    parts = _parts(one), _parts(other)
-    if parts[0].keys() != parts[1].keys():
-        return False
-    return all(
-        (_same_picture if kind == "image/png" else _same_text)(content, parts[1][kind])
-        for kind, content in parts[0].items()
-    )
-
-
-def _parts(output: Any) -> dict[str, str]:
-    """What an output holds, by kind."""
-    return {"text/plain": output["text"]} if output["output_type"] == "stream" else dict(output["data"])
-
-
-def _same_text(one: str, other: str) -> bool:
-    if [part.split() for part in _NUMBER.split(one)] != [part.split() for part in _NUMBER.split(other)]:
-        return False
-    numbers = (np.array([float(number) for number in _NUMBER.findall(text)]) for text in (one, other))
-    return bool(np.allclose(*numbers, **NUMBER_TOLERANCE))
-
-
-def _same_picture(one: str, other: str) -> bool:
-    first, second = (np.asarray(_decoded(text).convert("RGB"), dtype=float) for text in (one, other))
-    return first.shape == second.shape and float(np.abs(first - second).mean()) <= 255 * PIXEL_TOLERANCE
 
 
 def _decoded(text: str) -> Image.Image:

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-SLOW_FIXTURES = {"logged", "run_small_study"}
+SLOW_FIXTURES = {"logged", "run_small_study", "searched"}
 """A test that uses one of these is slow; others say so by ``pytest.mark.slow``."""
 
 

@@ -68,7 +68,9 @@ def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_sam
         dop.Profile.load(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["fastv", "cls_attention", "gsop", "short_lvlm"])
+@pytest.mark.parametrize(
+    "method", ["fastv", "cls_attention", pytest.param("gsop", marks=pytest.mark.slow), "short_lvlm"]
+)
 def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, few_samples, teacher, method):
     from dop_search.baselines import FitContext, baseline
     from dop_search.models.prompts import model_inputs

@@ -136,18 +136,6 @@ def _wide_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return keys
 
 
-def tower_flops(view: TowerView, tokens: Sequence[tuple[int, int]]) -> int:
-    """FLOPs of the encoder layers on one image (1 MAC = 2 FLOPs; norms and the patch embedding left out).
-
-    Args:
-        view: the tower.
-        tokens: per layer the patches in attention and in the MLP (see ``Selector.tower_tokens``); layers after these
-            run on as many patches as the last one's MLP.
-    """
-    padded = [*tokens, *[(tokens[-1][1], tokens[-1][1])] * (len(view.layers) - len(tokens))]
-    return sum(attention_flops(view, patches_in) + mlp_flops(view, patches_out) for patches_in, patches_out in padded)
-
-
 def attention_flops(view: TowerView, num_patches: int) -> int:
     """FLOPs of the attention of one of the tower's layers on one image."""
     count = num_patches + view.num_extra

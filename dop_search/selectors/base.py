@@ -176,18 +176,13 @@ class Selector(ABC):
         """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out."""
         return 0
 
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """Patches of one image in each layer of the tower that feeds the projector: (attention, MLP).
+    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
+        """The fewest tokens that it can leave.
 
         Args:
-            num_visual: patches without the selector.
-            num_kept: tokens kept.
+            num_visual: patches of one image without the selector.
             num_layers: layers of the tower up to the one that feeds the projector.
         """
-        return ((num_visual, num_visual),) * num_layers
-
-    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
-        """The fewest tokens that it can leave; arguments as in :meth:`tower_tokens`."""
         return 1
 
     @classmethod

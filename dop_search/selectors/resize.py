@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ResizeSelector(Selector):
     """The image is scaled down to ``a × b ≤ T`` patches, and the tower sees nothing else (VTC-Bench's control).
 
-    The tower runs on the small image with interpolated position embeddings, so it gets cheaper too
-    (``tower_tokens``). The token nearest to the middle of each small patch carries its feature into the decoder.
+    The tower runs on the small image with interpolated position embeddings, so it gets cheaper too.
+    The token nearest to the middle of each small patch carries its feature into the decoder.
 
     The grid is the largest one within a factor of two of the image's aspect; where ``a·b < T``, the remaining kept
     tokens repeat features of their patch, so that the cost is that of ``T`` tokens. Bicubic with anti-aliasing, on the
@@ -51,12 +51,6 @@ class ResizeSelector(Selector):
     def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
         """See base class."""
         return ResizePatch(tower, grid, smaller_grid(*grid, num_kept))
-
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """See base class."""
-        side = int(num_visual**0.5 + 0.5)
-        a, b = smaller_grid(side, side, num_kept)
-        return ((a * b, a * b),) * num_layers
 
 
 class ResizePatch(TowerPatch):

@@ -55,14 +55,6 @@ class ToMeSelector(Selector):
         schedule = merge_schedule(grid[0] * grid[1], num_kept, tower.feature_layer + 1)
         return ToMePatch(tower, schedule, self.proportional_attention)
 
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """See base class."""
-        result, count = [], num_visual
-        for merged in merge_schedule(num_visual, num_kept, num_layers):
-            result.append((count, count - merged))
-            count -= merged
-        return tuple(result)
-
     def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
         """See base class: each layer at most halves the patches."""
         for _ in range(num_layers):

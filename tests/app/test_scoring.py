@@ -185,7 +185,6 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     return path, run(config, path / "out", SilentProgress())
 
 
-@pytest.mark.slow
 def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:
     path, record = searched
     data = json.loads((path / "out" / RECORD_FILE).read_text())["results"][0]
@@ -201,7 +200,6 @@ def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:
     assert "What is left on the benchmarks" in (path / "out" / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_the_sample_ids_lie_beside_the_record(searched: tuple[Path, Record]) -> None:
     path, record = searched
     saved = json.loads((path / "out" / SAMPLES_FILE).read_text())

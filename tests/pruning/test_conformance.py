@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 from transformers import PreTrainedModel
 
 from dop_search.models import FAMILIES
@@ -30,6 +31,7 @@ class TestLlava(Family):
     max_examples = 15
 
 
+@pytest.mark.slow
 class TestLlavaNext(Family):
     """Any-resolution tiles and newline tokens."""
 
@@ -37,6 +39,7 @@ class TestLlavaNext(Family):
     model_type = "llava_next"
 
 
+@pytest.mark.slow
 class TestLlavaOnevision(Family):
     """SigLIP tower, Qwen2 decoder."""
 
@@ -44,6 +47,7 @@ class TestLlavaOnevision(Family):
     model_type = "llava_onevision"
 
 
+@pytest.mark.slow
 class TestQwen2VL(Family):
     """Multimodal RoPE, dynamic resolution."""
 

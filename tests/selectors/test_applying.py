@@ -132,6 +132,7 @@ def one_token_answers(few_samples):
     return dop.validation_set("pocket", num_samples=2, seed=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOOSING_AGAIN)
 def test_engine_chooses_again_for_every_number_of_tokens(name, pocket, one_token_answers, tmp_path, monkeypatch):
     """Scores equal plain forwards at several counts in one call; a teacher from disk gives the same scores."""

@@ -1,5 +1,6 @@
 """What a vision tower shows, and the two selectors that change what it computes, on the bundled model's tower."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
 from dop_search.models import adapter_for
-from dop_search.models.capture import TOWER_FIELDS, capture_field, tower_flops
+from dop_search.models.capture import TOWER_FIELDS, attention_flops, capture_field, mlp_flops
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 from dop_search.selectors.grid_cells import grid_cells
@@ -149,9 +150,12 @@ def test_tower_flops_are_what_a_counter_measures(pocket, pixels, name, num_kept)
         reduced = measured()
     finally:
         patch.restore()
-    tokens = len(view.layers)
-    assert full == tower_flops(view, make_selector("random").tower_tokens(256, num_kept, tokens))
-    expected = tower_flops(view, selector.tower_tokens(256, num_kept, tokens))
+    depth = len(view.layers)
+    merged = merge_schedule(256, num_kept, depth) if name == "tome" else (0,) * depth
+    counts = np.cumsum([256 if name == "tome" else num_kept, *np.negative(merged)]).tolist()  # before each layer
+    assert counts[-1] == num_kept
+    assert full == depth * (attention_flops(view, 256) + mlp_flops(view, 256))
+    expected = sum(attention_flops(view, n) + mlp_flops(view, m) for n, m in itertools.pairwise(counts))
     matching = 0 if name == "resize" else reduced - expected  # ToMe's own similarities
     assert reduced - matching == expected
     assert 0 <= matching <= 0.05 * full
