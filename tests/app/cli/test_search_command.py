@@ -57,7 +57,7 @@ def test_a_run_prints_the_table_and_where_everything_is(
     assert run_dir == tmp_path / "here"
     assert (run_dir / RECORD_FILE).exists()
     output = capsys.readouterr().out
-    assert "KL held-out" in output
+    assert "held-out" in output
     assert "0.0317" in output
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}" in output
     assert "here/report.html" in output
