@@ -49,3 +49,17 @@ def teacher(pocket, few_samples):
     from dop_search.selectors import make_selector
 
     return make_teacher(pocket, few_samples, make_selector("cls_attention"), max_new_tokens=6, batch_size=4)
+
+
+@pytest.fixture
+def run_small_study(tmp_path):
+    """``run_small_study(name, *overrides)``: the content of ``tmp_path/out/result.json``."""
+    from support.small_studies import study_config
+
+    from dop_search.app.study_run import run_study
+    from dop_search.utils.progress import SilentProgress
+
+    def run(name, *overrides):
+        return run_study(study_config(name, tmp_path, *overrides), SilentProgress()).data
+
+    return run

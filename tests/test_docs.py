@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dop_search.app.config import parse_as
 from dop_search.app.config.schema import EvalRunConfig, SearchConfig
-from dop_search.search import Problem, Solution, additive_exact, solve
+from dop_search.search import SOLVERS, Problem, Solution, additive_exact, solve
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
 from dop_search.utils.conf import CONFIG_NAME, config_dir
@@ -61,7 +61,8 @@ def test_the_sample_solver_runs_as_the_pipeline_calls_it(monkeypatch: pytest.Mon
         return additive_exact(problem, budget)
 
     solvers = {"random_search": sample["random_search"], "silent": silent}
-    monkeypatch.setattr("dop_search.search.registry.SOLVERS", solvers)
+    for name, solver in solvers.items():
+        monkeypatch.setitem(SOLVERS, name, solver)
     heard: list[tuple[int, int, str]] = []
     for name in solvers:
         found = solve(name, sample["problem"], sample["budget"], seed=1, on_progress=lambda *step: heard.append(step))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import uuid
 from dataclasses import asdict, replace
@@ -15,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dop_search.app.config import SearchConfig
-from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig
+from dop_search.app.config.solvers import SearchPlace
 from dop_search.app.provenance import model_info, provenance
 from dop_search.app.record import (
     CURVES_FILE,
@@ -41,14 +39,9 @@ from dop_search.evaluation.timing.timing import Clock
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.search import (
-    Criterion,
     MeasuredSolution,
     Problem,
-    Solution,
-    best_first,
     pareto_front,
-    rerank_all,
-    solve,
     uniform_assignment,
 )
 from dop_search.selectors import make_selector
@@ -236,38 +229,14 @@ def _candidates(
     bench: Workbench, profile: MeasuredProfile, problem: Problem, budget: Budget, notify: Notify
 ) -> list[MeasuredSolution]:
     """The solver's solution and what it was compared with, the best first."""
-    search = bench.config.search
-    options = search.model_dump(exclude={"solver", "num_rerank", "criterion", "study_name"})
-    if isinstance(search, AdditiveExactConfig):
-        return rerank_all(problem, budget, search.num_rerank, criterion=search.criterion, on_progress=notify)
-    if isinstance(search, AdditiveOptunaConfig):
-        found = solve("additive_optuna", problem, budget, on_progress=notify, **options)
-        ranked = rerank_all(problem, budget, search.num_rerank, criterion=search.criterion, on_progress=notify)
-        return _with_exact(problem, found, ranked, search.criterion)
-    if isinstance(search, ExactOptunaConfig):
-        name = search.study_name or _study_name(bench, profile, search)
-        storage = bench.config.storage or str(bench.cache / f"study-{name}.journal")
-        options |= {"storage": storage, "study_name": f"{name}-{budget.name}-{budget.value:g}"}
-    found = solve(search.solver, problem, budget, on_progress=notify, **options)
-    return _with_exact(problem, found, [], "kl")
-
-
-def _study_name(bench: Workbench, profile: MeasuredProfile, search: ExactOptunaConfig) -> str:
-    """A name of its own for everything that makes a study another one; more trials continue a study."""
-    config = search.model_dump(exclude={"num_trials", "study_name"})
-    others = [config, profile.space.shares, bench.config.data.averaging]
-    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{profile.facts['teacher']}-{profile.space.name}-{search.sampler}-{digest}"
-
-
-def _with_exact(
-    problem: Problem, found: Solution, others: list[MeasuredSolution], criterion: Criterion
-) -> list[MeasuredSolution]:
-    """Give a solver's solution its exact KL, and sort it among ``others``."""
-    (row,) = problem.need_store("pipeline").evaluate([found.strategy])
-    runs = found.num_validation_runs + (others[0].num_validation_runs if others else 0)
-    ranked = best_first([found.measured(row), *others], criterion)
-    return [replace(item, num_validation_runs=runs) for item in ranked]
+    place = SearchPlace(
+        teacher=str(profile.facts["teacher"]),
+        shares=profile.space.shares,
+        averaging=bench.config.data.averaging,
+        storage=bench.config.storage,
+        cache_dir=bench.cache,
+    )
+    return bench.config.search.candidates(problem, budget, place, notify)
 
 
 def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import yaml
 from dop_search.data.sources import Origin, origin
 from dop_search.utils.errors import DataError
 from dop_search.utils.extras import check_extras
+from dop_search.utils.registry import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,9 +50,8 @@ def task_file(task: str) -> Path:
         return path
     known = _task_files()
     if task not in known:
-        near = difflib.get_close_matches(task, known, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise DataError(f"lmms-eval has no task {task!r}{hint} (a group of tasks cannot be a source)")
+        near = did_you_mean(task, known, count=3)
+        raise DataError(f"lmms-eval has no task {task!r}; {near}a group of tasks cannot be a source")
     return known[task]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ import yaml
 from dop_search.evaluation.aggregates import make_aggregate
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import unknown
 
 __all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
 
@@ -120,10 +120,7 @@ def suite_fields(name_or_path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = config_dir() / "eval" / f"{name_or_path}.yaml"
         if str(name_or_path) not in suite_names():
-            raise ConfigError(
-                f"unknown suite {str(name_or_path)!r}; there are {', '.join(suite_names())}"
-                f"{_near(str(name_or_path), suite_names())}"
-            )
+            raise ConfigError(unknown("suite", str(name_or_path), suite_names()))
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -147,7 +144,7 @@ def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any] | Benchma
     known = {field.name for field in dataclasses.fields(Suite)}
     for field in fields:
         if field not in known:
-            raise ConfigError(f"suite {name!r}: unknown key {field!r}{_near(field, known)}; keys: {sorted(known)}")
+            raise ConfigError(f"suite {name!r}: {unknown('key', field, sorted(known))}")
     return Suite(name, find_benchmarks(benchmarks), **fields)
 
 
@@ -178,9 +175,7 @@ def _catalogue() -> dict[str, Benchmark]:
 def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
     if isinstance(item, str):
         if item not in _catalogue():
-            raise ConfigError(
-                f"unknown benchmark {item!r}{_near(item, _catalogue())}; there are {', '.join(_catalogue())}"
-            )
+            raise ConfigError(unknown("benchmark", item, _catalogue()))
         return _catalogue()[item]
     fields = dict(item)
     return _parse(str(fields.pop("name", "")), fields)
@@ -209,8 +204,3 @@ def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
             f"{list(benchmark.keys)}"
         )
     return benchmark
-
-
-def _near(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""

@@ -9,16 +9,21 @@ from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.utils.errors import UnsupportedModelError
+from dop_search.utils.registry import Registry, did_you_mean
 
-FAMILIES: dict[str, str] = {
-    "llava": "dop_search.models.llava:LlavaAdapter",
-    "llava_next": "dop_search.models.llava_next:LlavaNextAdapter",
-    "llava_onevision": "dop_search.models.llava_onevision:LlavaOnevisionAdapter",
-    "qwen2_vl": "dop_search.models.qwen2_vl:Qwen2VLAdapter",
-    "qwen2_5_vl": "dop_search.models.qwen2_5_vl:Qwen2_5VLAdapter",
-    "qwen3_vl": "dop_search.models.qwen3_vl:Qwen3VLAdapter",
-    "internvl": "dop_search.models.internvl:InternVLAdapter",
-}
+FAMILIES = Registry(
+    "model type",
+    {
+        "llava": "dop_search.models.llava:LlavaAdapter",
+        "llava_next": "dop_search.models.llava_next:LlavaNextAdapter",
+        "llava_onevision": "dop_search.models.llava_onevision:LlavaOnevisionAdapter",
+        "qwen2_vl": "dop_search.models.qwen2_vl:Qwen2VLAdapter",
+        "qwen2_5_vl": "dop_search.models.qwen2_5_vl:Qwen2_5VLAdapter",
+        "qwen3_vl": "dop_search.models.qwen3_vl:Qwen3VLAdapter",
+        "internvl": "dop_search.models.internvl:InternVLAdapter",
+    },
+    UnsupportedModelError,
+)
 """``model_type`` of the configuration → adapter class. An entry needs a class in tests/pruning/test_conformance.py."""
 
 
@@ -29,8 +34,9 @@ def check_model_type(model_type: str | None, name: str) -> None:
         UnsupportedModelError: listing the supported families.
     """
     if model_type not in FAMILIES:
+        near = did_you_mean(str(model_type), FAMILIES)
         raise UnsupportedModelError(
-            f"no adapter for {name} (model_type {model_type!r}); supported model types: "
+            f"no adapter for {name} (model_type {model_type!r}); {near}supported model types: "
             f"{', '.join(sorted(FAMILIES))}. A new family is one subclass of ModelAdapter: "
             'see "Add a model family" in dop_search/models/README.md'
         )

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from optuna.trial import Trial, TrialState
 from dop_search.search.sharing import Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
 from dop_search.utils.errors import CacheError, ConfigError
+from dop_search.utils.registry import unknown
 
 _SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -261,6 +261,4 @@ def _quiet() -> Iterator[None]:
 
 def _check(name: str, known: tuple[str, ...], what: str) -> None:
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown {what} {name!r}; {hint}known: {list(known)}")
+        raise ConfigError(unknown(what, name, known))

@@ -72,6 +72,22 @@ def best_first(
     return [solutions[index] for index in order]
 
 
+def with_exact(
+    problem: Problem,
+    found: Solution,
+    others: Sequence[MeasuredSolution] = (),
+    criterion: Criterion = DEFAULT_CRITERION,
+) -> list[MeasuredSolution]:
+    """A solver's solution with its exact KL, sorted among ``others``, the best first.
+
+    ``num_validation_runs`` of each is that of all.
+    """
+    (row,) = problem.need_store(found.solver).evaluate([found.strategy])
+    runs = found.num_validation_runs + (others[0].num_validation_runs if others else 0)
+    ranked = best_first([found.measured(row), *others], criterion)
+    return [replace(item, num_validation_runs=runs) for item in ranked]
+
+
 def rerank(
     problem: Problem,
     budget: Budget,

@@ -15,7 +15,7 @@ from dop_search.search.surrogate import Surrogate
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.budget import Budget
 from dop_search.strategy.cost.model import CostModel
-from dop_search.utils.errors import ConfigError
+from dop_search.utils.errors import BudgetError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,20 @@ def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | Non
     ``None`` if not even the smallest number of the space fits.
     """
     return fill_tokens(problem, budget)
+
+
+def uniform_strategy(problem: Problem, budget: Budget) -> Strategy:
+    """Uniform token reduction as a strategy.
+
+    Raises:
+        BudgetError: if not even the smallest number of visual tokens fits.
+    """
+    assignment = uniform_assignment(problem, budget)
+    if assignment is None:
+        raise BudgetError(
+            f"not even one visual token that runs every layer fits into {budget.name}={budget.value:g}; allow more"
+        )
+    return problem.space.strategy(assignment)
 
 
 def as_assignment(space: Space, indices: np.ndarray[Any, Any]) -> dict[str, int]:

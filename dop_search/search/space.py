@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenGroup, group_sizes
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import unknown
 
 Role = Literal["attention", "q", "kv", "mlp", "tokens"]
 Assignment = Mapping[str, int]
@@ -147,9 +147,7 @@ class Space:
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
-        near = get_close_matches(name, self.names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"space {self.name!r} has no parameter {name!r}; {hint}it has {list(self.names)}")
+        raise ConfigError(f"space {self.name!r}: {unknown('parameter', name, self.names)}")
 
     def find(self, role: Role, group: int) -> Parameter | None:
         """The parameter of a module of a group, or ``None`` if that module is always full."""

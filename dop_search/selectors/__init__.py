@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,29 +22,29 @@ from dop_search.selectors.uniform_grid import UniformGridSelector
 from dop_search.selectors.visionzip import VisionZipSelector
 from dop_search.selectors.vispruner import VisPrunerSelector
 from dop_search.utils.errors import DopError
+from dop_search.utils.registry import Registry
 
-SELECTORS: dict[str, type[Selector]] = {
-    selector.name: selector
-    for selector in (
-        AvgPoolSelector,
-        CdprunerLlmSelector,
-        CdprunerSelector,
-        ClsAttentionSelector,
-        DivPruneSelector,
-        HiredSelector,
-        HoloVSelector,
-        PruMergePlusSelector,
-        RandomSelector,
-        ReceivedAttentionSelector,
-        ResizeSelector,
-        ToMeSelector,
-        TrimLlmSelector,
-        TrimSelector,
-        UniformGridSelector,
-        VisPrunerSelector,
-        VisionZipSelector,
-    )
-}
+_SELECTORS: tuple[type[Selector], ...] = (
+    AvgPoolSelector,
+    CdprunerLlmSelector,
+    CdprunerSelector,
+    ClsAttentionSelector,
+    DivPruneSelector,
+    HiredSelector,
+    HoloVSelector,
+    PruMergePlusSelector,
+    RandomSelector,
+    ReceivedAttentionSelector,
+    ResizeSelector,
+    ToMeSelector,
+    TrimLlmSelector,
+    TrimSelector,
+    UniformGridSelector,
+    VisPrunerSelector,
+    VisionZipSelector,
+)
+SELECTORS = Registry("selector", {selector.name: selector for selector in _SELECTORS}, DopError)
+"""By name; a module of one's own adds to it, ``SELECTORS["mine"] = Mine``."""
 
 
 def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
@@ -54,15 +53,12 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     Raises:
         DopError: on an unknown name or option, with near names.
     """
-    if name not in SELECTORS:
-        near = difflib.get_close_matches(name, SELECTORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DopError(f"unknown selector {name!r}; there are {', '.join(sorted(SELECTORS))}.{hint}")
-    known = SELECTORS[name].option_names()
+    selector = SELECTORS.find(name)
+    known = selector.option_names()
     unknown = [option for option in options or {} if option not in known]
     if unknown:
         raise DopError(f"selector {name!r} has no option {unknown}; it has {list(known)}")
-    return SELECTORS[name](**(options or {}))
+    return selector(**(options or {}))
 
 
 __all__ = ["SELECTORS", "Selection", "SelectionSizes", "Selector", "SelectorInputs", "make_selector"]

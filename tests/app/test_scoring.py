@@ -122,7 +122,7 @@ def test_a_suite_with_overrides_by_name_and_by_benchmarks() -> None:
     assert (by_name.limit, by_name.source, len(by_name.benchmarks)) == (4, "rendered", 13)
     few = given(name="pocket13", source="rendered", benchmarks=["gqa", "mme"], limit=2)
     assert [item.name for item in few.benchmarks] == ["gqa", "mme"]
-    with pytest.raises(ValueError, match=r"'poket13'.*Did you mean 'pocket13'"):
+    with pytest.raises(ValueError, match=r"'poket13'.*did you mean 'pocket13'"):
         given(name="poket13")
     with pytest.raises(ValueError, match="runs no benchmarks"):
         given(name="none", benchmarks=["gqa"])

@@ -257,7 +257,7 @@ def own_file(path, num_lines, answer=True):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*Did you mean 'cls_attention'"),
+        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*did you mean 'cls_attention'"),
         ({"selector": {"name": "random", "options": {"sed": 1}}}, r"no option \['sed'\]"),
         ({"data": {"name": "poket"}}, "unknown validation set 'poket'"),
         ({"data": {"name": "jsonl", "path": "absent.jsonl"}}, "no validation file at 'absent.jsonl'"),

@@ -83,7 +83,7 @@ def test_bad_scores_are_refused():
         _score("mean", [])
     with pytest.raises(DopError, match="needs 2 keys per sample"):
         _score("mme", [1, 1])
-    with pytest.raises(DopError, match=r"Did you mean 'circular'"):
+    with pytest.raises(DopError, match=r"did you mean 'circular'"):
         make_aggregate("circulr")
 
 

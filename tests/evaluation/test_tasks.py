@@ -202,11 +202,11 @@ def test_a_judge_needs_its_key(monkeypatch):
 
 
 def test_suites_refuse_what_they_do_not_know():
-    with pytest.raises(ConfigError, match=r"unknown suite 'pocket12'.*Did you mean 'pocket13'"):
+    with pytest.raises(ConfigError, match=r"unknown suite 'pocket12'.*did you mean 'pocket13'"):
         load_suite("pocket12")
-    with pytest.raises(ConfigError, match=r"unknown benchmark 'gqu'.*Did you mean 'gqa'"):
+    with pytest.raises(ConfigError, match=r"unknown benchmark 'gqu'.*did you mean 'gqa'"):
         make_suite("s", ["gqu"])
-    with pytest.raises(ConfigError, match=r"unknown key 'limt'.*Did you mean 'limit'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'limt'.*did you mean 'limit'"):
         make_suite("s", ["gqa"], limt=3)
     with pytest.raises(ConfigError, match=r"`limit >= 1` must hold, but got \(limit=0\)"):
         make_suite("s", ["gqa"], limit=0)

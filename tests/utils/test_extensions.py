@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from support.command_line import exit_status
 
-from dop_search.app import study as registry
+from dop_search.app import study_run
 from dop_search.app.cli.bench import main as bench
 from dop_search.app.cli.evaluate import main as evaluate
 from dop_search.app.cli.search import main as search
@@ -81,19 +81,19 @@ def test_a_search_with_a_selector_of_ones_own(module: str, tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_a_helper_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
+def test_a_worker_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
     """Spawned as ``study.workers=2`` does, it knows nothing of what its parent has imported."""
     places = (f"study.folder={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "num_threads=1")
     options = (
         "study.options.names=[feature_norm]",
-        "++study.options.space=dop",
+        "study.options.space=dop",
         "study.options.num_candidates=1",
         "data.num_test=0",
         "budget=0.3",
     )
     chosen = config("experiment=selectors", *TINY[2:-2], *options, *places, f"imports={module}", "tracking=none")
     assert chosen.imports == (module,)
-    process = multiprocessing.get_context("spawn").Process(target=registry._help, args=(chosen,))
+    process = multiprocessing.get_context("spawn").Process(target=study_run._work, args=(chosen,))
     process.start()
     process.join()
     assert process.exitcode == 0

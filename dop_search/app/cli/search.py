@@ -55,13 +55,15 @@ def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
     Raises:
         DopError: for anything the user can fix.
     """
-    from dop_search.app.report.studies import study_table
-    from dop_search.app.study import run_study
+    from dop_search.app.study_run import run_study
     from dop_search.app.tracking.connection import ui_command
 
-    table = study_table(run_study(config, default_progress()))
-    folder = os.path.relpath(study.folder)
-    print_end([] if table is None else [table], [f"Rows, figures: {folder}"], ui_command(config.tracking))
+    done = run_study(config, default_progress())
+    lines = [f"Rows, figures: {os.path.relpath(done.folder)}"]
+    if done.num_published:
+        rows = f"{done.num_published} of {len(done.data['rows'])} rows are the published ones"
+        lines.append(f"{rows}; `study.published=null study.folder=NEW` measures them again")
+    print_end([] if done.table is None else [done.table], lines, ui_command(config.tracking))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,21 @@ def reference() -> str:
     search, evaluation = SearchConfig.model_json_schema(), EvalRunConfig.model_json_schema()
     lines = [_INTRODUCTION, "## Options of the groups", "", *_groups(config_dir())]
     lines += ["## Keys of `dop-search`", "", *_section("", search, search["$defs"])]
+    lines += ["## Options of the studies", "", *_studies()]
     lines += ["## Keys of `dop-eval`", "", *_table(evaluation, "see above")]
     return "\n".join(lines)
+
+
+def _studies() -> Iterator[str]:
+    """The question and the options of every study of the repository."""
+    from dop_search.app.study import find_study, study_names  # not before it is needed: imports torch
+
+    yield "`study.options` of each study in `experiments/`; its file in `conf/experiment/` sets all of them."
+    yield ""
+    for name in study_names():
+        study = find_study(name)
+        yield from (f"### `study.options` (study.name={name})", "", study.question, "")
+        yield from _table(study.model_json_schema())
 
 
 def _groups(folder: Path) -> Iterator[str]:
@@ -91,7 +104,9 @@ def _section(path: str, schema: Schema, defs: Schema) -> Iterator[str]:
         inner += "[]" if "items" in field else ""
         for section in mentioned:
             tag = [f"{key}={value['const']}" for key, value in section["properties"].items() if "const" in value]
-            yield from _section(inner + (f" ({tag[0]})" if len(mentioned) > 1 else ""), section, defs)
+            yield from _section(
+                inner + (f" ({tag[0] if tag else 'any other'})" if len(mentioned) > 1 else ""), section, defs
+            )
 
 
 def _table(schema: Schema, section: str = "see below") -> Iterator[str]:

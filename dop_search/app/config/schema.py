@@ -180,16 +180,25 @@ class TrackingConfig(Section):
 
 
 class StudyConfig(Section):
-    """A study instead of one search: a table of rows, see ``dop_search.studies``."""
+    """A study instead of one search: a table of rows, see ``experiments/README.md``."""
 
     name: str = Field(min_length=1)
     """``compare``, ``additive_vs_exact``, …: the files in ``conf/experiment`` that set it are the way to choose one."""
-    folder: str = Field(default="outputs/studies", min_length=1)
-    """Where ``result.json`` and the figures are; rows that are there are not measured again."""
+    folder: str | None = None
+    """Where ``result.json`` and the figures are written; rows that are there are not measured again. ``null``:
+    ``outputs/NAME``."""
+    published: str | None = None
+    """A folder of the repository, or any other, with a result to begin a new ``folder`` with: its rows are not measured
+    again where model, samples and options are the same. ``null``: every row is measured."""
     workers: PositiveInt = 1
     """Processes that share the rows; with more than one, each computes on ``num_threads`` threads, or on one."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the study can be told besides, e.g. which methods to compare."""
+    """The study's own options, see the studies below."""
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self.folder or f"outputs/{self.name}"
 
 
 class SearchConfig(Section):
@@ -226,8 +235,8 @@ class SearchConfig(Section):
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""
     imports: Imports = ()
-    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families or methods;
-    imported before anything is looked up by name."""
+    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families, methods,
+    solvers or studies; imported before anything is looked up by name."""
 
     @field_validator("budget", mode="before")
     @classmethod

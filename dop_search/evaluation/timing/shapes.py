@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import Registry
 
 Inputs = dict[str, Tensor]
 IMAGE_TOKEN_ID = 31
@@ -184,73 +184,69 @@ _CLIP_L: dict[str, Any] = {
 _STUB: dict[str, Any] = {**_CLIP_L, "vision_layers": 2, "vision_hidden": 32, "vision_heads": 2, "vision_mlp": 32}
 _NEXT = "five tiles of 576 tokens, the 2,880 of the literature, as five images"
 
-SHAPES: Mapping[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        Shape("llava_1_5_7b", **_LLAMA_7B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-7B"),
-        Shape("llava_1_5_13b", **_LLAMA_13B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-13B"),
-        Shape("llava_next_7b", **_LLAMA_7B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-7B, {_NEXT}"),
-        Shape(
-            "llava_next_13b", **_LLAMA_13B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-13B, {_NEXT}"
-        ),
-        Shape(
-            "qwen2_5_vl_7b",
-            **_QWEN2_7B,
-            vision_layers=32,
-            vision_hidden=1280,
-            vision_heads=16,
-            vision_mlp=3420,
-            image_size=1008,
-            patch_size=14,
-            num_images=1,
-            num_visual=1296,
-            config=_qwen2_5_vl,
-            pixels=_qwen_pixels,
-            source="Qwen2.5-VL-7B, one image of 1008 x 1008 pixels",
-        ),
-        Shape(
-            "internvl3_8b",
-            **_QWEN2_7B,
-            vision_layers=24,
-            vision_hidden=1024,
-            vision_heads=16,
-            vision_mlp=4096,
-            image_size=448,
-            patch_size=14,
-            num_images=5,
-            num_visual=1280,
-            config=_internvl,
-            pixels=_llava_pixels,
-            source="InternVL3-8B, five tiles",
-        ),
-        Shape(
-            "small",
-            layers=8,
-            hidden=1024,
-            mlp=2752,
-            heads=8,
-            kv_heads=8,
-            vocabulary=32064,
-            num_images=5,
-            num_visual=2880,
-            **_STUB,
-            source="a Llama decoder of 8 layers x 1024 that a CPU can run; the vision tower is a stub",
-        ),
-        Shape(
-            "tiny",
-            layers=4,
-            hidden=64,
-            mlp=160,
-            heads=4,
-            kv_heads=4,
-            vocabulary=256,
-            num_images=2,
-            num_visual=200,
-            **{**_STUB, "image_size": 140},
-            source="made up, to try the command in seconds",
-        ),
-    )
-}
+_SHAPES = (
+    Shape("llava_1_5_7b", **_LLAMA_7B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-7B"),
+    Shape("llava_1_5_13b", **_LLAMA_13B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-13B"),
+    Shape("llava_next_7b", **_LLAMA_7B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-7B, {_NEXT}"),
+    Shape("llava_next_13b", **_LLAMA_13B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-13B, {_NEXT}"),
+    Shape(
+        "qwen2_5_vl_7b",
+        **_QWEN2_7B,
+        vision_layers=32,
+        vision_hidden=1280,
+        vision_heads=16,
+        vision_mlp=3420,
+        image_size=1008,
+        patch_size=14,
+        num_images=1,
+        num_visual=1296,
+        config=_qwen2_5_vl,
+        pixels=_qwen_pixels,
+        source="Qwen2.5-VL-7B, one image of 1008 x 1008 pixels",
+    ),
+    Shape(
+        "internvl3_8b",
+        **_QWEN2_7B,
+        vision_layers=24,
+        vision_hidden=1024,
+        vision_heads=16,
+        vision_mlp=4096,
+        image_size=448,
+        patch_size=14,
+        num_images=5,
+        num_visual=1280,
+        config=_internvl,
+        pixels=_llava_pixels,
+        source="InternVL3-8B, five tiles",
+    ),
+    Shape(
+        "small",
+        layers=8,
+        hidden=1024,
+        mlp=2752,
+        heads=8,
+        kv_heads=8,
+        vocabulary=32064,
+        num_images=5,
+        num_visual=2880,
+        **_STUB,
+        source="a Llama decoder of 8 layers x 1024 that a CPU can run; the vision tower is a stub",
+    ),
+    Shape(
+        "tiny",
+        layers=4,
+        hidden=64,
+        mlp=160,
+        heads=4,
+        kv_heads=4,
+        vocabulary=256,
+        num_images=2,
+        num_visual=200,
+        **{**_STUB, "image_size": 140},
+        source="made up, to try the command in seconds",
+    ),
+)
+SHAPES = Registry("shape", {shape.name: shape for shape in _SHAPES})
 """What ``--shape`` can be."""
 
 
@@ -260,11 +256,7 @@ def shape_named(name: str) -> Shape:
     Raises:
         ConfigError: if there is none of that name; names a near one.
     """
-    if name not in SHAPES:
-        near = get_close_matches(name, SHAPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown shape {name!r}; {hint}there are {', '.join(SHAPES)}")
-    return SHAPES[name]
+    return SHAPES.find(name)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:

@@ -24,6 +24,7 @@ from dop_search.utils.errors import ConfigError
 
 GROUPS = ("model", "data", "selector", "space", "search", "eval", "tracking")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+NEEDED = {"data=jsonl": ("data.path=mine.jsonl",), "search=own": ("search.solver=rerank",)}
 EXPERIMENTS = sorted((config_dir() / "experiment").glob("*.yaml"))
 
 
@@ -56,7 +57,7 @@ def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_option_composes_and_round_trips(choice: str) -> None:
-    config = composed(choice, *(["data.path=mine.jsonl"] if choice == "data=jsonl" else []))
+    config = composed(choice, *NEEDED.get(choice, ()))
     assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
 
 
@@ -105,8 +106,8 @@ def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[obj
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (config_dir() / "search").glob("*.yaml")))
 def test_the_quick_experiment_takes_every_solver(option: str) -> None:
-    chosen = composed("experiment=smoke", f"search={option}")
-    assert chosen.search == composed(f"search={option}").search
+    given = [f"search={option}", *NEEDED.get(f"search={option}", ())]
+    assert composed("experiment=smoke", *given).search == composed(*given).search
 
 
 def test_a_storage_is_a_file_or_a_url_without_a_password() -> None:
@@ -143,7 +144,7 @@ def test_all_errors_come_at_once_with_their_paths() -> None:
     [
         (["+search.num_rerrank=3"], "search.num_rerrank: unknown key; did you mean 'num_rerank'?"),
         (["+space.zzz=3"], "space.zzz: unknown key; the keys are name, shares,"),
-        (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, additive_optuna"),
+        (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, rerank, additive_optuna"),
         (["+search.num_trials=5"], "search.num_trials: unknown key"),  # of another solver
         (["budget=[0.5,-1]"], "budget[1]: `0 < flops_ratio <= 1` must hold, but got (flops_ratio=-1)"),
         (["budget=0"], "budget: `0 < flops_ratio <= 1` must hold, but got (flops_ratio=0)"),
