@@ -20,7 +20,7 @@ from dop_search import Strategy, __version__
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-UNREACHABLE = ("dns error", "error sending request", "Failed to fetch", "Network is unreachable", "timed out")
+UNREACHABLE = ("dns error", "error sending request", "network was disabled", "timed out")
 COMMANDS = ("dop-search", "dop-eval", "dop-report", "dop-bench")
 SMALL = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0", "num_threads=1"),
