@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from dop_search import Strategy, __version__
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-UNREACHABLE = ("dns error", "error sending request", "Failed to fetch", "Network is unreachable", "timed out")
-COMMANDS = ("dop-search", "dop-eval", "dop-report", "dop-bench")
+UNREACHABLE = ("dns error", "error sending request", "network was disabled", "timed out")
+COMMANDS = tuple(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
 SMALL = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0", "num_threads=1"),
     *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "hydra.run.dir=run"),
@@ -162,6 +163,7 @@ def test_every_command_says_our_version(environment: Callable[[str], Environment
         ("python -m dop_search", "dop-search", "search"),
         ("dop-eval", "dop-eval", "search,eval"),
         ("dop-report outputs", "dop-report", "search"),
+        ("dop-track outputs", "dop-track", "search"),
         ("dop-bench --mlflow sqlite:///mlflow.db", "dop-bench: --mlflow", "search"),
     ],
 )
