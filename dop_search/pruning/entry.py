@@ -26,6 +26,7 @@ class Forward(Attached):
         functools.update_wrapper(self, forward)  # generate() reads the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same forward."""
         if kwargs.get("labels") is not None:
             self._see_labels(kwargs["labels"])
         return self.forward(*args, **kwargs)
@@ -46,6 +47,7 @@ class Prefill(Attached):
         functools.update_wrapper(self, prefill)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same prefill."""
         given = inspect.signature(self.prefill).bind(*args, **kwargs).arguments
         call = self.decoder.call
         try:
