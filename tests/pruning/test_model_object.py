@@ -128,7 +128,7 @@ def test_a_pruned_model_is_not_copied(selector, tmp_path):
     with dop.pruned(model, chosen):
         for part in (model, model.model, model.model.language_model):
             for make in (copy.deepcopy, pickle.dumps, lambda it: torch.save(it, tmp_path / "model.pt")):
-                with pytest.raises(DopError, match="cannot be copied or pickled.*prune the copy"):
+                with pytest.raises(DopError, match=r"cannot be copied or pickled.*prune the copy"):
                     make(part)
         if selector in ("cls_attention", "tome", "resize"):
             with pytest.raises(DopError, match="cannot be copied"):
