@@ -118,7 +118,9 @@ class PackedChunk:
         all), and what is added to visual tokens behind the first layers.
         """
         groups = [
-            assign_groups(visual, self._choice(sample, strategy).order, strategy)
+            assign_groups(
+                visual, self._choice(sample, strategy).order, strategy, sample.encoded.ranked[self.num_past :]
+            )
             for visual, sample in zip(self._visual, self.samples, strict=True)
         ]
         layout, kept = pack(

@@ -45,6 +45,13 @@ class EncodedSample:
         return Choice(self.ranking) if self.chooser is None else self.chooser(num_kept)
 
     @property
+    def ranked(self) -> np.ndarray:
+        """``[length]`` boolean: visual tokens that a strategy decides about, all but one that ends the prompt."""
+        ranked = self.visual.cpu().numpy().copy()
+        ranked[self.prompt_length - 1] = False
+        return ranked
+
+    @property
     def length(self) -> int:
         """Tokens in the decoder."""
         return self.embeds.shape[0]

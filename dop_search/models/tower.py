@@ -140,9 +140,12 @@ class VisionWatch(Attached):
         self._seen.latest_ids = self.adapter.placeholder_ids(input_ids, kwargs.get("inputs_embeds"))
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen = self._seen
-        if not seen.encoded.read:
-            seen.input_ids, seen.encoded.read = seen.latest_ids, True
+        self.read(self._seen.latest_ids)
+
+    def read(self, input_ids: Tensor | None) -> None:
+        """What was encoded since the last time is read with these tokens."""
+        if not self._seen.encoded.read:
+            self._seen.input_ids, self._seen.encoded.read = input_ids, True
 
     def current(self) -> VisionCall:
         """The call whose images the tower encodes right now, or encoded last.
@@ -256,6 +259,10 @@ class TowerCapture(Attached):
         self._tower_runs(module, (output,), {})
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Hand over what was computed since the last time."""
         values, self._local.values = self._local.values, {}
         if values:
             self.receive(self.watch.in_sequence_order(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,16 +57,19 @@ class UncalledModules:
                 )
 
 
-def check_configured_outputs(configs: Iterable[Any]) -> None:
-    """Refuse configurations that ask for the outputs of every layer.
+def check_outputs(configs: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse what asks for the outputs of every layer: arguments of a call, or configurations without an argument.
 
     Raises:
         DopError: naming the setting.
     """
-    for config in configs:
-        for name in OUTPUTS:
-            if getattr(config, name, False):
-                raise DopError(f"`{name}=True` in the {type(config).__name__} {_unavailable('set it to False')}")
+    why = "is not available on a pruned model, whose layers see different tokens"
+    for name in OUTPUTS:
+        if kwargs.get(name):
+            raise DopError(f"`{name}=True` {why}; leave it out")
+        for config in configs:
+            if getattr(config, name, False) and kwargs.get(name) is None:
+                raise DopError(f"`{name}=True` in the {type(config).__name__} {why}; set it to False")
 
 
 def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
@@ -74,9 +78,6 @@ def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
     Raises:
         DopError: naming the argument.
     """
-    for name in OUTPUTS:
-        if kwargs.get(name):
-            raise DopError(f"`{name}=True` {_unavailable('leave it out')}")
     for name in ("deepstack_visual_embeds", "visual_pos_masks"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the decoder was given `{name}`, which this model's adapter does not handle")
@@ -85,7 +86,3 @@ def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
             "a pruned model needs the two-dimensional attention mask of the tokenizer, but got "
             f"{type(attention_mask).__name__} (static caches and custom masks are not supported)"
         )
-
-
-def _unavailable(remedy: str) -> str:
-    return f"is not available on a pruned model, whose layers see different tokens; {remedy}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
-from dop_search.pruning.checks import UncalledModules, check_configured_outputs
+from dop_search.pruning.checks import UncalledModules, check_outputs
 from dop_search.pruning.entry import Forward, Prefill
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
@@ -151,7 +151,7 @@ def prune_(
         handle = PruneHandle()
         if strategy.is_empty and text is None:
             return handle
-        check_configured_outputs([adapter.model.config, adapter.text_config])
+        check_outputs([adapter.model.config, adapter.text_config])
         stages = StagePlan(strategy) if strategy.stages and rankings is None else None
         known = rankings is not None or stages is not None
         selector = None if known else make_selector(strategy.selector, strategy.selector_options)

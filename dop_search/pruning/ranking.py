@@ -110,6 +110,13 @@ class RankingSource(Attached):
     def _capture(self, name: str, values: Tensor) -> None:
         self._local.captured[name] = values
 
+    def read(self, input_ids: Tensor) -> None:
+        """What this thread has encoded belongs to ``input_ids``, of which the decoder is about to get a part."""
+        self.adapter.vision_watch.read(input_ids)
+        for handle in self.handles:
+            if isinstance(handle, TowerCapture):
+                handle.deliver()
+
     def forget(self) -> None:
         """This thread's images have been read, or come from an earlier call: a ranking has to have its own."""
         self._local.captured, self._local.prepared = {}, None

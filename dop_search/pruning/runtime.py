@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
-from dop_search.pruning.checks import UncalledModules, check_arguments
+from dop_search.pruning.checks import UncalledModules, check_arguments, check_outputs
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
 from dop_search.pruning.layout import AttentionPlan, LayoutCache
@@ -89,6 +89,7 @@ class PrunedDecoder(Attached):
     ) -> BaseModelOutputWithPast:
         """Same contract as the decoder's own forward; hidden states at tokens that left and at pads are zero."""
         deepstack = self.adapter.pop_deepstack(kwargs)
+        check_outputs([self.text_model.config], kwargs)
         check_arguments(kwargs, attention_mask)
         self.uncalled.check_hooks()
         seen_ids = self.call.input_ids if input_ids is None else input_ids

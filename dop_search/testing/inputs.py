@@ -22,7 +22,7 @@ from dop_search.utils.errors import UnsupportedModelError
 
 Inputs = dict[str, Tensor]
 
-_LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0}
+_LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 _QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
 _ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
 _INTERNVL_TILES = (2, 1, 2)

@@ -7,8 +7,8 @@ Plain transformers models with hooks. Every module runs on every token; what the
 * MLP: the MLP output of their rows is replaced by zero.
 
 Visual tokens outside the first ``num_visual_tokens`` of the ranking have no operation in any layer. The prompt's last
-token runs every operation, also where it is visual. Positions are the original ones. The strategy is applied as given, not in its canonical form. Shares no code with the runtime, and is no
-faster than the full model: an oracle for tests.
+token runs every operation, also where it is visual. Positions are the original ones. The strategy is applied as given,
+not in its canonical form. Shares no code with the runtime, and is no faster than the full model: an oracle for tests.
 """
 
 from __future__ import annotations

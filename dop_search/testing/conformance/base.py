@@ -86,7 +86,7 @@ class ConformanceBase:
         image_shape: int = 0,
         num_images: int = 1,
     ) -> Inputs:
-        """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be empty."""
+        """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be none."""
         return tiny_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
 
     @pytest.fixture(scope="class")
@@ -141,6 +141,6 @@ def max_difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def max_text_difference(model: PreTrainedModel, inputs: Inputs, logits: Tensor, expected: Tensor) -> float:
-    """:func:`max_difference` over the positions at which logits are defined of ``inputs``; logits are ``[batch, position, vocabulary]``."""
+    """:func:`max_difference` where logits ``[batch, position, vocabulary]`` of a pruned model are defined."""
     text = text_positions(model, inputs)
     return max_difference(logits[text], expected[text])

@@ -115,7 +115,8 @@ class PrefillConformance(ConformanceBase):
         everything = Strategy.full(self.num_layers(model), selector="explicit")
         logits = masked_forward(model, inputs, everything, self.rankings(model, inputs))
         real = inputs["attention_mask"].bool()
-        assert max_difference(logits[real], expected[real]) <= self.tolerance
+        difference = max_difference(logits[real], expected[real])
+        assert difference <= self.tolerance, f"the reference is not this model: logits differ by {difference:.2g}"
 
     @backends
     @prompt_kinds
