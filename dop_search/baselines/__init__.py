@@ -28,6 +28,7 @@ BASELINES: dict[str, Method] = {
             FastV(),
             PyramidDrop(),
             SparseVlm(),
+            SparseVlm("sparsevlm_v2"),
             Dart(),
             FitPrune(),
             Vtw(),

@@ -10,12 +10,19 @@ from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageS
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
-from dop_search.pruning.in_decoder.sparsevlm import SparseVlmSelector
+from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
 
 STAGE_SELECTORS: dict[str, type[StageSelector]] = {
     selector.name: selector
-    for selector in (FastVSelector, PyramidDropSelector, SparseVlmSelector, DartSelector, FitPruneSelector)
+    for selector in (
+        FastVSelector,
+        PyramidDropSelector,
+        SparseVlmSelector,
+        SparseVlm2Selector,
+        DartSelector,
+        FitPruneSelector,
+    )
 }
 
 
