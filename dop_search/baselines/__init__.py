@@ -22,6 +22,7 @@ _PUBLISHED: tuple[Method, ...] = (
     FastV(),
     PyramidDrop(),
     SparseVlm(),
+    SparseVlm("sparsevlm_v2"),
     Dart(),
     FitPrune(),
     Vtw(),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel
 
+from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
 from dop_search.baselines.pricing import Pricing
 from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.profiling import token_counts
@@ -20,9 +21,6 @@ from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
-
-Evaluate = Callable[[Sequence[Strategy]], np.ndarray]
-"""Mean divergence in nats of each strategy (``[num_strategies]``); none of them may have stages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class FitContext:
         dims: sizes of the decoder.
         counts: text and visual tokens of each sample that FLOPs are counted on.
         evaluate: scores strategies on validation samples; only methods that measure need it.
+        evaluate_at_prompt: as ``evaluate``, but the mean KL(pruned ‖ full) at the last token of the prompt, which some
+            methods choose by (:mod:`dop_search.baselines.at_prompt`).
         loaded, teacher: model and validation samples; only methods that look at the model's states need them.
         selector, selector_options: ranking before the decoder, for methods that need one and bring none. ``evaluate``
             must rank by the same.
@@ -42,6 +42,7 @@ class FitContext:
     dims: ModelDims
     counts: tuple[TokenCounts, ...]
     evaluate: Evaluate | None = None
+    evaluate_at_prompt: Evaluate | None = None
     loaded: LoadedModel | None = None
     teacher: Teacher | None = None
     selector: str = "cls_attention"
@@ -71,6 +72,7 @@ class FitContext:
             dims=loaded.adapter.dims,
             counts=token_counts(teacher),
             evaluate=evaluate,
+            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
             loaded=loaded,
             teacher=teacher,
             selector=selector,
@@ -108,6 +110,16 @@ class FitContext:
         if self.evaluate is None:
             raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
         return self.evaluate
+
+    def needs_evaluate_at_prompt(self, method: str) -> Evaluate:
+        """``evaluate_at_prompt``.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.evaluate_at_prompt is None:
+            raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
+        return self.evaluate_at_prompt
 
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
         """Model and teacher.

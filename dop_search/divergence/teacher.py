@@ -71,7 +71,7 @@ def teacher_fingerprint(
         VERSION,
         loaded.fingerprint,
         data.fingerprint,
-        repr(selector),
+        f"{selector!r}, version {selector.version}",
         max_new_tokens,
         answers,
         torch.__version__.split("+")[0],

@@ -15,6 +15,7 @@ from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
 from dop_search.models.loading import LoadedModel
+from dop_search.pruning.versions import ranking_version
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError
 from dop_search.utils.network import hub_is_reachable, offline
@@ -128,7 +129,7 @@ class _Run:
         suite = self.suite
         return fingerprint(
             model,
-            None if self.strategy is None else self.strategy.key(),
+            None if self.strategy is None else [self.strategy.key(), ranking_version(self.strategy)],
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
             {name: os.environ.get(name) for name in JUDGE_SETTINGS} if suite.judge and benchmark.judge else None,

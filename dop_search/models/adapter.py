@@ -244,12 +244,8 @@ class ModelAdapter(ABC):
             of several patches get their mean, tokens made of none (newlines) the mean of their row.
         """
 
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
-        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut.
-
-        Raises:
-            UnsupportedModelError: if images are cut into tiles that this family's adapter cannot tell apart.
-        """
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
+        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut."""
         return [None] * len(num_visual)
 
     def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:

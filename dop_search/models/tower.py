@@ -287,6 +287,12 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return _mean_received(query[:, :, first:], key, attention.scale)[:, first:]
 
 
+def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """As :func:`received_attention`, with a CLS token among those that ask."""
+    query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
+    return _mean_received(query, key, attention.scale)[:, 1 if _has_cls(attention) else 0 :]
+
+
 def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """``[batch, heads, queries, dim]`` and ``[batch, heads, keys, dim]`` to ``[batch, keys]``."""
     total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)

@@ -319,8 +319,6 @@ def check_model(adapter: ModelAdapter, selector: Selector) -> None:
             f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
             "selectors that merge behind the projector are avg_pool and trim_llm"
         )
-    if "tiles" in selector.needs():
-        adapter.token_tiles([])
 
 
 def visual_counts(visual: Tensor) -> list[int]:

@@ -9,18 +9,21 @@ from dop_search.selectors.avg_pool import AvgPoolSelector
 from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
-from dop_search.selectors.divprune import DivPruneSelector
+from dop_search.selectors.divprune import DivPruneSelector, LazyDivPruneSelector
+from dop_search.selectors.hiprune import HiPruneSelector
 from dop_search.selectors.hired import HiredSelector
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.prumerge import PruMergePlusSelector
 from dop_search.selectors.random_order import RandomSelector
 from dop_search.selectors.received_attention import ReceivedAttentionSelector
 from dop_search.selectors.resize import ResizeSelector
+from dop_search.selectors.scope import ScopeSelector
 from dop_search.selectors.tome import ToMeSelector
 from dop_search.selectors.trim import TrimLlmSelector, TrimSelector
 from dop_search.selectors.uniform_grid import UniformGridSelector
 from dop_search.selectors.visionzip import VisionZipSelector
 from dop_search.selectors.vispruner import VisPrunerSelector
+from dop_search.selectors.vscan import VScanSelector
 from dop_search.utils.errors import DopError
 from dop_search.utils.registry import Registry
 
@@ -30,18 +33,22 @@ _SELECTORS: tuple[type[Selector], ...] = (
     CdprunerSelector,
     ClsAttentionSelector,
     DivPruneSelector,
+    LazyDivPruneSelector,
+    HiPruneSelector,
     HiredSelector,
     HoloVSelector,
     PruMergePlusSelector,
     RandomSelector,
     ReceivedAttentionSelector,
     ResizeSelector,
+    ScopeSelector,
     ToMeSelector,
     TrimLlmSelector,
     TrimSelector,
     UniformGridSelector,
     VisPrunerSelector,
     VisionZipSelector,
+    VScanSelector,
 )
 SELECTORS = Registry("selector", {selector.name: selector for selector in _SELECTORS}, DopError)
 """By name; a module of one's own adds to it, ``SELECTORS["mine"] = Mine``."""

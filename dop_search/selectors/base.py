@@ -34,19 +34,23 @@ class SelectorInputs:
         received_attention: ``[n]`` attention that a token receives there (or in the last layer that attends to whole
             images), mean over heads and over the patches that ask.
         first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
+        shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
+        global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
+        middle_global_attention: ``[n]`` the same in layer 9 of 24.
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
         keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
         features: ``[n, width]`` what the projector receives.
         cls_feature: ``[n, width]`` what the projector would receive for the CLS token of the token's image.
-        patch_states: ``[n, width]`` the tower's last layer after its final norm, as CLIP's own head sees it.
+        patch_states: ``[n, width]`` what the projector receives after the tower's final norm, as CLIP's own head would
+            see it.
         tower_sizes: ``[n]`` patches that a token stands for after merging in the tower, 0 where it was merged away.
         embeds: ``[n, hidden_size]`` projected visual tokens, as the decoder receives them.
         text_embeds: ``[t, hidden_size]`` embeddings of the text that is read with the image.
         text: that text, without special tokens.
         tiles: ``[n]`` for any-resolution models, which tile a token is from: 0 the whole image, 1 … the crops in
-            reading order, -1 none (newline tokens).
-        tile_grid: rows and columns of the crops.
+            reading order, then the next image's; -1 none (newline tokens).
+        tile_grid: rows and columns of the crops, of a sample with one image.
         pixel_values: the sample's images as the tower receives them; for selectors that change what the tower does.
     """
 
@@ -55,7 +59,10 @@ class SelectorInputs:
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
     first_cls_attention: Tensor | None = None
+    shallow_cls_attention: Tensor | None = None
     last_cls_attention: Tensor | None = None
+    global_attention: Tensor | None = None
+    middle_global_attention: Tensor | None = None
     keys: Tensor | None = None
     last_keys: Tensor | None = None
     features: Tensor | None = None
@@ -129,9 +136,12 @@ class Selector(ABC):
         nested: whether the first ``T`` of one ranking are the choice for every ``T``, so that one ranking serves all.
         merges: whether kept tokens receive other features (:meth:`select`), which depend on their number.
         changes_tower: whether the vision tower itself computes something else (:meth:`patch_tower`).
+        version: raised whenever the same options choose other tokens than before, so that nothing that was measured
+            with the old choice is read from a cache.
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     requires: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[bool] = True
     merges: ClassVar[bool] = False

@@ -149,22 +149,38 @@ class ToMePatch(TowerPatch):
 
     def _merge(self, rows: Tensor, attention: Any, count: int) -> Tensor:
         metric = self.at.keys.float().unflatten(2, (attention.num_heads, attention.head_dim)).mean(dim=2)
-        source, target, stays = match(metric, count, protect_first=self.tower.has_cls)
-        images, width = rows.shape[0], rows.shape[2]
-        weighted = rows.float() * self.at.size
-
-        num_odd = rows.shape[1] // 2
-        links = nn.functional.one_hot(target, num_odd).transpose(1, 2).float()  # a product adds in a fixed order
-
-        def fold(values: Tensor) -> Tensor:
-            channels = values.shape[2]
-            even, odd = values[:, ::2], values[:, 1::2]
-            merged = odd + links @ even.gather(1, source[..., None].expand(-1, -1, channels))
-            return torch.cat([even.gather(1, stays[..., None].expand(-1, -1, channels)), merged], dim=1)
-
-        total, self.at.size = fold(weighted), fold(self.at.size)
+        merged, self.at.size, stays = merge_most_similar(rows, metric, self.at.size, count, self.tower.has_cls)
         self.at.alive = torch.cat([self.at.alive[:, ::2].gather(1, stays), self.at.alive[:, 1::2]], dim=1)
-        return (total / self.at.size).to(rows.dtype).view(images, -1, width)
+        return merged
+
+
+def merge_most_similar(
+    rows: Tensor, metric: Tensor, size: Tensor, count: int, protect_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge ``count`` even tokens into odd ones, by size-weighted means.
+
+    Args:
+        rows: ``[images, tokens, width]``.
+        metric: ``[images, tokens, channels]``, whose cosines say which tokens are similar.
+        size: ``[images, tokens, 1]``, patches that each token stands for.
+        count: tokens to merge.
+        protect_first: never merge the first token.
+
+    Returns:
+        What is left of ``rows`` and of ``size`` (the even tokens that stay, then the odd ones), and the places of the
+        former among the even tokens.
+    """
+    source, target, stays = match(metric, count, protect_first)
+    links = nn.functional.one_hot(target, rows.shape[1] // 2).transpose(1, 2).float()  # a product adds in a fixed order
+
+    def fold(values: Tensor) -> Tensor:
+        channels = values.shape[2]
+        even, odd = values[:, ::2], values[:, 1::2]
+        merged = odd + links @ even.gather(1, source[..., None].expand(-1, -1, channels))
+        return torch.cat([even.gather(1, stays[..., None].expand(-1, -1, channels)), merged], dim=1)
+
+    total, size = fold(rows.float() * size), fold(size)
+    return (total / size).to(rows.dtype), size, stays
 
 
 def match(metric: Tensor, count: int, protect_first: bool) -> tuple[Tensor, Tensor, Tensor]:

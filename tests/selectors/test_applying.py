@@ -191,7 +191,7 @@ def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, fe
         def project_patches(self, states):
             return states.float()
 
-        def encode(self, text):
+        def pieces(self, text):
             texts.append(text)
             return torch.ones(1, 128)
 

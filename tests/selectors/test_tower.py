@@ -52,12 +52,17 @@ def test_captures_equal_what_the_eager_tower_reports(pocket, few_samples, pixels
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(shown["cls_attention"][..., 0], out.attentions[layer].mean(dim=1)[:, 0, 1:], **close)
     torch.testing.assert_close(shown["first_cls_attention"][..., 0], out.attentions[0].mean(dim=1)[:, 0, 1:], **close)
+    quarter = out.attentions[0].mean(dim=1)[:, 0, 1:]  # of five layers the first is a quarter up, the second the middle
+    torch.testing.assert_close(shown["shallow_cls_attention"][..., 0], quarter, **close)
+    for name, which in (("global_attention", layer), ("middle_global_attention", 1)):
+        everyone = out.attentions[which].mean(dim=(1, 2))[:, 1:]  # the CLS token asks, too
+        torch.testing.assert_close(shown[name][..., 0], everyone, **close)
     received = out.attentions[layer][:, :, 1:].mean(dim=(1, 2))[:, 1:]  # the CLS token does not ask
     torch.testing.assert_close(shown["received_attention"][..., 0], received, **close)
     torch.testing.assert_close(shown["features"], out.hidden_states[layer][:, 1:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shown["cls_feature"][:, 7], out.hidden_states[layer][:, 0], rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
-        states = view.module.post_layernorm(out.hidden_states[-1][:, 1:])
+        states = view.module.post_layernorm(out.hidden_states[layer][:, 1:])
     torch.testing.assert_close(shown["patch_states"], states, rtol=1e-4, atol=1e-4)
     attention = view.layers[-1].self_attn
     with torch.inference_mode():

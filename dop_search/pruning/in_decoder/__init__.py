@@ -9,7 +9,7 @@ from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageS
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
-from dop_search.pruning.in_decoder.sparsevlm import SparseVlmSelector
+from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
 from dop_search.utils.registry import Registry, did_you_mean
 
@@ -17,6 +17,7 @@ _SELECTORS: tuple[type[StageSelector], ...] = (
     FastVSelector,
     PyramidDropSelector,
     SparseVlmSelector,
+    SparseVlm2Selector,
     DartSelector,
     FitPruneSelector,
 )
