@@ -15,7 +15,7 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
+from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, device_of, extend_layer, run_layer
 from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign_groups
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
@@ -101,7 +101,7 @@ class PrunedDecoder:
             state.open = False
         state.num_seen += length
         return BaseModelOutputWithPast(
-            last_hidden_state=self.text_model.norm(hidden),
+            last_hidden_state=self.text_model.norm(hidden.to(self.text_model.norm.weight.device)),
             past_key_values=past_key_values if use_cache is not False else None,
         )
 
@@ -134,8 +134,10 @@ class PrunedDecoder:
             run.begin(hidden, layout, tables)
         for index, step in enumerate(self.steps):
             if run is not None and index in run.plan.stages:
-                present = layout.rows(before)
-                hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
+                present, here = layout.rows(before), device_of(self.adapter.layers[index])
+                hidden, layout, tables, entry = run.refine(
+                    index, hidden.to(here), before, layout.on(here), tables.on(here), entry.to(here)
+                )
                 if injected is not None:
                     injected = Deepstack(deepstack, layout, injected.token_of_row[present])
             past_valid = self._past_valid(state, index, batch, embeds.device, all_real)
@@ -147,7 +149,7 @@ class PrunedDecoder:
                 hidden = injected.add(hidden, index, before)
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
-        final = entry.index_select(0, layout.tensor(layout.rows(before)))
+        final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
         full = hidden.new_zeros(batch * length, width)
         return full.index_copy(0, final, hidden).view(batch, length, width)
 
@@ -182,22 +184,26 @@ class PrunedDecoder:
         batch, length = hidden.shape[:2]
         new_valid = None if valid is None or length == 1 or bool(valid.all()) else valid
         eager = self.text_model.config._attn_implementation == "eager"
-        masks: dict[tuple[int, int], Tensor | None] = {}
-        rows = Side(None, None, rope[0][:, None], signed(rope[1])[:, None])
+        masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
+        rows: dict[torch.device, Side] = {}
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
-            past = state.valid[index]
-            key = (state.lengths[index], id(past))
+            past, device = state.valid[index], device_of(layer)
+            key = (state.lengths[index], id(past), device)
             if key not in masks:
-                masks[key] = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
-            packed = extend_layer(layer, packed, rows, batch, masks[key], cache, self.parts)
+                mask = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
+                masks[key] = None if mask is None else mask.to(device)
+            if device not in rows:
+                cos, sin = (part.to(device)[:, None] for part in rope)
+                rows[device] = Side(None, None, cos, signed(sin))
+            packed = extend_layer(layer, packed.to(device), rows[device], batch, masks[key], cache, self.parts)
         appended: dict[tuple[int, int], Tensor] = {}
         for index, past in enumerate(state.valid):
             if past is not None or new_valid is not None:
-                key = (state.lengths[index], id(past))
-                if key not in appended:
-                    appended[key] = append_valid(past, key[0], new_valid, batch, length, hidden.device)
-                state.valid[index] = appended[key]
+                held = (state.lengths[index], id(past))
+                if held not in appended:
+                    appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
+                state.valid[index] = appended[held]
             state.lengths[index] += length
         return packed.view_as(hidden)
 

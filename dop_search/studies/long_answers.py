@@ -68,7 +68,7 @@ def long_answers(
     def positions(strategy: Strategy) -> list[np.ndarray]:
         if not engines:
             teacher = bench.teacher("heldout", **changes)
-            engine = DivergenceEngine(bench.loaded.adapter, teacher, hidden_states="recompute")
+            engine = DivergenceEngine(bench.loaded.adapter, teacher, memory=bench.config.memory, keep_states=False)
             engines.append((engine, long_enough(teacher, min_answer_tokens)))
         engine, chosen = engines[0]
         (values,) = engine.by_position([strategy])

@@ -66,7 +66,7 @@ def solver(
                     bench.loaded.adapter,
                     bench.teacher("search"),
                     averaging=config.data.averaging,
-                    hidden_states=config.hidden_states,
+                    memory=config.memory,
                 )
             )
         return _solve(bench, engines[0], name, budget, num_trials, seed)

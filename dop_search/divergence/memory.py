@@ -1,0 +1,303 @@
+"""How much memory there is, what scoring takes of it, and what to do when it was too little."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dop_search.models.adapter import ModelAdapter
+from dop_search.strategy.operations import ModelDims
+from dop_search.utils.errors import ConfigError
+
+Memory = Literal["auto"] | float
+"""Device memory for a search in GiB, weights included; ``auto``: most of what is free."""
+
+GIB = 2**30
+AUTO_SHARE = {"cpu": 0.5}
+"""Of free memory that ``auto`` takes; :data:`ACCELERATOR_SHARE` of an accelerator's."""
+ACCELERATOR_SHARE = 0.9
+RESERVED_BYTES = 3 * GIB // 4
+"""Of a limit on an accelerator: the driver's context, and what the allocator loses between blocks."""
+WORK_SHARE = 0.45
+"""Of what is free for chunks; the rest is for hidden states that are kept."""
+HOST_SHARE = 0.5
+"""Of free host memory for hidden states that do not fit the device."""
+CHUNK_TOKENS = {"cpu": 1536}
+"""Tokens that are computed together: what fits the caches of a CPU, what fills an accelerator."""
+ACCELERATOR_CHUNK_TOKENS = 65536
+TOGETHER = 64
+"""Strategies that are walked together; ``log2`` of it is how many states wait at most, see ``walk``."""
+WAITING_STATES = TOGETHER.bit_length() - 1
+
+
+def check_memory(memory: Any) -> Memory:
+    """``memory`` as it is configured.
+
+    Raises:
+        ConfigError: if it is neither ``auto`` nor a positive number.
+    """
+    if memory == "auto":
+        return "auto"
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
+        raise ConfigError(f"`memory` must be auto or a number of GiB above 0, but got {memory!r}")
+    return float(memory)
+
+
+# -- what there is --------------------------------------------------------------------------------
+
+
+class Holder(Protocol):
+    """Something that keeps hidden states on a device for later calls."""
+
+    reserved_bytes: int
+
+    def release(self) -> None:
+        """Give them up; they are computed again when they are needed."""
+
+
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def hold(holder: Holder) -> None:
+    """Count what ``holder`` keeps, until it is gone."""
+    _holders.add(holder)
+
+
+def release_all() -> bool:
+    """Give up all hidden states that are kept; whether there were any."""
+    holders = [holder for holder in _holders if holder.reserved_bytes]
+    for holder in holders:
+        holder.release()
+    return bool(holders)
+
+
+def free_bytes(adapter: ModelAdapter, memory: Memory) -> int:
+    """What may be filled beside the weights and the hidden states that are kept, on the fullest device."""
+    return min(_free_on(device, adapter.model, memory) for device in adapter.devices)
+
+
+def _free_on(device: torch.device, model: nn.Module, memory: Memory) -> int:
+    if memory == "auto":
+        return int(available_bytes(device) * AUTO_SHARE.get(device.type, ACCELERATOR_SHARE))
+    held = sum(holder.reserved_bytes for holder in _holders)
+    return limit_bytes(memory, device.type) - weight_bytes(model, device) - held
+
+
+def limit_bytes(memory: float, device_type: str) -> int:
+    """What of ``memory`` GiB tensors can fill."""
+    return int(memory * GIB) - (0 if device_type == "cpu" else RESERVED_BYTES)
+
+
+def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Parameters and buffers (on ``device``), each counted once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values() if device is None or tensor.device == device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device: the allocator's unused blocks included; of the host where it has none of its own."""
+    module: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(module, "mem_get_info"):
+        return host_bytes()
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(module.mem_get_info(device)[0] + unused)
+
+
+def host_bytes() -> int:
+    """Memory of this machine that can be had without swapping, within the limit of its control group."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # no Linux: half of what is built in
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
+    if all(path.exists() for path in (limit, used, stat)) and limit.read_text().strip() != "max":
+        counts = dict(line.split() for line in stat.read_text().splitlines())
+        cached = int(counts["active_file"]) + int(counts["inactive_file"])  # given back when others need it
+        available = min(available, int(limit.read_text()) - int(used.read_text()) + cached)
+    return max(available, 0)
+
+
+# -- what scoring takes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the decoder's activations take, in bytes.
+
+    Attributes:
+        dims: sizes of the decoder.
+        element: bytes of an activation.
+        eager: whether attention scores are written out, as the ``eager`` backend does.
+        unpacked: the largest weight that is unpacked to be multiplied, with quantised weights.
+    """
+
+    dims: ModelDims
+    element: int
+    eager: bool = False
+    unpacked: int = 0
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter) -> Footprint:
+        """Of a loaded model."""
+        eager = adapter.text_config._attn_implementation == "eager"
+        dims, element = adapter.dims, adapter.model.dtype.itemsize
+        packed = any(parameter.element_size() < element for parameter in adapter.layers[0].parameters())
+        largest = dims.hidden_size * max(dims.intermediate_size, dims.query_width) * element
+        return cls(dims, element, eager, largest if packed else 0)
+
+    def states(self, num_tokens: int, num_layers: int = 1) -> int:
+        """Hidden states before so many layers."""
+        return num_tokens * self.dims.hidden_size * num_layers * self.element
+
+    def layer(self, lengths: Sequence[int], past: int = 0) -> int:
+        """The most that one layer holds at a time, its input among it, for samples of these lengths.
+
+        ``past``: keys of every sample that are already there.
+        """
+        dims, rows, padded = self.dims, sum(lengths), len(lengths) * max(lengths)
+        keys = padded + len(lengths) * past
+        attention = padded * 2 * dims.query_width + 4 * keys * dims.kv_width
+        context = 2 * padded * dims.query_width + 2 * keys * dims.kv_width
+        mlp = 3 * rows * dims.intermediate_size
+        numbers = rows * 2 * dims.hidden_size + max(attention, rows * dims.hidden_size + context + mlp)
+        return numbers * self.element + self._scores(lengths, past) + self.unpacked
+
+    def _scores(self, lengths: Sequence[int], past: int) -> int:
+        """Masks, and scores where they are written out."""
+        longest, count = max(lengths), len(lengths)
+        pairs = count * longest * (longest + past)
+        if self.eager:
+            return pairs * (1 + self.element + self.dims.num_heads * (2 * self.element + 4))
+        return pairs * (1 + self.element) if min(lengths) < longest else 0
+
+    def tables(self, num_tokens: int) -> int:
+        """Rotary embeddings of a chunk, arranged for its attention calls."""
+        return 14 * num_tokens * self.dims.head_dim * self.element
+
+    def logits(self, num_answer_tokens: int) -> int:
+        """Logits at the answers' positions, their logarithms, and the divergence from the full model's."""
+        return num_answer_tokens * self.dims.vocab_size * (self.element + 28)
+
+    def prefix(self, past: int, num_samples: int = 1) -> int:
+        """Keys and values of the text before the image."""
+        return self.cache(past * num_samples)
+
+    def chunk(self, lengths: Sequence[int], num_answer_tokens: int, past: int = 0) -> int:
+        """The most that scoring a chunk takes beside the hidden states that are kept.
+
+        Its input, the full model's state on the way, the states that wait, and a layer or the logits.
+        """
+        tokens = sum(lengths)
+        known = num_answer_tokens * self.dims.vocab_size * 4
+        standing = self.states(tokens, 2 + WAITING_STATES) + self.tables(tokens) + self.prefix(past) + known
+        return standing + max(self.layer(lengths, past), self.logits(num_answer_tokens))
+
+    def cache(self, num_tokens: int) -> int:
+        """Keys and values of all layers."""
+        return num_tokens * 2 * self.dims.kv_width * self.dims.num_layers * self.element
+
+    def generation(self, batch: int, length: int, max_new_tokens: int) -> int:
+        """The most that ``generate()`` takes for prompts of one length."""
+        logits = batch * self.dims.vocab_size * (self.element + 8)
+        return (
+            self.cache(batch * (length + max_new_tokens))
+            + self.states(batch * length)
+            + max(self.layer([length] * batch), logits)
+        )
+
+    def generated_together(self, free: int, length: int, max_new_tokens: int) -> int:
+        """How many prompts of a length ``free`` bytes are enough for in ``generate()``; one at least."""
+        one, two = (self.generation(batch, length, max_new_tokens) for batch in (1, 2))
+        return 1 + max(0, free - one) // (two - one)
+
+
+# -- how it is cut --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Bytes on the device for computing a chunk and for keeping hidden states, and on the host for keeping them."""
+
+    work: int
+    keep: int
+    host: int
+
+    @classmethod
+    def of(cls, free: int, device_type: str, host: int) -> Allowance:
+        """Shares of what is free."""
+        work = max(0, int(free * WORK_SHARE))
+        return cls(work, max(0, free - work), 0 if device_type == "cpu" else max(0, int(host * HOST_SHARE)))
+
+
+def cut(
+    lengths: Sequence[int],
+    answer_tokens: Sequence[int],
+    footprint: Footprint,
+    work_bytes: int,
+    max_tokens: int,
+    max_samples: int | None = None,
+) -> list[list[int]]:
+    """Indices in chunks of similar length, each within the bytes and tokens given; one sample at least."""
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    chunks: list[list[int]] = []
+    for index in order:
+        if chunks:
+            members = [*chunks[-1], index]
+            its = [lengths[member] for member in members]
+            fits = len(its) * max(its) <= max_tokens and (max_samples is None or len(its) <= max_samples)
+            if fits and footprint.chunk(its, sum(answer_tokens[member] for member in members)) <= work_bytes:
+                chunks[-1].append(index)
+                continue
+        chunks.append([index])
+    return chunks
+
+
+def chunk_tokens(device_type: str) -> int:
+    """Tokens that are computed together if memory does not forbid it."""
+    return CHUNK_TOKENS.get(device_type, ACCELERATOR_CHUNK_TOKENS)
+
+
+# -- when it was too little -----------------------------------------------------------------------
+
+_SIGNS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Return the allocator's unused blocks, so that larger ones can be had."""
+    module: Any = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "empty_cache"):
+        module.empty_cache()
+
+
+# -- moving ---------------------------------------------------------------------------------------
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move without waiting: through pinned memory where the device is a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned where it comes from a GPU; nothing is copied that is there already."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
