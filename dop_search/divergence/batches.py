@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, get_args
@@ -133,7 +134,7 @@ class Batches:
         longest = max(range(len(self._lengths)), key=lambda index: (self._lengths[index], self._answers[index]))
         needed = self.footprint.chunk([self._lengths[longest]], self._answers[longest])
         if self.memory != "auto" and needed > free:
-            enough = self.memory + (needed - free) / GIB
+            enough = math.ceil(100 * (self.memory + (needed - free) / GIB)) / 100
             raise MemoryLimitError(
                 f"memory={self.memory:g} GiB leaves {max(free, 0) / GIB:.2f} GiB beside the weights, but a sample of "
                 f"{self._lengths[longest]} tokens takes {needed / GIB:.2f} GiB; set memory={enough:.2f} or more, or "

@@ -16,7 +16,7 @@ are kept where there is room for them (see ``memory``). What does not fit after 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from dop_search.divergence.batches import Batches
 from dop_search.divergence.chunks import NO_GROUPS, PackedChunk
 from dop_search.divergence.memory import TOGETHER, Memory
 from dop_search.divergence.teacher import Teacher
-from dop_search.divergence.walk import Candidate, Emit, Load, Run, schedule
+from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.deepstack import Deepstack
@@ -203,7 +203,7 @@ class DivergenceEngine:
 
     def _positions(self, chunk: PackedChunk, strategies: Sequence[Strategy]) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Index and divergence per sample and answer position of each strategy that is not empty."""
-        for bucket in _buckets(strategies):
+        for bucket in buckets(strategies):
             first = strategies[bucket[0]]
             walk = _Walk(chunk, first, *chunk.layout(first))
             self.work.layers_asked += len(bucket) * self.adapter.dims.num_layers
@@ -281,12 +281,3 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``KL(p ‖ q)`` in nats over the last axis; zero where ``p`` is zero, never below zero."""
     terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
     return terms.sum(dim=-1).clamp_min(0.0)
-
-
-def _buckets(strategies: Sequence[Strategy]) -> Iterable[list[int]]:
-    """Strategies that keep the same tokens and cut them into the same groups."""
-    buckets: dict[tuple[object, ...], list[int]] = {}
-    for index, strategy in enumerate(strategies):
-        key = (strategy.num_visual_tokens, tuple(policy.group.share for policy in strategy.groups))
-        buckets.setdefault(key, []).append(index)
-    return buckets.values()

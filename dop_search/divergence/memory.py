@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,20 @@ def host_bytes() -> int:
 # -- what scoring takes ---------------------------------------------------------------------------
 
 
+class Rows(NamedTuple):
+    """Tokens of each sample that are in a layer's input, query, offer keys and go through the MLP."""
+
+    present: Sequence[int]
+    query: Sequence[int]
+    keys: Sequence[int]
+    mlp: Sequence[int]
+
+    @classmethod
+    def all(cls, lengths: Sequence[int]) -> Rows:
+        """Every token does everything."""
+        return cls(lengths, lengths, lengths, lengths)
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What the decoder's activations take, in bytes.
@@ -137,69 +151,108 @@ class Footprint:
         dims: sizes of the decoder.
         element: bytes of an activation.
         eager: whether attention scores are written out, as the ``eager`` backend does.
+        masks: whether prompts after a shared prefix need a mask, as everywhere but on a GPU.
         unpacked: the largest weight that is unpacked to be multiplied, with quantised weights.
+        deepstack: layers after which vision features are added.
     """
 
     dims: ModelDims
     element: int
     eager: bool = False
+    masks: bool = False
     unpacked: int = 0
+    deepstack: int = 0
 
     @classmethod
     def of(cls, adapter: ModelAdapter) -> Footprint:
         """Of a loaded model."""
-        eager = adapter.text_config._attn_implementation == "eager"
         dims, element = adapter.dims, adapter.model.dtype.itemsize
         packed = any(parameter.element_size() < element for parameter in adapter.layers[0].parameters())
-        largest = dims.hidden_size * max(dims.intermediate_size, dims.query_width) * element
-        return cls(dims, element, eager, largest if packed else 0)
+        vision = getattr(adapter.model.config, "vision_config", None)
+        return cls(
+            dims,
+            element,
+            eager=adapter.text_config._attn_implementation == "eager",
+            masks=adapter.device.type != "cuda",
+            unpacked=cls.largest_weight(dims, element) if packed else 0,
+            deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()) if adapter.has_deepstack else 0,
+        )
+
+    @staticmethod
+    def largest_weight(dims: ModelDims, element: int) -> int:
+        """The largest weight of a layer, unpacked."""
+        return dims.hidden_size * max(dims.intermediate_size, dims.query_width) * element
 
     def states(self, num_tokens: int, num_layers: int = 1) -> int:
         """Hidden states before so many layers."""
         return num_tokens * self.dims.hidden_size * num_layers * self.element
 
-    def layer(self, lengths: Sequence[int], past: int = 0) -> int:
-        """The most that one layer holds at a time, its input among it, for samples of these lengths.
+    def layer(self, rows: Rows, past: int = 0) -> int:
+        """The most that one layer holds at a time, its input among it.
 
-        ``past``: keys of every sample that are already there.
+        Args:
+            rows: tokens of each sample that take part.
+            past: keys of every sample that are already there.
         """
-        dims, rows, padded = self.dims, sum(lengths), len(lengths) * max(lengths)
-        keys = padded + len(lengths) * past
-        attention = padded * 2 * dims.query_width + 4 * keys * dims.kv_width
-        context = 2 * padded * dims.query_width + 2 * keys * dims.kv_width
-        mlp = 3 * rows * dims.intermediate_size
-        numbers = rows * 2 * dims.hidden_size + max(attention, rows * dims.hidden_size + context + mlp)
-        return numbers * self.element + self._scores(lengths, past) + self.unpacked
+        dims, present, places = self.dims, sum(rows.present), len(rows.query) * max(rows.query)
+        hidden, query, keys = dims.hidden_size, dims.query_width, dims.kv_width
+        offered = len(rows.keys) * max(rows.keys)
+        uneven = min(rows.query) < max(rows.query) or min(rows.keys) < max(rows.keys)
+        masked = uneven or self.eager or (self.masks and past > 0)
+        given = present * (2 * hidden if sum(rows.query) == present else 3 * hidden)
+        project = (
+            given + sum(rows.query) * query + 2 * sum(rows.keys) * keys + max(places * 3 * query, offered * 3 * keys)
+        )
+        attend = present * hidden + 3 * places * query + 2 * (offered + len(rows.keys) * past) * keys
+        if masked and keys < query:
+            attend += 2 * (offered + len(rows.keys) * past) * query
+        copied = 2 * places * query if uneven else 0
+        mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.intermediate_size)
+        attending = attend * self.element + self._scores(rows, past, masked)
+        return max((project + copied) * self.element, attending, mlp * self.element) + self.unpacked
 
-    def _scores(self, lengths: Sequence[int], past: int) -> int:
-        """Masks, and scores where they are written out."""
-        longest, count = max(lengths), len(lengths)
-        pairs = count * longest * (longest + past)
+    def _scores(self, rows: Rows, past: int, masked: bool) -> int:
+        """Scores where they are written out, and masks as they are added to them."""
+        count, pairs = len(rows.query), max(rows.query) * (max(rows.keys) + past)
         if self.eager:
-            return pairs * (1 + self.element + self.dims.num_heads * (2 * self.element + 4))
-        return pairs * (1 + self.element) if min(lengths) < longest else 0
+            return count * pairs * self.dims.num_heads * max(2 * self.element, self.element + 4)
+        even = min(rows.query) == max(rows.query) and min(rows.keys) == max(rows.keys)
+        return pairs * self.element * (1 if even else count) if masked else 0
 
-    def tables(self, num_tokens: int) -> int:
-        """Rotary embeddings of a chunk, arranged for its attention calls."""
-        return 14 * num_tokens * self.dims.head_dim * self.element
+    def arranged(self, lengths: Sequence[int], past: int = 0) -> int:
+        """Rotary embeddings and masks of a chunk, arranged for its attention calls."""
+        longest, count = max(lengths), len(lengths)
+        pairs = longest * (longest + past)
+        tables = 13 * sum(lengths) * self.dims.head_dim * self.element
+        if self.eager:
+            return tables + 2 * count * pairs * self.element
+        if min(lengths) < longest:
+            return tables + 2 * count * pairs
+        return tables + (2 * pairs if self.masks and past else 0)
 
     def logits(self, num_answer_tokens: int) -> int:
         """Logits at the answers' positions, their logarithms, and the divergence from the full model's."""
         return num_answer_tokens * self.dims.vocab_size * (self.element + 28)
 
-    def prefix(self, past: int, num_samples: int = 1) -> int:
-        """Keys and values of the text before the image."""
-        return self.cache(past * num_samples)
+    def standing(self, lengths: Sequence[int], num_answer_tokens: int, past: int = 0) -> int:
+        """What a chunk holds as long as it is worked on: its input, the full model's state on the way, the prefix, what
+        the full model said.
+
+        Args:
+            lengths: tokens of each sample, those of the prefix left out.
+            num_answer_tokens: of all samples.
+            past: tokens of the prefix, which is held once.
+        """
+        known = num_answer_tokens * self.dims.vocab_size * 4
+        states = self.states(sum(lengths), 2 + self.deepstack)
+        return states + self.arranged(lengths, past) + self.cache(past) + known
 
     def chunk(self, lengths: Sequence[int], num_answer_tokens: int, past: int = 0) -> int:
-        """The most that scoring a chunk takes beside the hidden states that are kept.
-
-        Its input, the full model's state on the way, the states that wait, and a layer or the logits.
-        """
-        tokens = sum(lengths)
-        known = num_answer_tokens * self.dims.vocab_size * 4
-        standing = self.states(tokens, 2 + WAITING_STATES) + self.tables(tokens) + self.prefix(past) + known
-        return standing + max(self.layer(lengths, past), self.logits(num_answer_tokens))
+        """The most that scoring a chunk can take beside the hidden states that are kept: see :meth:`standing`, the
+        states that wait, and a layer in which every token does everything, or the logits."""
+        working = max(self.layer(Rows.all(lengths), past), self.logits(num_answer_tokens))
+        waiting = self.states(sum(lengths), WAITING_STATES)
+        return self.standing(lengths, num_answer_tokens, past) + waiting + working
 
     def cache(self, num_tokens: int) -> int:
         """Keys and values of all layers."""
@@ -211,7 +264,7 @@ class Footprint:
         return (
             self.cache(batch * (length + max_new_tokens))
             + self.states(batch * length)
-            + max(self.layer([length] * batch), logits)
+            + max(self.layer(Rows.all([length] * batch)), logits)
         )
 
     def generated_together(self, free: int, length: int, max_new_tokens: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dop_search.pruning.steps import Groups, LayerStep
+from dop_search.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,12 @@ def _step(part: Sequence[Candidate], layer: int) -> LayerStep:
     step = part[0].steps[layer]
     alive = frozenset[int]().union(*(candidate.steps[layer].alive for candidate in part))
     return LayerStep(alive, step.q, step.kv, step.mlp)
+
+
+def buckets(strategies: Sequence[Strategy]) -> Iterable[list[int]]:
+    """Strategies that keep the same tokens and cut them into the same groups."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for index, strategy in enumerate(strategies):
+        key = (strategy.num_visual_tokens, tuple(policy.group.share for policy in strategy.groups))
+        found.setdefault(key, []).append(index)
+    return found.values()
