@@ -294,6 +294,7 @@ class Workbench:
             batch_size=self.config.batch_size,
             max_new_tokens=self.config.data.max_new_tokens,
             on_progress=on_progress,
+            memory=self.config.memory,
         )
 
     def full_answers(self, split: Split = "test") -> list[str]:

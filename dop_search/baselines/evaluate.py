@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
-from dop_search.divergence import Teacher, kl_divergence
+from dop_search.divergence import Memory, Teacher, kl_divergence
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.evaluation.accuracy import generate_answers
 from dop_search.models.loading import LoadedModel
@@ -156,7 +156,8 @@ def plain_answers(
     batch_size: int = 16,
     max_new_tokens: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
+    memory: Memory = "auto",
 ) -> list[str]:
-    """Greedy answers through ``generate()``, one per sample."""
+    """Greedy answers through ``generate()``, one per sample; for ``memory`` see ``make_teacher``."""
     with applied(loaded, method):
-        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress)
+        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress, memory)

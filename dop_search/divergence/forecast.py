@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dop_search.divergence.memory import TOGETHER, Footprint, Rows
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
-from dop_search.pruning.steps import Groups, layer_steps
+from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import flops_coefficients
 
@@ -68,6 +68,7 @@ class ChunkForecast:
     keeps: bool
     known_layers: int = 0
     _work: Work = field(default_factory=Work)
+    _priced: dict[tuple[LayerStep, bool], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -96,6 +97,7 @@ class ChunkForecast:
         states: dict[int, int] = {}
         sizes = [first.group_sizes(sample.visual) for sample in self.samples]
         everything = frozenset(range(len(first.groups)))
+        self._priced.clear()
         for operation in schedule(candidates, everything, is_whole):
             if isinstance(operation, Load):
                 if is_whole:
@@ -125,15 +127,18 @@ class ChunkForecast:
 
     def _layer(self, operation: Run, sizes: Sequence[Sequence[int]], waiting: int) -> None:
         step, last = operation.step, operation.layer == self.footprint.dims.num_layers - 1
-        rows = Rows(
-            self._tokens(sizes, step.alive),
-            [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.q),
-            self._tokens(sizes, step.kv),
-            [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.mlp),
-        )
+        if (step, last) not in self._priced:
+            rows = Rows(
+                self._tokens(sizes, step.alive),
+                [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.q),
+                self._tokens(sizes, step.kv),
+                [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.mlp),
+            )
+            self._priced[step, last] = self._flops(rows), self.footprint.layer(rows, self._past)
+        flops, working = self._priced[step, last]
         self._work.layers_computed += 1
-        self._work.flops += self._flops(rows)
-        self._peak(waiting + self.footprint.layer(rows, self._past))
+        self._work.flops += flops
+        self._peak(waiting + working)
 
     def _logits(self, operation: Emit, waiting: int) -> None:
         dims, answers = self.footprint.dims, sum(sample.answer for sample in self.samples)

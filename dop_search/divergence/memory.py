@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.quantization import stored_bytes
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import ConfigError
 
@@ -98,7 +99,7 @@ def limit_bytes(memory: float, device_type: str) -> int:
 def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Parameters and buffers (on ``device``), each counted once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values() if device is None or tensor.device == device)
+    return sum(stored_bytes(tensor) for tensor in tensors.values() if device is None or tensor.device == device)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -167,7 +168,7 @@ class Footprint:
     def of(cls, adapter: ModelAdapter) -> Footprint:
         """Of a loaded model."""
         dims, element = adapter.dims, adapter.model.dtype.itemsize
-        packed = any(parameter.element_size() < element for parameter in adapter.layers[0].parameters())
+        packed = any(stored_bytes(part) < part.numel() * element for part in adapter.layers[0].parameters())
         vision = getattr(adapter.model.config, "vision_config", None)
         return cls(
             dims,
@@ -210,6 +211,10 @@ class Footprint:
         mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.intermediate_size)
         attending = attend * self.element + self._scores(rows, past, masked)
         return max((project + copied) * self.element, attending, mlp * self.element) + self.unpacked
+
+    def layer_of(self, lengths: Sequence[int]) -> int:
+        """The most that one layer of the full model holds at a time for samples of these lengths."""
+        return self.layer(Rows.all(lengths))
 
     def _scores(self, rows: Rows, past: int, masked: bool) -> int:
         """Scores where they are written out, and masks as they are added to them."""

@@ -32,6 +32,11 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
     from dop_search.app.tracking.store import check_tracking, ui_command
 
+    if config.plan:
+        from dop_search.app.plan import show_plan
+
+        show_plan(config)
+        return
     check_tracking(config.tracking)
     if config.study is not None:
         run_study_job(config, config.study)

@@ -51,7 +51,9 @@ class ModelConfig(Section):
     device: str = "auto"
     """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
     device_map: str | None = None
-    """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
+    """Spread the weights over GPUs by accelerate, e.g. ``auto``; excludes ``device``."""
+    quantization: Literal["bnb4", "bnb8", "int8"] | None = None
+    """The decoder's weights in fewer bits: ``bnb4``, ``bnb8`` need bitsandbytes, ``int8`` needs torchao."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
     trust_remote_code: bool = False
