@@ -121,8 +121,7 @@ class Batches:
             free = free_bytes(self.adapter, self.memory)
             if device == "cpu" and self.memory != "auto":
                 free -= self.teacher.nbytes
-            self._allowance = Allowance.of(free, device, host_bytes())
-            self._check_longest(free)
+            self._allowance = Allowance.of(free, device, host_bytes(), self._check_longest(free))
             states = self.footprint.states(sum(self._lengths), self.adapter.dims.num_layers)
             log.info(
                 "scoring %d samples in %.2f GiB of %s; the full model's hidden states would take %.2f GiB",
@@ -130,7 +129,12 @@ class Batches:
             )  # fmt: skip
         return self._allowance
 
-    def _check_longest(self, free: int) -> None:
+    def _check_longest(self, free: int) -> int:
+        """What the longest sample takes, to be scored or to be answered.
+
+        Raises:
+            MemoryLimitError: if that is more than a limit allows.
+        """
         longest = max(range(len(self._lengths)), key=lambda index: (self._lengths[index], self._answers[index]))
         needed = self.footprint.chunk([self._lengths[longest]], self._answers[longest])
         if self.memory != "auto" and needed > free:
@@ -140,6 +144,8 @@ class Batches:
                 f"{self._lengths[longest]} tokens takes {needed / GIB:.2f} GiB; set memory={enough:.2f} or more, or "
                 "load the model in half precision or with model.quantization"
             )
+        answering = self.footprint.generation(1, self._lengths[longest], self._answers[longest])
+        return max(needed, min(answering, free))
 
     def _chunk(self, members: list[int], everything: bool) -> PackedChunk:
         key = tuple(members)

@@ -33,6 +33,9 @@ HOST_SHARE = 0.5
 CHUNK_TOKENS = {"cpu": 1536}
 """Tokens that are computed together: what fits the caches of a CPU, what fills an accelerator."""
 ACCELERATOR_CHUNK_TOKENS = 65536
+TOWER_LAYER = 12
+"""Activations of a layer of a vision tower, in its widths: input, norm, MLP of four widths before and after its
+non-linearity, and what is left of attention."""
 TOGETHER = 64
 """Strategies that are walked together; ``log2`` of it is how many states wait at most, see ``walk``."""
 WAITING_STATES = TOGETHER.bit_length() - 1
@@ -272,10 +275,36 @@ class Footprint:
             + max(self.layer(Rows.all([length] * batch)), logits)
         )
 
-    def generated_together(self, free: int, length: int, max_new_tokens: int) -> int:
-        """How many prompts of a length ``free`` bytes are enough for in ``generate()``; one at least."""
+    def generated_together(self, free: int, length: int, max_new_tokens: int, tower: int = 0) -> int:
+        """How many prompts of a length ``free`` bytes are enough for in ``generate()``; one at least.
+
+        ``tower``: what the vision tower takes for the images of one.
+        """
         one, two = (self.generation(batch, length, max_new_tokens) for batch in (1, 2))
-        return 1 + max(0, free - one) // (two - one)
+        answering = 1 + max(0, free - one) // (two - one)
+        return max(1, min(answering, free // tower)) if tower else answering
+
+
+def num_patches(num_values: int, vision_config: Any) -> int:
+    """Patches that ``num_values`` pixel values are, as the vision tower receives them."""
+    side = vision_config.patch_size
+    side = side[0] if isinstance(side, (list, tuple)) else side
+    return int(num_values // (3 * getattr(vision_config, "temporal_patch_size", 1) * side**2))
+
+
+def tower_bytes(config: Any, width: int, patches: int, element: int) -> int:
+    """Activations of a vision tower, with the states of all its layers where a family asks for one of them.
+
+    Args:
+        config: of the model.
+        width: channels of the tower.
+        patches: of all images.
+        element: bytes of an activation.
+    """
+    vision = config.vision_config
+    depth = getattr(vision, "num_hidden_layers", None) or vision.depth
+    states = depth + 1 if hasattr(config, "vision_feature_layer") else 1
+    return patches * width * (states + TOWER_LAYER) * element
 
 
 # -- how it is cut --------------------------------------------------------------------------------
@@ -290,9 +319,9 @@ class Allowance:
     host: int
 
     @classmethod
-    def of(cls, free: int, device_type: str, host: int) -> Allowance:
-        """Shares of what is free."""
-        work = max(0, int(free * WORK_SHARE))
+    def of(cls, free: int, device_type: str, host: int, least: int) -> Allowance:
+        """Shares of what is free; ``least``: what one sample takes, whatever else is there."""
+        work = max(least, int(free * WORK_SHARE))
         return cls(work, max(0, free - work), 0 if device_type == "cpu" else max(0, int(host * HOST_SHARE)))
 
 

@@ -23,7 +23,9 @@ from dop_search.divergence.memory import (
     empty_caches,
     free_bytes,
     is_out_of_memory,
+    num_patches,
     release_all,
+    tower_bytes,
 )
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
@@ -169,7 +171,10 @@ def generate_ids(
     """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
     length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
-    together = Footprint.of(loaded.adapter).generated_together(free, length, max_new_tokens)
+    footprint, vision = Footprint.of(loaded.adapter), loaded.model.config.vision_config
+    patches = num_patches(inputs["pixel_values"].numel() // len(batch), vision) if "pixel_values" in inputs else 0
+    tower = tower_bytes(loaded.model.config, loaded.adapter.tower_width, patches, footprint.element)
+    together = footprint.generated_together(free, length, max_new_tokens, tower)
     if len(batch) <= together:
         try:
             return _generate(loaded, inputs, max_new_tokens)

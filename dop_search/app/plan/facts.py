@@ -15,7 +15,7 @@ from dop_search.app.config.schema import DataConfig, ModelConfig
 from dop_search.data.samples import Sample
 from dop_search.data.validation import validation_set
 from dop_search.divergence.forecast import SampleSize
-from dop_search.divergence.memory import Footprint
+from dop_search.divergence.memory import Footprint, num_patches, tower_bytes
 from dop_search.models.families import adapter_for
 from dop_search.models.loading import DTYPES
 from dop_search.models.pocket import pocket_path
@@ -78,7 +78,6 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
     weights = {name: _bytes(part, model, element, name) for name, part in _parts(meta).items()}
     prompts, patches, prompts_from = _prompts(model, data, folder, adapter.vision_tower, meta)
     vision = meta.config.vision_config
-    vision_footprint = adapter.tower_width * (_depth(vision) + 14) * element
     tower = sum(p.numel() for name, part in _parts(meta).items() if name == "tower" for p in part.parameters())
     footprint = Footprint(
         adapter.dims,
@@ -97,7 +96,7 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
         decoder_bytes=weights["layers"],
         linear_flops=2 * (linear + adapter.dims.hidden_size * adapter.dims.vocab_size),
         tower_flops=2 * tower * patches,
-        tower_bytes=vision_footprint * patches,
+        tower_bytes=tower_bytes(meta.config, adapter.tower_width, patches, element),
         prompts=prompts,
         prompts_from=prompts_from,
         dtype=dtype,
@@ -150,11 +149,7 @@ def _bytes(part: nn.Module, model: ModelConfig, element: int, name: str) -> int:
         linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
         packed = {id(linear.weight): packed_bytes(linear, model.quantization, element) for linear in linears}
     tensors = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
-    return sum(packed.get(key, tensor.numel() * element) for key, tensor in tensors.items())
-
-
-def _depth(vision: Any) -> int:
-    return int(getattr(vision, "num_hidden_layers", None) or vision.depth)
+    return sum(packed.get(key, tensor.nbytes) for key, tensor in tensors.items())
 
 
 def _prompts(
@@ -184,10 +179,8 @@ def _prompts(
         text = len(visual) - int(visual.sum()) - prefix + answer - 1
         sizes.append(SampleSize(prefix, text, int(visual.sum()), answer))
     sizes = sizes if len(sizes) == count else sizes * count
-    return tuple(sizes), max(_num_patches(item, meta.config.vision_config) for item in inputs), where
-
-
-def _num_patches(inputs: dict[str, Any], vision: Any) -> int:
-    patch = vision.patch_size[0] if isinstance(vision.patch_size, (list, tuple)) else vision.patch_size
-    frames = getattr(vision, "temporal_patch_size", 1)
-    return int(inputs["pixel_values"].numel() // (3 * frames * patch**2))
+    return (
+        tuple(sizes),
+        max(num_patches(item["pixel_values"].numel(), meta.config.vision_config) for item in inputs),
+        where,
+    )

@@ -140,7 +140,9 @@ class _Stages:
         self.heldout = self._repeated(config.data.num_heldout)
         self.teacher = self._teacher_bytes(self.sizes)
         self.free = plan.limit_bytes - self.weights - (self.teacher if self.on_cpu else 0)
-        self.allowance = Allowance.of(self.free, plan.device.type, host_bytes())
+        one = self.footprint.chunk([self.longest.length], self.longest.answer)
+        self.one = max(one, self._generation_bytes(1))
+        self.allowance = Allowance.of(self.free, plan.device.type, host_bytes(), self.one)
         self.kept_on = {"device": 0, "host": 0}
 
     def plan(self) -> Plan:
@@ -169,9 +171,8 @@ class _Stages:
 
     def least_bytes(self) -> int:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
-        one = self.footprint.chunk([self.longest.length], self.longest.answer)
         both = self._teacher_bytes([*self.sizes, *self.heldout]) if self.on_cpu else 0
-        return max(one, self._generation_bytes(1)) + self.weights + both
+        return self.one + self.weights + both
 
     # -- what is held ---------------------------------------------------------------------------
 
@@ -207,7 +208,9 @@ class _Stages:
         """Bytes, layer forwards and FLOPs of generating answers to so many prompts."""
         answer = self.longest.answer
         prompt = self.longest.length - answer + 1
-        together = self.footprint.generated_together(self.free - self.kept_on["device"], prompt, answer)
+        together = self.footprint.generated_together(
+            self.free - self.kept_on["device"], prompt, answer, self.facts.tower_bytes
+        )
         batch = min(self.config.batch_size, together, count)
         forwards = math.ceil(count / batch) * answer * self.layers * repeats
         counts = Counter(self._repeated(count))
