@@ -126,6 +126,7 @@ class Workbench:
                     max_new_tokens=config.max_new_tokens,
                     answers=config.answers,
                     batch_size=self.config.batch_size,
+                    memory=self.config.memory,
                     cache_dir=self.cache,
                     answer_ids=None if known is None else [sample.answer_ids for sample in known.samples],
                     on_progress=partial(notify, what=f"full model on {len(data)} {split} samples, {ranker.name}"),
@@ -153,7 +154,8 @@ class Workbench:
                 averaging=self.config.data.averaging,
                 cache_dir=self.cache,
                 storage=self.config.storage,
-                hidden_states=self.config.hidden_states if split == "search" else "recompute",
+                memory=self.config.memory,
+                keep_states=split == "search",
             )
         return self._stores[key]
 
@@ -180,7 +182,7 @@ class Workbench:
             self.loaded.adapter,
             self.teacher(split, **changes),
             averaging=self.config.data.averaging,
-            hidden_states=self.config.hidden_states,
+            memory=self.config.memory,
             divergence=divergence,
         )
         with watch(self.progress) as notify:
@@ -219,7 +221,7 @@ class Workbench:
                     teacher=teacher,
                     averaging=self.config.data.averaging,
                     batch_size=self.config.batch_size,
-                    hidden_states=self.config.hidden_states,
+                    memory=self.config.memory,
                     cache_dir=self.cache,
                     storage=self.config.storage,
                     on_progress=notify,
@@ -292,6 +294,7 @@ class Workbench:
             batch_size=self.config.batch_size,
             max_new_tokens=self.config.data.max_new_tokens,
             on_progress=on_progress,
+            memory=self.config.memory,
         )
 
     def full_answers(self, split: Split = "test") -> list[str]:

@@ -26,7 +26,7 @@ def divergence_at_prompt(adapter: ModelAdapter, teacher: Teacher) -> Evaluate:
     prompts = Teacher(tuple(map(_without_answer, teacher.samples)), teacher.fingerprint, teacher.selector)
 
     def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
-        engine = DivergenceEngine(adapter, prompts, hidden_states="recompute", divergence=_from_pruned)
+        engine = DivergenceEngine(adapter, prompts, keep_states=False, divergence=_from_pruned)
         return np.asarray(engine.evaluate(strategies).mean(axis=1))
 
     return evaluate

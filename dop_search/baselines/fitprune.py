@@ -203,7 +203,7 @@ def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSamp
     """What enters each layer of the full model, for the prompt of one sample."""
     length = sample.prompt_length
     cos, sin = (part[:length] for part in rotary(adapter, sample))
-    visual = sample.visual[:length]
+    visual = sample.visual[:length].to(adapter.device)
     seen: list[Tensor] = []
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

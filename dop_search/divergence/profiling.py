@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dop_search.data.samples import ValidationSet
-from dop_search.divergence import DivergenceEngine, HiddenStates, Teacher, make_teacher
+from dop_search.divergence import DivergenceEngine, Memory, Teacher, make_teacher
 from dop_search.models.loading import LoadedModel
 from dop_search.search import (
     DEFAULT_CRITERION,
@@ -199,11 +199,12 @@ def evaluation_store(
     averaging: str = "per_sample",
     cache_dir: Path | None = None,
     storage: str | Path | None = None,
-    hidden_states: HiddenStates = "keep",
+    memory: Memory = "auto",
+    keep_states: bool = True,
 ) -> EvaluationStore:
     """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``; or, with
-    ``storage``, shared by all processes that use it and kept there."""
-    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, hidden_states=hidden_states)
+    ``storage``, shared by all processes that use it and kept there. For ``memory`` see ``DivergenceEngine``."""
+    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, memory=memory, keep_states=keep_states)
     name = f"evaluations-{teacher.fingerprint}-{averaging}"
     header = {"teacher": teacher.fingerprint, "averaging": averaging}
     if storage is not None:
@@ -228,7 +229,7 @@ def profile(
     answers: str = "teacher",
     averaging: str = "per_sample",
     batch_size: int = 16,
-    hidden_states: HiddenStates = "keep",
+    memory: Memory = "auto",
     cache_dir: str | Path | None = None,
     storage: str | Path | None = None,
     on_progress: OnProgress | None = None,
@@ -245,8 +246,9 @@ def profile(
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
         max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
-        batch_size: samples per generation call.
-        hidden_states: ``keep``, ``offload`` or ``recompute``; bounds the memory, see ``DivergenceEngine``.
+        batch_size: most samples per generation call.
+        memory: GiB on the decoder's device, weights included, or ``auto``: most of what is free. The numbers do not
+            depend on it.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
             URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.
@@ -273,6 +275,7 @@ def profile(
             max_new_tokens=max_new_tokens,
             answers=answers,
             batch_size=batch_size,
+            memory=memory,
             cache_dir=cache,
             on_progress=notify,
         )
@@ -293,9 +296,7 @@ def profile(
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )
-    store = evaluation_store(
-        loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, hidden_states=hidden_states
-    )
+    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, memory=memory)
     curves = Curves.measure(searched, store, grid, on_progress)
     facts = {
         "model": loaded.name,

@@ -78,8 +78,13 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder computes."""
+        """Where the decoder receives its input."""
         return next(self.layers[0].parameters()).device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where its layers are, in the order of the layers: several with a device map."""
+        return list(dict.fromkeys(next(layer.parameters()).device for layer in self.layers))
 
     @property
     def dims(self) -> ModelDims:
@@ -103,7 +108,7 @@ class ModelAdapter(ABC):
         return self.dims.fingerprint(self.model.config.model_type)
 
     def check_decoder(self) -> None:
-        """Refuse what can change after loading: where the decoder is, and its attention backend.
+        """Refuse what can change after loading: weights that are offloaded, and the attention backend.
 
         Raises:
             UnsupportedModelError: naming what was found and the remedy.

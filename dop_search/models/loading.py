@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for, check_model_type
+from dop_search.models.quantization import Quantization, quantization_config, stored
 from dop_search.utils.errors import DopError, MissingExtraError, UnsupportedModelError
 from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
@@ -79,6 +80,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    quantization: Quantization | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -90,16 +92,18 @@ def load(
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
             (half precision is slow there).
         device: ``cpu``, ``cuda``, ``cuda:0`` …, or ``auto``: the first accelerator, else the CPU.
-        device_map: passed on to transformers (by accelerate) instead of ``device``. Vision tower and decoder may be on
-            different devices; the decoder has to be on one.
+        device_map: passed on to transformers (by accelerate) instead of ``device``; the decoder's layers may be on
+            several GPUs, but not offloaded.
+        quantization: ``bnb4``, ``bnb8`` (bitsandbytes) or ``int8`` (torchao): the decoder's weights in fewer bits.
         attn_implementation: attention backend of the decoder.
         trust_remote_code: run code that comes with a hub checkpoint; off unless asked for.
 
     Raises:
-        DopError: if the checkpoint cannot be found; says how to point to a local copy.
+        DopError: if the checkpoint cannot be found; says how to point to a local copy. If a package that
+            ``quantization`` needs is missing.
         MissingExtraError: ``device_map`` without accelerate.
         UnsupportedModelError: if transformers does not know the checkpoint's format, if no adapter covers the model's
-            class, or if its decoder is spread over devices.
+            class, or if its decoder is offloaded.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
@@ -114,6 +118,10 @@ def load(
     try:
         check_model_type(_model_type(source, options, name_or_path), repr(name_or_path))
         processor = AutoProcessor.from_pretrained(source, **options)
+        if quantization is not None:
+            config = AutoConfig.from_pretrained(source, **options)
+            options["quantization_config"] = quantization_config(quantization, config, torch_dtype)
+            device_map = device_map or {"": target}  # packed where they are loaded: they cannot all be moved
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **options
         )
@@ -137,10 +145,11 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """Hash of the architecture, the dtype and up to 64 evenly spaced values of every parameter."""
     digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(values.numpy().tobytes())
+        for part, tensor in stored(name, parameter.detach()):
+            flat = tensor.reshape(-1)
+            values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(f"{part}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -30,6 +30,15 @@ class ForwardTables:
         self._masks: dict[tuple[int, int, bool], tuple[Tensor, Tensor | None]] = {}
         self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
         self._triangles: dict[tuple[int, int], Tensor] = {}
+        self._elsewhere: dict[torch.device, ForwardTables] = {}
+
+    def on(self, device: torch.device) -> ForwardTables:
+        """The same tables on ``device``, for decoders whose layers are on several."""
+        if device == self.cos.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = ForwardTables(self.cos.to(device), signed(self.sin.to(device)))
+        return self._elsewhere[device]
 
     def select(self, rows: Tensor) -> ForwardTables:
         """The tables of some of the rows, for another layout."""
@@ -188,7 +197,7 @@ def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
             parts.append(nn.functional.pad(seen, (0, total - segment.num_keys), value=False))
         mask = torch.cat(parts).expand(plan.num_samples, 1, -1, -1)
     if past_valid is not None:
-        past = past_valid[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
+        past = past_valid.to(mask.device)[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
         mask = torch.cat([past, mask], dim=-1)
     return mask
 

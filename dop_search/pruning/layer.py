@@ -35,6 +35,12 @@ class KeyValueStore(Protocol):
         """Add this layer's keys and values; returns all that its queries may see."""
 
 
+def device_of(layer: Any) -> torch.device:
+    """Where a decoder layer computes."""
+    device: torch.device = layer.input_layernorm.weight.device
+    return device
+
+
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-rotation convention of the Llama family."""
     half = x.shape[-1] // 2
@@ -93,6 +99,8 @@ def run_layer(
         ``[rows of (text + step.alive), hidden_size]``.
     """
     parts = parts or EAGER_PARTS
+    device = device_of(layer)
+    hidden, layout, tables = hidden.to(device), layout.on(device), tables.on(device)
     rows = layout.layer(before, step, read_only)
     plan = rows.attention
     (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
@@ -104,6 +112,7 @@ def run_layer(
     if cache is not None:
         key, value = cache.update(key, value, layer.self_attn.layer_idx)
     context = attend(layer.self_attn, query, key, value, plan, tables, past_valid)
+    del query, key, value  # the MLP needs the room
     return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp)
 
 

@@ -165,6 +165,17 @@ class Layout:
         self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
         self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
         self._layers: dict[tuple[Groups, LayerStep, bool], LayerPlan] = {}
+        self._elsewhere: dict[torch.device, Layout] = {}
+
+    def on(self, device: torch.device) -> Layout:
+        """The same rows with index tensors on ``device``, for decoders whose layers are on several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Layout(
+                self.sample, self.group, self.num_samples, device, self.read, self.num_past
+            )
+        return self._elsewhere[device]
 
     def rows(self, groups: Groups, read_only: bool = False) -> np.ndarray:
         """Sorted rows of the text tokens and of ``groups``; with ``read_only`` the text rows that are read."""

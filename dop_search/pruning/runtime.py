@@ -18,7 +18,7 @@ from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
 from dop_search.pruning.checks import UncalledModules, check_arguments, check_outputs
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
+from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, device_of, extend_layer, run_layer
 from dop_search.pruning.layout import AttentionPlan, LayoutCache
 from dop_search.pruning.packed import find_packing
 from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
@@ -131,7 +131,7 @@ class PrunedDecoder(Attached):
         finally:
             state.open = False
         state.num_seen += length
-        hidden = self.text_model.norm(hidden)
+        hidden = self.text_model.norm(hidden.to(self.text_model.norm.weight.device))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden if packing is None else packing.gather(hidden),
             past_key_values=past_key_values,
@@ -199,8 +199,10 @@ class PrunedDecoder(Attached):
             run.begin(hidden, layout, tables)
         for index, (layer, step) in enumerate(zip(self.adapter.layers, self.steps, strict=True)):
             if run is not None and index in run.plan.stages:
-                present = layout.rows(before)
-                hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
+                present, here = layout.rows(before), device_of(layer)
+                hidden, layout, tables, entry = run.refine(
+                    index, hidden.to(here), before, layout.on(here), tables.on(here), entry.to(here)
+                )
                 if injected is not None:
                     injected = Deepstack(deepstack, layout, injected.token_of_row[present])
             past_valid = self._past_valid(state, index, batch, visual.device, all_real)
@@ -221,7 +223,8 @@ class PrunedDecoder(Attached):
                 hidden = injected.add(hidden, index, before)
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
-        final = entry.index_select(0, layout.tensor(layout.rows(before)))
+        final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
+        full = full.to(hidden.device)
         return full.index_copy(0, final, hidden).view(batch, length, width)
 
     # -- a chunk of text only: decoding and continuation ------------------------------------------
@@ -231,26 +234,35 @@ class PrunedDecoder(Attached):
         batch, length = hidden.shape[:2]
         new_valid = None if valid is None or length == 1 or bool(valid.all()) else valid
         eager = self.text_model.config._attn_implementation == "eager"
-        masks: dict[tuple[int, int], Tensor | None] = {}
-        cos, sin = tokens.rope
-        rows = Side(None, None, cos[:, None], signed(sin)[:, None])
+        masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
+        rows: dict[torch.device, Side] = {}
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
-            past = state.valid[index]
-            key = (state.lengths[index], id(past))
+            past, device = state.valid[index], device_of(layer)
+            key = (state.lengths[index], id(past), device)
             if key not in masks:
-                masks[key] = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
+                mask = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
+                masks[key] = None if mask is None else mask.to(device)
+            if device not in rows:
+                cos, sin = (part.to(device)[:, None] for part in tokens.rope)
+                rows[device] = Side(None, None, cos, signed(sin))
             compute = partial(
-                extend_layer, layer, rows=rows, num_samples=batch, mask=masks[key], cache=cache, parts=self.parts
+                extend_layer,
+                layer,
+                rows=rows[device],
+                num_samples=batch,
+                mask=masks[key],
+                cache=cache,
+                parts=self.parts,
             )
-            packed = checkpointed(layer, compute, packed)
+            packed = checkpointed(layer, compute, packed.to(device))
         appended: dict[tuple[int, int], Tensor] = {}
         for index, past in enumerate(state.valid):
             if past is not None or new_valid is not None:
-                key = (state.lengths[index], id(past))
-                if key not in appended:
-                    appended[key] = append_valid(past, key[0], new_valid, batch, length, hidden.device)
-                state.valid[index] = appended[key]
+                held = (state.lengths[index], id(past))
+                if held not in appended:
+                    appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
+                state.valid[index] = appended[held]
             state.lengths[index] += length
         return packed.view_as(hidden)
 

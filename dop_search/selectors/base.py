@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -86,6 +86,13 @@ class SelectorInputs:
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
         return value
+
+    def to(self, device: torch.device) -> SelectorInputs:
+        """The same with its tensors on ``device``."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class UnsupportedModelError(DopError):
     """The model class has no adapter."""
 
 
+class MemoryLimitError(DopError):
+    """Something does not fit the memory of its device; the message says what would."""
+
+
 class CacheError(DopError):
     """A cached file is corrupt or belongs to another model, data set or configuration."""
 

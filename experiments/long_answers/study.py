@@ -103,7 +103,7 @@ class LongAnswers(Study):
         """The engine on the held-out samples, and which of them have long answers."""
         if not self._engines:
             teacher = bench.teacher("heldout", **self.long_data)
-            engine = DivergenceEngine(bench.loaded.adapter, teacher, hidden_states="recompute")
+            engine = DivergenceEngine(bench.loaded.adapter, teacher, memory=bench.config.memory, keep_states=False)
             self._engines.append((engine, long_enough(teacher, self.min_answer_tokens)))
         return self._engines[0]
 

@@ -93,7 +93,7 @@ class Solver(Study):
                     bench.loaded.adapter,
                     bench.teacher("search"),
                     averaging=config.data.averaging,
-                    hidden_states=config.hidden_states,
+                    memory=config.memory,
                 )
             )
         budget = Budget(flops_ratio=bench.budgets[0])

@@ -54,8 +54,8 @@ def test_empty_strategy_is_exactly_zero_and_nothing_is_negative(pocket, teacher)
         {"share_prefixes": False},
         {"early_start": False},
         {"keep_prefix": False},
-        {"hidden_states": "recompute"},
-        {"hidden_states": "offload"},
+        {"keep_states": False},
+        {"memory": 0.06},
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,6 +17,8 @@ from dop_search.utils.progress import default_progress
 
 def main() -> None:
     """Entry point: one search, or with ``-m`` one per combination."""
+    if any(argument.lstrip("+~").startswith("hidden_states=") for argument in sys.argv[1:]):
+        sys.exit("dop-search: `hidden_states` is gone: set `memory` to auto or to the GiB that a search may fill")
     run_command("dop-search", CONFIG_NAME, run_search)
 
 
@@ -29,6 +32,11 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
     from dop_search.app.tracking.connection import check_tracking, ui_command
 
+    if config.plan:
+        from dop_search.app.plan import show_plan
+
+        show_plan(config)
+        return
     check_tracking(config.tracking)
     if config.study is not None:
         run_study_job(config, config.study)

@@ -51,7 +51,9 @@ class ModelConfig(Section):
     device: str = "auto"
     """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
     device_map: str | None = None
-    """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
+    """Spread the weights over GPUs by accelerate, e.g. ``auto``; excludes ``device``."""
+    quantization: Literal["bnb4", "bnb8", "int8"] | None = None
+    """The decoder's weights in fewer bits: ``bnb4``, ``bnb8`` need bitsandbytes, ``int8`` needs torchao."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
     trust_remote_code: bool = False
@@ -222,9 +224,12 @@ class SearchConfig(Section):
     """A table to measure instead of one search; ``null``: search."""
     tracking: TrackingConfig = TrackingConfig()
     batch_size: PositiveInt = 16
-    """Samples per generation call; scoring batches by what fits the device."""
-    hidden_states: Literal["keep", "offload", "recompute"] = "keep"
-    """The full model's hidden states while profiling: on the device (fastest), in CPU memory, or recomputed (least)."""
+    """Most samples per generation call."""
+    memory: Literal["auto"] | Annotated[float, Field(gt=0.0)] = "auto"
+    """GiB of the model's device that a search may fill, weights included; ``auto``: most of what is free. Samples are
+    batched and hidden states are kept by it; the numbers do not depend on it."""
+    plan: bool = False
+    """Print what the search would hold and compute, stage by stage, from configurations alone, and run nothing."""
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
     storage: Storage | None = None
@@ -237,6 +242,16 @@ class SearchConfig(Section):
     imports: Imports = ()
     """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families, methods,
     solvers or studies; imported before anything is looked up by name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key_for_memory(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "hidden_states" in values:
+            raise ValueError(
+                f"`hidden_states` is gone (got {values['hidden_states']!r}): `memory` decides where hidden states are "
+                "kept; set it to auto or to the GiB that a search may fill"
+            )
+        return values
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from dop_search.models.published import published_models
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import Registry
 
@@ -147,30 +148,20 @@ def _internvl(shape: Shape) -> PretrainedConfig:
     )
 
 
-_LLAMA_7B: dict[str, Any] = {
-    "layers": 32,
-    "hidden": 4096,
-    "mlp": 11008,
-    "heads": 32,
-    "kv_heads": 32,
-    "vocabulary": 32064,
-}
-_LLAMA_13B: dict[str, Any] = {
-    "layers": 40,
-    "hidden": 5120,
-    "mlp": 13824,
-    "heads": 40,
-    "kv_heads": 40,
-    "vocabulary": 32064,
-}
-_QWEN2_7B: dict[str, Any] = {
-    "layers": 28,
-    "hidden": 3584,
-    "mlp": 18944,
-    "heads": 28,
-    "kv_heads": 4,
-    "vocabulary": 152064,
-}
+def _decoder(name_or_path: str) -> dict[str, Any]:
+    """Sizes of a published checkpoint's decoder."""
+    text = published_models()[name_or_path].text
+    return {
+        "layers": text["num_hidden_layers"],
+        "hidden": text["hidden_size"],
+        "mlp": text["intermediate_size"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "vocabulary": text["vocab_size"],
+    }
+
+
+_LLAMA_7B, _LLAMA_13B = _decoder("llava-hf/llava-1.5-7b-hf"), _decoder("llava-hf/llava-1.5-13b-hf")
 _CLIP_L: dict[str, Any] = {
     "vision_layers": 24,
     "vision_hidden": 1024,
@@ -191,7 +182,7 @@ _SHAPES = (
     Shape("llava_next_13b", **_LLAMA_13B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-13B, {_NEXT}"),
     Shape(
         "qwen2_5_vl_7b",
-        **_QWEN2_7B,
+        **_decoder("Qwen/Qwen2.5-VL-7B-Instruct"),
         vision_layers=32,
         vision_hidden=1280,
         vision_heads=16,
@@ -206,7 +197,7 @@ _SHAPES = (
     ),
     Shape(
         "internvl3_8b",
-        **_QWEN2_7B,
+        **_decoder("OpenGVLab/InternVL3-8B-hf"),
         vision_layers=24,
         vision_hidden=1024,
         vision_heads=16,
