@@ -21,7 +21,7 @@ the two is planted and says nothing about large models (``experiments/pocket/REA
 by place in 81 to 90 tokens (question family ``describe_places``), the only one that gives long answers."""
 
 
-def pocket_path(variant: PocketVariant = "deep") -> Path:
+def pocket_path(variant: str = "deep") -> Path:
     """Directory of a bundled model, for ``from_pretrained``.
 
     Raises:
