@@ -24,11 +24,17 @@ import numpy as np
 from dop_search.utils.errors import CacheError, ConfigError, DataError, DopError, NumericalError
 from dop_search.utils.files import write_text_atomic
 from dop_search.utils.progress import Notify
+from dop_search.utils.versioned import Format
 
 log = logging.getLogger(__name__)
 
-FORMAT = "dop_search.study"
-VERSION = 1
+FORMAT = Format(
+    "a study's result",
+    "dop_search.study",
+    1,
+    "run the study first, or where the file is something else, set another study.folder",
+    error=ConfigError,
+)
 RESULT_FILE = "result.json"
 SAMPLES_FILE = "per_sample.json"
 INFEASIBLE = "infeasible"
@@ -55,7 +61,7 @@ class ResultFile:
     def __init__(self, folder: Path, study: str, setup: Mapping[str, Any], published: Path | None = None) -> None:
         self.folder = folder
         self.path = folder / RESULT_FILE
-        self._fresh = {"format": FORMAT, "version": VERSION, "study": study, "setup": plain(setup)}
+        self._fresh = {**FORMAT.stamp, "study": study, "setup": plain(setup)}
         self.data: dict[str, Any] = {**self._fresh, "rows": [], "summary": {}}
         self._samples: dict[str, list[float]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,15 +239,7 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is no study's result of this version.
     """
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read a study's result from {str(path)!r} ({error}); run the study first") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise ConfigError(
-            f"{str(path)!r} is not a study's result of version {VERSION}; move it away, or set study.folder"
-        )
-    return data
+    return FORMAT.read(path)
 
 
 def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:

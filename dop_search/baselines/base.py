@@ -155,18 +155,27 @@ class FittedMethod:
     runtime: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        assert (self.strategy is None) != (self.runtime is None)
+        if (self.strategy is None) == (self.runtime is None):
+            raise DopError(
+                f"a fitted method has either a strategy or a runtime, but {self.method!r} got "
+                f"(strategy={self.strategy!r}, runtime={self.runtime!r})"
+            )
+
+    def needs_strategy(self) -> Strategy:
+        """``strategy``.
+
+        Raises:
+            DopError: if no strategy expresses the method.
+        """
+        if self.strategy is None:
+            raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
+        return self.strategy
 
     @contextmanager
     def apply(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Within the context ``model`` runs by the method; on exit, also by an exception, it is what it was."""
-        if self.strategy is not None:
-            with pruned(model, self.strategy):
-                yield model
-        else:
-            assert self.runtime is not None
-            with self.runtime(model):
-                yield model
+        with pruned(model, self.needs_strategy()) if self.runtime is None else self.runtime(model):
+            yield model
 
 
 class Method(ABC):

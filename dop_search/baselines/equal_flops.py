@@ -9,7 +9,7 @@ from dop_search.baselines.pricing import TOLERANCE
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenGroup
 from dop_search.strategy.policy import GroupPolicy
-from dop_search.utils.errors import BudgetError
+from dop_search.utils.errors import BudgetError, DopError
 
 REAL_STEPS = 50
 """Bisections of a real hyperparameter: its strategies are discrete, so that this finds the step next to the target."""
@@ -85,7 +85,8 @@ def nested_strategy(
     which leaving tokens are still keys and values.
     """
     leaving = [before - after for before, after in itertools.pairwise(counts)]
-    assert min(leaving, default=0) >= 0
+    if min(leaving, default=0) < 0:
+        raise DopError(f"`counts` must not rise, for tokens leave for good, but got {list(counts)}")
     groups = []
     for depth, size in zip([num_layers, *reversed(exits)], [counts[-1], *reversed(leaving)], strict=True):
         if size:

@@ -31,8 +31,8 @@ def tasks_root() -> Path:
     """
     check_extras("a benchmark of lmms-eval", "eval")
     found = importlib.util.find_spec("lmms_eval")
-    assert found is not None
-    assert found.origin is not None
+    if found is None or found.origin is None:
+        raise DataError("lmms-eval is installed without the files of its tasks; install dop-search[eval] again")
     return Path(found.origin).parent / "tasks"
 
 

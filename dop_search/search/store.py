@@ -151,7 +151,11 @@ class EvaluationStore:
             todo = samples[np.any(unknown, axis=0)]
             values = self._evaluator(strategies, todo.tolist())
         values = np.asarray(values, dtype=np.float64)
-        assert values.shape == (len(keys), len(todo)), (values.shape, len(keys), len(todo))
+        if values.shape != (len(keys), len(todo)):
+            raise DataError(
+                f"an evaluator must return a number per strategy and sample, {(len(keys), len(todo))}, but got the "
+                f"shape {values.shape}"
+            )
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             row, column = bad[0]

@@ -159,8 +159,7 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
     if fitted.method in SELECTORS:
         values["kl_search"] = float(bench.outcome(fitted, "search").divergence.mean())
     elif fitted.method.partition("@")[0] in SPACES:  # measured while it was searched for
-        assert fitted.strategy is not None
-        values["kl_search"] = float(bench.divergence([fitted.strategy], "search").mean())
+        values["kl_search"] = float(bench.divergence([fitted.needs_strategy()], "search").mean())
     if num_rounds:
         values |= prefill_times(bench.loaded, bench.data("heldout").samples[:TIMED_SAMPLES], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)

@@ -151,8 +151,7 @@ MOVES: dict[str, Callable[[Runs], Iterator[Runs]]] = {
 def _search(bench: Workbench, name: str, budget: float, num_runs: int) -> tuple[Row, np.ndarray]:
     if name == "gsop":
         fitted = BASELINES["gsop"].fit(bench.context(), budget)
-        assert fitted.strategy is not None
-        strategy, used = fitted.strategy, int(fitted.hyperparameters["num_evaluations"])
+        strategy, used = fitted.needs_strategy(), int(fitted.hyperparameters["num_evaluations"])
         path: list[float] = []
     else:
         limit = Budget(flops_ratio=budget)

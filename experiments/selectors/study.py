@@ -71,16 +71,16 @@ class Selectors(Study):
             fitted = baseline(selector).fit(context, budget)
         else:
             fitted = search_space(bench, context, selector, self.space, selector, budget, self.num_candidates)
-        assert fitted.strategy is not None
-        heldout = bench.divergence([fitted.strategy], "heldout", what=f"{selector} at {budget:g}, held out")[0]
+        strategy = fitted.needs_strategy()
+        heldout = bench.divergence([strategy], "heldout", what=f"{selector} at {budget:g}, held out")[0]
         return {
             "flops_ratio": fitted.flops_ratio,
-            "kl_search": float(bench.divergence([fitted.strategy], "search")[0].mean()),
+            "kl_search": float(bench.divergence([strategy], "search")[0].mean()),
             "kl_heldout": float(heldout.mean()),
             "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
             "kl_median": float(np.median(heldout)),
             "share_moved": float((heldout > MOVED_NATS).mean()),
-            "strategy": fitted.strategy.describe(),
+            "strategy": strategy.describe(),
         }, heldout
 
     def summarize(self, bench: Workbench, results: ResultFile) -> dict[str, Any]:

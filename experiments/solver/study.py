@@ -161,8 +161,7 @@ def _solve(
     store = EvaluationStore(recorder, engine.num_samples, batch_size=SAVE_EVERY)
     if name == "gsop":
         context = replace(bench.context(), evaluate=lambda its: store.evaluate(its).mean(axis=1), memo={})
-        strategy = BASELINES["gsop"].fit(context, budget.value).strategy
-        assert strategy is not None
+        strategy = BASELINES["gsop"].fit(context, budget.value).needs_strategy()
     else:
         curves = Curves.measure(
             known.space, store, CurveGrid.of(bench.config.space.num_depth_levels, bench.config.space.num_token_levels)

@@ -22,7 +22,7 @@ from dop_search.app.workbench import Workbench
 from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import EvaluationStore
 from dop_search.search.rerank import rerank_all
-from dop_search.search.solution import Solution
+from dop_search.search.solution import MeasuredSolution
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.statistics import crossed_bootstrap_ci95
@@ -36,9 +36,9 @@ RULE_NAMES = {
 }
 
 
-def choose(solutions: Sequence[Solution]) -> dict[str, Solution]:
+def choose(solutions: Sequence[MeasuredSolution]) -> dict[str, MeasuredSolution]:
     """What each of the rules takes of candidates that were evaluated on the same samples."""
-    values = np.stack([_samples(solution) for solution in solutions])
+    values = np.stack([solution.per_sample_nats for solution in solutions])
     excess = values - values[values.mean(axis=1).argmin()]
     error = excess.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
     alike = [s for s, mean, se in zip(solutions, excess.mean(axis=1), error, strict=True) if mean <= se]
@@ -120,12 +120,7 @@ def compare_rules(results: ResultFile, keys: Sequence[Mapping[str, Any]]) -> dic
     return summary
 
 
-def _samples(solution: Solution) -> np.ndarray:
-    assert solution.per_sample_nats is not None
-    return solution.per_sample_nats
-
-
-def _estimate(solution: Solution) -> tuple[float, float]:
+def _estimate(solution: MeasuredSolution) -> tuple[float, float]:
     assert solution.kl_additive is not None
     return solution.kl_additive, solution.cost_ratio
 

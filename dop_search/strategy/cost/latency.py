@@ -118,7 +118,7 @@ class LatencyTable:
 
     def full(self, total: Counts, num_layers: int) -> IntArray:
         """Nanoseconds of the unpruned decoder."""
-        assert num_layers == self.num_layers, (num_layers, self.num_layers)
+        self._check_layers(num_layers)
         return _nanoseconds(np.interp(total, self.lengths, self.full_ms))
 
     def _at(self, values: FloatArray, text: Counts, visual: Counts) -> FloatArray:
@@ -158,11 +158,7 @@ class LatencyTable:
         Raises:
             ConfigError: saying what was measured and what is asked for.
         """
-        if dims.num_layers != self.num_layers:
-            raise ConfigError(
-                f"the latency table was measured on a model of {self.num_layers} layers, but this one has "
-                f"{dims.num_layers}; measure it on this model"
-            )
+        self._check_layers(dims.num_layers)
         for what, grid, values in (
             ("text", self.text, [item.text for item in counts]),
             ("visual", self.visual, [item.visual for item in counts]),
@@ -173,6 +169,13 @@ class LatencyTable:
                     f"the latency table covers {grid[0]} to {grid[-1]} {what} tokens, but the samples have "
                     f"{min(values)} to {max(values)}; measure it again for these samples"
                 )
+
+    def _check_layers(self, num_layers: int) -> None:
+        if num_layers != self.num_layers:
+            raise ConfigError(
+                f"the latency table was measured on a model of {self.num_layers} layers, but this one has "
+                f"{num_layers}; measure it on this model"
+            )
 
     def check_environment(self, environment: Mapping[str, Any]) -> None:
         """Refuse a table of another model shape, device, dtype, attention backend or library version.
