@@ -145,8 +145,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """Hash of the architecture, the dtype and up to 64 evenly spaced values of every parameter."""
     digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
     for name, parameter in model.named_parameters():
-        for part, tensor in stored(name, parameter.detach()):
-            flat = tensor.reshape(-1)
+        for part, tensor in stored(name, parameter):  # scales are attributes of the parameter itself
+            flat = tensor.detach().reshape(-1)
             values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
             digest.update(f"{part}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(values.numpy().tobytes())
