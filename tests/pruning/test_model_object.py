@@ -278,6 +278,18 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(family, use
     assert kept[True, True] / kept[True, False] < 1.2 * kept[False, True] / kept[False, False] < 0.6
 
 
+def test_a_tower_that_runs_again_in_the_backward_pass_ranks_nothing():
+    model, inputs = tiny_model("llava").train(), tiny_inputs(model_of("llava"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with dop.pruned(model, strategy("cls_attention")):
+        gradients, _ = backward(model, inputs)
+    model.gradient_checkpointing_disable()
+    with dop.pruned(model, strategy("cls_attention")):
+        expected, _ = backward(model, inputs)
+    for gradient, same in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, same)
+
+
 # -- wrappers ------------------------------------------------------------------------------------------------------
 
 
