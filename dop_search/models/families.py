@@ -35,6 +35,14 @@ def check_model_type(model_type: str | None, name: str) -> None:
         )
 
 
+def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
+    """The adapter of a model type, see :func:`check_model_type`."""
+    check_model_type(model_type, name)
+    module, attribute = FAMILIES[str(model_type)].split(":")
+    found: type[ModelAdapter] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
     """The adapter of a model, or of what peft has wrapped.
 
@@ -45,7 +53,4 @@ def adapter_for(model: PreTrainedModel) -> ModelAdapter:
     if callable(unwrap):
         model = unwrap()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    check_model_type(model_type, type(model).__name__)
-    module, name = FAMILIES[str(model_type)].split(":")
-    adapter: type[ModelAdapter] = getattr(importlib.import_module(module), name)
-    return adapter(model)
+    return adapter_class(model_type, type(model).__name__)(model)

@@ -21,6 +21,10 @@ class UnsupportedModelError(DopError):
     """The model class has no adapter."""
 
 
+class CheckpointError(DopError):
+    """A checkpoint is missing, incomplete or damaged, or its files contradict each other."""
+
+
 class CacheError(DopError):
     """A cached file is corrupt or belongs to another model, data set or configuration."""
 
