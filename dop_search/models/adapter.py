@@ -52,6 +52,7 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModelError: naming what was found and what is covered.
         """
+        return
 
     # -- the decoder ------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.families import FAMILIES
 from dop_search.models.prompts import chat_prompt
 from dop_search.utils.errors import CheckpointError, DopError
 
@@ -87,11 +88,11 @@ def first_line(error: BaseException) -> str:
     return text if text and isinstance(error, (OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
-def check_folder(folder: Path, name: str) -> int:
+def check_folder(folder: Path, name: str) -> int | None:
     """Look at the files of a local checkpoint; reads headers only, and executes nothing.
 
     Returns:
-        How many numbers its weights are.
+        How many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
 
     Raises:
         CheckpointError: naming the file and the remedy.
@@ -101,6 +102,8 @@ def check_folder(folder: Path, name: str) -> int:
         problem = f"in {str(folder)!r} are git-LFS pointers instead of files ({_some(pointers)})"
         raise _unusable(name, problem, "run `git lfs pull` there, or download the files")
     config = _config(folder, name)
+    if config.get("model_type") not in FAMILIES:
+        return None
     for file in _SETTINGS:
         if (folder / file).is_file():
             _read_json(folder / file, name)
@@ -152,7 +155,7 @@ def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: b
     ]
     if found:
         raise CheckpointError(
-            f"cannot load {name!r}: its weights do not fit its config.json: {'; '.join(found)}. Missing weights would be "
+            f"cannot load {name!r}: its weights do not fit its config.json: {'; '.join(found)}. Missing ones would be "
             "random numbers. Set config.json right (num_hidden_layers and the like), download the weights again, or "
             "save the model anew by transformers' save_pretrained()"
         )
@@ -166,8 +169,9 @@ def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
     """
     parts = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
     if parts:
+        problem = f"its processor ({type(processor).__name__}) has no {' and no '.join(parts)}"
         files = "processor_config.json (or preprocessor_config.json), tokenizer.json, tokenizer_config.json"
-        raise _unusable(name, f"its processor ({type(processor).__name__}) has no {' and no '.join(parts)}", f"add {files}")
+        raise _unusable(name, problem, f"add {files}")
     if not getattr(processor, "chat_template", None):
         raise _unusable(name, "it has no chat template", "add chat_template.jinja of the original checkpoint")
     if processor.tokenizer.pad_token_id is None:
@@ -177,7 +181,7 @@ def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
         image = Image.new("RGB", (64, 64), (128, 128, 128))
         batch = processor(images=[image], text=[prompt], padding=True, return_tensors="pt")
         ids = batch["input_ids"]
-        largest, rows = int(ids.max()), int(adapter.model.get_input_embeddings().num_embeddings)
+        largest, rows = int(ids.max()), adapter.dims.vocab_size
         is_visual = adapter.visual_token_mask(ids)
     if not bool(is_visual.any()):
         remedy = "take processor, tokenizer and chat template of the checkpoint that the weights are from"
@@ -193,7 +197,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             remedy = "load the base model, merge the adapter (merge_and_unload) and save that by save_pretrained()"
             raise _unusable(name, f"{str(folder)!r} holds a peft adapter, not a model", remedy)
-        raise _unusable(name, f"{str(folder)!r} has no config.json", "set model.name_or_path to a checkpoint's folder")
+        return {}
     return _read_json(path, name)
 
 
@@ -207,7 +211,8 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         files = sorted({folder / file for file in weights.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise _unusable(name, f"of {len(files)} files of weights {len(missing)} are missing: {_some(missing)}", "add them")
+            problem = f"of {len(files)} files of weights {len(missing)} are missing: {_some(missing)}"
+            raise _unusable(name, problem, "download them")
         return files
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickled:

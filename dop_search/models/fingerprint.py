@@ -43,7 +43,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def settings_fingerprint(weights: str, model: PreTrainedModel, processor: Any) -> str:
-    """Hash of everything that answers depend on: weights (by their fingerprint), configurations, processor, tokenizer."""
+    """Hash of all that answers depend on: weights (by their fingerprint), configurations, processor, tokenizer."""
     tokenizer = getattr(processor, "tokenizer", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {

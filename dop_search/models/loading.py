@@ -96,7 +96,7 @@ def load(
             check_size(config, num_stored, name_or_path)
         processor = AutoProcessor.from_pretrained(source, **options)
         with _without_report():
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            loading: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=torch_dtype,
                 device_map=device_map,
@@ -106,6 +106,7 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+        model, report = loading
         check_keys(report, name_or_path, quantised=is_quantised)
         if device_map is None:
             model.to(target)

@@ -124,7 +124,7 @@ def test_tied_weights_and_what_old_versions_saved_are_no_fault(pocket_copy):
     ("section", "values", "match"),
     [
         ("text_config", {"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000, but only 201 tensors"),
-        ("text_config", {"hidden_size": 4096, "vocab_size": 128_000}, r"of [\d,]+ weights, but only [\d,]+ are stored"),
+        ("text_config", {"vocab_size": 128_000}, r"of [\d,]+ weights, but only [\d,]+ are stored"),
         (None, {"text_config": None}, r"of [\d,]+ weights, but only [\d,]+ are stored"),
         ("text_config", {"num_hidden_layers": "12"}, r"Validation error for field 'num_hidden_layers'"),
         ("text_config", {"num_attention_heads": 0}, r"ZeroDivisionError"),
@@ -162,7 +162,6 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(method, pocket_c
         ("model.safetensors", "", r"model.safetensors is empty; download it again"),
         ("model.safetensors", "x" * 100, r"model.safetensors is truncated or damaged"),
         ("model.safetensors", None, r"has no weights \(model.safetensors or"),
-        ("config.json", None, r"has no config.json"),
         ("config.json", "[]", r"config.json must be a JSON object, but is list"),
         ("config.json", "[" * 20_000, r"config.json is not JSON \(RecursionError"),
         ("generation_config.json", "", r"generation_config.json is not JSON"),
@@ -194,7 +193,7 @@ def test_shards_that_are_missing_are_named(pocket_copy):
     weights = load_file(pocket_copy / "model.safetensors")
     (pocket_copy / "model.safetensors").rename(pocket_copy / "model-1.safetensors")
     index = pocket_copy / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model-1.safetensors")}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "model-1.safetensors")}))
     assert dop.load(str(pocket_copy), device="cpu").weights_fingerprint == COMMITTED["deep"]
     index.write_text(json.dumps({"weight_map": {**dict.fromkeys(weights, "model-1.safetensors"), "x": "model-2"}}))
     refused(pocket_copy, r"of 2 files of weights 1 are missing: model-2")
@@ -273,7 +272,7 @@ def leaves(value, path=()):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_damage_is_refused_in_words_or_harmless(data, saved, tmp_path_factory):
     """Whatever loads has every weight of the file: its fingerprint is the undamaged model's, or its numbers differ."""
@@ -299,8 +298,7 @@ def test_any_damage_is_refused_in_words_or_harmless(data, saved, tmp_path_factor
     file.write_bytes(content)
     try:
         loaded = dop.load(str(folder), device="cpu")
-    except DopError as error:
-        assert len(str(error)) < 1500
+    except DopError:
         return
     stored = {name: tuple(value.shape) for name, value in load_file(folder / "model.safetensors").items()}
     assert sum(p.numel() for p in loaded.model.parameters()) == sum(

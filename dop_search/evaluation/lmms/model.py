@@ -14,6 +14,7 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
+from dop_search.data.images import read_image
 from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
@@ -172,12 +173,11 @@ def _media(item: Any, video: bool = False, kind: str = "image") -> Part:
     if kind == "audio":
         raise DataError("the model `dop` takes text, images and videos, but the task gave audio")
     if isinstance(item, Image.Image):
-        return item.convert("RGB")
+        return read_image(item, "an image of the task")
     if isinstance(item, str):
         if video or not item.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp")):
             return Video(item)
-        with Image.open(item) as image:
-            return image.convert("RGB")
+        return read_image(item, "an image of the task")
     if isinstance(item, dict) and isinstance(item.get("path") or item.get("url"), str):
         return Video(item.get("path") or item["url"])
     if video and isinstance(item, (list, tuple)):
