@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_a_range_that_says_nothing_about_brightness_is_refused(values, tmp_path)
 
 def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+    for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
         for read in (read_image, check_image):
             with pytest.raises(DataError, match=r"not a regular file"):
                 read(path, "here")
