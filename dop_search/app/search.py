@@ -66,6 +66,7 @@ from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
+from dop_search.utils.files import check_writable
 from dop_search.utils.progress import Notify, Progress, watch
 from dop_search.utils.statistics import bootstrap_ci95
 
@@ -103,6 +104,8 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     import_modules(config.imports)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    check_writable(Path(config.cache_dir), "cache_dir")
+    check_writable(run_dir, "hydra.run.dir")
     suite = open_suite(config.eval)
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     check_data(config.data, suite, needed_splits(config))

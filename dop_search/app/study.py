@@ -40,6 +40,7 @@ from dop_search.studies.validation import validation_seed, validation_size, vali
 from dop_search.studies.vision_tower import vision_tower
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.extensions import import_modules
+from dop_search.utils.files import check_writable
 from dop_search.utils.progress import Progress, SilentProgress
 
 Measure = Callable[..., None]
@@ -99,6 +100,8 @@ def _measure(config: SearchConfig, measure: Measure, progress: Progress) -> Resu
     assert config.study is not None
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    check_writable(Path(config.cache_dir), "cache_dir")
+    check_writable(Path(config.study.folder), "study.folder")
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

@@ -230,7 +230,10 @@ def _write(path: Path, teacher: Teacher) -> None:
             tensors |= {f"{index}.{name}": tensor for name, tensor in kept.items()}
         facts.append(fact)
     metadata = {"format": FORMAT, "fingerprint": teacher.fingerprint, "samples": json.dumps(facts)}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, in words only
+        raise OSError(str(error)) from error
 
 
 def _read(path: Path, fingerprint: str, data: ValidationSet, adapter: ModelAdapter, selector: Selector) -> Teacher:

@@ -29,6 +29,10 @@ class CacheError(DopError):
     """A cached file is corrupt or belongs to another model, data set or configuration."""
 
 
+class WriteError(CacheError):
+    """A file cannot be written: the disk is full or read-only."""
+
+
 class DataError(DopError):
     """A validation set is empty, or one of its samples cannot be read."""
 

@@ -30,7 +30,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.files import check_writable, write_text_atomic
 
 DESCRIPTION = """\
 Time the full model against pruned ones: vision tower, prefill, each decoded token, end to end; memory and KV cache.
@@ -144,6 +144,8 @@ def run(options: argparse.Namespace) -> Comparison:
         DopError: for anything the user can mend.
     """
     _check(options)
+    if options.out is not None:
+        check_writable(options.out.parent, "--out")
     import_modules(options.imports)
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
@@ -16,8 +17,12 @@ from rich.console import Console
 
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import DopError
+from dop_search.utils.files import cannot_write
 
 log = logging.getLogger(__name__)
+
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""A disk that is full or read-only."""
 
 
 def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], None]) -> None:
@@ -38,6 +43,10 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 log.error("%s", error)  # Hydra runs the rest of the sweep and reports only the first error, at the end
             raise CompactHydraException(f"{name}: {error}") from error
+        except OSError as error:  # of a library that writes by itself
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise CompactHydraException(f"{name}: {cannot_write(Path(error.filename or '.'), error)}") from error
 
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(task)()
