@@ -71,9 +71,11 @@ class EvalRecord(Part):
         """
         file = Path(path) / SCORES_FILE if Path(path).is_dir() else Path(path)
         try:
-            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+            return cls.model_validate_json(file.read_text(encoding="utf-8"), strict=True)
         except FileNotFoundError as error:
             raise CacheError(f"no scores at {str(file)!r}; give the directory of a finished dop-eval") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise CacheError(f"cannot read the scores {str(file)!r}: {error}") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))

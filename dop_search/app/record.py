@@ -283,10 +283,13 @@ class Record(Part):
         """
         file = Path(path) / RECORD_FILE if Path(path).is_dir() else Path(path)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            data = json.loads(text)
         except FileNotFoundError as error:
             raise CacheError(f"no record at {str(file)!r}; give the directory of a finished run") from error
-        except ValueError as error:
+        except OSError as error:
+            raise CacheError(f"cannot read the record {str(file)!r}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
             raise CacheError(f"{str(file)!r} is not a JSON file: {error}") from error
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
@@ -295,7 +298,7 @@ class Record(Part):
                 "run the search again, or use the version that wrote it"
             )
         try:
-            return cls.model_validate(data)
+            return cls.model_validate_json(text, strict=True)  # as JSON: its lists are tuples here
         except ValidationError as error:
             lines = [
                 f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)

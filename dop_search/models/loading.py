@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -185,4 +186,4 @@ def _device(device: str, rule: str = "`device` must be auto, cpu or cuda[:index]
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # not a device, not of this build of torch, or not in this machine
-        raise DopError(f"{rule} of this machine, but got {device!r} ({str(error).splitlines()[0]})") from error
+        raise DopError(f"{rule} of this machine, but got {device!r} ({shorten(str(error), 80)})") from error

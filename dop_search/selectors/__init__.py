@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +54,7 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     """The selector of that name.
 
     Raises:
-        DopError: on an unknown name or option, with near names.
+        DopError: on an unknown name or option, with near names, or an option of another type.
     """
     if name not in SELECTORS:
         near = difflib.get_close_matches(name, SELECTORS, n=1)
@@ -62,7 +64,23 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     unknown = [option for option in options or {} if option not in known]
     if unknown:
         raise DopError(f"selector {name!r} has no option {unknown}; it has {list(known)}")
+    hints = typing.get_type_hints(SELECTORS[name])
+    for option, value in (options or {}).items():
+        kinds = typing.get_args(hints[option]) or (hints[option],)
+        if set(kinds) <= _PLAIN and not any(_is(value, kind) for kind in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise DopError(f"option `{option}` of selector {name!r} must be {expected}, but got {value!r}")
     return SELECTORS[name](**(options or {}))
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a float too, and ``True`` is no number."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 __all__ = ["SELECTORS", "Selection", "SelectionSizes", "Selector", "SelectorInputs", "make_selector"]

@@ -19,6 +19,8 @@ from dop_search.utils.files import write_text_atomic
 
 FORMAT = "dop_search.strategy"
 VERSION = 1
+MAX_LAYERS = 10_000
+"""More decoder layers than any model has: a number beyond is a mistake, and lists of so many would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Strategy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_layers", operator.index(self.num_layers))
-        if self.num_layers < 1:
-            raise StrategyError(f"`num_layers >= 1` must hold, but got (num_layers={self.num_layers})")
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise StrategyError(f"`1 <= num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={self.num_layers})")
         if not self.groups:
             raise StrategyError("a strategy needs at least one token group")
         if self.num_visual_tokens is not None:
@@ -156,7 +158,10 @@ class Strategy:
     @property
     def stages(self) -> tuple[int, ...]:
         """The layers at whose door the visual tokens are ranked; empty if they are ranked before the decoder."""
-        return tuple(self.selector_options.get("stages", ()))
+        stages = self.selector_options.get("stages", ())
+        if not isinstance(stages, (list, tuple)):
+            raise StrategyError(f"`stages` must be a list of layers, but got {stages!r}")
+        return tuple(stages)
 
     def ranked_until(self) -> tuple[int, ...]:
         """Per group the last stage that ranks it: its state is read there. 0 without stages."""
@@ -295,7 +300,7 @@ class Strategy:
             raise StrategyError(f"no strategy file at {str(path)!r}") from error
         except OSError as error:
             raise StrategyError(f"cannot read a strategy from {str(path)!r}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StrategyError(f"{str(path)!r} is not a JSON file: {error}") from error
         try:
             return cls.from_json(data)
@@ -334,6 +339,8 @@ def _parse(data: Any) -> Strategy:
             "update dop-search or search again"
         )
     _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
+    if data["num_layers"] > MAX_LAYERS:
+        raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
     groups = []
     for index, item in enumerate(data["groups"]):
         where = f"groups[{index}]"
