@@ -5,6 +5,7 @@ The only file that imports mlflow, and only when it logs.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import logging
 import os
 import socket
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -116,14 +118,8 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
     """
     if config.backend == "none":
         return None
-    check_tracking(config)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with _quiet():
-            return _log_search(config, record, run_dir)
-    except MlflowException as error:
-        raise ConfigError(_refused(config, error, run_dir)) from error
+    with _opened(config, str(run_dir)) as (client, experiment):
+        return _log_search(client, experiment, config, record, run_dir)
 
 
 def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "dop-bench") -> str | None:
@@ -134,10 +130,6 @@ def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "
     """
     if config.backend == "none":
         return None
-    check_tracking(config)
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
     params = {key: str(data[key]) for key in ("what", "text_tokens", "visual_tokens", "generated_tokens")}
     params |= {key: str(value) for key, value in data["environment"].items()}
     metrics = {}
@@ -149,16 +141,12 @@ def log_benchmark(config: TrackingConfig, data: Mapping[str, Any], name: str = "
             for metric, value in row[part].items():
                 if value is not None:
                     metrics[f"{prefix}/{metric}_{part}"] = float(value["median"])
-    try:
-        with _quiet():
-            client = MlflowClient(resolve_uri(config))
-            run = client.create_run(_experiment(client, config), run_name=config.run_name or name)
-            identifier = str(run.info.run_id)
-            _log(client, identifier, params, metrics)
-            client.log_dict(identifier, dict(data), "benchmark.json")
-            client.set_terminated(identifier)
-    except MlflowException as error:
-        raise ConfigError(f"tracking.uri={config.uri!r} refused the run: {error}; set another store") from error
+    with _opened(config, "--out") as (client, experiment):
+        run = client.create_run(experiment, run_name=config.run_name or name)
+        identifier = str(run.info.run_id)
+        _log(client, identifier, params, metrics)
+        client.log_dict(identifier, dict(data), "benchmark.json")
+        client.set_terminated(identifier)
     return identifier
 
 
@@ -180,45 +168,32 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
     """
     if config.backend == "none":
         return None
-    check_tracking(config)
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
     said = json.dumps([result["rows"], result["summary"]], sort_keys=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
     shared = {"study": result["study"], "model": str(result["setup"]["model"])}
     tags = {"kind": "study", **shared}
-    try:
-        with _quiet():
-            client = MlflowClient(resolve_uri(config))
-            experiment = _experiment(client, config)
-            if client.search_runs([experiment], f"tags.digest = '{digest}'", max_results=1):
-                return None
-            name = config.run_name or f"{shared['model']} {shared['study']}"
-            parent = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
-            _log(client, parent, shared, {"num_rows": float(len(result["rows"]))})
-            for file in sorted(folder.glob("*")):
-                if file.suffix in (".json", ".png"):
-                    client.log_artifact(parent, str(file))
-            for row in result["rows"]:
-                params, metrics = study_row_values(row)
-                its = {**shared, "kind": "study_row", "mlflow.parentRunId": parent}
-                title = " ".join(str(value) for value in params.values())[:200]
-                run = str(client.create_run(experiment, tags=its, run_name=title).info.run_id)
-                _log(client, run, {**shared, **params}, metrics)
-                client.set_terminated(run)
-            client.set_tag(parent, "digest", digest)  # at the end: what was interrupted is logged anew
-            client.set_terminated(parent)
-    except MlflowException as error:
-        raise ConfigError(_refused(config, error, folder)) from error
+    with _opened(config, str(folder)) as (client, experiment):
+        if client.search_runs([experiment], f"tags.digest = '{digest}'", max_results=1):
+            return None
+        name = config.run_name or f"{shared['model']} {shared['study']}"
+        parent = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
+        _log(client, parent, shared, {"num_rows": float(len(result["rows"]))})
+        for file in sorted(folder.glob("*")):
+            if file.suffix in (".json", ".png"):
+                client.log_artifact(parent, str(file))
+        for row in result["rows"]:
+            params, metrics = study_row_values(row)
+            its = {**shared, "kind": "study_row", "mlflow.parentRunId": parent}
+            title = " ".join(str(value) for value in params.values())[:200]
+            run = str(client.create_run(experiment, tags=its, run_name=title).info.run_id)
+            _log(client, run, {**shared, **params}, metrics)
+            client.set_terminated(run)
+        client.set_tag(parent, "digest", digest)  # at the end: what was interrupted is logged anew
+        client.set_terminated(parent)
     return parent
 
 
-def _log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(resolve_uri(config))
-    experiment = _experiment(client, config)
+def _log_search(client: MlflowClient, experiment: str, config: TrackingConfig, record: Record, run_dir: Path) -> str:
     name = config.run_name or f"{record.model.name} {record.space.name} {record.solver.name}"
     run = client.create_run(
         experiment, start_time=started_ms(record.provenance), tags=search_tags(record), run_name=name
@@ -265,21 +240,13 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
     """
     if config.backend == "none":
         return []
-    check_tracking(config)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with _quiet():
-            return _log_evaluation(config, record, run_dir)
-    except MlflowException as error:
-        raise ConfigError(_refused(config, error, run_dir)) from error
+    with _opened(config, str(run_dir)) as (client, experiment):
+        return _log_evaluation(client, experiment, config, record, run_dir)
 
 
-def _log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -> list[str]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(resolve_uri(config))
-    experiment = _experiment(client, config)
+def _log_evaluation(
+    client: MlflowClient, experiment: str, config: TrackingConfig, record: EvalRecord, run_dir: Path
+) -> list[str]:
     shared = {"model": record.model.name, "suite": record.suite.suite, "limit": str(record.suite.limit)}
     tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **provenance_tags(record.provenance)}
     full = {f"score_full/{name}": value for name, value in record.full.items()}
@@ -325,11 +292,47 @@ def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> d
     return tags
 
 
-def _refused(config: TrackingConfig, error: Exception, run_dir: Path) -> str:
-    return (
-        f"tracking.uri={config.uri!r} refused the run: {error}; the results are in {str(run_dir)!r} all the same; "
-        "set another tracking.uri or tracking.experiment, or tracking=none"
-    )
+@contextmanager
+def _opened(config: TrackingConfig, results: str) -> Iterator[tuple[MlflowClient, str]]:
+    """The store and the experiment's id, both made if they are not there; ``results``: where those are in any case.
+
+    Raises:
+        ConfigError: if mlflow is missing, or the store refuses something.
+    """
+    check_tracking(config)
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with _quiet():
+            with _alone(resolve_uri(config)):
+                client = MlflowClient(resolve_uri(config))
+                experiment = _experiment(client, config)
+            yield client, experiment
+    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
+        raise ConfigError(
+            f"tracking.uri={config.uri!r} refused the run: {error}; the results are in {results!r} all the same; "
+            "set another tracking.uri or tracking.experiment, or tracking=none"
+        ) from error
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: MLflow makes and migrates a new database at first use, and takes no lock."""
+    if urlsplit(uri).scheme in ("http", "https"):
+        yield  # the server has done it
+        return
+    if uri.startswith(_SQLITE):
+        database = Path(uri.removeprefix(_SQLITE))
+        path = database.with_name(f".{database.name}.lock")
+    else:  # of this machine's processes
+        path = Path(tempfile.gettempdir()) / f"dop_search-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _log(client: MlflowClient, run: str, params: Mapping[str, str], metrics: Mapping[str, float]) -> None:
@@ -355,11 +358,15 @@ def _log_points(client: MlflowClient, run: str, points: Mapping[str, Mapping[int
 def _open_for_writing(path: Path) -> None:
     """Begin a transaction: MLflow itself would retry for minutes on a store that it cannot write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with closing(sqlite3.connect(path, timeout=_CONNECT_TIMEOUT_S)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-    if is_new:
-        path.unlink(missing_ok=True)
+    if not path.exists():
+        with tempfile.TemporaryFile(dir=path.parent):
+            return  # and not the file itself, which another process may be making
+    try:
+        with closing(sqlite3.connect(path, timeout=_CONNECT_TIMEOUT_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # another process is writing, so that it can be written
+            raise
 
 
 def _experiment(client: MlflowClient, config: TrackingConfig) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,53 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     assert nested[0].data.metrics == {"budget": 0.5, "asked/what_s _this__": 3.0}
     assert log_study(config, result, tmp_path) is None
     assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None
+
+
+def test_a_store_that_is_no_database_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database at all" * 100)
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(ConfigError, match=r"cannot be written: file is not a database; set another tracking.uri"):
+        check_tracking(config)
+
+
+def test_a_store_of_another_version_is_an_error_in_words(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        database.execute("INSERT INTO alembic_version VALUES ('from_the_future')")
+        database.commit()
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(ConfigError, match=r"refused the run: .*; the results are in .* all the same; set another"):
+        log_study(config, {"study": "s", "setup": {"model": "m"}, "rows": [], "summary": {}}, tmp_path)
+
+
+FIRST_USE = """
+import sys, time
+from pathlib import Path
+from dop_search.app.config import TrackingConfig
+from dop_search.app.tracking.store import log_study
+import mlflow
+folder = Path(sys.argv[1])
+(folder / sys.argv[2]).touch()
+while len(list(folder.glob("ready*"))) < 3:
+    time.sleep(0.01)
+row = {"method": sys.argv[2], "budget": 0.5}
+result = {"study": sys.argv[2], "setup": {"model": "m"}, "rows": [row], "summary": {}}
+assert log_study(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), result, folder)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_end_together_all_log_to_a_new_store(tmp_path: Path) -> None:
+    """MLflow migrates a new database at first use and takes no lock: two of three failed."""
+    from mlflow.tracking import MlflowClient
+
+    names = [f"ready{number}" for number in range(3)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", FIRST_USE, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], errors
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "dop-search"]
+    assert {run.data.params["study"] for run in client.search_runs([experiment])} == set(names)
