@@ -249,9 +249,9 @@ def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, tmp_
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     said, results = {}, {}
     for number, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        command = [sys.executable, *launcher, *arguments, "--output_path", str(number)]
+        command = [sys.executable, *launcher, *arguments, "--output_path", f"out{number}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-        files = list(tmp_path.glob(f"{number}/strategy-0.3.json/*_results.json"))
+        files = list(tmp_path.glob(f"out{number}/strategy-0.3.json/*_results.json"))
         assert len(files) == 1, done.stdout[-2000:] + done.stderr[-4000:]
         results[number] = json.loads(files[0].read_text())["results"]
         logged = (line for file in sorted(files[0].parent.glob("*.jsonl")) for line in file.read_text().splitlines())
