@@ -6,27 +6,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dop_search.baselines.fitting import fit
     from dop_search.data.validation import validation_set
     from dop_search.divergence.profiling import Profile, profile
     from dop_search.models.loading import load
     from dop_search.pruning import prune_, pruned
     from dop_search.strategy import Strategy
     from dop_search.strategy.cost import Budget
+    from dop_search.utils.errors import DopError
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Strategy": "dop_search.strategy",
-    "pruned": "dop_search.pruning",
-    "prune_": "dop_search.pruning",
-    "load": "dop_search.models.loading",
-    "validation_set": "dop_search.data.validation",
-    "profile": "dop_search.divergence.profiling",
-    "Profile": "dop_search.divergence.profiling",
     "Budget": "dop_search.strategy.cost",
+    "DopError": "dop_search.utils.errors",
+    "Profile": "dop_search.divergence.profiling",
+    "Strategy": "dop_search.strategy",
+    "fit": "dop_search.baselines.fitting",
+    "load": "dop_search.models.loading",
+    "profile": "dop_search.divergence.profiling",
+    "prune_": "dop_search.pruning",
+    "pruned": "dop_search.pruning",
+    "validation_set": "dop_search.data.validation",
 }
 
-__all__ = ["Budget", "Profile", "Strategy", "load", "profile", "prune_", "pruned", "validation_set"]
+__all__ = [
+    "Budget",
+    "DopError",
+    "Profile",
+    "Strategy",
+    "fit",
+    "load",
+    "profile",
+    "prune_",
+    "pruned",
+    "validation_set",
+]
 
 
 def __getattr__(name: str) -> Any:

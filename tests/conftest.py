@@ -1,6 +1,7 @@
-"""What many tests share: the bundled model and a few of its samples, loaded once."""
+"""What many tests share: the bundled model and a few of its samples, loaded once; and which tests are slow."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,10 +9,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling what is imported takes longer than most tests,
+sys.dont_write_bytecode = False  # here and in each process that a test starts
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+SLOW_FIXTURES = {"logged", "run_small_study", "searched"}
+"""A test that uses one of these is slow; others say so by ``pytest.mark.slow``."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +49,17 @@ def teacher(pocket, few_samples):
     from dop_search.selectors import make_selector
 
     return make_teacher(pocket, few_samples, make_selector("cls_attention"), max_new_tokens=6, batch_size=4)
+
+
+@pytest.fixture
+def run_small_study(tmp_path):
+    """``run_small_study(name, *overrides)``: the content of ``tmp_path/out/result.json``."""
+    from support.small_studies import study_config
+
+    from dop_search.app.study_run import run_study
+    from dop_search.utils.progress import SilentProgress
+
+    def run(name, *overrides):
+        return run_study(study_config(name, tmp_path, *overrides), SilentProgress()).data
+
+    return run

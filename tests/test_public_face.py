@@ -19,6 +19,7 @@ def run_python(code):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_deploying_imports_neither_hydra_nor_optuna_nor_mlflow():
     code = (
         "import sys, json; from dop_search import pruned, Strategy, load; "
@@ -33,6 +34,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_every_public_name_is_there():
+    assert len(dop.__all__) <= 12
     for name in dop.__all__:
         assert callable(getattr(dop, name))
     with pytest.raises(AttributeError, match="has no attribute 'prund'"):
@@ -53,6 +55,9 @@ def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_sam
         path = tmp_path / "strategy.json"
         strategy.save(path)
         assert dop.Strategy.load(path) == strategy
+    assert not hasattr(again, "rerank"), "only a profile with a model evaluates strategies"
+    with pytest.raises(dop.DopError, match="give it an evaluation store"):
+        again.solve(budget=dop.Budget(flops_ratio=0.4), solver="rerank")
     best = measured.rerank(budget=dop.Budget(flops_ratio=0.4), num_candidates=4)
     assert best.provenance["kl_search_nats"] >= 0.0
     with pytest.raises(BudgetError, match=r"0\.001") as caught:
@@ -61,6 +66,46 @@ def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_sam
     (tmp_path / "profile.json").write_text("{")
     with pytest.raises(CacheError, match="profile the model again"):
         dop.Profile.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method", ["fastv", "cls_attention", pytest.param("gsop", marks=pytest.mark.slow), "short_lvlm"]
+)
+def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, few_samples, teacher, method):
+    from dop_search.baselines import FitContext, baseline
+    from dop_search.models.prompts import model_inputs
+
+    fitted = dop.fit(method, pocket, few_samples, flops_ratio=0.5, teacher=teacher)
+    assert fitted.flops_ratio == pytest.approx(0.5, rel=0.1)
+    step_by_step = baseline(method).fit(FitContext.from_teacher(pocket, teacher), 0.5)
+    assert (fitted.strategy, fitted.hyperparameters) == (step_by_step.strategy, step_by_step.hyperparameters)
+    inputs = model_inputs(pocket.processor, few_samples.samples[:1], pocket.adapter.device)
+    full = pocket.model(**inputs).logits
+    with fitted.apply(pocket.model):
+        assert not pocket.model(**inputs).logits[:, -1].equal(full[:, -1])
+    assert pocket.model(**inputs).logits.equal(full)
+
+
+def test_a_fit_asks_the_full_model_itself_and_names_what_is_wrong(pocket, few_samples, teacher, tmp_path):
+    told = []
+    fitted = dop.fit(
+        "shortv",
+        pocket,
+        few_samples,
+        flops_ratio=0.6,
+        max_new_tokens=4,
+        cache_dir=tmp_path,
+        on_progress=lambda *heard: told.append(heard),
+    )
+    assert fitted.method == "shortv"
+    assert told[0][2] == "the full model's answers"
+    assert list(tmp_path.glob("evaluations-*.jsonl")), "measured divergences are kept"
+    with pytest.raises(dop.DopError, match="did you mean 'fastv'"):
+        dop.fit("fastvv", pocket, few_samples, flops_ratio=0.5, teacher=teacher)
+    with pytest.raises(dop.DopError, match="pass that selector"):
+        dop.fit("fastv", pocket, few_samples, flops_ratio=0.5, teacher=teacher, selector="random")
+    with pytest.raises(BudgetError, match=r"cannot go below 0\.\d+ of the full model"):
+        dop.fit("fastv", pocket, few_samples, flops_ratio=0.01, teacher=teacher)
 
 
 def test_found_strategy_prunes_generation(pocket, few_samples):

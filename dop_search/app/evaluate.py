@@ -10,9 +10,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dop_search.app.config import EvalRunConfig
-from dop_search.app.eval_record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
 from dop_search.app.provenance import model_info, provenance
-from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge, compare, open_suite
+from dop_search.app.record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
+from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge, compare
 from dop_search.app.tracking.store import log_evaluation
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
@@ -33,7 +33,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     model's scores come from an earlier run if there was one.
 
     Raises:
-        DopError: on anything a user can mend; the message says how.
+        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
@@ -41,13 +41,11 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
         torch.set_num_threads(config.num_threads)
     check_writable(Path(config.cache_dir), "cache_dir")
     check_writable(run_dir, "hydra.run.dir")
-    suite = open_suite(config.suite)
-    assert suite is not None
     strategies = read_strategies(config.strategy)
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())
-    judge = SuiteJudge(loaded, suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
+    judge = SuiteJudge(loaded, config.suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
     with fast_linear(loaded.model):
         full = judge.scores(None)
         full.save(run_dir / SAMPLES_FOLDER / FULL_FOLDER)

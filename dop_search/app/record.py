@@ -1,6 +1,6 @@
-"""The record of one search: the contract that reports, notebooks and everything downstream read.
+"""The records of a search and of an evaluation: what reports, notebooks and everything downstream read.
 
-``record.json`` lies in the run directory. Nothing here needs torch.
+``record.json`` (``dop-search``) and ``scores.json`` (``dop-eval``) lie in the run directory. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -8,18 +8,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import CacheError
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.versioned import Format, write_json
 
-SCHEMA_VERSION: Literal[1] = 1
+RECORD = Format(
+    "a record",
+    None,
+    1,
+    "give the directory of a finished run of this version, or run the search again",
+    version_key="schema_version",
+)
+EVALUATION = Format("a record of dop-eval", "dop_search.evaluation", 1, "run dop-eval again")
 RECORD_FILE = "record.json"
+SCORES_FILE = "scores.json"
 CURVES_FILE = "curves.parquet"
 SAMPLES_FILE = "samples.json"
+SAMPLES_FOLDER = "samples"
+FULL_FOLDER = "full"
 
 Interval = tuple[float, float]
 """A 95 % confidence interval ``(low, high)``, by bootstrap over samples."""
@@ -34,6 +45,8 @@ def _strategy(value: Any) -> Strategy:
     return value if isinstance(value, Strategy) else Strategy.from_json(value)
 
 
+BudgetField = Annotated[Budget, PlainValidator(Budget.of), PlainSerializer(lambda budget: budget.plain)]
+"""A :class:`Budget`: in the file a number is a FLOPs ratio, anything else ``{"kv_ratio": 0.3}`` and the like."""
 StrategyField = Annotated[Strategy, PlainValidator(_strategy), PlainSerializer(lambda strategy: strategy.to_json())]
 """A :class:`Strategy`, as its JSON in the file."""
 
@@ -155,8 +168,7 @@ class Candidate(Part):
 class Result(Part):
     """What one budget led to. All KLs in nats; accuracies and ratios in 0..1."""
 
-    budget: float | dict[str, float]
-    """A number is a FLOPs ratio; else ``{"kv_ratio": 0.3}`` and the like."""
+    budget: BudgetField
     strategy: StrategyField
     flops_ratio: Ratio
     kv_ratio: Ratio
@@ -199,23 +211,6 @@ class Result(Part):
             model_fingerprint=found.model_fingerprint,
         )
 
-    @property
-    def budget_text(self) -> str:
-        """For tables, e.g. ``0.3`` or ``KV 0.3``."""
-        if isinstance(self.budget, float):
-            return f"{self.budget:g}"
-        return " ".join(f"{_BUDGET_NAMES.get(name, name)} {value:g}" for name, value in self.budget.items())
-
-
-_BUDGET_NAMES = {
-    "flops_ratio": "",
-    "kv_ratio": "KV",
-    "flops": "FLOPs",
-    "kv_bytes": "KV bytes",
-    "latency_ratio": "time",
-    "latency_ms": "ms",
-}
-
 
 class Provenance(Part):
     """Where the numbers come from."""
@@ -234,7 +229,7 @@ class Provenance(Part):
 class Record(Part):
     """One search, all budgets."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: ModelInfo
     data: DataInfo
     selector: Named
@@ -272,7 +267,7 @@ class Record(Part):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, atomically."""
-        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        write_json(path, self.to_json(), allow_nan=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
@@ -281,32 +276,66 @@ class Record(Part):
         Raises:
             CacheError: if there is none, or it is of another version or malformed; the message says where.
         """
-        file = Path(path) / RECORD_FILE if Path(path).is_dir() else Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-            data = json.loads(text)
-        except FileNotFoundError as error:
-            raise CacheError(f"no record at {str(file)!r}; give the directory of a finished run") from error
-        except OSError as error:
-            raise CacheError(f"cannot read the record {str(file)!r}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise CacheError(f"{str(file)!r} is not a JSON file: {error}") from error
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CacheError(
-                f"{str(file)!r} has schema_version {version!r}, but this dop-search reads {SCHEMA_VERSION}; "
-                "run the search again, or use the version that wrote it"
-            )
-        try:
-            return cls.model_validate_json(text, strict=True)  # as JSON: its lists are tuples here
-        except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)
-            ]
-            raise CacheError("\n  ".join([f"{str(file)!r} is not a record:", *lines])) from error
+        return _load(cls, path, RECORD_FILE, RECORD)
+
+
+class StrategyScores(Part):
+    """One strategy on the suite."""
+
+    name: str
+    """Unique in the record; also the folder of its per-sample outputs."""
+    file: str
+    strategy: StrategyField
+    flops_ratio: Ratio | None = None
+    """As the search that made the strategy measured it on its samples; ``None`` if the file doesn't say."""
+    scores: dict[str, ScoreComparison]
+    relative_mean: RelativeMean
+
+
+class EvalRecord(Part):
+    """One evaluation; per-sample outputs lie beside it, ``samples/<full or name>/<benchmark>.parquet``."""
+
+    format: Literal["dop_search.evaluation"] = "dop_search.evaluation"
+    version: Literal[1] = 1
+    model: ModelInfo
+    suite: SuiteInfo
+    full: dict[str, float]
+    """Benchmark → the full model's score."""
+    units: dict[str, str]
+    num_samples: dict[str, int]
+    strategies: list[StrategyScores] = Field(default_factory=list)
+    seconds: Seconds = 0.0
+    provenance: Provenance | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, atomically."""
+        write_json(path, self.model_dump(mode="json"), allow_nan=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalRecord:
+        """Read a record, from its file or from the directory that holds it.
+
+        Raises:
+            CacheError: if there is none, or it is malformed or of another version.
+        """
+        return _load(cls, path, SCORES_FILE, EVALUATION)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Part)
+
+
+def _load(record: type[AnyRecord], path: str | Path, name: str, format: Format) -> AnyRecord:
+    """The record in a file, or in the file called ``name`` in a folder; every error with its place in it."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    data = format.read(file)
+    try:
+        return record.model_validate_json(json.dumps(data), strict=True)  # as JSON: its lists are tuples here
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)]
+        raise CacheError("\n  ".join([f"{str(file)!r} is not {format.what}:", *lines])) from error
 
 
 def save_sample_ids(path: Path, ids: Mapping[str, Sequence[str]], fingerprints: Mapping[str, str]) -> None:
     """Write which samples each set holds: ``{"search": {"fingerprint": …, "ids": […]}, …}``."""
     data = {name: {"fingerprint": fingerprints[name], "ids": list(values)} for name, values in ids.items()}
-    write_text_atomic(path, json.dumps(data, indent=1) + "\n")
+    write_json(path, data, indent=1)

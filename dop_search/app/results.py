@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import weakref
@@ -23,11 +24,17 @@ import numpy as np
 from dop_search.utils.errors import CacheError, ConfigError, DataError, DopError, NumericalError
 from dop_search.utils.files import write_text_atomic
 from dop_search.utils.progress import Notify
+from dop_search.utils.versioned import Format
 
 log = logging.getLogger(__name__)
 
-FORMAT = "dop_search.study"
-VERSION = 1
+FORMAT = Format(
+    "a study's result",
+    "dop_search.study",
+    1,
+    "run the study first, or where the file is something else, set another study.folder",
+    error=ConfigError,
+)
 RESULT_FILE = "result.json"
 SAMPLES_FILE = "per_sample.json"
 INFEASIBLE = "infeasible"
@@ -45,22 +52,36 @@ class ResultFile:
         folder: where the files are; made if it does not exist.
         study: name of the study.
         setup: what every row depends on (model, data, objective): a file with another setup is refused.
+        published: a folder with a result that a new one begins with, if its setup is the same.
 
     Raises:
         ConfigError: if the folder has another study or setup; says what differs, and the remedy.
     """
 
-    def __init__(self, folder: Path, study: str, setup: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, study: str, setup: Mapping[str, Any], published: Path | None = None) -> None:
         self.folder = folder
         self.path = folder / RESULT_FILE
-        self._fresh = {"format": FORMAT, "version": VERSION, "study": study, "setup": plain(setup)}
+        self._fresh = {**FORMAT.stamp, "study": study, "setup": plain(setup)}
         self.data: dict[str, Any] = {**self._fresh, "rows": [], "summary": {}}
         self._samples: dict[str, list[float]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._claims = os.open(folder / ".claims", os.O_RDWR | os.O_CREAT)
         weakref.finalize(self, os.close, self._claims)  # locks last as long as it is open
         with self._locked():
-            pass
+            if published is not None and not self.path.exists():
+                self._begin_with(published)
+
+    def _begin_with(self, published: Path) -> None:
+        if not (published / RESULT_FILE).is_file():
+            return
+        data = read_result(published / RESULT_FILE)
+        other = _differences(data, self._fresh)
+        if other:
+            log.info("%s was measured with another setup (%s): every row is measured", published, "; ".join(other))
+            return
+        self.data, self._samples = data, _read_json(published / SAMPLES_FILE)
+        write_text_atomic(self.folder / SAMPLES_FILE, _lines(self._samples))
+        self._save()
 
     # -- rows -----------------------------------------------------------------------------------
 
@@ -159,10 +180,12 @@ class ResultFile:
             self._save()
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Replace the summary and save."""
+        """Replace the summary and save; one that differs by rounding alone, as on other numbers of threads, stays."""
+        new = plain(summary)
         with self._locked():
-            self.data["summary"] = plain(summary)
-            self._save()
+            if not _is_close(self.data["summary"], new):
+                self.data["summary"] = new
+                self._save()
 
     def _is_open(self, key: Key, mine: set[str]) -> bool:
         row = self.find(key)
@@ -216,30 +239,38 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is no study's result of this version.
     """
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read a study's result from {str(path)!r} ({error}); run the study first") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise ConfigError(
-            f"{str(path)!r} is not a study's result of version {VERSION}; move it away, or set study.folder"
-        )
-    return data
+    return FORMAT.read(path)
 
 
-def _refuse_other(data: Mapping[str, Any], fresh: Mapping[str, Any], path: Path) -> None:
+def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
+    """What a result was measured with, beside what it would be measured with now."""
     other = [] if data["study"] == fresh["study"] else [f"study: file {data['study']!r}, now {fresh['study']!r}"]
     old, new = _flat(data["setup"]), _flat(fresh["setup"])
-    other += [
+    return other + [
         f"{name}: file {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+
+
+def _refuse_other(data: Mapping[str, Any], fresh: Mapping[str, Any], path: Path) -> None:
+    other = _differences(data, fresh)
     if other:
         raise ConfigError(
             f"{str(path)!r} was measured with another setup ({'; '.join(other)}); "
             "set study.folder to another folder, or remove the file to measure anew"
         )
+
+
+def _is_close(old: Any, new: Any) -> bool:
+    """Whether two plain values are the same up to rounding."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_is_close(old[name], new[name]) for name in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_is_close, old, new))
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-9, abs_tol=1e-15) or (math.isnan(old) and math.isnan(new))
+    return bool(old == new)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,72 +1,20 @@
-"""Task scores of strategies: accuracy on the samples of a validation set, and the benchmarks of a suite."""
+"""Scores of strategies on the benchmarks of a suite, compared with the full model's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dop_search.app.config import EvalConfig
 from dop_search.app.record import RelativeMean, Result, ScoreComparison, SuiteInfo
-from dop_search.data.samples import Sample
-from dop_search.evaluation import (
-    SuiteScores,
-    answer_questions,
-    correct_answers,
-    difference_ci95,
-    relative,
-    relative_mean,
-)
+from dop_search.evaluation import Suite, SuiteScores, difference_ci95, relative, relative_mean
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
-from dop_search.utils.progress import Notify, Progress, watch
-
-if TYPE_CHECKING:
-    from dop_search.evaluation.suites import Suite
+from dop_search.utils.progress import Progress, watch
 
 EVALUATION_FOLDER = "evaluation"
 """In the cache directory: scores and per-sample outputs of every model state, rendered rows, lmms-eval's log."""
-
-
-@dataclass
-class AccuracyJudge:
-    """Exact match of greedy answers with the annotation; each strategy is judged once.
-
-    Attributes:
-        loaded: the model.
-        samples: questions with accepted answers; none: everything is ``None``.
-        batch_size: samples per generation call.
-        max_new_tokens: longest answer.
-    """
-
-    loaded: LoadedModel
-    samples: Sequence[Sample]
-    batch_size: int
-    max_new_tokens: int
-    _correct: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def correct(self, strategy: Strategy | None, notify: Notify) -> np.ndarray | None:
-        """Which answers are right, boolean ``[num_samples]``; ``strategy=None``: the full model."""
-        if not self.samples:
-            return None
-        key = "" if strategy is None else strategy.key()
-        if key not in self._correct:
-            what = "accuracy of the full model" if strategy is None else f"accuracy of {strategy.describe()}"
-            answers = answer_questions(
-                self.loaded,
-                self.samples,
-                strategy,
-                batch_size=self.batch_size,
-                max_new_tokens=self.max_new_tokens,
-                on_progress=partial(notify, what=what),
-            )
-            self._correct[key] = correct_answers(answers, self.samples)
-        return self._correct[key]
 
 
 @dataclass
@@ -159,22 +107,6 @@ def compare(
         )
     means = [None if side is None else relative_mean(side, full) for side in (pruned, uniform)]
     return scores, RelativeMean(pruned=_finite(means[0]), uniform=_finite(means[1]))
-
-
-def open_suite(config: EvalConfig) -> Suite | None:
-    """The suite that a configuration names, with its overrides; ``None`` for ``accuracy`` and ``none``.
-
-    Raises:
-        ConfigError: on an unknown suite or benchmark.
-    """
-    if not config.is_suite:
-        return None
-    from dop_search.evaluation.suites import load_suite, make_suite
-
-    if config.benchmarks:
-        return make_suite(**config.model_dump())
-    given = config.model_dump(include=config.model_fields_set - {"name", "benchmarks"})
-    return replace(load_suite(config.name), **given)
 
 
 def _finite(value: float | None) -> float | None:

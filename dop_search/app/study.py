@@ -1,156 +1,234 @@
-"""Studies by name, and running one: configuration → model → rows → figures → MLflow."""
+"""A study: a question, and the rows, the figures and the table that answer it; one class.
+
+Its fields are its options, ``study.options`` of a configuration. Studies are found by their files in a checkout,
+``experiments/NAME/study.py``; a module of ``imports`` registers others, ``STUDIES["mine"] = Mine``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import inspect
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from difflib import get_close_matches
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from transformers.utils import logging as transformers_logging
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from dop_search.app.config import SearchConfig
-from dop_search.app.report.studies import draw_study
-from dop_search.app.results import ResultFile
-from dop_search.app.study_settings import check_settings, row_settings
-from dop_search.app.tracking.store import log_study
-from dop_search.app.workbench import Workbench
-from dop_search.models.fast_linear import fast_linear
-from dop_search.models.loading import load
-from dop_search.studies.additive_vs_exact import additive_vs_exact
-from dop_search.studies.claims import claims
-from dop_search.studies.compare import compare
-from dop_search.studies.depthwise_vs_free import depthwise_vs_free
-from dop_search.studies.failures import failures
-from dop_search.studies.long_answers import long_answers
-from dop_search.studies.objective import objective
-from dop_search.studies.selectors import selectors
-from dop_search.studies.solver import solver
-from dop_search.studies.split_attention import split_attention
-from dop_search.studies.text_operations import text_operations
-from dop_search.studies.transfer import transfer
-from dop_search.studies.validation import validation_seed, validation_size, validation_source
-from dop_search.studies.vision_tower import vision_tower
+from dop_search.app.config.parse import parse_section
+from dop_search.app.config.schema import StudyConfig
+from dop_search.app.config.section import Section
+from dop_search.app.results import ResultFile, Row
+from dop_search.app.workbench import Workbench, check_data, flops_ratios
+from dop_search.data.validation import Split
+from dop_search.selectors import make_selector
+from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.extensions import import_modules
-from dop_search.utils.files import check_writable
-from dop_search.utils.progress import Progress, SilentProgress
+from dop_search.utils.registry import Registry, unknown
 
-Measure = Callable[..., None]
-"""``measure(bench, results, **options)`` adds the rows that are missing."""
+Result = Mapping[str, Any]
+"""The content of a study's ``result.json``."""
+Measured = Row | tuple[Row, np.ndarray]
+"""The values of a row, or these and an array per sample."""
 
-STUDIES: Mapping[str, Measure] = MappingProxyType(
-    {
-        "additive_vs_exact": additive_vs_exact,
-        "claims": claims,
-        "compare": compare,
-        "depthwise_vs_free": depthwise_vs_free,
-        "failures": failures,
-        "long_answers": long_answers,
-        "objective": objective,
-        "selectors": selectors,
-        "solver": solver,
-        "split_attention": split_attention,
-        "text_operations": text_operations,
-        "transfer": transfer,
-        "validation_seed": validation_seed,
-        "validation_size": validation_size,
-        "validation_source": validation_source,
-        "vision_tower": vision_tower,
-    }
-)
-"""The options of a study are its keyword arguments."""
+EXPERIMENTS = "experiments"
+"""The folder of a checkout, and the package, with a folder per study."""
+
+UNUSED = {
+    "search": "the study's own searches are told by study.options",
+    "eval": "what a study judges strategies by is part of it",
+    "storage": "processes share the rows by study.folder: raise study.workers, or start the same command again",
+}
+"""Keys that only a search reads, and what studies have in their place."""
 
 
-def run_study(config: SearchConfig, progress: Progress) -> dict[str, Any]:
-    """Measure what ``config.study`` lacks, draw its figures and log it; a finished study measures nothing.
+class Study(Section, ABC):
+    """Subclass it, give every option as a field with a docstring, and say what a row is.
 
-    Returns:
-        The content of ``result.json``.
+    Attributes:
+        question: in a sentence.
+        rows: what they are, for the progress display.
+        reads: the samples that are measured on.
+        judges: the samples whose answers are compared with the annotation.
+        group: the part of a key whose rows one process should measure, as they share work.
+        adds_rows: options that say which rows there are, and change none: with more of them a study goes on.
+    """
+
+    question: ClassVar[str]
+    rows: ClassVar[str] = "rows"
+    reads: ClassVar[tuple[Split, ...]] = ("search", "heldout")
+    judges: ClassVar[Split | None] = None
+    group: ClassVar[str | None] = None
+    adds_rows: ClassVar[frozenset[str]] = frozenset()
+
+    # -- what there is to measure ---------------------------------------------------------------
+
+    def check(self, config: SearchConfig) -> None:
+        """Refuse, before a model is loaded, what this study cannot do.
+
+        Raises:
+            ConfigError: naming the key and the remedy.
+        """
+
+    def settings(self, config: SearchConfig) -> dict[str, Any]:
+        """What the rows depend on beside the model and the samples: selector, space, options, a file's content."""
+        own: dict[str, Any] = {}
+        if config.data.path is not None and Path(config.data.path).is_file():
+            own["data_file"] = hashlib.sha256(Path(config.data.path).read_bytes()).hexdigest()[:16]
+        return {
+            **own,
+            "selector": config.selector.model_dump(mode="json"),
+            "space": config.space.model_dump(mode="json"),
+            "options": self.model_dump(mode="json", exclude=set(self.adds_rows)),
+        }
+
+    @abstractmethod
+    def keys(self, bench: Workbench) -> list[dict[str, Any]]:
+        """What the rows are about, in order; all with the same names."""
+
+    @abstractmethod
+    def row(self, bench: Workbench, *_: Any, **key: Any) -> Measured:
+        """Measure the row of a key, which comes as keyword arguments."""
+
+    def summarize(self, bench: Workbench, results: ResultFile) -> Mapping[str, Any]:
+        """What all rows say together; empty: nothing."""
+        return {}
+
+    def measure(self, bench: Workbench, results: ResultFile) -> None:
+        """Add the rows that are missing, and the summary."""
+        keys = self.keys(bench)
+        with bench.watch() as notify:
+            results.measure(keys, partial(self.row, bench), notify, self.rows, group=self.group)
+        results.sort(keys)
+        if summary := self.summarize(bench, results):
+            results.summarize(summary)
+
+    # -- what it says ---------------------------------------------------------------------------
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Figure]:
+        """Figures by name, drawn from ``result.json`` alone."""
+        return {}
+
+    @staticmethod
+    def table(result: Result) -> Table | None:
+        """What was found, for a terminal; ``None`` for studies that only draw."""
+        return None
+
+
+STUDIES: Registry[type[Study]] = Registry("study", {})
+"""Those that were looked up in ``experiments/``, and those of modules of one's own."""
+
+
+def find_study(name: str) -> type[Study]:
+    """The study of that name.
 
     Raises:
-        ConfigError: on an unknown study or option, a setting that studies do not heed, or a folder with a result of
-            another setup.
-        DopError: on anything else that a user can mend.
+        ConfigError: if there is none; names a near one, and says what an installed package lacks.
     """
-    study = config.study
-    assert study is not None
-    import_modules(config.imports)
-    measure = _find(study.name, study.options)
-    check_settings(config)
-    if study.workers > 1:
-        config = config.model_copy(update={"num_threads": config.num_threads or 1})
-    with _helpers(config, study.workers - 1):
-        results = _measure(config, measure, progress)
-    results.refresh()  # a helper may have been the last to write
-    folder = Path(study.folder)
-    draw_study(results.data, folder)
-    log_study(config.tracking, results.data, folder)
-    return results.data
-
-
-def _measure(config: SearchConfig, measure: Measure, progress: Progress) -> ResultFile:
-    assert config.study is not None
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    check_writable(Path(config.cache_dir), "cache_dir")
-    check_writable(Path(config.study.folder), "study.folder")
-    with progress.task(f"load {config.model.name_or_path}"):
-        transformers_logging.disable_progress_bar()
-        loaded = load(**config.model.model_dump())
-    bench = Workbench(config, loaded, progress)
-    setup = bench.setup() | row_settings(config, STUDIES[config.study.name])
-    results = ResultFile(Path(config.study.folder), config.study.name, setup)
-    with fast_linear(loaded.model):
-        measure(bench, results, **config.study.options)
-    return results
-
-
-@contextmanager
-def _helpers(config: SearchConfig, count: int) -> Iterator[None]:
-    """Processes that measure rows of the same study and end with the context; what a dead one left, another takes."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_help, args=(config,), daemon=True) for _ in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        yield
-        for process in processes:
-            process.join()
-    finally:
-        for process in processes:
-            process.terminate()
-
-
-def _help(config: SearchConfig) -> None:
-    assert config.study is not None
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import_modules(config.imports)
-    _measure(config, STUDIES[config.study.name], SilentProgress())
-
-
-def _find(name: str, options: Mapping[str, Any]) -> Measure:
-    if name not in STUDIES:
-        near = get_close_matches(name, STUDIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown study {name!r}; {hint}there are {', '.join(STUDIES)}")
-    known = list(inspect.signature(STUDIES[name]).parameters)[2:]
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise ConfigError(f"study {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    folder = _folder()
+    if folder is not None and (folder / name / "study.py").is_file():
+        STUDIES[name] = _load(folder, name)
+    elif folder is None and name not in STUDIES:
+        raise ConfigError(
+            f"no study {name!r}: studies lie in {EXPERIMENTS}/ of a checkout of dop-search, which this installation is "
+            f"not; clone the repository, or name a module in `imports` that registers it"
+        )
+    elif name not in STUDIES:
+        raise ConfigError(unknown("study", name, study_names()))
     return STUDIES[name]
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its helpers."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def study_names() -> list[str]:
+    """All studies that can be chosen."""
+    folder = _folder()
+    found = () if folder is None else (path.parent.name for path in folder.glob("*/study.py"))
+    return sorted({*found, *STUDIES})
+
+
+def open_study(config: SearchConfig) -> Study:
+    """The study that ``config.study`` names, with its options.
+
+    Raises:
+        ConfigError: on an unknown study or option, or a wrong value.
+    """
+    chosen = study_config(config)
+    return parse_section(dict(chosen.options), find_study(chosen.name), "study.options")
+
+
+def study_config(config: SearchConfig) -> StudyConfig:
+    """The section of a study.
+
+    Raises:
+        ConfigError: if the configuration is that of a search.
+    """
+    if config.study is None:
+        raise ConfigError("no study is chosen; set one, as in experiment=compare")
+    return config.study
+
+
+def check_study(study: Study, config: SearchConfig) -> None:
+    """Refuse, before a model is loaded, what a study does not read, and what it cannot do.
+
+    Raises:
+        ConfigError: naming the key, or the budget, that has no effect.
+        DopError: on an unknown selector, or samples that cannot be had.
+    """
+    name = study_config(config).name
+    values, usual = (item.model_dump(mode="json", include=set(UNUSED)) for item in (config, SearchConfig()))
+    for key, instead in UNUSED.items():
+        given = _difference(key, values[key], usual[key])
+        if given is not None:
+            raise ConfigError(f"study {name!r} has no use for `{key}`, but got {given}; leave it out: {instead}")
+    flops_ratios(config)
+    if study.reads and min(config.data.num_samples, config.data.num_heldout) < 2:
+        raise ConfigError(
+            f"study {name!r} gives intervals over samples, but got data.num_samples={config.data.num_samples} and "
+            f"data.num_heldout={config.data.num_heldout}; give at least 2 of each"
+        )
+    if study.judges is not None and config.data.answers != "teacher":
+        raise ConfigError(
+            f"study {name!r} counts the answers that stay the full model's, but got "
+            f"data.answers={config.data.answers}; leave it at teacher"
+        )
+    make_selector(config.selector.name, config.selector.options)
+    check_data(config.data, config.eval, study.reads, () if study.judges is None else (study.judges,))
+    study.check(config)
+
+
+def _folder() -> Path | None:
+    """``experiments/`` of the checkout that the configuration files belong to; an installed package has none."""
+    folder = config_dir().parent / EXPERIMENTS
+    return folder if folder.is_dir() else None
+
+
+def _load(folder: Path, name: str) -> type[Study]:
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))
+    module = importlib.import_module(f"{EXPERIMENTS}.{name}.study")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Study)
+        and value.__module__ == module.__name__
+        and not inspect.isabstract(value)
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"{str(folder / name / 'study.py')!r} must define one study, but it has {len(found)}")
+    return found[0]
+
+
+def _difference(key: str, given: Any, usual: Any) -> str | None:
+    """What differs from the usual value, as it is written on the command line; ``None``: nothing."""
+    if given == usual:
+        return None
+    if not isinstance(given, dict):
+        return f"{key}={given}"
+    return next(f"{key}.{name}={value}" for name, value in given.items() if value != usual.get(name))

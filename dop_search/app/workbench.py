@@ -1,8 +1,9 @@
-"""What studies measure with: a model, samples, the full model's answers, profiles, each made once."""
+"""What searches and studies measure with: a model, samples, the full model's answers, profiles, each made once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from dop_search.app.config import DataConfig, SearchConfig, SpaceConfig
-from dop_search.app.search_data import load_split
-from dop_search.app.study_settings import flops_ratios
 from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
-from dop_search.data.samples import Sample, ValidationSet
-from dop_search.data.validation import Split
+from dop_search.data.pools import check_sources, refuse_overlap
+from dop_search.data.samples import Sample, ValidationSet, no_answer
+from dop_search.data.sources import origin
+from dop_search.data.validation import Split, file_rows, sources_of, validation_set
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
-from dop_search.divergence.profiling import Profile, evaluation_store, profile
-from dop_search.evaluation import correct_answers
+from dop_search.divergence.profiling import MeasuredProfile, evaluation_store, profile
+from dop_search.evaluation import Suite, correct_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.search import CurveGrid, EvaluationStore
 from dop_search.selectors import Selector, make_selector
@@ -36,25 +37,27 @@ class Workbench:
         progress: shows how far things are.
 
     Attributes:
-        budgets: FLOPs ratios that the study is asked for.
-
-    Raises:
-        ConfigError: on a budget of another kind.
+        timings: seconds by :meth:`stage`.
     """
 
     def __init__(self, config: SearchConfig, loaded: LoadedModel, progress: Progress) -> None:
         self.config, self.loaded, self.progress = config, loaded, progress
-        self.budgets = flops_ratios(config)
+        self.timings: dict[str, float] = {}
         self._data: dict[Any, ValidationSet] = {}
         self._teachers: dict[Any, Teacher] = {}
         self._stores: dict[Any, EvaluationStore] = {}
-        self._profiles: dict[Any, Profile] = {}
+        self._profiles: dict[Any, MeasuredProfile] = {}
         self._answers: dict[str, list[str]] = {}
 
     @property
     def cache(self) -> Path:
         """Where everything that was measured is kept, by content."""
         return Path(self.config.cache_dir)
+
+    @property
+    def budgets(self) -> list[float]:
+        """The budgets, which are FLOPs ratios; see :func:`flops_ratios`."""
+        return flops_ratios(self.config)
 
     @property
     def num_layers(self) -> int:
@@ -81,7 +84,16 @@ class Workbench:
         """The samples of a split; ``changes`` are keys of the data's configuration, such as ``num_samples``."""
         key = (split, _frozen(changes))
         if key not in self._data:
-            self._data[key] = load_split(self.data_config(changes), split)
+            config = self.data_config(changes)
+            self._data[key] = validation_set(
+                config.name,
+                config.sizes[split],
+                config.seed,
+                split,
+                path=config.path,
+                families=config.families,
+                sources=config.sources,
+            )
         return self._data[key]
 
     def check_other_seed(self, seed: int) -> None:
@@ -114,6 +126,7 @@ class Workbench:
                     max_new_tokens=config.max_new_tokens,
                     answers=config.answers,
                     batch_size=self.config.batch_size,
+                    memory=self.config.memory,
                     cache_dir=self.cache,
                     answer_ids=None if known is None else [sample.answer_ids for sample in known.samples],
                     on_progress=partial(notify, what=f"full model on {len(data)} {split} samples, {ranker.name}"),
@@ -140,7 +153,9 @@ class Workbench:
                 self.teacher(split, ranker, **changes),
                 averaging=self.config.data.averaging,
                 cache_dir=self.cache,
-                hidden_states=self.config.hidden_states if split == "search" else "recompute",
+                storage=self.config.storage,
+                memory=self.config.memory,
+                keep_states=split == "search",
             )
         return self._stores[key]
 
@@ -167,7 +182,7 @@ class Workbench:
             self.loaded.adapter,
             self.teacher(split, **changes),
             averaging=self.config.data.averaging,
-            hidden_states=self.config.hidden_states,
+            memory=self.config.memory,
             divergence=divergence,
         )
         with watch(self.progress) as notify:
@@ -181,7 +196,7 @@ class Workbench:
         shares: Sequence[float] | None = None,
         split: bool = True,
         **changes: Any,
-    ) -> Profile:
+    ) -> MeasuredProfile:
         """The divergence curves of a space on the search samples, with a store for exact evaluations.
 
         ``shares`` and ``split`` (q and kv apart) are for ``dop_groups``.
@@ -206,8 +221,9 @@ class Workbench:
                     teacher=teacher,
                     averaging=self.config.data.averaging,
                     batch_size=self.config.batch_size,
-                    hidden_states=self.config.hidden_states,
+                    memory=self.config.memory,
                     cache_dir=self.cache,
+                    storage=self.config.storage,
                     on_progress=notify,
                 )
         return self._profiles[key]
@@ -240,26 +256,46 @@ class Workbench:
             right[changed] = correct_answers(self._generate(method, asked), asked)
         return right
 
-    def correct(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> np.ndarray:
+    def correct(
+        self, method: Strategy | FittedMethod | None = None, split: Split = "test", notify: Notify | None = None
+    ) -> np.ndarray:
         """Which greedy answers are right, boolean ``[num_samples]``; ``None``: the full model's."""
-        return correct_answers(self.answers(method, split), self.data(split).samples)
+        return correct_answers(self.answers(method, split, notify), self.data(split).samples)
 
-    def answers(self, method: Strategy | FittedMethod | None = None, split: Split = "test") -> list[str]:
-        """Greedy answers, one per sample; ``None``: the full model's."""
+    def answers(
+        self, method: Strategy | FittedMethod | None = None, split: Split = "test", notify: Notify | None = None
+    ) -> list[str]:
+        """Greedy answers, one per sample, each method asked once; ``None``: the full model's."""
+        of = (
+            "the full model" if method is None else method.describe() if isinstance(method, Strategy) else method.method
+        )
+        told = None if notify is None else partial(notify, what=f"answers of {of}")
         if method is None:
             method = Strategy.full(self.num_layers)
         strategy = method.strategy if isinstance(method, FittedMethod) else method
         key = None if strategy is None else split + strategy.key()
         if key is None or key not in self._answers:
-            answers = self._generate(method, self.data(split).samples)
+            answers = self._generate(method, self.data(split).samples, told)
             if key is None:
                 return answers
             self._answers[key] = answers
         return self._answers[key]
 
-    def _generate(self, method: Strategy | FittedMethod, samples: Sequence[Sample]) -> list[str]:
-        limit = self.config.data.max_new_tokens
-        return plain_answers(self.loaded, samples, method, batch_size=self.config.batch_size, max_new_tokens=limit)
+    def _generate(
+        self,
+        method: Strategy | FittedMethod,
+        samples: Sequence[Sample],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        return plain_answers(
+            self.loaded,
+            samples,
+            method,
+            batch_size=self.config.batch_size,
+            max_new_tokens=self.config.data.max_new_tokens,
+            on_progress=on_progress,
+            memory=self.config.memory,
+        )
 
     def full_answers(self, split: Split = "test") -> list[str]:
         """The full model's greedy answers, as its teacher has them, one per sample."""
@@ -268,11 +304,22 @@ class Workbench:
         texts = self.loaded.processor.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    # -- time and progress ----------------------------------------------------------------------
+
     @contextmanager
     def watch(self, prefix: str = "") -> Iterator[Notify]:
-        """Progress of a study's own loop."""
+        """Progress of a search's or a study's own loop."""
         with watch(self.progress, prefix) as notify:
             yield notify
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to ``timings[name]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
 
 def _shares(space: str) -> tuple[float, ...]:
@@ -281,3 +328,55 @@ def _shares(space: str) -> tuple[float, ...]:
 
 def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in changes.items()))
+
+
+# -- before a model is loaded --------------------------------------------------------------------------
+
+
+def flops_ratios(config: SearchConfig) -> list[float]:
+    """The budgets of a study.
+
+    Raises:
+        ConfigError: naming a budget that is none of FLOPs by ratio.
+    """
+    for budget in config.budget:
+        if budget.name != "flops_ratio":
+            raise ConfigError(
+                f"studies compare at shares of the full model's FLOPs, but got the budget {budget.plain}; "
+                "give ratios, as in budget=[0.3,0.15]"
+            )
+    return [budget.value for budget in config.budget]
+
+
+def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged: Sequence[Split] = ("test",)) -> None:
+    """Find out before a model is loaded whether the samples can be had, and that no benchmark scores them.
+
+    Args:
+        config: which samples.
+        suite: the benchmarks that judge, if any.
+        splits: those that are needed.
+        judged: splits whose answers are compared with the annotation.
+
+    Raises:
+        DataError: saying what to do.
+    """
+    refuse_scored_data(config, suite)
+    check_sources(sources_of(config.name, config.sources))
+    if config.name != "jsonl" or config.path is None:
+        return
+    sizes = {split: config.sizes[split] for split in splits}
+    for split, rows in file_rows(config.path, sizes, config.seed, config.families).items():
+        for row in rows:
+            if not row.answers and (split in judged or config.answers == "ground_truth"):
+                raise no_answer(row.where)
+
+
+def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
+    """Refuse a search on what the suite scores.
+
+    Raises:
+        DataError: naming the source, the benchmark and the split.
+    """
+    if suite.benchmarks and suite.source == "hub":
+        scored = {b.name: origin(b.dataset.path, b.dataset.name, b.dataset.split, None) for b in suite.benchmarks}
+        refuse_overlap(sources_of(config.name, config.sources), scored)

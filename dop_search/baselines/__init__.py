@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.dart import Dart
 from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergence, plain_outcome
@@ -18,27 +16,26 @@ from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.baselines.vtw import Vtw
 from dop_search.selectors import SELECTORS
-from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import Registry
 
-BASELINES: dict[str, Method] = {
-    **{name: UniformReduction(name) for name in SELECTORS},
-    **{
-        method.name: method
-        for method in (
-            FastV(),
-            PyramidDrop(),
-            SparseVlm(),
-            Dart(),
-            FitPrune(),
-            Vtw(),
-            ShortV(),
-            Gsop(),
-            SkipVision(),
-            ShortLvlm(),
-            ShortLvlm("short_lvlm_repair", repair_rank=16),
-        )
-    },
-}
+_PUBLISHED: tuple[Method, ...] = (
+    FastV(),
+    PyramidDrop(),
+    SparseVlm(),
+    SparseVlm("sparsevlm_v2"),
+    Dart(),
+    FitPrune(),
+    Vtw(),
+    ShortV(),
+    Gsop(),
+    SkipVision(),
+    ShortLvlm(),
+    ShortLvlm("short_lvlm_repair", repair_rank=16),
+)
+BASELINES: Registry[Method] = Registry(
+    "baseline",
+    {**{name: UniformReduction(name) for name in SELECTORS}, **{method.name: method for method in _PUBLISHED}},
+)
 """Every method by name; a selector's name is uniform reduction by that selector. A module of one's own adds to it."""
 
 
@@ -50,11 +47,7 @@ def baseline(name: str) -> Method:
     """
     if name not in BASELINES and name in SELECTORS:
         return UniformReduction(name)
-    if name not in BASELINES:
-        near = difflib.get_close_matches(name, BASELINES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown baseline {name!r}; {hint}there are {', '.join(BASELINES)}")
-    return BASELINES[name]
+    return BASELINES.find(name)
 
 
 __all__ = [

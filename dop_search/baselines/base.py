@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel
 
+from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
 from dop_search.baselines.pricing import Pricing
 from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.profiling import token_counts
@@ -20,9 +21,6 @@ from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
-
-Evaluate = Callable[[Sequence[Strategy]], np.ndarray]
-"""Mean divergence in nats of each strategy (``[num_strategies]``); none of them may have stages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class FitContext:
         dims: sizes of the decoder.
         counts: text and visual tokens of each sample that FLOPs are counted on.
         evaluate: scores strategies on validation samples; only methods that measure need it.
+        evaluate_at_prompt: as ``evaluate``, but the mean KL(pruned ‖ full) at the last token of the prompt, which some
+            methods choose by (:mod:`dop_search.baselines.at_prompt`).
         loaded, teacher: model and validation samples; only methods that look at the model's states need them.
         selector, selector_options: ranking before the decoder, for methods that need one and bring none. ``evaluate``
             must rank by the same.
@@ -42,6 +42,7 @@ class FitContext:
     dims: ModelDims
     counts: tuple[TokenCounts, ...]
     evaluate: Evaluate | None = None
+    evaluate_at_prompt: Evaluate | None = None
     loaded: LoadedModel | None = None
     teacher: Teacher | None = None
     selector: str = "cls_attention"
@@ -71,6 +72,7 @@ class FitContext:
             dims=loaded.adapter.dims,
             counts=token_counts(teacher),
             evaluate=evaluate,
+            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
             loaded=loaded,
             teacher=teacher,
             selector=selector,
@@ -109,6 +111,16 @@ class FitContext:
             raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
         return self.evaluate
 
+    def needs_evaluate_at_prompt(self, method: str) -> Evaluate:
+        """``evaluate_at_prompt``.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.evaluate_at_prompt is None:
+            raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
+        return self.evaluate_at_prompt
+
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
         """Model and teacher.
 
@@ -143,18 +155,27 @@ class FittedMethod:
     runtime: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        assert (self.strategy is None) != (self.runtime is None)
+        if (self.strategy is None) == (self.runtime is None):
+            raise DopError(
+                f"a fitted method has either a strategy or a runtime, but {self.method!r} got "
+                f"(strategy={self.strategy!r}, runtime={self.runtime!r})"
+            )
+
+    def needs_strategy(self) -> Strategy:
+        """``strategy``.
+
+        Raises:
+            DopError: if no strategy expresses the method.
+        """
+        if self.strategy is None:
+            raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
+        return self.strategy
 
     @contextmanager
     def apply(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Within the context ``model`` runs by the method; on exit, also by an exception, it is what it was."""
-        if self.strategy is not None:
-            with pruned(model, self.strategy):
-                yield model
-        else:
-            assert self.runtime is not None
-            with self.runtime(model):
-                yield model
+        with pruned(model, self.needs_strategy()) if self.runtime is None else self.runtime(model):
+            yield model
 
 
 class Method(ABC):

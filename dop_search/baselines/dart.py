@@ -21,7 +21,12 @@ class Dart(OneStage):
     name = "dart"
     title = "DART"
     num_pivots: int = 4
+    num_text_pivots: int = 4
 
     def selector_options(self) -> Mapping[str, Any]:
         """See base class."""
-        return {"stages": [self.layer], "num_pivots": self.num_pivots}
+        return {
+            "stages": [self.layer],
+            "num_pivots": self.num_pivots,
+            "num_text_pivots": self.num_text_pivots,
+        }

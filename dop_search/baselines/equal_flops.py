@@ -9,7 +9,7 @@ from dop_search.baselines.pricing import TOLERANCE
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenGroup
 from dop_search.strategy.policy import GroupPolicy
-from dop_search.utils.errors import BudgetError
+from dop_search.utils.errors import BudgetError, DopError
 
 REAL_STEPS = 50
 """Bisections of a real hyperparameter: its strategies are discrete, so that this finds the step next to the target."""
@@ -76,23 +76,20 @@ def fewest_layers(ratio: Callable[[int], float], num_layers: int, target: float)
     return next((layers for layers in range(num_layers) if ratio(layers) >= target), num_layers)
 
 
-def nested_strategy(num_layers: int, exits: Sequence[int], counts: Sequence[int], **fields: object) -> Strategy:
+def nested_strategy(
+    num_layers: int, exits: Sequence[int], counts: Sequence[int], keys_stay: int = 0, **fields: object
+) -> Strategy:
     """Visual tokens leave for good, worst first: ``counts[0]`` enter, ``counts[i + 1]`` are left from ``exits[i]`` on.
 
-    One token group per exit, and one that stays; empty groups are left out.
+    One token group per exit, and one that stays; empty groups are left out. ``keys_stay``: layers from the exit on in
+    which leaving tokens are still keys and values.
     """
     leaving = [before - after for before, after in itertools.pairwise(counts)]
-    assert min(leaving, default=0) >= 0
+    if min(leaving, default=0) < 0:
+        raise DopError(f"`counts` must not rise, for tokens leave for good, but got {list(counts)}")
     groups = []
     for depth, size in zip([num_layers, *reversed(exits)], [counts[-1], *reversed(leaving)], strict=True):
         if size:
-            layers = tuple(range(depth))
-            groups.append(GroupPolicy(layers, layers, layers, TokenGroup(size / counts[0])))
+            layers, keys = tuple(range(depth)), tuple(range(min(depth + keys_stay, num_layers)))
+            groups.append(GroupPolicy(layers, keys, layers, TokenGroup(size / counts[0])))
     return Strategy(num_layers, tuple(groups), **fields)  # type: ignore[arg-type]
-
-
-def average_tokens(strategy: Strategy, num_visual: int) -> float:
-    """Visual tokens that are keys, mean over layers: the literature's average number of tokens."""
-    sizes = strategy.group_sizes(num_visual)
-    kept = sum(size * len(policy.kv) for size, policy in zip(sizes, strategy.groups, strict=True))
-    return kept / strategy.num_layers

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
-from dop_search.divergence import Teacher, kl_divergence
-from dop_search.divergence.teacher import TeacherSample, generate_ids
+from dop_search.divergence import Memory, Teacher, kl_divergence
+from dop_search.divergence.teacher import TeacherSample
+from dop_search.evaluation.accuracy import generate_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
@@ -103,8 +104,9 @@ def _score_batch(
     inputs = model_inputs(loaded.processor, samples, device)
     mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
     longest = max(len(item.answer_ids) for item in known) - 1
-    prompts = [item.encoded.position_ids[:, : item.encoded.prompt_length] for item in known]
-    answers = [item.encoded.position_ids[:, item.encoded.prompt_length :] for item in known]
+    positions = [item.encoded.position_ids.to(device) for item in known]
+    prompts = [its[:, : item.encoded.prompt_length] for its, item in zip(positions, known, strict=True)]
+    answers = [its[:, item.encoded.prompt_length :] for its, item in zip(positions, known, strict=True)]
     model: Any = loaded.model
     output = model(**inputs, position_ids=_positions(prompts, length, left=True), use_cache=True)
     logits = [output.logits[:, -1:]]
@@ -128,7 +130,7 @@ def _score_batch(
     scores, same = [], []
     for row, item in enumerate(known):
         its = log_probs[row, : len(item.answer_ids)]
-        values = kl_divergence(item.log_probs, its)
+        values = kl_divergence(item.log_probs.to(its.device), its)
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"the logits for sample {item.id!r} are not finite; use dtype=float32 or bfloat16")
         scores.append(float(values.double().mean()))
@@ -153,12 +155,9 @@ def plain_answers(
     *,
     batch_size: int = 16,
     max_new_tokens: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+    memory: Memory = "auto",
 ) -> list[str]:
-    """Greedy answers through ``generate()``, one per sample."""
-    answers: dict[int, str] = {}
+    """Greedy answers through ``generate()``, one per sample; for ``memory`` see ``make_teacher``."""
     with applied(loaded, method):
-        for batch in alike_batches(samples, batch_size):
-            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
-            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
-    return [answers[index] for index in range(len(samples))]
+        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress, memory)

@@ -5,7 +5,7 @@ Criterion: :class:`dop_search.pruning.in_decoder.FastVSelector`. Policy: the kep
 others those of layers below ``K``. Published: K = 2 or 3 with half of the tokens; for an average of ``T`` tokens
 ``n`` follows from ``T = (K N + (L - K) n) / L``. Here ``n`` is solved for FLOPs and ``K`` stays 2.
 
-Not reproduced: the published code masks instead of dropping and ranks again at each decoding step.
+The released code drops once, in the prefill, and goes on from the shorter cache, as here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,3 @@ class FastV(OneStage):
     def selector_options(self) -> Mapping[str, Any]:
         """See base class."""
         return {"stages": [self.layer - 1]}
-
-    def kept_for_average(self, average: float, num_layers: int, num_visual: int) -> int:
-        """``n`` for an average of ``average`` tokens per layer, rounded."""
-        return round((average * num_layers - self.layer * num_visual) / (num_layers - self.layer))

@@ -1,18 +1,22 @@
 """FitPrune (Ye et al., AAAI 2025, arXiv 2409.10197): per-layer token counts that lose at most alpha of the attention.
 
-Offline, on validation samples of the full model: in each layer the attention that visual token ``i`` receives from
-visual rows (``self_i``) and from text rows (``cross_i``), mean over rows, maximum over heads. For a given ``alpha`` a
-layer can do without the lowest tokens, in the order of ``self_i * cross_i``, while the lost part of either sum stays
-at or below ``alpha``; counts are averaged over the samples and never rise with depth. ``alpha`` is solved for FLOPs
-by bisection. Online the tokens are ranked by the same product wherever tokens leave.
+Offline, on validation samples: in each layer the attention that visual token ``i`` receives from visual rows
+(``self_i``) and from text rows (``cross_i``), of every pair the maximum over heads, then the mean over rows. A layer
+does without the tokens that are both among the lowest by ``self`` and among the lowest by ``cross``, each sorted by
+itself and as far as what is left of the sum is at least ``1 - alpha`` of the full model's. They leave after the layer's
+attention; the next layer is measured without them. The counts of the samples are averaged. ``alpha`` is solved for
+FLOPs by bisection. Online as many tokens leave, those with the lowest ``self_i * cross_i``. The released schemes of
+LLaVA-1.5-7B are in :mod:`dop_search.baselines.fitprune_schemes`.
 
-Not reproduced: the paper ranks anew after every layer. Here tokens leave at up to ``num_stages`` layers, evenly
+Not reproduced: the paper ranks anew in every layer. At equal FLOPs tokens leave at up to ``num_stages`` layers, evenly
 spaced over the decoder, since a ranking computes queries and keys once more (the published code reads eager
-attention's map instead); a stage keeps the count of its own layer.
+attention's map instead); a stage keeps the count of its own layer. The released search stops pruning in the layer at
+which the FLOPs are saved; here the two schemes next to the target are mixed instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,48 +25,23 @@ import torch
 from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_real
+from dop_search.baselines.equal_flops import check_reach, nested_strategy, solve_real
+from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES, PUBLISHED_TOKENS
 from dop_search.divergence.encoding import EncodedSample, full_states, rotary
 from dop_search.models.adapter import ModelAdapter
-from dop_search.pruning.attention import signed
+from dop_search.pruning.attention import extension_mask, signed
 from dop_search.pruning.in_decoder import StageSample
 from dop_search.pruning.in_decoder.fitprune import received_attention
+from dop_search.pruning.layer import EAGER_PARTS, Side, extend_layer
 from dop_search.strategy import Strategy
 
 MAX_SAMPLES = 32
-"""Validation samples that the statistics are taken from, at most."""
+"""Validation samples that the counts are fitted on, at most."""
+NUM_BISECTIONS = 7
+"""Of alpha, until its interval is below .01 wide, as released."""
 
-
-@dataclass(frozen=True, eq=False)
-class AttentionProfile:
-    """Per sample, for each number of tokens removed from a layer, the larger lost part of the two sums.
-
-    Attributes:
-        lost: one array ``[num_layers, num_visual + 1]`` per sample; rises from 0 to 1 along the second axis.
-    """
-
-    lost: tuple[np.ndarray, ...]
-
-    @classmethod
-    def from_received(cls, received: list[tuple[np.ndarray, np.ndarray]]) -> AttentionProfile:
-        """From ``(self, cross)`` per sample, each ``[num_layers, num_visual]``."""
-        lost = []
-        for own, cross in received:
-            order = np.argsort(own * cross, axis=1, kind="stable")
-            parts = []
-            for mass in (own, cross):
-                ranked = np.take_along_axis(mass, order, axis=1).cumsum(axis=1)
-                parts.append(ranked / ranked[:, -1:])
-            lost.append(np.pad(np.maximum(*parts), ((0, 0), (1, 0))))
-        return cls(tuple(lost))
-
-    def counts(self, alpha: float, num_visual: int) -> np.ndarray:
-        """Tokens (of ``num_visual``) that each layer keeps, never more than the layer before it."""
-        kept = np.zeros(len(self.lost[0]))
-        for lost in self.lost:
-            removed = (lost <= alpha).sum(axis=1) - 1
-            kept += 1.0 - removed / (lost.shape[1] - 1)
-        return np.minimum.accumulate((kept / len(self.lost) * num_visual + 0.5).astype(np.int64))
+Counts = Callable[[float], np.ndarray]
+"""From alpha to the visual tokens that are left after each layer, ``[num_layers]``."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +49,26 @@ class FitPrune(Method):
     """Solved for ``alpha``.
 
     Args:
-        num_stages: layers at which tokens may leave, at most.
-        profile: measured statistics; ``None`` measures them on the context's samples.
+        num_stages: layers at which tokens may leave, at most; ``None``: all of them, as published.
+        counts: what is left after each layer, as a function of alpha; ``None`` measures it on the context's samples.
     """
 
     name = "fitprune"
-    num_stages: int = 6
-    profile: AttentionProfile | None = None
+    num_stages: int | None = 6
+    counts: Counts | None = None
+
+    @classmethod
+    def published(cls, saved_percent: int) -> Strategy:
+        """The released scheme of LLaVA-1.5-7B that saves so much of the FLOPs: 0, 10, … 50, 55, 60, … 90."""
+        scheme = PUBLISHED_SCHEMES[saved_percent]
+        return cls(num_stages=None).strategy(PUBLISHED_TOKENS - np.cumsum(scheme), PUBLISHED_TOKENS)
 
     def strategy(self, counts: np.ndarray, num_visual: int) -> Strategy:
-        """Tokens leave at the stages, down to each stage's count."""
+        """Tokens leave after the attention of the stages, down to each stage's count."""
         num_layers = len(counts)
-        layers = sorted({1 + (num_layers - 1) * index // self.num_stages for index in range(self.num_stages)})
+        number = num_layers if self.num_stages is None else self.num_stages
         stages, kept = [], [num_visual]
-        for layer in layers:
+        for layer in sorted({(num_layers - 1) * index // number for index in range(number)}):
             if counts[layer] < kept[-1]:
                 stages.append(layer)
                 kept.append(int(counts[layer]))
@@ -91,46 +76,126 @@ class FitPrune(Method):
             num_layers,
             stages,
             kept,
+            keys_stay=1,
             selector="fitprune",
             selector_options={"stages": stages},
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
-        profile = self.profile or measured_profile(context)
-        visual = context.num_visual
+        counts, visual = self.counts or measured_counts(context), context.num_visual
 
-        def strategy(alpha: float) -> Strategy:
-            return self.strategy(profile.counts(alpha, visual), visual)
+        def ratio(kept: np.ndarray) -> float:
+            return context.pricing.ratio(self.strategy(kept, visual))
 
-        # solve_real wants a cost that rises with its argument
-        kept_part = solve_real(
-            lambda part: context.pricing.ratio(strategy(1.0 - part)), 0.0, 1.0, flops_ratio, "FitPrune"
-        )
-        alpha = 1.0 - kept_part
-        result = strategy(alpha)
-        facts = {"alpha": alpha, "stages": list(result.stages), "counts": profile.counts(alpha, visual).tolist()}
+        mild, strong = 0.0, 1.0
+        check_reach(ratio(counts(strong)), ratio(counts(mild)), flops_ratio, "FitPrune")
+        for _ in range(NUM_BISECTIONS):
+            middle = (mild + strong) / 2
+            if ratio(counts(middle)) > flops_ratio:
+                mild = middle
+            else:
+                strong = middle
+
+        def mixed(part: float) -> np.ndarray:
+            return np.floor(part * counts(mild) + (1.0 - part) * counts(strong) + 0.5).astype(np.int64)
+
+        part = solve_real(lambda part: ratio(mixed(part)), 0.0, 1.0, flops_ratio, "FitPrune")
+        result = self.strategy(mixed(part), visual)
+        alpha = part * mild + (1.0 - part) * strong
+        facts = {"alpha": alpha, "stages": list(result.stages), "counts": mixed(part).tolist()}
         return self.fitted(context, flops_ratio, result, facts)
 
 
-def measured_profile(context: FitContext) -> AttentionProfile:
-    """The statistics of the context's samples, measured once."""
-    if "fitprune" not in context.memo:
-        loaded, teacher = context.needs_model("FitPrune")
-        samples = [sample.encoded for sample in teacher.samples[:MAX_SAMPLES]]
-        context.memo["fitprune"] = AttentionProfile.from_received(
-            [layer_attention(loaded.adapter, sample) for sample in samples]
-        )
-    profile: AttentionProfile = context.memo["fitprune"]
-    return profile
+def measured_counts(context: FitContext) -> Counts:
+    """What is left after each layer on the context's samples, measured once for each alpha."""
+    loaded, teacher = context.needs_model("FitPrune")
+    samples = [sample.encoded for sample in teacher.samples[:MAX_SAMPLES]]
+    known: dict[Any, Any] = context.memo.setdefault("fitprune", {})
+
+    def counts(alpha: float) -> np.ndarray:
+        if "sums" not in known:
+            known["sums"] = [received_sums(loaded.adapter, sample) for sample in samples]
+        if alpha not in known:
+            known[alpha] = fitted_counts(loaded.adapter, samples, known["sums"], alpha, context.num_visual)
+        result: np.ndarray = known[alpha]
+        return result
+
+    return counts
+
+
+def received_sums(adapter: ModelAdapter, sample: EncodedSample) -> np.ndarray:
+    """``[num_layers, 2]``: all that visual tokens receive from visual and from text rows in the full model."""
+    sums: list[list[float]] = []
+
+    def note(layer: int, own: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        sums.append([_left(own)[0], _left(cross)[0]])
+        return np.empty(0, dtype=np.int64)
+
+    prune_layer_by_layer(adapter, sample, note)
+    return np.array(sums)
+
+
+def fitted_counts(
+    adapter: ModelAdapter, samples: Sequence[EncodedSample], sums: Sequence[np.ndarray], alpha: float, num_visual: int
+) -> np.ndarray:
+    """Of ``num_visual`` tokens those left after each layer ``[num_layers]``; samples count by shares of their own."""
+    leaving = np.zeros(len(sums[0]))
+    for sample, full in zip(samples, sums, strict=True):
+
+        def choose(layer: int, own: np.ndarray, cross: np.ndarray, full: np.ndarray = full) -> np.ndarray:
+            return dispensable(own, cross, full[layer], alpha)
+
+        gone = prune_layer_by_layer(adapter, sample, choose)
+        leaving += np.array(gone) * num_visual / max(1, sample.num_visual)
+    return num_visual - np.cumsum(np.floor(leaving / len(samples) + 1e-9).astype(np.int64))
+
+
+def dispensable(own: np.ndarray, cross: np.ndarray, full: np.ndarray, alpha: float) -> np.ndarray:
+    """Tokens that a layer can do without by ``own`` and by ``cross``, whose sums in the full model are ``full``."""
+    lowest = []
+    for mass, total in zip((own, cross), full, strict=True):
+        number = int((_left(mass) >= (1.0 - alpha) * total).sum()) - 1
+        lowest.append(np.argsort(mass, kind="stable")[: max(0, number)])
+    return np.intersect1d(lowest[0], lowest[1])
+
+
+def _left(mass: np.ndarray) -> np.ndarray:
+    """``[n + 1]``: the sum of ``mass`` without its 0, 1, … n lowest."""
+    return np.append(np.sort(mass)[::-1].cumsum()[::-1], 0.0)
 
 
 @torch.inference_mode()
-def layer_attention(adapter: ModelAdapter, sample: EncodedSample) -> tuple[np.ndarray, np.ndarray]:
-    """``(self, cross)`` of the full model in every layer, each ``[num_layers, num_visual]``, on the prompt alone."""
-    received = [received_attention(view) for view in layer_inputs(adapter, sample)]
-    own, cross = (np.stack([pair[side].double().cpu().numpy() for pair in received]) for side in range(2))
-    return own, cross
+def prune_layer_by_layer(
+    adapter: ModelAdapter, sample: EncodedSample, leaving: Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+) -> list[int]:
+    """Run the decoder on one prompt; after each layer's attention the visual tokens ``leaving(layer, self, cross)`` go.
+
+    Returns:
+        How many left in each layer.
+    """
+    length = sample.prompt_length
+    cos, sin = (part[:length] for part in rotary(adapter, sample))
+    hidden, visual, number = sample.embeds[:length], sample.visual[:length], sample.visual.cumsum(0)[:length] - 1
+    result = []
+    for index, layer in enumerate(adapter.layers):
+        view = _view(layer, hidden, cos, sin, visual)
+        gone = np.empty(0, dtype=np.int64)
+        if len(view.candidates):
+            own, cross = (part.double().cpu().numpy() for part in received_attention(view))
+            gone = leaving(index, own, cross)
+        keep = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        keep[view.candidates[torch.from_numpy(gone).to(hidden.device)]] = False
+        # a row's own output of the layer does not depend on which other rows are still wanted after its attention
+        eager = layer.self_attn.config._attn_implementation == "eager"
+        rows = Side(None, None, cos[None, None], signed(sin)[None, None])
+        mask = extension_mask(hidden[None], 0, None, None, eager)
+        hidden = extend_layer(layer, hidden, rows, 1, mask, None, EAGER_PARTS)[keep]
+        cos, sin, visual, number = cos[keep], sin[keep], visual[keep], number[keep]
+        if index < len(sample.deepstack):
+            hidden[visual] += sample.deepstack[index][number[visual]]
+        result.append(len(gone))
+    return result
 
 
 @torch.inference_mode()
@@ -138,7 +203,7 @@ def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSamp
     """What enters each layer of the full model, for the prompt of one sample."""
     length = sample.prompt_length
     cos, sin = (part[:length] for part in rotary(adapter, sample))
-    visual = sample.visual[:length]
+    visual = sample.visual[:length].to(adapter.device)
     seen: list[Tensor] = []
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,8 +215,9 @@ def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSamp
     finally:
         for handle in handles:
             handle.remove()
+    return [_view(layer, hidden, cos, sin, visual) for layer, hidden in zip(adapter.layers, seen, strict=True)]
+
+
+def _view(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, visual: Tensor) -> StageSample:
     text, candidates = (~visual).nonzero()[:, 0], visual.nonzero()[:, 0]
-    return [
-        StageSample(layer, hidden, cos, signed(sin), text, candidates)
-        for layer, hidden in zip(adapter.layers, seen, strict=True)
-    ]
+    return StageSample(layer, hidden, cos, signed(sin), text, candidates)

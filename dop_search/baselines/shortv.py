@@ -1,10 +1,10 @@
 """ShortV (Yuan et al., ICCV 2025, arXiv 2504.00502): visual tokens are frozen in the layers that contribute least.
 
-``LC(l) = KL(full || visual tokens frozen in layer l)``: no query and no MLP there, still key and value. The layers of
-lowest ``LC`` are frozen together. Published: 20 samples of GQA and Flickr30k, 19 of 32 layers
-(:data:`PUBLISHED_ORDER`). Here ``LC`` is measured on the context's validation samples. At equal FLOPs as many layers
-are frozen as the budget asks for; what is still too much is taken off by entering with fewer tokens, chosen by the
-context's selector.
+``LC(l) = KL(visual tokens frozen in layer l ‖ full)`` at the last token of the prompt: no query and no MLP there, still
+key and value. The layers of lowest ``LC`` are frozen together. Published: 20 samples of GQA and Flickr30k, 19 of 32
+layers, 24 of 40 (:data:`PUBLISHED_ORDER`). Here ``LC`` is measured on the context's validation samples. At equal FLOPs
+as many layers are frozen as the budget asks for; what is still too much is taken off by entering with fewer tokens,
+chosen by the context's selector.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.baselines.base import Evaluate, FitContext, FittedMethod, Method
+from dop_search.baselines.at_prompt import Evaluate
+from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import fewest_layers, solve_integer
 from dop_search.strategy import Strategy
 from dop_search.strategy.policy import GroupPolicy
 
 PUBLISHED_ORDER: dict[str, tuple[int, ...]] = {
     "llava-1.5-7b": (31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17, 12, 19),
+    "llava-1.5-13b": (*(39, 32, 28, 36, 27, 37, 29, 30, 1, 38, 25, 31, 2, 26, 23, 34, 0, 33, 35, 22, 24, 21, 20, 17),),
     "llava-v1.6-7b": (31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2),
+    "llava-v1.6-13b": (
+        *(39, 32, 29, 36, 27, 30, 37, 23, 25, 31, 26, 2, 28, 22, 33, 35, 34, 24, 38, 21, 20, 18, 1, 17),
+    ),
 }
 """Frozen layers, least contribution first."""
 
@@ -71,14 +76,22 @@ def frozen_strategy(num_layers: int, frozen: Collection[int], **fields: object) 
 
 
 def layer_contributions(evaluate: Evaluate, num_layers: int) -> np.ndarray:
-    """``LC`` of every layer in nats (``[num_layers]``); 0 for the last, whose visual states nobody reads."""
+    """``LC`` of every layer in nats (``[num_layers]``); 0 for the last, whose visual states nobody reads.
+
+    ``evaluate``: the ``evaluate_at_prompt`` of a :class:`FitContext`.
+    """
     return evaluate([frozen_strategy(num_layers, {layer}) for layer in range(num_layers)])
 
 
 def freezing_order(context: FitContext) -> tuple[int, ...]:
-    """Layers from the least to the greatest contribution, measured once per context; ties start at the deepest."""
+    """Layers from the least to the greatest contribution, measured once per context."""
     if "shortv" not in context.memo:
-        values = layer_contributions(context.needs_evaluate("ShortV"), context.num_layers)
-        context.memo["shortv"] = tuple(sorted(range(len(values)), key=lambda layer: (values[layer], -layer)))
+        values = layer_contributions(context.needs_evaluate_at_prompt("ShortV"), context.num_layers)
+        context.memo["shortv"] = from_least(values)
     order: tuple[int, ...] = context.memo["shortv"]
     return order
+
+
+def from_least(contributions: np.ndarray) -> tuple[int, ...]:
+    """Layers from the least to the greatest contribution; ties start at the deepest."""
+    return tuple(sorted(range(len(contributions)), key=lambda layer: (contributions[layer], -layer)))

@@ -1,9 +1,10 @@
 """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): keep lists at three layers, by the attention of relevant text.
 
-Criterion and recycling: :class:`dop_search.pruning.in_decoder.SparseVlmSelector`. Policy: at layers 2, 6 and 15 of 32
-(rounded to other depths) the keep list goes on. Published lists of 576 tokens by equivalent tokens ``T = sum (L_i -
-L_{i-1}) T_i / L``: :data:`KEEP_LISTS`. Between them the lists are interpolated in ``T``, which is solved for FLOPs;
-recycled tokens come on top of the lists, as in the paper, and are paid for.
+Criteria and recycling: :mod:`dop_search.pruning.in_decoder.sparsevlm`. Policy: at layers 2, 6 and 15 of 32 (rounded to
+other depths) the keep list goes on. Each of the two published versions has its own lists of 576 tokens
+(:data:`KEEP_LISTS`), by equivalent tokens ``T = sum (L_i - L_{i-1}) T_i / L``. Between them the lists are interpolated
+in ``T``, which is solved for FLOPs. Version 1 recycles: those tokens come on top of the lists, as in the paper, and are
+paid for.
 """
 
 from __future__ import annotations
@@ -20,28 +21,30 @@ from dop_search.strategy import Strategy
 PUBLISHED_TOKENS = 576
 PUBLISHED_LAYERS = 32
 PUBLISHED_STAGES = (2, 6, 15)
-KEEP_LISTS: dict[int, tuple[int, int, int]] = {
-    64: (66, 34, 20),
-    96: (246, 54, 28),
-    128: (238, 108, 60),
-    192: (300, 200, 118),
+KEEP_LISTS: dict[str, dict[int, tuple[int, int, int]]] = {
+    "sparsevlm": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
+    "sparsevlm_v2": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
 }
-"""Equivalent tokens → tokens that go on at each stage (second version of the paper)."""
+"""Per version: equivalent tokens → tokens that are kept by score at each stage."""
 _SMALLEST = PUBLISHED_TOKENS * PUBLISHED_STAGES[0] / PUBLISHED_LAYERS
 """Equivalent tokens if nothing goes on after the first stage."""
 
 
 @dataclass(frozen=True)
 class SparseVlm(Method):
-    """Solved for the equivalent tokens ``T`` (of 576)."""
+    """Solved for the equivalent tokens ``T`` (of 576).
 
-    name = "sparsevlm"
-    recycle: bool = True
+    Args:
+        name: ``sparsevlm`` (version 1) or ``sparsevlm_v2``; also the criterion's.
+    """
+
+    name: str = "sparsevlm"  # type: ignore[misc]
 
     def keep_list(self, equivalent: float, num_visual: int) -> list[int]:
         """Tokens kept by score at each stage, recycled ones not counted; never more than at the stage before."""
-        nodes = [_SMALLEST, *KEEP_LISTS, PUBLISHED_TOKENS]
-        lists = [(0, 0, 0), *KEEP_LISTS.values(), (PUBLISHED_TOKENS,) * len(PUBLISHED_STAGES)]
+        published = KEEP_LISTS[self.name]
+        nodes = [_SMALLEST, *published, PUBLISHED_TOKENS]
+        lists = [(0, 0, 0), *published.values(), (PUBLISHED_TOKENS,) * len(PUBLISHED_STAGES)]
         shares = [np.interp(equivalent, nodes, [item[i] for item in lists]) / PUBLISHED_TOKENS for i in range(3)]
         return np.minimum.accumulate([int(share * num_visual + 0.5) for share in shares]).tolist()
 
@@ -53,13 +56,13 @@ class SparseVlm(Method):
         counts = [num_visual]
         for best in keep:
             best = min(best, counts[-1])
-            counts.append(with_recycled(counts[-1], best) if self.recycle and best else best)
+            counts.append(with_recycled(counts[-1], best) if self.name == "sparsevlm" and best else best)
         return nested_strategy(
             num_layers,
             stages,
             counts,
-            selector="sparsevlm",
-            selector_options={"stages": stages, "recycle": self.recycle},
+            selector=self.name,
+            selector_options={"stages": stages},
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:

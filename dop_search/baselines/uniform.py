@@ -28,7 +28,7 @@ class UniformReduction(Method):
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
         num_layers = context.num_layers
-        ranked = {"selector": self.name, "selector_options": dict(self.options)}
+        ranked: dict[str, Any] = {"selector": self.name, "selector_options": dict(self.options)}
 
         def strategy(kept: int) -> Strategy:
             return Strategy.full(num_layers, num_visual_tokens=kept, **ranked)

@@ -1,18 +1,22 @@
 """VTW (Lin et al., AAAI 2025, arXiv 2405.05803): all visual tokens leave the decoder at layer K.
 
-Published: ``K`` is the first layer from 5 on at which the mean KL of 20 samples is at most ``eta`` (.003 for
-LLaVA-1.5-7B), see :func:`withdrawal_layer`. At equal FLOPs the budget decides ``K`` instead: the smallest whose cost
-reaches it; what is too much is taken off by entering with fewer tokens, chosen by the context's selector.
+Published: ``K`` is the first layer from 5 on at which the mean KL(pruned ‖ full) of 20 samples at the last token of the
+prompt is at most ``eta`` (:data:`PUBLISHED_ETA_NATS`), see :func:`withdrawal_layer`. At equal FLOPs the budget decides
+``K`` instead: the smallest whose cost reaches it; what is too much is taken off by entering with fewer tokens, chosen
+by the context's selector.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dop_search.baselines.base import Evaluate, FitContext, FittedMethod, Method
+from dop_search.baselines.at_prompt import Evaluate
+from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import fewest_layers, solve_integer
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError
+
+PUBLISHED_ETA_NATS = {"llava-1.5-7b": 0.003, "llava-1.5-13b": 5e-4, "llava-v1.6-7b": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class Vtw(Method):
 
 def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float = 0.003, first: int = 5) -> int:
     """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``.
+
+    Args:
+        evaluate: ``evaluate_at_prompt`` of a :class:`FitContext`, whose values the published ``eta`` are.
+        num_layers: decoder layers.
+        eta_nats: the most that may be lost.
+        first: the first layer that is considered.
 
     Raises:
         DopError: if no layer is.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dop_search.data.sources import LOCAL_BUILDERS, DataFiles, is_file
 from dop_search.utils.errors import DataError
-from dop_search.utils.network import hub_is_reachable
+from dop_search.utils.network import hub_is_reachable, offline
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,22 +39,29 @@ def load_table(
     Raises:
         DataError: if there is no such data set, configuration or split, or no way to reach it.
     """
-    import httpx
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that the hub uses
 
     check_reachable(path, name)
+    is_local = path in LOCAL_BUILDERS or Path(path).exists()
+    without_network = not is_local and not hub_is_reachable()
     try:
-        with _quiet():
+        with _quiet(), offline(without_network):
             if is_file(path):
                 return load_dataset(_BUILDERS[Path(path).suffix], data_files={split: path}, split=split)
+            if not is_local and data_files is not None:
+                chosen = data_files.get(split, ()) if isinstance(data_files, Mapping) else data_files
+                return _chosen_files(
+                    path, [chosen] if isinstance(chosen, str) else list(chosen), split, revision, without_network
+                )
             if not (Path(path).is_dir() and _is_saved(Path(path))):
                 files = _absolute(data_files, base) if path in LOCAL_BUILDERS else data_files
                 return load_dataset(path, name, split=split, revision=revision, data_files=files)
             saved = load_from_disk(path)
     except ConnectionError as error:
         raise DataError(_offline(path, name)) from error
-    except (DatasetsError, httpx.HTTPError, OSError, ValueError) as error:
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
         raise DataError(
             f"cannot load the data set {_shown(path, name)}, split {split!r}: {str(error).splitlines()[0]}; check "
             "its path, configuration, split and revision"
@@ -64,6 +71,24 @@ def load_table(
     if split not in saved:
         raise DataError(f"the data set {path!r} has no split {split!r}; it has {sorted(saved)}")
     return saved[split]
+
+
+def _chosen_files(path: str, patterns: list[str], split: str, revision: str | None, without_network: bool) -> Dataset:
+    """Some files of a hub data set, through the hub's cache: ``datasets`` finds its own again only with a network."""
+    from datasets import load_dataset
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(
+            path, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=without_network
+        )
+    )
+    files = sorted(str(file) for pattern in patterns for file in folder.glob(pattern))
+    if not files or Path(files[0]).suffix not in _BUILDERS:
+        raise DataError(
+            f"the data set {path!r} has no files {patterns} of the kinds {sorted(_BUILDERS)}; check data_files"
+        )
+    return load_dataset(_BUILDERS[Path(files[0]).suffix], data_files={split: files}, split=split)
 
 
 def check_reachable(path: str, name: str | None) -> None:
@@ -76,9 +101,15 @@ def check_reachable(path: str, name: str | None) -> None:
         return
     import datasets
     from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub import constants
 
-    folder = "___".join(camelcase_to_snakecase(part) for part in path.split("/"))
-    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
+    *owner, name_only = path.split("/")
+    folder = "___".join([*owner, camelcase_to_snakecase(name_only)])
+    caches = (
+        Path(datasets.config.HF_DATASETS_CACHE) / folder,
+        Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}" / "snapshots",
+    )
+    is_cached = any(cache.is_dir() for cache in caches)
     if not is_cached and (datasets.config.HF_HUB_OFFLINE or not hub_is_reachable()):
         raise DataError(_offline(path, name))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ import yaml
 
 from dop_search.data.sources import Origin, origin
 from dop_search.utils.errors import DataError
+from dop_search.utils.extras import check_extras
+from dop_search.utils.registry import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,11 +23,25 @@ if TYPE_CHECKING:
 _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.-]+)[\"']?\s*(?:#.*)?$", re.MULTILINE)
 
 
+def tasks_root() -> Path:
+    """The folder of lmms-eval's own tasks, found without importing it.
+
+    Raises:
+        MissingExtraError: if lmms-eval is not installed.
+    """
+    check_extras("a benchmark of lmms-eval", "eval")
+    found = importlib.util.find_spec("lmms_eval")
+    if found is None or found.origin is None:
+        raise DataError("lmms-eval is installed without the files of its tasks; install dop-search[eval] again")
+    return Path(found.origin).parent / "tasks"
+
+
 def task_file(task: str) -> Path:
     """The YAML file of a task, by its name among lmms-eval's tasks or by its path.
 
     Raises:
-        DataError: if there is no such file or task, with near names; or without lmms-eval.
+        DataError: if there is no such file or task, with near names.
+        MissingExtraError: if a name is given and lmms-eval is not installed.
     """
     if task.endswith((".yaml", ".yml")):
         path = Path(task).resolve()
@@ -35,9 +50,8 @@ def task_file(task: str) -> Path:
         return path
     known = _task_files()
     if task not in known:
-        near = difflib.get_close_matches(task, known, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise DataError(f"lmms-eval has no task {task!r}{hint} (a group of tasks cannot be a source)")
+        near = did_you_mean(task, known, count=3)
+        raise DataError(f"lmms-eval has no task {task!r}; {near}a group of tasks cannot be a source")
     return known[task]
 
 
@@ -100,11 +114,8 @@ def task_on(task: str, table: Dataset, split: str, *, run_process_docs: bool) ->
 
 @cache
 def _task_files() -> dict[str, Path]:
-    spec = importlib.util.find_spec("lmms_eval")
-    if spec is None or spec.origin is None:
-        raise DataError("samples of benchmarks need lmms-eval; install `dop-search[eval]`, or use data=pocket")
     files: dict[str, Path] = {}
-    for path in sorted((Path(spec.origin).parent / "tasks").rglob("*.yaml")):
+    for path in sorted(tasks_root().rglob("*.yaml")):
         found = _TASK_LINE.search(path.read_text(encoding="utf-8"))
         if found:
             files.setdefault(found[1], path)

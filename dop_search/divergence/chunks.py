@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dop_search.divergence.encoding import EncodedSample, rotary
+from dop_search.divergence.memory import hold, to_device, to_host
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
@@ -21,9 +22,11 @@ from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 
 NO_GROUPS: frozenset[int] = frozenset()
-HiddenStates = Literal["keep", "offload", "recompute"]
-"""The full model's hidden states stay on the device (fastest), in the CPU's memory, or are computed again in every
-call, one chunk at a time (least memory). The numbers do not depend on it."""
+Place = Literal["device", "host", "nowhere"]
+"""Where the full model's hidden states are kept for the next call: on the device, in host memory, or nowhere: they are
+computed again. The numbers do not depend on it."""
+
+ChunkLayout = tuple[Layout, ForwardTables, Tensor | None, Deepstack | None]
 
 
 class PrefixKeys:
@@ -32,8 +35,8 @@ class PrefixKeys:
     Causal attention hides the image from these tokens, so their states are the full model's under every strategy.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], num_samples: int) -> None:
-        self.keys, self.values, self.num_samples = keys, values, num_samples
+    def __init__(self, embeds: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], num_samples: int) -> None:
+        self.embeds, self.keys, self.values, self.num_samples = embeds, keys, values, num_samples
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Prepend the prefix to a layer's keys and values (``[num_samples, kv_heads, length, head_dim]``)."""
@@ -41,6 +44,11 @@ class PrefixKeys:
         shape = (self.num_samples, -1, -1, -1)
         keys = torch.cat([past_key.expand(shape), key_states], dim=2)
         return keys, torch.cat([past_value.expand(shape), value_states], dim=2)
+
+    def shared(self, embeds: Tensor, num_samples: int) -> PrefixKeys | None:
+        """The same keys for other samples that begin with the same text; ``None`` if they do not."""
+        same = self.embeds.shape == embeds.shape and len(embeds) == 1 and torch.equal(self.embeds, embeds)
+        return PrefixKeys(self.embeds, self.keys, self.values, num_samples) if same else None
 
 
 class _Recorder:
@@ -65,21 +73,24 @@ class PackedChunk:
     Args:
         adapter: the model.
         samples: teacher samples; similar lengths waste least.
-        hidden_states: what becomes of the full model's hidden states of all layers (``layers × tokens ×
-            hidden_size``), from which a strategy starts at its first changed layer; see ``HiddenStates``.
+        place: where the full model's hidden states of all layers (``layers × tokens × hidden_size``) are kept, from
+            which a strategy starts at its first changed layer; see ``Place``.
         keep_prefix: leave the text before the image to its cached keys and values.
+        known_prefix: keys and values of another chunk, taken over if its samples begin with the same text.
     """
 
     def __init__(
         self,
         adapter: ModelAdapter,
         samples: Sequence[TeacherSample],
-        hidden_states: HiddenStates = "keep",
+        place: Place = "nowhere",
         keep_prefix: bool = True,
+        known_prefix: PrefixKeys | None = None,
     ) -> None:
         self.adapter = adapter
+        self.device = adapter.device
         self.samples = tuple(samples)
-        self.hidden_states = hidden_states
+        self.place = place
         visual = [sample.encoded.visual.cpu().numpy() for sample in samples]
         first = [int(mask.argmax()) if mask.any() else 0 for mask in visual]
         read_from = [sample.encoded.prompt_length - 1 for sample in samples]
@@ -87,43 +98,56 @@ class PackedChunk:
         ropes = [rotary(adapter, sample.encoded) for sample in samples]
         self.cos = torch.cat([cos[self.num_past :] for cos, _ in ropes])
         self.sin = torch.cat([sin[self.num_past :] for _, sin in ropes])
-        self.embeds = torch.cat([sample.encoded.embeds[self.num_past :] for sample in samples])
+        self.embeds = self._joined([sample.encoded.embeds[self.num_past :] for sample in samples])
         self.offsets = np.concatenate([[0], np.cumsum([s.encoded.length - self.num_past for s in samples])])
         self.num_answer_tokens = [len(sample.answer_ids) for sample in samples]
-        self.log_probs = torch.cat([sample.log_probs for sample in samples])
+        self.log_probs = self._joined([sample.log_probs for sample in samples])
         self._visual = [mask[self.num_past :] for mask in visual]
-        self._hidden: list[Tensor] = [self.embeds]
-        self._deepstack = _by_layer([sample.encoded for sample in samples])
-        self.prefix = self._prefix(ropes) if self.num_past else None
+        self._kept: list[Tensor] = []
+        self._latest: tuple[int, Tensor] = (0, self.embeds)
+        self._full_layout: ChunkLayout | None = None
+        self.num_layers_computed = 0
+        self._deepstack = [to_device(part, self.device) for part in _by_layer([sample.encoded for sample in samples])]
+        self.reserved_bytes = self.hidden_bytes() if place == "device" else 0
+        if place == "device":
+            hold(self)
+        self.prefix = self._prefix(ropes, known_prefix) if self.num_past else None
 
-    def _prefix(self, ropes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKeys:
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return to_device(parts[0] if len(parts) == 1 else torch.cat(list(parts)), self.device)
+
+    def _prefix(self, ropes: Sequence[tuple[Tensor, Tensor]], known: PrefixKeys | None) -> PrefixKeys:
         embeds = torch.stack([sample.encoded.embeds[: self.num_past] for sample in self.samples])
         if all(torch.equal(embeds[0], other) for other in embeds[1:]):
             embeds = embeds[:1]  # the same system prompt everywhere: once is enough
+        if known is not None and (shared := known.shared(embeds, len(self.samples))) is not None:
+            return shared
         count, length = embeds.shape[:2]
         text = [np.full(length, TEXT)] * count
-        layout, _ = pack(text, embeds.device)
+        layout, _ = pack(text, self.device)
         tables = ForwardTables(
             torch.cat([cos[: self.num_past] for cos, _ in ropes[:count]]),
             torch.cat([sin[: self.num_past] for _, sin in ropes[:count]]),
         )
-        cache, hidden = _Recorder(), embeds.flatten(0, 1)
+        cache, hidden = _Recorder(), to_device(embeds, self.device).flatten(0, 1)
         step = LayerStep(NO_GROUPS, NO_GROUPS, NO_GROUPS, NO_GROUPS)
         for layer in self.adapter.layers:
             hidden = run_layer(layer, hidden, NO_GROUPS, step, layout, tables, cache)
-        return PrefixKeys(cache.keys, cache.values, len(self.samples))
+        return PrefixKeys(embeds, cache.keys, cache.values, len(self.samples))
 
-    def layout(self, strategy: Strategy) -> tuple[Layout, ForwardTables, Tensor | None, Deepstack | None]:
+    def layout(self, strategy: Strategy) -> ChunkLayout:
         """Layout for the strategy's kept tokens and groups, its rotary embeddings, the rows that enter it (``None``:
         all), and what is added to visual tokens behind the first layers.
         """
         groups = [
-            assign_groups(visual, self._choice(sample, strategy).order, strategy)
+            assign_groups(
+                visual, self._choice(sample, strategy).order, strategy, sample.encoded.ranked[self.num_past :]
+            )
             for visual, sample in zip(self._visual, self.samples, strict=True)
         ]
         layout, kept = pack(
             groups,
-            self.embeds.device,
+            self.device,
             read=[sample.encoded.read[self.num_past :] for sample in self.samples],
             num_past=self.num_past,
         )
@@ -153,24 +177,43 @@ class PackedChunk:
         return sample.encoded.choice(strategy.num_kept(sample.encoded.num_visual))
 
     def full_hidden(self, layer: int) -> Tensor:
-        """The full model's hidden states before ``layer``: ``[rows, hidden_size]``."""
-        if layer < len(self._hidden):
-            return self._hidden[layer].to(self.embeds.device)
-        layout, tables, _, injected = self.layout(Strategy.full(self.adapter.dims.num_layers))
+        """The full model's hidden states before ``layer``: ``[rows, hidden_size]``; fastest in the order of layers."""
+        if layer < len(self._kept):
+            return self._kept[layer] if self.place == "device" else to_device(self._kept[layer], self.device)
+        index, hidden = self._latest
+        if index > layer:
+            index, hidden = 0, self.embeds
+        if index < len(self._kept):
+            index, hidden = len(self._kept) - 1, self._kept[-1].to(self.device)
+        self._latest = (0, self.embeds)  # else the state before would live as long as the one after it
+        if self._full_layout is None:
+            self._full_layout = self.layout(Strategy.full(self.adapter.dims.num_layers))
+        layout, tables, _, injected = self._full_layout
         everything = frozenset({0})
         step = LayerStep(everything, everything, everything, everything)
-        hidden = self._hidden[-1].to(self.embeds.device)
-        for index in range(len(self._hidden) - 1, layer):
-            hidden = run_layer(self.adapter.layers[index], hidden, everything, step, layout, tables, self.prefix)
+        self._keep(index, hidden)
+        for current in range(index, layer):
+            hidden = run_layer(self.adapter.layers[current], hidden, everything, step, layout, tables, self.prefix)
             if injected is not None:
-                hidden = injected.add(hidden, index, everything)
-            self._hidden.append(hidden.cpu() if self.hidden_states == "offload" else hidden)
+                hidden = injected.add(hidden, current, everything)
+            self._keep(current + 1, hidden)
+            self.num_layers_computed += 1
+        self._latest = (layer, hidden)
         return hidden
 
-    def release_hidden(self) -> None:
-        """Forget the hidden states if they are to be recomputed."""
-        if self.hidden_states == "recompute":
-            del self._hidden[1:]
+    def _keep(self, layer: int, hidden: Tensor) -> None:
+        if self.place != "nowhere" and layer == len(self._kept):
+            self._kept.append(to_host(hidden) if self.place == "host" else hidden)
+
+    def release(self) -> None:
+        """Give up the hidden states that are kept, for good; they are computed again in every call."""
+        self.place, self.reserved_bytes = "nowhere", 0
+        self._kept.clear()
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Forget what is not kept, after a call."""
+        self._latest, self._full_layout = (0, self.embeds), None
 
     def hidden_bytes(self) -> int:
         """What the hidden states of all layers take."""
@@ -185,9 +228,3 @@ def _by_layer(encoded: Sequence[EncodedSample]) -> list[Tensor]:
         torch.cat([sample.deepstack[layer] if sample.deepstack else none for sample in encoded])
         for layer in range(depth)
     ]
-
-
-def chunks_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in chunks of at most ``batch_size`` of similar length."""
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dop_search.divergence.memory import to_device
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import with_answer
 from dop_search.pruning.choosing import Choice, Chooser
@@ -42,12 +43,39 @@ class EncodedSample:
 
     def choice(self, num_kept: int) -> Choice:
         """Which visual tokens are kept when ``num_kept`` are, and what the decoder receives for merged ones."""
-        return Choice(self.ranking) if self.chooser is None else self.chooser(num_kept)
+        if self.chooser is None:
+            return Choice(self.ranking)
+        return self.chooser(num_kept, lambda: self.embeds[self.visual])
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """``[length]`` boolean: visual tokens that a strategy decides about, all but one that ends the prompt."""
+        ranked = self.visual.cpu().numpy().copy()
+        ranked[self.prompt_length - 1] = False
+        return ranked
 
     @property
     def length(self) -> int:
         """Tokens in the decoder."""
         return self.embeds.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, without what a chooser remembers."""
+        seen = () if self.chooser is None else self.chooser.tensors
+        tensors = (self.embeds, self.position_ids, self.visual, *self.deepstack, *seen)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def to_host(self) -> EncodedSample:
+        """The same in host memory, where all samples of a set have room."""
+        return replace(
+            self,
+            embeds=self.embeds.cpu(),
+            position_ids=self.position_ids.cpu(),
+            visual=self.visual.cpu(),
+            deepstack=tuple(features.cpu() for features in self.deepstack),
+            chooser=None if self.chooser is None else self.chooser.to_host(),
+        )
 
     @property
     def num_visual(self) -> int:
@@ -118,7 +146,7 @@ def encode(
     if selector.chooses_per_count and bool(visual.any()):
         (sample,) = source.sample_inputs(visual_counts(visual), embeds, ids, visual, prompt)
         pixels = inputs["pixel_values"] if selector.changes_tower else None
-        chooser = source.chooser(replace(sample, embeds=embeds[0][visual[0]], pixel_values=pixels))
+        chooser = source.chooser(replace(sample, embeds=None, pixel_values=pixels))
     return EncodedSample(
         embeds=embeds[0],
         position_ids=position_ids.reshape(-1, ids.shape[1]),
@@ -131,8 +159,9 @@ def encode(
 
 
 def rotary(adapter: ModelAdapter, sample: EncodedSample) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the sample's positions, each ``[length, head_dim]``."""
-    cos, sin = adapter.rotary(sample.embeds[None], sample.full_position_ids)
+    """Cosine and sine of the sample's positions, each ``[length, head_dim]``, on the decoder's device."""
+    kind = torch.empty(0, dtype=sample.embeds.dtype, device=adapter.device)
+    cos, sin = adapter.rotary(kind, sample.full_position_ids.to(adapter.device))
     return cos[0], sin[0]
 
 
@@ -141,11 +170,13 @@ def full_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None
 
     ``length``: tokens from the start, all of the prompt at least; ``None``: the answer as well.
     """
-    end = len(sample.visual) if length is None else length
+    end, device = len(sample.visual) if length is None else length, adapter.device
     states: Tensor = adapter.text_model(
-        inputs_embeds=sample.embeds[None, :end],
-        position_ids=sample.full_position_ids[..., :end],
+        inputs_embeds=to_device(sample.embeds, device)[None, :end],
+        position_ids=sample.full_position_ids[..., :end].to(device),
         use_cache=False,
-        **adapter.deepstack_arguments(sample.visual[None, :end], sample.deepstack),
+        **adapter.deepstack_arguments(
+            sample.visual[None, :end].to(device), [features.to(device) for features in sample.deepstack]
+        ),
     ).last_hidden_state[0]
     return states

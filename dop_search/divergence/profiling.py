@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dop_search.data.samples import ValidationSet
-from dop_search.divergence import DivergenceEngine, HiddenStates, Teacher, make_teacher
+from dop_search.divergence import DivergenceEngine, Memory, Teacher, make_teacher
 from dop_search.models.loading import LoadedModel
 from dop_search.search import (
     DEFAULT_CRITERION,
@@ -25,13 +24,12 @@ from dop_search.search import (
 )
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
-from dop_search.strategy.cost import Budget, CostModel, LatencyTable
+from dop_search.strategy.cost import Budget, CostKind, CostModel, LatencyTable
 from dop_search.strategy.operations import ModelDims, TokenCounts
-from dop_search.utils.errors import CacheError, ConfigError
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.versioned import Format, write_json
 
-FORMAT = "dop_search.profile"
-VERSION = 1
+FORMAT = Format("a profile", "dop_search.profile", 1, "profile the model again")
 SAVE_EVERY = 16
 """Strategies per call of the engine: about one curve, so that prefixes are shared and little is lost in a crash."""
 
@@ -42,12 +40,13 @@ OnProgress = Callable[[int, int, str], None]
 class Profile:
     """What a search needs to know; solving takes milliseconds and no model.
 
+    One that was just measured can evaluate strategies too, see :class:`MeasuredProfile`.
+
     Attributes:
         space: what is searched.
         curves: measured divergence of each parameter varied alone.
         dims: sizes of the decoder.
         counts: text and visual tokens of each validation sample.
-        store: exact evaluations, while the model is at hand; ``None`` for a profile loaded from files.
         facts: where the profile comes from.
         latency: layer times of this device, which latency budgets need; not saved with the profile.
         bytes_per_element: of the KV cache, as the model was loaded; what ``kv_bytes`` budgets count.
@@ -57,16 +56,18 @@ class Profile:
     curves: Curves
     dims: ModelDims
     counts: tuple[TokenCounts, ...]
-    store: EvaluationStore | None
     facts: Mapping[str, Any]
     latency: LatencyTable | None = None
     bytes_per_element: int = 2
 
     def problem(self, budget: Budget | None = None) -> Problem:
         """The search problem, priced in the budget's kind of cost (FLOPs by default)."""
-        kind = "flops" if budget is None else budget.kind
-        cost_model = CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
-        return Problem(self.space, cost_model, self.curves.surrogate(self.space), self.store)
+        prices = self.prices("flops" if budget is None else budget.kind)
+        return Problem(self.space, prices, self.curves.surrogate(self.space))
+
+    def prices(self, kind: CostKind = "flops") -> CostModel:
+        """What strategies cost on the samples, of one kind."""
+        return CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
         """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.
@@ -76,29 +77,14 @@ class Profile:
         """
         return self._sign(solve(solver, self.problem(budget), budget, **options), budget)
 
-    def rerank(
-        self,
-        budget: Budget,
-        num_candidates: int = 16,
-        criterion: Criterion = DEFAULT_CRITERION,
-        on_progress: OnProgress | None = None,
-    ) -> Strategy:
-        """The best by exact KL of the surrogate's best candidates and uniform reduction; needs the model.
-
-        ``criterion``: see :mod:`dop_search.search.criteria`; ``kl`` ranks by the mean, as the paper does.
-        """
-        problem = self.problem(budget)
-        ranked = rerank_all(problem, budget, num_candidates, criterion=criterion, on_progress=on_progress)
-        return self._sign(ranked[0], budget)
-
     def _sign(self, solution: Solution, budget: Budget) -> Strategy:
         provenance = {
             **self.facts,
             "solver": solution.solver,
             "budget": {budget.name: budget.value},
             "cost_ratio": solution.cost_ratio,
-            "kl_additive_nats": solution.divergence_additive,
-            "kl_search_nats": solution.divergence_exact,
+            "kl_additive_nats": solution.kl_additive,
+            "kl_search_nats": solution.kl_search,
         }
         return replace(solution.strategy, provenance=provenance)
 
@@ -108,8 +94,7 @@ class Profile:
         path.mkdir(parents=True, exist_ok=True)
         self.curves.save(path / "curves.parquet")
         data = {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "space": {
                 "name": self.space.name,
                 "shares": list(self.space.shares),
@@ -123,32 +108,56 @@ class Profile:
             "bytes_per_element": self.bytes_per_element,
             "facts": dict(self.facts),
         }
-        write_text_atomic(path / "profile.json", json.dumps(data, indent=2) + "\n")
+        write_json(path / "profile.json", data)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Profile:
-        """Read what :meth:`save` wrote; solves without a model, but cannot evaluate.
+    @staticmethod
+    def load(folder: str | Path) -> Profile:
+        """Read what :meth:`save` wrote.
 
         Raises:
             CacheError: if the folder holds no profile of this version.
         """
         path = Path(folder) / "profile.json"
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CacheError(f"cannot read a profile from {str(path)!r} ({error}); profile the model again") from error
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise CacheError(f"{str(path)!r} is not a profile of version {VERSION}; profile the model again")
+        data = FORMAT.read(path)
         dims = ModelDims(**data["dims"])
-        return cls(
+        return Profile(
             space=make_space(num_layers=dims.num_layers, **data["space"]),
             curves=Curves.load(path.parent / "curves.parquet"),
             dims=dims,
             counts=tuple(TokenCounts(text, visual) for text, visual in data["counts"]),
-            store=None,
             facts=data["facts"],
             bytes_per_element=data.get("bytes_per_element", 2),
         )
+
+
+@dataclass(frozen=True)
+class MeasuredProfile(Profile):
+    """A profile with the model at hand.
+
+    Attributes:
+        store: exact evaluations on the samples, each done once.
+    """
+
+    store: EvaluationStore = field(kw_only=True)
+
+    def problem(self, budget: Budget | None = None) -> Problem:
+        """The search problem, with exact evaluations."""
+        return replace(super().problem(budget), store=self.store)
+
+    def rerank(
+        self,
+        budget: Budget,
+        num_candidates: int = 16,
+        criterion: Criterion = DEFAULT_CRITERION,
+        on_progress: OnProgress | None = None,
+    ) -> Strategy:
+        """The best by exact KL of the surrogate's best candidates and uniform reduction.
+
+        ``criterion``: see :mod:`dop_search.search.criteria`; ``kl`` ranks by the mean, as the paper does.
+        """
+        problem = self.problem(budget)
+        ranked = rerank_all(problem, budget, num_candidates, criterion=criterion, on_progress=on_progress)
+        return self._sign(ranked[0], budget)
 
 
 def make_space(
@@ -180,7 +189,7 @@ def make_space(
 def token_counts(teacher: Teacher) -> tuple[TokenCounts, ...]:
     """Text and visual tokens of each sample's prompt: what prefill costs."""
     encoded = [sample.encoded for sample in teacher.samples]
-    return tuple(TokenCounts(item.prompt_length - item.num_visual, item.num_visual) for item in encoded)
+    return tuple(TokenCounts.of_prompt(item.visual[: item.prompt_length].cpu().numpy()) for item in encoded)
 
 
 def evaluation_store(
@@ -190,11 +199,12 @@ def evaluation_store(
     averaging: str = "per_sample",
     cache_dir: Path | None = None,
     storage: str | Path | None = None,
-    hidden_states: HiddenStates = "keep",
+    memory: Memory = "auto",
+    keep_states: bool = True,
 ) -> EvaluationStore:
     """Exact divergences of strategies on a teacher's samples, each computed once and kept under ``cache_dir``; or, with
-    ``storage``, shared by all processes that use it and kept there."""
-    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, hidden_states=hidden_states)
+    ``storage``, shared by all processes that use it and kept there. For ``memory`` see ``DivergenceEngine``."""
+    engine = DivergenceEngine(loaded.adapter, teacher, averaging=averaging, memory=memory, keep_states=keep_states)
     name = f"evaluations-{teacher.fingerprint}-{averaging}"
     header = {"teacher": teacher.fingerprint, "averaging": averaging}
     if storage is not None:
@@ -219,11 +229,11 @@ def profile(
     answers: str = "teacher",
     averaging: str = "per_sample",
     batch_size: int = 16,
-    hidden_states: HiddenStates = "keep",
+    memory: Memory = "auto",
     cache_dir: str | Path | None = None,
     storage: str | Path | None = None,
     on_progress: OnProgress | None = None,
-) -> Profile:
+) -> MeasuredProfile:
     """Measure how far the output moves when each parameter of a space varies alone (arXiv 2507.02909).
 
     Args:
@@ -236,8 +246,9 @@ def profile(
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
         max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
-        batch_size: samples per generation call.
-        hidden_states: ``keep``, ``offload`` or ``recompute``; bounds the memory, see ``DivergenceEngine``.
+        batch_size: most samples per generation call.
+        memory: GiB on the decoder's device, weights included, or ``auto``: most of what is free. The numbers do not
+            depend on it.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
             URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.
@@ -264,6 +275,7 @@ def profile(
             max_new_tokens=max_new_tokens,
             answers=answers,
             batch_size=batch_size,
+            memory=memory,
             cache_dir=cache,
             on_progress=notify,
         )
@@ -284,9 +296,7 @@ def profile(
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )
-    store = evaluation_store(
-        loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, hidden_states=hidden_states
-    )
+    store = evaluation_store(loaded, teacher, averaging=averaging, cache_dir=cache, storage=storage, memory=memory)
     curves = Curves.measure(searched, store, grid, on_progress)
     facts = {
         "model": loaded.name,
@@ -294,4 +304,4 @@ def profile(
         "teacher": teacher.fingerprint,
     }
     element = loaded.model.dtype.itemsize
-    return Profile(searched, curves, dims, counts, store, facts, bytes_per_element=element)
+    return MeasuredProfile(searched, curves, dims, counts, facts, bytes_per_element=element, store=store)

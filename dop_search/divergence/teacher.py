@@ -17,12 +17,22 @@ from torch import Tensor
 
 from dop_search.data.samples import Sample, ValidationSet, alike_batches, no_answer
 from dop_search.divergence.encoding import EncodedSample, encode, full_states
+from dop_search.divergence.memory import (
+    Footprint,
+    Memory,
+    empty_caches,
+    free_bytes,
+    is_out_of_memory,
+    num_patches,
+    release_all,
+    tower_bytes,
+)
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs, sample_prompt
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
-from dop_search.utils.errors import CacheError, NumericalError
+from dop_search.utils.errors import CacheError, MemoryLimitError, NumericalError
 from dop_search.utils.files import write_atomic
 
 FORMAT = "dop_search.teacher"
@@ -49,7 +59,7 @@ class TeacherSample:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The full model on a validation set.
+    """The full model on a validation set. Its tensors are in host memory; what is computed with them is moved.
 
     Attributes:
         samples: in the order of the validation set.
@@ -61,6 +71,11 @@ class Teacher:
     fingerprint: str
     selector: Selector
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes."""
+        return sum(sample.encoded.nbytes + sample.log_probs.nbytes for sample in self.samples)
+
 
 def teacher_fingerprint(
     loaded: LoadedModel, data: ValidationSet, selector: Selector, max_new_tokens: int, answers: str
@@ -71,7 +86,7 @@ def teacher_fingerprint(
         VERSION,
         loaded.fingerprint,
         data.fingerprint,
-        repr(selector),
+        f"{selector!r}, version {selector.version}",
         max_new_tokens,
         answers,
         torch.__version__.split("+")[0],
@@ -87,6 +102,7 @@ def make_teacher(
     max_new_tokens: int = 16,
     answers: str = "teacher",
     batch_size: int = 16,
+    memory: Memory = "auto",
     cache_dir: Path | None = None,
     answer_ids: Sequence[Sequence[int]] | None = None,
     on_progress: Progress | None = None,
@@ -99,7 +115,8 @@ def make_teacher(
         selector: ranks the visual tokens.
         max_new_tokens: longest answer, in tokens.
         answers: ``"teacher"`` (the model's own greedy answers, label-free) or ``"ground_truth"``.
-        batch_size: samples per generation call.
+        batch_size: most samples per generation call.
+        memory: GiB on the decoder's device, weights included, or ``auto``; a call takes fewer samples where need be.
         cache_dir: where the teacher is kept by fingerprint; ``None`` keeps nothing.
         answer_ids: the answers, where a teacher of the same model, data and ``answers`` has them already: they do not
             depend on the selector.
@@ -116,7 +133,7 @@ def make_teacher(
     observed: dict[int, TeacherSample] = {}
     for batch in alike_batches(data.samples, batch_size):
         if answer_ids is None:
-            ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers)
+            ids = _answer_ids(loaded, [data.samples[index] for index in batch], max_new_tokens, answers, memory)
         else:
             ids = [list(answer_ids[index]) for index in batch]
         for index, answer in zip(batch, ids, strict=True):
@@ -129,23 +146,55 @@ def make_teacher(
     return teacher
 
 
-def _answer_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, answers: str) -> list[list[int]]:
+def _answer_ids(
+    loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, answers: str, memory: Memory
+) -> list[list[int]]:
     end = _end_tokens(loaded)
     if answers == "ground_truth":
         own = loaded.processor.tokenizer.eos_token_id
         last = own if own in end else end[0]
         return [[*annotated_ids(loaded, sample)[:max_new_tokens], last] for sample in batch]
-    return [cut_at_end(row, end) for row in generate_ids(loaded, batch, max_new_tokens)]
+    return [cut_at_end(row, end) for row in generate_ids(loaded, batch, max_new_tokens, memory)]
 
 
 @torch.inference_mode()
-def generate_ids(loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+def generate_ids(
+    loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, memory: Memory = "auto"
+) -> list[list[int]]:
     """Greedy answers of the model as it is, without the prompt; may end in padding.
 
     Plainly greedy: penalties on repetition that a checkpoint ships are left out, as they are no part of the output
-    distribution that strategies are compared by.
+    distribution that strategies are compared by. A batch whose keys and values do not fit ``memory`` is split.
+
+    Raises:
+        MemoryLimitError: if not even one sample fits.
     """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
+    length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
+    footprint, vision = Footprint.of(loaded.adapter), loaded.model.config.vision_config
+    patches = num_patches(inputs["pixel_values"].numel() // len(batch), vision) if "pixel_values" in inputs else 0
+    tower = tower_bytes(loaded.model.config, loaded.adapter.tower_width, patches, footprint.element)
+    together = footprint.generated_together(free, length, max_new_tokens, tower)
+    if len(batch) <= together:
+        try:
+            return _generate(loaded, inputs, max_new_tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        together = (len(batch) + 1) // 2
+        if len(batch) == 1 and not release_all():
+            raise MemoryLimitError(
+                f"generating the answer to one prompt of {length} tokens does not fit the memory of "
+                f"{loaded.adapter.device} ({message}); load the model in half precision or with model.quantization"
+            )
+        empty_caches(loaded.adapter.device)
+    del inputs
+    parts = [batch[start : start + together] for start in range(0, len(batch), together)]
+    return [row for part in parts for row in generate_ids(loaded, part, max_new_tokens, memory)]
+
+
+def _generate(loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
     pad = loaded.processor.tokenizer.pad_token_id
     model: Any = loaded.model
     output = model.generate(
@@ -196,7 +245,7 @@ def cut_at_end(ids: Sequence[int], end: Sequence[int]) -> list[int]:
 @torch.inference_mode()
 def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: Selector) -> TeacherSample:
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
-    encoded = encode(loaded.adapter, inputs, answer, selector)
+    encoded = encode(loaded.adapter, inputs, answer, selector).to_host()
     hidden = full_states(loaded.adapter, encoded)[encoded.prompt_length - 1 :]
     logits = loaded.adapter.lm_head(hidden).float()
     if not bool(torch.isfinite(logits).all()):
@@ -204,7 +253,7 @@ def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: S
             f"the full model's logits for sample {sample.id!r} are not finite (dtype {loaded.model.dtype}); "
             "load the model with dtype=bfloat16 or float32"
         )
-    return TeacherSample(sample.id, encoded, tuple(answer), logits.log_softmax(dim=-1))
+    return TeacherSample(sample.id, encoded, tuple(answer), logits.log_softmax(dim=-1).cpu())
 
 
 def _write(path: Path, teacher: Teacher) -> None:
@@ -239,7 +288,7 @@ def _write(path: Path, teacher: Teacher) -> None:
 def _read(path: Path, fingerprint: str, data: ValidationSet, adapter: ModelAdapter, selector: Selector) -> Teacher:
     remedy = "delete it, or choose another cache_dir, and run again"
     try:
-        with safe_open(path, framework="pt", device=str(adapter.device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
                 raise CacheError(f"{str(path)!r} belongs to another model, data set or version; {remedy}")
@@ -268,7 +317,6 @@ def _read_sample(
         inputs = inputs_from_file(
             fact["selector_inputs"],
             lambda name: file.get_tensor(f"{index}.{name}") if f"{index}.{name}" in names else None,
-            encoded.embeds[encoded.visual],
         )
         encoded = replace(encoded, chooser=Chooser(adapter, selector, inputs))
     return TeacherSample(fact["id"], encoded, tuple(fact["answer_ids"]), file.get_tensor(f"{index}.log_probs"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dop_search.data.samples import Sample, alike_batches, score_answer
+from dop_search.divergence import Memory
 from dop_search.divergence.teacher import generate_ids
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
@@ -20,6 +21,7 @@ def answer_questions(
     *,
     batch_size: int = 16,
     max_new_tokens: int = 16,
+    memory: Memory = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers, one per sample, through ``generate()`` of the (pruned) model.
@@ -28,19 +30,31 @@ def answer_questions(
         loaded: the model.
         samples: questions with their images.
         strategy: what runs; ``None``: everything.
-        batch_size: samples per call.
+        batch_size: most samples per call.
         max_new_tokens: longest answer.
+        memory: GiB on the model's device, weights included, or ``auto``; a call takes fewer samples where need be.
         on_progress: called with (done, total) samples.
     """
-    strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
+    with pruned(loaded.model, strategy or Strategy.full(loaded.adapter.dims.num_layers)):
+        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress, memory)
+
+
+def generate_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+    memory: Memory = "auto",
+) -> list[str]:
+    """Greedy answers of the model as it is now, whatever prunes it; see :func:`answer_questions`."""
     answers: dict[int, str] = {}
-    with pruned(loaded.model, strategy):
-        for batch in alike_batches(samples, batch_size):
-            ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens)
-            texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-            answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
-            if on_progress is not None:
-                on_progress(len(answers), len(samples))
+    for batch in alike_batches(samples, batch_size):
+        ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens, memory)
+        texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
+        answers.update((index, text.strip()) for index, text in zip(batch, texts, strict=True))
+        if on_progress is not None:
+            on_progress(len(answers), len(samples))
     return [answers[index] for index in range(len(samples))]
 
 

@@ -6,7 +6,6 @@ rotations of one question) and combines the sums. A resample then only weights t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dop_search.utils.errors import DopError
+from dop_search.utils.registry import Registry
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -100,11 +100,7 @@ def make_aggregate(name: str) -> Aggregate:
     Raises:
         DopError: on an unknown name, with near names.
     """
-    if name not in AGGREGATES:
-        near = difflib.get_close_matches(name, AGGREGATES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DopError(f"unknown aggregate {name!r}; there are {', '.join(AGGREGATES)}.{hint}")
-    return AGGREGATES[name]
+    return AGGREGATES.find(name)
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
@@ -205,18 +201,16 @@ def _hallusion(samples: Sequence[SampleScore]) -> Units:
     return _units(list(groups), rows)
 
 
-AGGREGATES: dict[str, Aggregate] = {
-    aggregate.name: aggregate
-    for aggregate in (
-        Aggregate("mean", 0, _per_sample, _mean(100.0)),
-        Aggregate("mean_of_1000", 0, _per_sample, _mean(1000.0)),
-        Aggregate("yes_f1", 0, _yes_no, _f1),
-        Aggregate("mme", 2, _pairs, _sum_of_means, whole_units=True),
-        Aggregate("circular", 1, _all_right, _mean(100.0), whole_units=True),
-        Aggregate("hallusionbench", 3, _hallusion, _mean_of_means, whole_units=True),
-        Aggregate("category_mean", 1, _categories, _mean_of_means),
-    )
-}
+_AGGREGATES = (
+    Aggregate("mean", 0, _per_sample, _mean(100.0)),
+    Aggregate("mean_of_1000", 0, _per_sample, _mean(1000.0)),
+    Aggregate("yes_f1", 0, _yes_no, _f1),
+    Aggregate("mme", 2, _pairs, _sum_of_means, whole_units=True),
+    Aggregate("circular", 1, _all_right, _mean(100.0), whole_units=True),
+    Aggregate("hallusionbench", 3, _hallusion, _mean_of_means, whole_units=True),
+    Aggregate("category_mean", 1, _categories, _mean_of_means),
+)
+AGGREGATES = Registry("aggregate", {aggregate.name: aggregate for aggregate in _AGGREGATES}, DopError)
 """``mean`` (per cent; CIDEr × 100) · ``mean_of_1000`` (OCRBench: right answers per 1000) · ``yes_f1`` (POPE: F1 of yes,
 per cent) · ``mme`` (keys: category, question; accuracy + accuracy of pairs, summed over categories) · ``circular``
 (MMBench; key: question) · ``hallusionbench`` (keys: set, figure, question; mean of the accuracies per question, figure

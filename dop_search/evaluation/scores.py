@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dop_search.evaluation.aggregates import SampleScore, Units, make_aggregate
+from dop_search.evaluation.aggregates import SampleScore, make_aggregate
 from dop_search.utils.errors import CacheError, DopError
-from dop_search.utils.files import write_atomic, write_text_atomic
+from dop_search.utils.files import write_atomic
+from dop_search.utils.statistics import stratified_bootstrap_ci95
+from dop_search.utils.versioned import Format, write_json
 
 __all__ = [
     "BenchmarkScore",
@@ -26,9 +28,8 @@ __all__ = [
     "relative_mean",
 ]
 
-FORMAT = "dop_search.scores"
-VERSION = 1
-_DRAWS_AT_ONCE = 20_000_000
+FORMAT = Format("a file of scores", "dop_search.scores", 1, "run the evaluation again")
+_AS_JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,11 @@ class BenchmarkScore:
             "keys": [list(s.keys) for s in self.samples],
         }
         write_atomic(folder / f"{self.benchmark}.parquet", lambda path: pd.DataFrame(rows).to_parquet(path))
-        write_text_atomic(folder / f"{self.benchmark}.json", _dump(self._summary(fingerprint)))
+        write_json(folder / f"{self.benchmark}.json", self._summary(fingerprint), **_AS_JSON)
 
     def _summary(self, fingerprint: str) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "fingerprint": fingerprint,
             "benchmark": self.benchmark,
             "score": self.score,
@@ -106,7 +106,7 @@ class BenchmarkScore:
         """
         import pandas as pd
 
-        summary = _read_json(folder / f"{benchmark}.json")
+        summary = FORMAT.read(folder / f"{benchmark}.json")
         try:
             table = pd.read_parquet(folder / f"{benchmark}.parquet")
             samples = tuple(
@@ -157,14 +157,13 @@ class SuiteScores:
         for score in self.scores.values():
             score.save(folder, self.fingerprint)
         path = folder / "scores.json"
-        write_text_atomic(path, _dump(self.to_json()))
+        write_json(path, self.to_json(), **_AS_JSON)
         return path
 
     def to_json(self) -> dict[str, Any]:
         """The scores without their samples."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "suite": self.suite,
             "model": self.model,
             "strategy": self.strategy,
@@ -189,14 +188,14 @@ class SuiteScores:
             CacheError: if a file is missing, corrupt or of another version.
         """
         folder = Path(folder)
-        data = _read_json(folder / "scores.json")
+        data = FORMAT.read(folder / "scores.json")
         scores = {name: BenchmarkScore.load(folder, name)[0] for name in data["scores"]}
         return cls(data["suite"], scores, data["model"], data["strategy"], data["limit"], data["fingerprint"])
 
 
 def fingerprint(*parts: Any) -> str:
     """16 hex digits of the SHA-256 over JSON-pure ``parts`` and this format's version."""
-    text = json.dumps([FORMAT, VERSION, *parts], sort_keys=True)
+    text = json.dumps([FORMAT.name, FORMAT.version, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -252,36 +251,10 @@ def difference_ci95(
         )
     both = np.concatenate([side.statistics for side in sides], axis=1)
     num_statistics = sides[0].statistics.shape[1]
-    sums = _resampled_sums(sides[0], both, np.random.default_rng(seed), num_resamples)
-    differences = aggregate.combine(sums[:, :num_statistics]) - aggregate.combine(sums[:, num_statistics:])
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _resampled_sums(units: Units, values: np.ndarray, rng: np.random.Generator, num_resamples: int) -> np.ndarray:
-    """Sums of ``values`` (``[num_units, n]``) over resamples of the units: ``[num_resamples, n]``."""
-    sums = np.zeros((num_resamples, values.shape[1]))
-    for stratum in np.unique(units.strata):
-        members = np.flatnonzero(units.strata == stratum)
-        step = max(1, _DRAWS_AT_ONCE // len(members))
-        for start in range(0, num_resamples, step):
-            rows = min(step, num_resamples - start)
-            drawn = rng.integers(0, len(members), size=(rows, len(members)))
-            offsets = np.arange(rows)[:, None] * len(members)
-            counts = np.bincount((drawn + offsets).ravel(), minlength=rows * len(members)).reshape(rows, -1)
-            sums[start : start + rows] += counts @ values[members]
-    return sums
-
-
-def _dump(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"cannot read the scores {str(path)!r} ({error}); run the evaluation again") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise CacheError(f"{str(path)!r} holds no scores of format {FORMAT} {VERSION}; run the evaluation again")
-    return data
+    return stratified_bootstrap_ci95(
+        both,
+        sides[0].strata,
+        lambda sums: aggregate.combine(sums[:, :num_statistics]) - aggregate.combine(sums[:, num_statistics:]),
+        seed,
+        num_resamples,
+    )

@@ -9,14 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dop_search.evaluation.lmms.hub import check_suite, offline, revisions_of
+from dop_search.evaluation.lmms.hub import check_suite, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
-from dop_search.models.loading import LoadedModel, hub_is_reachable
+from dop_search.models.loading import LoadedModel
+from dop_search.pruning.versions import ranking_version
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError
+from dop_search.utils.network import hub_is_reachable, offline
 
 __all__ = ["score_suite"]
 
@@ -127,7 +129,7 @@ class _Run:
         suite = self.suite
         return fingerprint(
             model,
-            None if self.strategy is None else self.strategy.key(),
+            None if self.strategy is None else [self.strategy.key(), ranking_version(self.strategy)],
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
             {name: os.environ.get(name) for name in JUDGE_SETTINGS} if suite.judge and benchmark.judge else None,

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from dop_search.evaluation.aggregates import make_aggregate
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import unknown
 
 __all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
 
 SOURCES = ("hub", "rendered")
+_CHECKED: dict[str, Any] = {"extra": "forbid"}
+NO_BENCHMARKS = ("accuracy", "none")
+"""Suites without benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -52,51 +55,82 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks and how they are run.
+    """How strategies are judged beyond KL: benchmarks, and how they are run.
 
     Attributes:
-        name: e.g. ``"pocket13"``.
-        benchmarks: in the order of the tables.
-        source: ``"hub"``, or ``"rendered"``: rows made by this project in the benchmarks' schemas.
+        name: ``accuracy`` (on ``data.num_test`` samples) or ``none``, without benchmarks; or a suite's, e.g.
+            ``pocket13``, ``dop13``.
+        benchmarks: in the order of the tables; in a configuration by their names in ``conf/benchmarks.yaml``, none:
+            those of the suite's file.
+        source: ``hub``, the data sets on it, or ``rendered``: rows made by this project in the benchmarks' schemas (no
+            network).
         judge: whether a benchmark may ask its GPT judge.
         limit: most samples per benchmark, drawn with a fixed seed; ``None``: all.
         batch_size: samples per generation call.
-        max_new_tokens: longest answer instead of what each benchmark says.
+        max_new_tokens: longest answer, instead of what each benchmark says.
+
+    Raises:
+        ConfigError: on a bad value, a suite without benchmarks, or one that has a benchmark twice.
     """
 
-    name: str
-    benchmarks: tuple[Benchmark, ...]
-    source: str = "hub"
+    name: str = "accuracy"
+    benchmarks: tuple[Benchmark, ...] = ()
+    source: Literal["hub", "rendered"] = "hub"
     judge: bool = True
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int | None = None
+    __pydantic_config__ = _CHECKED
+
+    def __post_init__(self) -> None:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if self.name in NO_BENCHMARKS and names:
+            raise ConfigError(f"`name={self.name}` runs no benchmarks, but got {names}; set a suite's name")
+        if (self.name not in NO_BENCHMARKS and not names) or len(set(names)) != len(names):
+            raise ConfigError(f"suite {self.name!r} needs benchmarks, each once, but got {names}")
+        if self.source not in SOURCES:
+            raise ConfigError(f"suite {self.name!r}: `source` must be one of {list(SOURCES)}, but got {self.source!r}")
+        if not isinstance(self.judge, bool):
+            raise ConfigError(f"suite {self.name!r}: `judge` must be true or false, but got {self.judge!r}")
+        for field in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"suite {self.name!r}: `{field} >= 1` must hold, but got ({field}={value})")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as in a configuration: benchmarks of ``conf/benchmarks.yaml`` by their names."""
+        shown = [
+            item.name if _catalogue().get(item.name) == item else dataclasses.asdict(item) for item in self.benchmarks
+        ]
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"benchmarks": shown}
 
 
-def load_suite(name_or_path: str | Path) -> Suite:
-    """A suite by name (a file in ``conf/eval``) or from a YAML file of the same form.
+def load_suite(name_or_path: str | Path, **changes: Any) -> Suite:
+    """A suite by name (a file in ``conf/eval``) or from a YAML file of the same form; ``changes`` replace its fields.
 
     Raises:
         ConfigError: if it does not exist or is malformed.
     """
+    return make_suite(**suite_fields(name_or_path) | changes)
+
+
+def suite_fields(name_or_path: str | Path) -> dict[str, Any]:
+    """The fields of :func:`load_suite`."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = config_dir() / "eval" / f"{name_or_path}.yaml"
         if str(name_or_path) not in suite_names():
-            raise ConfigError(
-                f"unknown suite {str(name_or_path)!r}; there are {', '.join(suite_names())}"
-                f"{_near(str(name_or_path), suite_names())}"
-            )
+            raise ConfigError(unknown("suite", str(name_or_path), suite_names()))
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the suite {str(path)!r}: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{str(path)!r} must hold a mapping with `name` and `benchmarks`, but it holds {fields!r}")
-    return make_suite(**fields)
+    return fields | {"benchmarks": find_benchmarks(fields.get("benchmarks", ()))}
 
 
-def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any]], **fields: Any) -> Suite:
+def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any] | Benchmark], **fields: Any) -> Suite:
     """A suite from the fields of its YAML file.
 
     Args:
@@ -110,22 +144,15 @@ def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any]], **field
     known = {field.name for field in dataclasses.fields(Suite)}
     for field in fields:
         if field not in known:
-            raise ConfigError(f"suite {name!r}: unknown key {field!r}{_near(field, known)}; keys: {sorted(known)}")
-    chosen = tuple(_benchmark(item) for item in benchmarks)
-    names = [benchmark.name for benchmark in chosen]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"suite {name!r} needs benchmarks, each once, but got {names}")
-    suite = Suite(name, chosen, **fields)
-    if suite.source not in SOURCES:
-        raise ConfigError(f"suite {name!r}: `source` must be one of {list(SOURCES)}, but got {suite.source!r}")
-    for field, value in (
-        ("limit", suite.limit),
-        ("batch_size", suite.batch_size),
-        ("max_new_tokens", suite.max_new_tokens),
-    ):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"suite {name!r}: `{field} >= 1` must hold, but got ({field}={value})")
-    return suite
+            raise ConfigError(f"suite {name!r}: {unknown('key', field, sorted(known))}")
+    return Suite(name, find_benchmarks(benchmarks), **fields)
+
+
+def find_benchmarks(items: Sequence[str | Mapping[str, Any] | Benchmark]) -> tuple[Benchmark, ...]:
+    """Benchmarks by name, or from mappings, see :func:`make_suite`."""
+    if isinstance(items, (str, Mapping)):
+        raise ConfigError(f"`benchmarks` must be a list, but got {items!r}")
+    return tuple(item if isinstance(item, Benchmark) else _benchmark(item) for item in items)
 
 
 def suite_names() -> tuple[str, ...]:
@@ -148,9 +175,7 @@ def _catalogue() -> dict[str, Benchmark]:
 def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
     if isinstance(item, str):
         if item not in _catalogue():
-            raise ConfigError(
-                f"unknown benchmark {item!r}{_near(item, _catalogue())}; there are {', '.join(_catalogue())}"
-            )
+            raise ConfigError(unknown("benchmark", item, _catalogue()))
         return _catalogue()[item]
     fields = dict(item)
     return _parse(str(fields.pop("name", "")), fields)
@@ -179,8 +204,3 @@ def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
             f"{list(benchmark.keys)}"
         )
     return benchmark
-
-
-def _near(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -23,6 +24,9 @@ from dop_search.models.tower import (
 )
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import DopError, UnsupportedModelError
+
+UNKNOWN_TOKEN = -1
+"""Stands for text of which only the embeddings are known."""
 
 
 class ModelAdapter(ABC):
@@ -84,8 +88,13 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder computes."""
+        """Where the decoder receives its input."""
         return next(self.layers[0].parameters()).device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where its layers are, in the order of the layers: several with a device map."""
+        return list(dict.fromkeys(next(layer.parameters()).device for layer in self.layers))
 
     @property
     def dims(self) -> ModelDims:
@@ -109,7 +118,7 @@ class ModelAdapter(ABC):
         return self.dims.fingerprint(self.model.config.model_type)
 
     def check_decoder(self) -> None:
-        """Refuse what can change after loading: where the decoder is, and its attention backend.
+        """Refuse what can change after loading: weights that are offloaded, and the attention backend.
 
         Raises:
             UnsupportedModelError: naming what was found and the remedy.
@@ -119,11 +128,34 @@ class ModelAdapter(ABC):
 
     # -- what the decoder is given ----------------------------------------------------------------
 
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """The placeholders of images and, where the family has them, of videos."""
+        video = getattr(self.model.config, "video_token_id", None)
+        return (self.model.config.image_token_id, *(() if video is None else (video,)))
+
     def visual_token_mask(self, input_ids: Tensor) -> Tensor:
         """Which tokens are visual, of images and of videos (``[batch, length]`` boolean)."""
-        mask = input_ids == self.model.config.image_token_id
-        video = getattr(self.model.config, "video_token_id", None)
-        return mask if video is None else mask | (input_ids == video)
+        return functools.reduce(torch.logical_or, [input_ids == token for token in self.visual_token_ids])
+
+    def placeholder_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+        """``input_ids``, or what embeddings tell of them: placeholders are known, the rest is ``UNKNOWN_TOKEN``.
+
+        As in transformers, a placeholder is a token whose embedding is exactly that of the placeholder.
+        """
+        if input_ids is not None or inputs_embeds is None:
+            return input_ids
+        device = inputs_embeds.device
+        ids = torch.full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long, device=device)
+        embedding = self.multimodal.get_input_embeddings()
+        for token in self.visual_token_ids:
+            vector = embedding(torch.tensor(token, device=embedding.weight.device)).to(device)
+            ids[(inputs_embeds == vector).all(dim=-1)] = token
+        return ids
+
+    def text_positions(self, position_ids: Tensor) -> Tensor | None:
+        """The positions ``[batch or 1, length]`` whose restarts mean packed sequences; ``None`` where none do."""
+        return position_ids
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the positions that the decoder was given.
@@ -157,6 +189,10 @@ class ModelAdapter(ABC):
         Raises:
             DopError: if the model was not loaded from a checkpoint with a tokenizer.
         """
+        if bool((input_ids == UNKNOWN_TOKEN).any()):
+            raise DopError(
+                "the selector reads the prompt's text, of which `inputs_embeds` tell nothing; pass `input_ids`"
+            )
         if not hasattr(self, "_tokenizer"):
             source = self.model.config._name_or_path
             try:
@@ -223,12 +259,8 @@ class ModelAdapter(ABC):
             of several patches get their mean, tokens made of none (newlines) the mean of their row.
         """
 
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
-        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut.
-
-        Raises:
-            UnsupportedModelError: if images are cut into tiles that this family's adapter cannot tell apart.
-        """
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
+        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut."""
         return [None] * len(num_visual)
 
     def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:

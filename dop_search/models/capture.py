@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.models.tower import Read, TowerCapture, cls_attention
+from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ ATTENTION_FIELDS = ("cls_attention", "received_attention")
 
 VIEW_FIELDS = (
     "first_cls_attention",
+    "shallow_cls_attention",
     "last_cls_attention",
+    "global_attention",
+    "middle_global_attention",
     "keys",
     "last_keys",
     "features",
@@ -33,7 +36,12 @@ VIEW_FIELDS = (
 
 TOWER_FIELDS = (*ATTENTION_FIELDS, *VIEW_FIELDS)
 
-CLS_FIELDS = frozenset({"first_cls_attention", "last_cls_attention", "cls_feature", "patch_states"})
+CLS_FIELDS = frozenset(
+    {"first_cls_attention", "shallow_cls_attention", "last_cls_attention", "cls_feature", "patch_states"}
+)
+
+SHALLOW, MIDDLE = 6 / 24, 9 / 24
+"""How deep in the tower "shallow" and "middle" layers are: the sixth and the ninth of CLIP ViT-L's 24."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +119,23 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
 
     where: dict[str, tuple[Any, Read, bool]] = {
         "first_cls_attention": (view.layers[0].self_attn, cls_attention, False),
+        "shallow_cls_attention": (_at(view, SHALLOW), cls_attention, False),
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
+        "global_attention": (feature.self_attn, global_attention, False),
+        "middle_global_attention": (_at(view, MIDDLE), global_attention, False),
         "keys": (feature.self_attn, keys, False),
         "last_keys": (last.self_attn, last_keys, False),
         "features": (feature, features, True),
         "cls_feature": (feature, cls_feature, True),
-        "patch_states": (last, patch_states, True),
+        "patch_states": (feature, patch_states, True),
     }
     module, read, of_output = where[name]
     return TowerCapture(adapter, module, read, receive, of_output)
+
+
+def _at(view: TowerView, depth: float) -> Any:
+    """The attention of the layer that is so deep in the tower."""
+    return view.layers[max(1, round(depth * len(view.layers))) - 1].self_attn
 
 
 def wide_cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -134,18 +150,6 @@ def _wide_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Keys of all tokens, heads side by side, from the input of the module: ``[images, tokens, width]`` float32."""
     keys: Tensor = attention.k_proj(args[0] if args else kwargs["hidden_states"]).float()
     return keys
-
-
-def tower_flops(view: TowerView, tokens: Sequence[tuple[int, int]]) -> int:
-    """FLOPs of the encoder layers on one image (1 MAC = 2 FLOPs; norms and the patch embedding left out).
-
-    Args:
-        view: the tower.
-        tokens: per layer the patches in attention and in the MLP (see ``Selector.tower_tokens``); layers after these
-            run on as many patches as the last one's MLP.
-    """
-    padded = [*tokens, *[(tokens[-1][1], tokens[-1][1])] * (len(view.layers) - len(tokens))]
-    return sum(attention_flops(view, patches_in) + mlp_flops(view, patches_out) for patches_in, patches_out in padded)
 
 
 def attention_flops(view: TowerView, num_patches: int) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import FAMILIES
 from dop_search.models.prompts import chat_prompt
+from dop_search.models.quantization import meta_model
 from dop_search.utils.errors import CheckpointError, DopError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,9 +121,7 @@ def check_size(config: Any, num_stored: int, name: str) -> None:
     Raises:
         CheckpointError: naming both sizes.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(config)
-    expected = sum(parameter.numel() for parameter in model.parameters())
+    expected = sum(parameter.numel() for parameter in meta_model(config).parameters())
     if expected > 2 * num_stored:
         problem = f"config.json describes a model of {expected:,} weights, but only {num_stored:,} are stored"
         raise _unusable(name, problem, "set it right, or download the weights again")

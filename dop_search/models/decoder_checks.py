@@ -80,19 +80,19 @@ def check_attention(implementation: str) -> None:
 
 
 def check_placement(name: str, parts: list[nn.Module]) -> None:
-    """Refuse a decoder that is spread over devices or offloaded: packed rows bypass the hooks that move tensors.
+    """Refuse a decoder that is offloaded: packed rows follow its layers over devices, but nothing loads their weights.
 
     Args:
         name: the model's class, for the message.
         parts: decoder layers and what else runs on packed rows.
 
     Raises:
-        UnsupportedModelError: naming the devices and the remedy.
+        UnsupportedModelError: naming the remedy.
     """
-    devices = sorted({str(parameter.device) for part in parts for parameter in part.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
+    offloaded = sum(any(parameter.is_meta for parameter in part.parameters()) for part in parts)
+    if offloaded:
         raise UnsupportedModelError(
-            f"the decoder layers of {name} are on {devices} (meta: offloaded), but pruning "
-            "runs them on one device; load the model with device_map=null, or with a map that keeps "
-            "`model.language_model` on one device, and in half precision if it does not fit"
+            f"the weights of {offloaded} of {len(parts)} parts of the decoder of {name} are offloaded (on the device "
+            "meta), but pruned layers need them where they compute; load the model in half precision or with "
+            "model.quantization, or spread it over more GPUs (model.device_map=auto)"
         )

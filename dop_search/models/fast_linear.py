@@ -56,7 +56,8 @@ def fast_linear(model: nn.Module) -> Iterator[int]:
     linears: list[Any] = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter  # torchao packs weights in place
+        if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
     ]
     if linears and available() and measured_speedup() >= MIN_SPEEDUP:
         for linear in linears:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.models.families import adapter_for
+from dop_search.models.quantization import stored
 
 _NUM_VALUES = 64
 """Values of each tensor that the fingerprint reads."""
@@ -30,10 +31,10 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     position ids) follow from the configuration and are left out.
     """
     digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(_values(parameter).float().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        for part, tensor in stored(name, parameter.detach()):
+            digest.update(f"{part}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(_values(tensor).float().numpy().tobytes())
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, buffer in model.state_dict().items():
         if name not in known and isinstance(buffer, Tensor):

@@ -44,7 +44,11 @@ class LlavaAdapter(ModelAdapter):
 
     @property
     def tower_view(self) -> TowerView:
-        """See base class; the any-resolution families pack their tiles behind the projector."""
+        """See base class; the any-resolution families pack their tiles behind the projector.
+
+        LLaVA-NeXT leaves out padding and adds newlines, so that its other tokens are projections of single patches;
+        LLaVA-OneVision resizes large images there.
+        """
         config, model = self.model.config, self.model.model
         layer, kind = config.vision_feature_layer, config.vision_config.model_type
         strategy = config.vision_feature_select_strategy
@@ -64,7 +68,7 @@ class LlavaAdapter(ModelAdapter):
             patch_size=config.vision_config.patch_size,
             grid=(side, side) if one_run_per_image else None,
             final_norm=self.vision_tower.post_layernorm,
-            project=model.multi_modal_projector if one_run_per_image else None,
+            project=model.multi_modal_projector if config.model_type in ("llava", "llava_next") else None,
         )
 
     def token_grids(self, call: VisionCall) -> list[Grids]:

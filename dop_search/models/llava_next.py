@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import refuse
 from dop_search.models.llava import LlavaAdapter
 from dop_search.models.tower import Grids, VisionCall
 
@@ -46,9 +45,46 @@ class LlavaNextAdapter(LlavaAdapter):
             parts.append(fill_newlines(tokens[:, :-1], tokens[:, -1] < 0.5, start))
         return torch.cat(parts)
 
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int]] | None]:
-        """See base class."""
-        raise refuse(["tiles"], f"which tile a token is from is not known for {type(self.model).__name__}")
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
+        """See base class; the tiles of several images of a sample are numbered through, and have no grid."""
+        nothing = [None] * len(num_visual)
+        if not any(num_visual) or (call := self.vision_watch.current()).modality != "image":
+            return nothing
+        waiting = list(zip(self._tiles_of_tokens(call), self._tile_grids(call), strict=True))
+        available, wanted = sum(len(tiles) for tiles, _ in waiting), sum(num_visual)
+        if wanted % available:
+            return nothing
+        repeats, result = wanted // available, []  # generate() encodes an image once for all of its beams
+        for index, count in enumerate(num_visual):
+            if index % repeats == 0:
+                own: list[Tensor] = []
+                grids, first = [], 0
+                while sum(map(len, own)) < count:
+                    tiles, grid = waiting.pop(0)
+                    own.append(torch.where(tiles < 0, tiles, tiles + first))
+                    grids.append(grid)
+                    first += 1 + grid[0] * grid[1]
+                sample = (torch.cat(own), grids[0] if len(grids) == 1 else None) if own else None
+            result.append(sample)
+        return result
+
+    def _tiles_of_tokens(self, call: VisionCall) -> list[Tensor]:
+        """Per image which tile each token is from (0 the base view, then the crops), -1 for newline tokens."""
+        counts, patches = self.tiles_per_image(call), self.patches_per_side**2
+        marks = torch.cat([torch.arange(count) for count in counts])
+        values = torch.nn.functional.one_hot(marks, max(counts)).float()[:, None].expand(-1, patches, -1)
+        packed = self._pack(values, torch.zeros(max(counts)), call)
+        return [torch.where(tokens.sum(dim=1) < 0.5, -1, tokens.argmax(dim=1)) for tokens in packed]
+
+    def _tile_grids(self, call: VisionCall) -> list[tuple[int, int]]:
+        """Rows and columns of the crops of each image; none for an image that has the base view alone."""
+        config = self.model.config
+        shapes = (
+            get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in call.arguments["image_sizes"]
+        )
+        counts = self.tiles_per_image(call)
+        return [(int(a), int(b)) if count > 1 else (0, 0) for (a, b), count in zip(shapes, counts, strict=True)]
 
     def tiles_per_image(self, call: VisionCall) -> list[int]:
         """How many tiles the tower sees of each image, the base view included."""

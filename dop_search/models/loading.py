@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.checkpoint import check_folder, check_keys, check_processor, check_size, explained
 from dop_search.models.families import adapter_class, adapter_for
 from dop_search.models.fingerprint import settings_fingerprint, weights_fingerprint
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.models.quantization import Quantization, quantization_config
+from dop_search.utils.errors import DopError, MissingExtraError, UnsupportedModelError
 from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -56,6 +58,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    quantization: Quantization | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -67,19 +70,24 @@ def load(
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
             (half precision is slow there).
         device: ``cpu``, ``cuda``, ``cuda:0`` …, or ``auto``: the first accelerator, else the CPU.
-        device_map: passed on to transformers (by accelerate) instead of ``device``. Vision tower and decoder may be on
-            different devices; the decoder has to be on one.
+        device_map: passed on to transformers (by accelerate) instead of ``device``; the decoder's layers may be on
+            several GPUs, but not offloaded.
+        quantization: ``bnb4``, ``bnb8`` (bitsandbytes) or ``int8`` (torchao): the decoder's weights in fewer bits.
         attn_implementation: attention backend of the decoder.
         trust_remote_code: run code that comes with a hub checkpoint; off unless asked for.
 
     Raises:
         CheckpointError: if the checkpoint cannot be found, is damaged, or if its weights, configuration and processor
             do not fit each other. Pickled weights are never read.
+        MissingExtraError: ``device_map`` without accelerate.
+        DopError: if a package that ``quantization`` needs is missing.
         UnsupportedModelError: if transformers does not know the checkpoint's format, if no adapter covers the model's
-            class or vision tower, or if its decoder is spread over devices.
+            class or vision tower, or if its decoder is offloaded.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("`device_map` needs accelerate; install with: pip install accelerate")
     source = _source(name_or_path)
     target = _device(device)
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
@@ -96,6 +104,9 @@ def load(
         if num_stored is not None and not is_quantised:
             check_size(config, num_stored, name_or_path)
         processor = AutoProcessor.from_pretrained(source, **options)
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization, config, torch_dtype)
+            device_map = device_map or {"": target}  # packed where they are loaded: they cannot all be moved
         with _without_report():
             loading: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -108,7 +119,7 @@ def load(
                 **options,
             )
         model, report = loading
-        check_keys(report, name_or_path, quantised=is_quantised)
+        check_keys(report, name_or_path, quantised=is_quantised or quantization is not None)
         if device_map is None:
             model.to(target)
     model.eval()

@@ -30,10 +30,11 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
 
     def received_attention_module(self) -> Any:
         """See base class: windows hide most patches, so it is the last block with full attention."""
-        full = self.vision_tower.fullatt_block_indexes
-        if not full:
+        blocks, full = self.vision_tower.blocks, self.vision_tower.fullatt_block_indexes
+        within = [index for index in full if index < len(blocks)]
+        if not within:
             raise UnsupportedModelError(
-                "no block of the vision tower attends to whole images (fullatt_block_indexes is empty); "
-                "use selector=uniform_grid or selector=random"
+                f"no block of the vision tower attends to whole images (it has {len(blocks)} blocks and "
+                f"fullatt_block_indexes={list(full)}); use selector=uniform_grid or selector=random"
             )
-        return self.vision_tower.blocks[max(full)].attn
+        return blocks[max(within)].attn

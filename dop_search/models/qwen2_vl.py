@@ -21,6 +21,10 @@ class Qwen2VLAdapter(ModelAdapter):
             position_ids = position_ids[None].expand(3, -1, -1)
         return super().rotary(embeds, position_ids[-3:])
 
+    def text_positions(self, position_ids: Tensor) -> Tensor | None:
+        """See base class; with multimodal positions alone transformers packs nothing."""
+        return position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
+
     @property
     def vision_tower(self) -> Any:
         """See base class."""

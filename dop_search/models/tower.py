@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
@@ -46,28 +48,47 @@ class _Encoded:
     read: bool = False
 
 
-class VisionWatch:
-    """Remembers which images and videos a model encodes, while it is open.
+class _Seen(threading.local):
+    """What the latest call of this thread has shown: calls of other threads run at the same time."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.call: VisionCall | None = None
+        self.input_ids: Tensor | None = None
+        self.latest_ids: Tensor | None = None
+        self.encoded = _Encoded()
+        self.busy = False
+
+
+class VisionWatch(Attached):
+    """Remembers which images and videos a model encodes, while it is open, for each thread apart.
 
     Opened and removed in pairs; what was seen last can still be asked for afterwards.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
-        self.call: VisionCall | None = None
-        self.input_ids: Tensor | None = None
-        self._latest_ids: Tensor | None = None
-        self._encoded = _Encoded()
+        self._seen = _Seen()
         self._open = 0
-        self._busy = False
         self._previous: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def input_ids(self) -> Tensor | None:
+        """Tokens of the call whose images were encoded last, ``[batch, length]``."""
+        return self._seen.input_ids
+
+    def forget(self) -> None:
+        """What this thread has encoded so far is of no further use."""
+        self._seen.reset()
 
     def open(self) -> VisionWatch:
         """Start watching."""
         self._open += 1
         if self._open == 1:
-            self._encoded, self.call, self.input_ids = _Encoded(), None, None
+            self._seen = _Seen()
             module = self.adapter.multimodal
             for modality, name in METHODS.items():
                 if hasattr(module, name):
@@ -99,26 +120,32 @@ class VisionWatch:
 
         @functools.wraps(method)  # generate() reads the signature
         def encode(*args: Any, **kwargs: Any) -> Any:
-            if self._busy:  # Qwen3-VL encodes videos by its method for images
+            seen = self._seen
+            if seen.busy:  # Qwen3-VL encodes videos by its method for images
                 return method(*args, **kwargs)
-            if self._encoded.read:
-                self._encoded = _Encoded()
+            if seen.encoded.read:
+                seen.encoded = _Encoded()
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            self.call = self._encoded.calls[modality] = VisionCall(modality, arguments)
-            self._busy = True
+            seen.call = seen.encoded.calls[modality] = VisionCall(modality, arguments)
+            seen.busy = True
             try:
                 return method(*args, **kwargs)
             finally:
-                self._busy = False
+                seen.busy = False
 
         return encode
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._latest_ids = args[0] if args else kwargs.get("input_ids")
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        self._seen.latest_ids = self.adapter.placeholder_ids(input_ids, kwargs.get("inputs_embeds"))
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._encoded.read:
-            self.input_ids, self._encoded.read = self._latest_ids, True
+        self.read(self._seen.latest_ids)
+
+    def read(self, input_ids: Tensor | None) -> None:
+        """What was encoded since the last time is read with these tokens."""
+        if not self._seen.encoded.read:
+            self._seen.input_ids, self._seen.encoded.read = input_ids, True
 
     def current(self) -> VisionCall:
         """The call whose images the tower encodes right now, or encoded last.
@@ -126,9 +153,10 @@ class VisionWatch:
         Raises:
             DopError: if there is none.
         """
-        if self.call is None:
+        call = self._seen.call
+        if call is None:
             raise DopError("no image has been encoded while the vision tower was watched")
-        return self.call
+        return call
 
     def in_sequence_order(self, values: Mapping[Modality, Tensor]) -> Tensor:
         """Merge values of image tokens and of video tokens (``[tokens, …]``) in the order of the sequence."""
@@ -148,7 +176,7 @@ class VisionWatch:
         """The grids of each sample of a batch; ``None`` if what was encoded does not have these visual tokens."""
         pieces: list[Grids] = []
         numbers: dict[Modality, Tensor] = {}
-        for modality, call in self._encoded.calls.items():
+        for modality, call in self._seen.encoded.calls.items():
             grids = self.adapter.token_grids(call)
             counts = torch.tensor([sum(rows * columns for rows, columns in part) for part in grids])
             numbers[modality] = torch.repeat_interleave(torch.arange(len(grids)) + len(pieces), counts)
@@ -180,7 +208,14 @@ Read = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
 ``[tiles or images, patches]``, or with a last axis of channels."""
 
 
-class TowerCapture:
+class _Values(threading.local):
+    """What was computed for the call that runs in this thread, by modality."""
+
+    def __init__(self) -> None:
+        self.values: dict[Modality, Tensor] = {}
+
+
+class TowerCapture(Attached):
     """Computes something whenever a module of the vision tower runs, and hands it over by visual token.
 
     ``receive`` gets ``[visual tokens of the batch]``, or with a last axis of channels, when the decoder is about to
@@ -197,7 +232,7 @@ class TowerCapture:
     ) -> None:
         self.adapter, self.read, self.receive = adapter, read, receive
         self.watch = adapter.vision_watch.open()
-        self.values: dict[Modality, Tensor] = {}
+        self._local = _Values()
         self._hooks = [
             module.register_forward_hook(self._tower_ran)
             if of_output
@@ -211,18 +246,26 @@ class TowerCapture:
             hook.remove()
         self.watch.remove()
 
+    def forget(self) -> None:
+        """What this thread has computed so far is of no further use."""
+        self._local.values = {}
+
     def _tower_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = self.read(module, args, kwargs).detach()
         of_tokens = self.adapter.to_token_order(values if values.ndim == 3 else values[..., None])
-        self.values[self.watch.current().modality] = of_tokens if values.ndim == 3 else of_tokens[:, 0]
+        self._local.values[self.watch.current().modality] = of_tokens if values.ndim == 3 else of_tokens[:, 0]
 
     def _tower_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._tower_runs(module, (output,), {})
 
     def _decoder_reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.values:
-            self.receive(self.watch.in_sequence_order(self.values))
-            self.values = {}
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Hand over what was computed since the last time."""
+        values, self._local.values = self._local.values, {}
+        if values:
+            self.receive(self.watch.in_sequence_order(values))
 
 
 def cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -242,6 +285,12 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
     first = 1 if _has_cls(attention) else 0
     return _mean_received(query[:, :, first:], key, attention.scale)[:, first:]
+
+
+def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """As :func:`received_attention`, with a CLS token among those that ask."""
+    query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
+    return _mean_received(query, key, attention.scale)[:, 1 if _has_cls(attention) else 0 :]
 
 
 def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:

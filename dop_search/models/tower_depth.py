@@ -53,5 +53,5 @@ def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
 
 
 def tower_depth_flops(view: TowerView, attention: int, mlp: int, num_patches: int) -> int:
-    """FLOPs of the encoder layers on one image with these exit depths; see :func:`tower_flops`."""
+    """FLOPs of the encoder layers on one image with these exit depths (1 MAC = 2 FLOPs; norms left out)."""
     return attention * attention_flops(view, num_patches) + mlp * mlp_flops(view, num_patches)

@@ -30,6 +30,15 @@ class ForwardTables:
         self._masks: dict[tuple[int, int, bool], tuple[Tensor, Tensor | None]] = {}
         self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
         self._triangles: dict[tuple[int, int], Tensor] = {}
+        self._elsewhere: dict[torch.device, ForwardTables] = {}
+
+    def on(self, device: torch.device) -> ForwardTables:
+        """The same tables on ``device``, for decoders whose layers are on several."""
+        if device == self.cos.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = ForwardTables(self.cos.to(device), signed(self.sin.to(device)))
+        return self._elsewhere[device]
 
     def select(self, rows: Tensor) -> ForwardTables:
         """The tables of some of the rows, for another layout."""
@@ -46,7 +55,7 @@ class ForwardTables:
 
     def _gather(self, rows: Tensor, pad: Tensor | None, num_samples: int) -> tuple[Tensor, Tensor]:
         index = rows if pad is None else rows[pad]
-        shape = (num_samples, 1, -1, self.cos.shape[-1])
+        shape = (num_samples, 1, len(index) // num_samples, self.cos.shape[-1])
         return self.cos[index].view(shape), self.sin[index].view(shape)
 
     def mask(self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +136,8 @@ def attend(
 
     A mask is made only where plain causal attention would be wrong; ``eager`` always gets an additive one.
     """
+    if not query.shape[2] or not key.shape[2]:  # in a chunk of visual tokens nobody may ask, or nobody may answer
+        return query.new_zeros(query.shape).transpose(1, 2)
     segments = None if past_valid is not None else plan.segments
     implementation, function, kwargs = backend(attention, segments is None)
     if implementation == "eager":
@@ -186,7 +197,7 @@ def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
             parts.append(nn.functional.pad(seen, (0, total - segment.num_keys), value=False))
         mask = torch.cat(parts).expand(plan.num_samples, 1, -1, -1)
     if past_valid is not None:
-        past = past_valid[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
+        past = past_valid.to(mask.device)[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
         mask = torch.cat([past, mask], dim=-1)
     return mask
 

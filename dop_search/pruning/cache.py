@@ -55,6 +55,11 @@ class PrunedCache(DynamicCache):
             )
         return super().update(*args, **kwargs)
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.state = CacheState([None] * len(self.state.valid), [0] * len(self.state.lengths), 0)
+
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Not possible.
 
@@ -102,7 +107,7 @@ def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | No
         )
     layers: Any = cache.layers
     held = [layers[index].get_seq_length() if index < len(layers) else 0 for index in range(num_layers)]
-    if not isinstance(cache, PrunedCache) or not any(held):
+    if not isinstance(cache, PrunedCache):
         past = held[0]  # filled by the unpruned model: every layer holds every token
         valid = None
         if past and attention_mask is not None and not bool(attention_mask[:, :past].all()):

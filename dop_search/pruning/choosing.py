@@ -58,7 +58,7 @@ class Chooser:
     Attributes:
         adapter: the model.
         selector: the criterion.
-        inputs: what the criterion sees of one sample.
+        inputs: what the criterion sees of one sample, but for ``embeds``, which the sample itself holds.
     """
 
     adapter: ModelAdapter
@@ -66,33 +66,42 @@ class Chooser:
     inputs: SelectorInputs
     _memo: dict[int, Choice] = field(default_factory=dict, repr=False)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it keeps of the sample."""
+        return [value for value in vars(self.inputs).values() if isinstance(value, Tensor)]
+
+    def to_host(self) -> Chooser:
+        """The same with what it keeps in host memory; it computes on the decoder's device all the same."""
+        return replace(self, inputs=self.inputs.to(torch.device("cpu")))
+
     @torch.inference_mode()
-    def __call__(self, num_kept: int) -> Choice:
-        """The choice for ``num_kept`` tokens."""
+    def __call__(self, num_kept: int, embeds: Callable[[], Tensor]) -> Choice:
+        """The choice for ``num_kept`` tokens; ``embeds`` gives the visual tokens as the decoder receives them."""
         if num_kept not in self._memo:
             while len(self._memo) >= MAX_REMEMBERED:
                 self._memo.pop(next(iter(self._memo)))
-            self._memo[num_kept] = self._choose(num_kept)
+            choice = self._choose(replace(self.inputs, embeds=embeds()).to(self.adapter.device), num_kept)
+            self._memo[num_kept] = choice if choice.embeds is None else replace(choice, embeds=choice.embeds.cpu())
         return self._memo[num_kept]
 
-    def _choose(self, num_kept: int) -> Choice:
-        inputs = self.inputs
+    def _choose(self, inputs: SelectorInputs, num_kept: int) -> Choice:
         if self.selector.changes_tower:
-            return self._through_tower(num_kept)
+            return self._through_tower(inputs, num_kept)
         return as_choice(self.adapter, self.selector.select(inputs, num_kept), inputs.tensor("embeds").dtype)
 
-    def _through_tower(self, num_kept: int) -> Choice:
-        if 0 < num_kept < self.inputs.num_visual_tokens:
-            check_one_image(self.adapter, self.inputs.num_visual_tokens)
+    def _through_tower(self, inputs: SelectorInputs, num_kept: int) -> Choice:
+        if 0 < num_kept < inputs.num_visual_tokens:
+            check_one_image(self.adapter, inputs.num_visual_tokens)
         patch = patch_tower(self.adapter, self.selector, num_kept)
         if patch is None:
-            return Choice(self.selector.rank(self.inputs, num_kept))
+            return Choice(self.selector.rank(inputs, num_kept))
         try:
-            embeds = self.adapter.encode_images(self.inputs.tensor("pixel_values"))
+            embeds = self.adapter.encode_images(inputs.tensor("pixel_values"))
         finally:
             patch.restore()
-        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.values.items()}
-        order = self.selector.rank(replace(self.inputs, **noticed), num_kept)
+        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.run.values.items()}
+        order = self.selector.rank(replace(inputs, **noticed), num_kept)
         slots = order[:num_kept]
         return Choice(order, slots, embeds[torch.from_numpy(slots).to(embeds.device)])
 
@@ -141,18 +150,15 @@ def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str,
     return tensors, facts
 
 
-def inputs_from_file(
-    facts: dict[str, Any], get_tensor: Callable[[str], Tensor | None], embeds: Tensor
-) -> SelectorInputs:
+def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor | None]) -> SelectorInputs:
     """Inverse of :func:`inputs_to_file`.
 
     Args:
         facts: the JSON-ready facts.
         get_tensor: the tensor of a name, ``None`` where the file has none.
-        embeds: the visual tokens as the decoder receives them.
     """
     tensors = {item.name: get_tensor(f"{PREFIX}{item.name}") for item in fields(SelectorInputs)}
     present: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     grids = tuple((int(rows), int(columns)) for rows, columns in facts["image_grids"])
     tile_grid = None if facts.get("tile_grid") is None else tuple(facts["tile_grid"])
-    return SelectorInputs(**{**facts, **present, "image_grids": grids, "tile_grid": tile_grid, "embeds": embeds})
+    return SelectorInputs(**{**facts, **present, "image_grids": grids, "tile_grid": tile_grid})

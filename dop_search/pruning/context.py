@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
+from dop_search.pruning.checks import UncalledModules, check_outputs
+from dop_search.pruning.entry import Forward, Prefill
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
@@ -21,34 +23,46 @@ from dop_search.pruning.stages import StagePlan
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError, StrategyError
 
-_pruned_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_changing = threading.RLock()
+"""Held while a model is pruned or restored, which several threads may try at once."""
 
 
-class PruneHandle:
+class PruneHandle(Attached):
     """Undoes a :func:`prune_`. Restoring twice is harmless."""
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
         self._sources: list[RankingSource] = []
-        self._replaced: list[tuple[nn.Module, Any]] = []
-        self._model: nn.Module | None = None
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
+
+    def replace(self, module: nn.Module, name: str, method: Any) -> None:
+        """Give an instance a method of its own."""
+        self._replaced.append((module, name, vars(module).get(name)))
+        setattr(module, name, method)
 
     def restore(self) -> None:
         """Make the model what it was."""
-        for hook in self._hooks:
-            hook.remove()
-        for source in self._sources:
-            source.close()
-        for module, previous in reversed(self._replaced):
-            if previous is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = previous
-        if self._model is not None:
-            _pruned_models.discard(self._model)
-        self._hooks, self._sources, self._replaced, self._model = [], [], [], None
+        with _changing:
+            for hook in self._hooks:
+                hook.remove()
+            for source in self._sources:
+                source.close()
+            for module, name, previous in reversed(self._replaced):
+                if previous is None:
+                    del module.__dict__[name]
+                else:
+                    setattr(module, name, previous)
+            self._hooks, self._sources, self._replaced = [], [], []
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether the decoder of ``model`` belongs to a :func:`prune_` that was not undone."""
+    return any(
+        isinstance(getattr(vars(part).get("forward"), "__self__", None), PrunedDecoder) for part in model.modules()
+    )
 
 
 def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
@@ -127,25 +141,32 @@ def prune_(
     adapter = adapter_for(model)
     check_strategy(adapter, strategy)
     adapter.check_decoder()
-    if adapter.model in _pruned_models:
-        raise DopError("the model is already pruned; leave the first `pruned(...)` context or call `restore()` first")
-    handle = PruneHandle()
-    if strategy.is_empty and text is None:
-        return handle
     if text is not None:
         check_text(strategy, text)
-    stages = StagePlan(strategy) if strategy.stages and rankings is None else None
-    known = rankings is not None or stages is not None
-    selector = None if known else make_selector(strategy.selector, strategy.selector_options)
-    source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
-    decoder = PrunedDecoder(adapter, strategy, source, layer_parts(compile), stages, text)
-    text_model = adapter.text_model
-    handle._sources.append(source)
-    handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_input_ids, with_kwargs=True))
-    handle._replaced.append((text_model, text_model.__dict__.get("forward")))
-    handle._model = adapter.model
-    text_model.forward = decoder.forward
-    _pruned_models.add(adapter.model)
+    with _changing:
+        if is_pruned(adapter.model):
+            raise DopError(
+                "the model is already pruned; leave the first `pruned(...)` context or call `restore()` first"
+            )
+        handle = PruneHandle()
+        if strategy.is_empty and text is None:
+            return handle
+        check_outputs([adapter.model.config, adapter.text_config])
+        stages = StagePlan(strategy) if strategy.stages and rankings is None else None
+        known = rankings is not None or stages is not None
+        selector = None if known else make_selector(strategy.selector, strategy.selector_options)
+        uncalled = UncalledModules(adapter.layers)
+        uncalled.check_forwards()
+        uncalled.check_hooks()
+        source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
+        handle._sources.append(source)
+        decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
+        handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_call, with_kwargs=True))
+        handle.replace(adapter.text_model, "forward", decoder.forward)
+        whole: Any = adapter.model
+        handle.replace(whole, "forward", Forward(decoder, whole.forward))
+        if hasattr(whole, "_prefill"):  # a method of transformers' own: without it chunked prefill is refused
+            handle.replace(whole, "_prefill", Prefill(decoder, whole._prefill))
     return handle
 
 

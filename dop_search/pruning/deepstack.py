@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dop_search.pruning.layout import Layout
@@ -24,18 +25,19 @@ class Deepstack:
 
     def __init__(self, features: Sequence[Tensor], layout: Layout, token_of_row: np.ndarray) -> None:
         self.features, self.layout, self.token_of_row = features, layout, token_of_row
-        self._indices: dict[Groups, tuple[Tensor, Tensor]] = {}
+        self._indices: dict[tuple[Groups, torch.device], tuple[Tensor, Tensor]] = {}
 
     def add(self, hidden: Tensor, layer: int, alive: Groups) -> Tensor:
         """What the decoder adds behind ``layer``; ``hidden`` holds the rows of the text and of ``alive``."""
         if layer >= len(self.features):
             return hidden
-        if alive not in self._indices:
+        key, layout = (alive, hidden.device), self.layout.on(hidden.device)
+        if key not in self._indices:
             rows = self.layout.rows(alive)
             places = np.flatnonzero(self.token_of_row[rows] != NO_TOKEN)
             tokens = self.token_of_row[rows[places]]
-            self._indices[alive] = self.layout.tensor(places), self.layout.tensor(tokens)
-        places_of, tokens_of = self._indices[alive]
+            self._indices[key] = layout.tensor(places), layout.tensor(tokens)
+        places_of, tokens_of = self._indices[key]
         update = self.features[layer].to(hidden.device, hidden.dtype)
         return hidden.index_add(0, places_of, update.index_select(0, tokens_of))
 

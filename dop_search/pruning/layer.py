@@ -35,6 +35,12 @@ class KeyValueStore(Protocol):
         """Add this layer's keys and values; returns all that its queries may see."""
 
 
+def device_of(layer: Any) -> torch.device:
+    """Where a decoder layer computes."""
+    device: torch.device = layer.input_layernorm.weight.device
+    return device
+
+
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-rotation convention of the Llama family."""
     half = x.shape[-1] // 2
@@ -52,7 +58,7 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
 
 def project_heads(projection: nn.Module, norm: nn.Module | None, rows: Tensor, head_dim: int) -> Tensor:
     """Project rows to heads: ``[num_rows, num_heads, head_dim]``, normalised per head where the model does so."""
-    heads: Tensor = projection(rows).view(rows.shape[0], -1, head_dim)
+    heads: Tensor = projection(rows).unflatten(-1, (-1, head_dim))
     return heads if norm is None else normalize(norm, heads)
 
 
@@ -60,7 +66,7 @@ def arrange(heads: Tensor, pad: Tensor | None, num_samples: int) -> Tensor:
     """``[rows, heads, head_dim]`` to ``[num_samples, heads, length, head_dim]``."""
     if pad is not None:
         heads = heads.index_select(0, pad)
-    return heads.view(num_samples, -1, *heads.shape[1:]).transpose(1, 2)
+    return heads.unflatten(0, (num_samples, heads.shape[0] // num_samples)).transpose(1, 2)
 
 
 def run_layer(
@@ -93,6 +99,8 @@ def run_layer(
         ``[rows of (text + step.alive), hidden_size]``.
     """
     parts = parts or EAGER_PARTS
+    device = device_of(layer)
+    hidden, layout, tables = hidden.to(device), layout.on(device), tables.on(device)
     rows = layout.layer(before, step, read_only)
     plan = rows.attention
     (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
@@ -104,6 +112,7 @@ def run_layer(
     if cache is not None:
         key, value = cache.update(key, value, layer.self_attn.layer_idx)
     context = attend(layer.self_attn, query, key, value, plan, tables, past_valid)
+    del query, key, value  # the MLP needs the room
     return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp)
 
 
@@ -186,7 +195,7 @@ def finish(
         unpad: padded place of each query (``None``: no padding).
         query_rows, mlp_rows: rows that issued a query, and that go through the MLP (``None``: all).
     """
-    context = context.reshape(context.shape[0] * context.shape[1], -1)
+    context = context.flatten(2).flatten(0, 1)
     if unpad is not None:
         context = context.index_select(0, unpad)
     hidden = add_rows(hidden, query_rows, layer.self_attn.o_proj(context))

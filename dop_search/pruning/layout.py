@@ -9,6 +9,7 @@ order of the groups alone, not on which image tokens were chosen: with one group
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,13 +83,35 @@ class LayerPlan:
     attention: AttentionPlan
 
 
-def assign_groups(visual: np.ndarray, ranking: np.ndarray, strategy: Strategy) -> np.ndarray:
+def ranked_tokens(visual: np.ndarray, valid: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:
+    """The visual tokens that a strategy decides about; each of the others is a pad, or runs every operation.
+
+    The last real token of a sample always runs everything, also where it is visual: its logits are read.
+
+    Args:
+        visual, valid: ``[batch, length]`` boolean: which tokens are visual, which are real.
+        read: ``[batch, length]`` further tokens whose logits are read.
+
+    Returns:
+        ``[batch, length]`` boolean.
+    """
+    ranked = visual & valid
+    last = valid.shape[1] - 1 - valid[:, ::-1].argmax(axis=1)
+    ranked[np.arange(len(ranked)), last] = False
+    return ranked if read is None else ranked & ~read
+
+
+def assign_groups(
+    visual: np.ndarray, ranking: np.ndarray, strategy: Strategy, ranked: np.ndarray | None = None
+) -> np.ndarray:
     """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
 
     Args:
         visual: ``[num_tokens]`` boolean.
         ranking: indices into the sample's visual tokens, best first (``[num_visual]``).
         strategy: says how many tokens are kept and how the ranks are cut.
+        ranked: ``[num_tokens]`` the visual tokens that the strategy decides about (:func:`ranked_tokens`); all of them
+            by default. The others are as text, and leave their rank to those after them.
 
     Raises:
         DopError: if the ranking is not a permutation of the sample's visual tokens.
@@ -99,11 +122,14 @@ def assign_groups(visual: np.ndarray, ranking: np.ndarray, strategy: Strategy) -
             f"a ranking must be a permutation of the sample's {len(positions)} visual tokens, "
             f"but got {len(ranking)} entries"
         )
+    order = positions[ranking]
+    if ranked is not None:
+        order = order[ranked[order]]
     groups = np.full(len(visual), TEXT, dtype=np.int64)
-    groups[positions] = DROPPED
+    groups[order] = DROPPED
     start = 0
-    for group, size in enumerate(strategy.group_sizes(len(positions))):
-        groups[positions[ranking[start : start + size]]] = group
+    for group, size in enumerate(strategy.group_sizes(len(order))):
+        groups[order[start : start + size]] = group
         start += size
     return groups
 
@@ -139,11 +165,17 @@ class Layout:
         self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
         self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
         self._layers: dict[tuple[Groups, LayerStep, bool], LayerPlan] = {}
+        self._elsewhere: dict[torch.device, Layout] = {}
 
-    @property
-    def num_rows(self) -> int:
-        """Tokens in the decoder, text and visual, over all samples."""
-        return len(self.sample)
+    def on(self, device: torch.device) -> Layout:
+        """The same rows with index tensors on ``device``, for decoders whose layers are on several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Layout(
+                self.sample, self.group, self.num_samples, device, self.read, self.num_past
+            )
+        return self._elsewhere[device]
 
     def rows(self, groups: Groups, read_only: bool = False) -> np.ndarray:
         """Sorted rows of the text tokens and of ``groups``; with ``read_only`` the text rows that are read."""
@@ -152,7 +184,7 @@ class Layout:
             member = (self.group == TEXT) | np.isin(self.group, list(groups))
             if read_only and self.read is not None:
                 member &= self.read
-            self._rows[key] = np.flatnonzero(member)
+            return self._rows.setdefault(key, np.flatnonzero(member))
         return self._rows[key]
 
     def relative(self, inner: Groups, outer: Groups, read_only: bool = False) -> Tensor | None:
@@ -161,27 +193,29 @@ class Layout:
         if key not in self._relative:
             inside, around = self.rows(inner, read_only), self.rows(outer)
             same = len(inside) == len(around)
-            self._relative[key] = None if same else self.tensor(np.searchsorted(around, inside))
+            self._relative.setdefault(key, None if same else self.tensor(np.searchsorted(around, inside)))
         return self._relative[key]
 
     def layer(self, before: Groups, step: LayerStep, read_only: bool = False) -> LayerPlan:
         """The rows of one layer whose input holds the groups ``before``."""
         key = (before, step, read_only)
         if key not in self._layers:
-            self._layers[key] = LayerPlan(
+            plan = LayerPlan(
                 keep=self.relative(step.alive, before),
                 query=self.relative(step.q, step.alive, read_only),
                 key=self.relative(step.kv, step.alive),
                 mlp=self.relative(step.mlp, step.alive, read_only),
                 attention=self.attention(step.q, step.kv, read_only),
             )
+            return self._layers.setdefault(key, plan)
         return self._layers[key]
 
     def attention(self, query_groups: Groups, key_groups: Groups, read_only: bool = False) -> AttentionPlan:
         """The arrangement of one attention call between these queries and keys."""
         key = (query_groups, key_groups, read_only)
         if key not in self._attention:
-            self._attention[key] = self._plan_attention(self.rows(query_groups, read_only), self.rows(key_groups))
+            plan = self._plan_attention(self.rows(query_groups, read_only), self.rows(key_groups))
+            return self._attention.setdefault(key, plan)  # one plan for all threads: tables go by its identity
         return self._attention[key]
 
     def tensor(self, array: np.ndarray) -> Tensor:
@@ -271,18 +305,20 @@ class LayoutCache:
     def __init__(self, size: int = 8) -> None:
         self.size = size
         self._layouts: OrderedDict[tuple[bytes, ...], Layout] = OrderedDict()
+        self._lock = threading.Lock()
 
     def pack(self, groups: Sequence[np.ndarray], device: torch.device) -> tuple[Layout, list[np.ndarray]]:
         """As :func:`pack`; the layout may be one that an earlier prompt of the same shape has used."""
         kept = [np.flatnonzero(group != DROPPED) for group in groups]
         mode = b"inference" if torch.is_inference_mode_enabled() else b""  # such tensors cannot be trained through
         key = (str(device).encode(), mode, *(group[keep].tobytes() for group, keep in zip(groups, kept, strict=True)))
-        layout = self._layouts.pop(key, None)
-        if layout is None:
-            layout, _ = pack(groups, device)
-        self._layouts[key] = layout
-        if len(self._layouts) > self.size:
-            self._layouts.popitem(last=False)
+        with self._lock:
+            layout = self._layouts.pop(key, None)
+            if layout is None:
+                layout, _ = pack(groups, device)
+            self._layouts[key] = layout
+            if len(self._layouts) > self.size:
+                self._layouts.popitem(last=False)
         return layout, kept
 
 

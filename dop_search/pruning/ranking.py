@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +21,49 @@ from dop_search.models.tower import TowerCapture, VisionWatch
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
+from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 CAPTURED = frozenset(TOWER_FIELDS)
+_SPAN: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("selection span", default=nullcontext)
 
 
-class RankingSource:
+@contextmanager
+def selection_span(span: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter ``span()`` around each call that ranks or merges visual tokens before the decoder, to measure it."""
+    token = _SPAN.set(span)
+    try:
+        yield
+    finally:
+        _SPAN.reset(token)
+
+
+def _spanned(method: Callable[P, R]) -> Callable[P, R]:
+    """The method inside what :func:`selection_span` has set."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _SPAN.get()():
+            return method(*args, **kwargs)
+
+    return run
+
+
+class _Ranked(threading.local):
+    """What the call that runs in this thread has shown: tower values by field, and rankings that were prepared."""
+
+    def __init__(self) -> None:
+        self.captured: dict[str, Tensor] = {}
+        self.prepared: list[np.ndarray] | None = None
+
+
+class RankingSource(Attached):
     """Watches the vision tower for what a selector needs, and ranks each sample's visual tokens.
+
+    Calls in several threads do not see each other's images.
 
     Args:
         adapter: the model.
@@ -47,22 +86,45 @@ class RankingSource:
         self.selector = None if rankings is not None else selector
         self.handles: list[RemovableHandle | TowerCapture | VisionWatch] = []
         self.needs = frozenset[str]() if self.selector is None else self.selector.needs()
-        self.captured: dict[str, Tensor] = {}
+        self._local = _Ranked()
         self._patch: TowerPatch | None = None
-        self._prepared: list[np.ndarray] | None = None
         if self.selector is None:
             return
         check_model(adapter, self.selector)
         self.selector.prepare(adapter.tower_view.width if "patch_states" in self.needs else None)
         try:
             for name in sorted(self.needs & CAPTURED):
-                self.handles.append(adapter.capture(name, partial(self.captured.__setitem__, name)))
+                self.handles.append(adapter.capture(name, partial(self._capture, name)))
             self.handles.append(adapter.vision_watch.open())
             if self.selector.changes_tower:
                 self._patch = patch_tower(adapter, self.selector, num_kept)
         except DopError:
             self.close()
             raise
+
+    @property
+    def captured(self) -> dict[str, Tensor]:
+        """Tower values of this thread's latest images, by field."""
+        return self._local.captured
+
+    def _capture(self, name: str, values: Tensor) -> None:
+        self._local.captured[name] = values
+
+    def read(self, input_ids: Tensor) -> None:
+        """What this thread has encoded belongs to ``input_ids``, of which the decoder is about to get a part."""
+        self.adapter.vision_watch.read(input_ids)
+        for handle in self.handles:
+            if isinstance(handle, TowerCapture):
+                handle.deliver()
+
+    def forget(self) -> None:
+        """This thread's images have been read, or come from an earlier call: a ranking has to have its own."""
+        self._local.captured, self._local.prepared = {}, None
+        for handle in self.handles:
+            if not isinstance(handle, RemovableHandle):
+                handle.forget()
+        if self._patch is not None:
+            self._patch.run.reset()
 
     def close(self) -> None:
         """Stop watching."""
@@ -72,6 +134,7 @@ class RankingSource:
         if self._patch is not None:
             self._patch.restore()
 
+    @_spanned
     def prepare(
         self,
         embeds: Tensor,
@@ -101,7 +164,7 @@ class RankingSource:
                 continue
             total = inputs.num_visual_tokens if num_kept is None else num_kept(inputs.num_visual_tokens)
             choices.append(self._choose(inputs, total, embeds.dtype))
-        self._prepared = [choice.order for choice in choices]
+        self._local.prepared = [choice.order for choice in choices]
         if all(choice.embeds is None for choice in choices):
             return embeds
         embeds = embeds.clone()
@@ -111,6 +174,7 @@ class RankingSource:
                 embeds[row, place] = choice.embeds.to(embeds.device, embeds.dtype)
         return embeds
 
+    @_spanned
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
         """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
 
@@ -122,8 +186,8 @@ class RankingSource:
         """
         if self.rankings is not None:
             return self._given(len(num_visual))
-        if self._prepared is not None:
-            prepared, self._prepared = self._prepared, None
+        if self._local.prepared is not None:
+            prepared, self._local.prepared = self._local.prepared, None
             return prepared
         assert self.selector is not None
         return [
@@ -171,10 +235,10 @@ class RankingSource:
             check_one_image(self.adapter, inputs.num_visual_tokens)
         if self._patch is None:
             return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
-        if self._patch.num_runs == 0:
+        if self._patch.run.num_runs == 0:
             raise DopError(
-                f"{self.selector.name!r} changes what the vision tower computes, but the tower has not run inside "
-                "this context: pass `pixel_values` to the pruned model"
+                f"{self.selector.name!r} changes what the vision tower computes, but the tower has not run in this "
+                "call: pass `pixel_values` to the pruned model"
             )
         return Choice(self.selector.rank(inputs, num_kept))
 
@@ -201,12 +265,12 @@ class RankingSource:
         """Per field ``[visual tokens that the tower encoded, channels]``."""
         values = {name: value.reshape(len(value), -1) for name, value in self.captured.items()}
         if self._patch is not None:
-            values |= {name: value.flatten(0, 1) for name, value in self._patch.values.items()}
+            values |= {name: value.flatten(0, 1) for name, value in self._patch.run.values.items()}
         missing = self.needs & CAPTURED - set(values)
         if missing:
             names = ", ".join(f"`{name}`" for name in sorted(missing))
             raise DopError(
-                f"the selector needs {names} of the vision tower, which has not run inside this context: "
+                f"the selector needs {names} of the vision tower, which has not run in this call: "
                 "pass `pixel_values` to the pruned model, or give `rankings=`"
             )
         return values
@@ -255,8 +319,6 @@ def check_model(adapter: ModelAdapter, selector: Selector) -> None:
             f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
             "selectors that merge behind the projector are avg_pool and trim_llm"
         )
-    if "tiles" in selector.needs():
-        adapter.token_tiles([])
 
 
 def visual_counts(visual: Tensor) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,28 +13,36 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dop_search.models.adapter import ModelAdapter
+from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
+from dop_search.pruning.checks import UncalledModules, check_arguments, check_outputs
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, extend_layer, run_layer
-from dop_search.pruning.layout import AttentionPlan, Layout, LayoutCache, assign_groups
-from dop_search.pruning.ranking import RankingSource, visual_counts
+from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, device_of, extend_layer, run_layer
+from dop_search.pruning.layout import AttentionPlan, LayoutCache
+from dop_search.pruning.packed import find_packing
+from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
+from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.attached import Attached
+from dop_search.utils.errors import DopError
 
 
-class PrunedDecoder:
-    """Replaces the forward of a decoder instance. Made by :func:`dop_search.pruning.prune_`."""
+class PrunedDecoder(Attached):
+    """Replaces the forward of a decoder instance. Made by :func:`dop_search.pruning.prune_`.
+
+    Any number of threads may call the model: what a call has shown is kept for its thread alone.
+    """
 
     def __init__(
         self,
         adapter: ModelAdapter,
         strategy: Strategy,
         rankings: RankingSource,
+        uncalled: UncalledModules,
         parts: LayerParts = EAGER_PARTS,
         stages: StagePlan | None = None,
         text: TextGroups | None = None,
@@ -48,11 +58,22 @@ class PrunedDecoder:
         self.all_groups = frozenset(range(len(strategy.groups) + len(further)))
         self.text_model: Any = adapter.text_model
         self.layouts = LayoutCache()
-        self._input_ids: Tensor | None = None
+        self.call = Call()
+        self.uncalled = uncalled
 
-    def see_input_ids(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def see_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the multimodal module: the decoder itself receives embeddings only."""
-        self._input_ids = args[0] if args else kwargs.get("input_ids")
+        if getattr(module, "_is_replica", False):
+            raise DopError("a pruned model cannot be replicated by DataParallel; run one process per device")
+        call, embeds = self.call, kwargs.get("inputs_embeds")
+        call.input_ids = args[0] if args else kwargs.get("input_ids")
+        if call.input_ids is None and embeds is not None:
+            beside = call.beside_embeds
+            fits = beside is not None and beside.shape == embeds.shape[:2]
+            call.input_ids = beside if fits else self.adapter.placeholder_ids(None, embeds)
+        if not kwargs.get("mm_encoder_outputs"):  # where these are given, `generate()` has just encoded the images
+            self.rankings.forget()
 
     # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -68,136 +89,180 @@ class PrunedDecoder:
     ) -> BaseModelOutputWithPast:
         """Same contract as the decoder's own forward; hidden states at tokens that left and at pads are zero."""
         deepstack = self.adapter.pop_deepstack(kwargs)
-        _refuse(kwargs, attention_mask)
-        seen_ids = self._input_ids if input_ids is None else input_ids
-        self._input_ids = None
+        check_outputs([self.text_model.config], kwargs)
+        check_arguments(kwargs, attention_mask)
+        self.uncalled.check_hooks()
+        seen_ids = self.call.input_ids if input_ids is None else input_ids
+        read, self.call.input_ids, self.call.read = self.call.read, None, None
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
+        if seen_ids is None or seen_ids.shape != inputs_embeds.shape[:2]:
+            raise DopError("a pruned decoder is called by its model; call the model, with `input_ids`")
         device = self.adapter.device  # with a device map the vision tower and what comes from it may be elsewhere
-        inputs_embeds, seen_ids = inputs_embeds.to(device), None if seen_ids is None else seen_ids.to(device)
-        attention_mask, position_ids = (None if t is None else t.to(device) for t in (attention_mask, position_ids))
+        inputs_embeds, seen_ids = inputs_embeds.to(device), seen_ids.to(device)
+        attention_mask, position_ids, read = (
+            None if t is None else t.to(device) for t in (attention_mask, position_ids, read)
+        )
         deepstack = tuple(features.to(device) for features in deepstack)
-        batch, length = inputs_embeds.shape[:2]
-        if seen_ids is None or seen_ids.shape != (batch, length):
-            raise DopError(
-                "a pruned model finds the visual tokens by `input_ids`; pass `input_ids` (not only `inputs_embeds`)"
-            )
-        if (self.text_model.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
-            past_key_values = DynamicCache(config=self.text_model.config)
+        past_key_values = self._cache(past_key_values, use_cache)
         state = open_state(past_key_values, self.strategy.num_layers, attention_mask)
+        batch, length = inputs_embeds.shape[:2]
+        packing = None
+        if attention_mask is None:
+            positions = None if position_ids is None else self.adapter.text_positions(position_ids)
+            backend, cached = self.text_model.config._attn_implementation, past_key_values is not None
+            packing = find_packing(positions, (batch, length), cached, backend, kwargs)
         if position_ids is None:
             position_ids = (torch.arange(length, device=device) + state.num_seen)[None]
         rope = self.adapter.rotary(inputs_embeds, position_ids)
-        valid = None if attention_mask is None else attention_mask[:, -length:].bool()
         visual = self.adapter.visual_token_mask(seen_ids)
+        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, read=read)
+        if attention_mask is not None:
+            tokens = replace(tokens, valid=attention_mask[:, -length:].bool())
+        if packing is not None:
+            tokens = tokens.unpacked(packing)
         state.open = True
         try:
-            if length > 1 and bool(visual.any()):
-                inputs_embeds = self.rankings.prepare(inputs_embeds, seen_ids, visual, valid, self.strategy.num_kept)
-                hidden = self._prefill(inputs_embeds, visual, valid, rope, past_key_values, state, deepstack)
+            prompt = self._prompt(tokens, state, packing is not None)
+            if prompt is None:
+                hidden = self._extend(tokens, past_key_values, state)
             else:
-                hidden = self._extend(inputs_embeds, valid, rope, past_key_values, state)
+                hidden = self._prefill(prompt, tokens, past_key_values, state, deepstack)
         finally:
             state.open = False
         state.num_seen += length
+        hidden = self.text_model.norm(hidden.to(self.text_model.norm.weight.device))
         return BaseModelOutputWithPast(
-            last_hidden_state=self.text_model.norm(hidden),
-            past_key_values=past_key_values if use_cache is not False else None,
+            last_hidden_state=hidden if packing is None else packing.gather(hidden),
+            past_key_values=past_key_values,
         )
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to fill; none under gradient checkpointing, as in transformers."""
+        if is_checkpointed(self.adapter.layers[0]):
+            if cache is not None and cache.get_seq_length():
+                raise DopError("gradient checkpointing cannot continue a cache; pass the whole sequence")
+            return None
+        use_cache = self.text_model.config.use_cache if use_cache is None else use_cache
+        return DynamicCache(config=self.text_model.config) if use_cache and cache is None else cache
+
+    def _prompt(self, tokens: Tokens, state: CacheState, packed: bool) -> Prompt | None:
+        """What the strategy says about a chunk with visual tokens; ``None`` for text, which runs everything.
+
+        A single token is always its sample's last, so that it runs everything as well.
+        """
+        length = tokens.embeds.shape[1]
+        if self.call.prompt is not None and (part := self.call.prompt.part(state.num_seen, length)) is not None:
+            return part
+        if length == 1:
+            return None
+        valid, visual = tokens.valid, tokens.visual
+        if not bool((visual if valid is None else visual & valid).any()):
+            check_embeds(tokens.input_ids)
+            if not packed:
+                return None
+        elif self.stages is not None:
+            check_first_chunk(state.num_seen)
+        check_labels(visual, tokens.read)
+        return arrange(tokens, self.strategy, self.rankings, self.text)
 
     # -- a chunk with visual tokens -------------------------------------------------------------
 
     def _prefill(
         self,
-        embeds: Tensor,
-        visual: Tensor,
-        valid: Tensor | None,
-        rope: tuple[Tensor, Tensor],
+        prompt: Prompt,
+        tokens: Tokens,
         cache: Cache | None,
         state: CacheState,
         deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        batch, length, width = embeds.shape
-        layout, places = self._layout(visual, valid)
+        batch, length, width = prompt.embeds.shape
+        visual = tokens.visual
+        layout, kept = self.layouts.pack(prompt.groups, visual.device)
+        places = np.concatenate([row * length + keep for row, keep in enumerate(kept)])
+        full = prompt.embeds.new_zeros(batch * length, width)
+        if not len(places):  # of a prompt in chunks: all tokens of this one are dropped
+            return full.view(batch, length, width)
         entry = layout.tensor(places)
-        tables = ForwardTables(*(part.expand(batch, -1, -1).flatten(0, 1).index_select(0, entry) for part in rope))
+        tables = ForwardTables(
+            *(part.expand(batch, -1, -1).flatten(0, 1).index_select(0, entry) for part in tokens.rope)
+        )
         injected = None
         if deepstack:
             injected = Deepstack(deepstack, layout, visual_numbers(visual.cpu().numpy())[places])
-        hidden = embeds.reshape(batch * length, width).index_select(0, entry)
+        hidden = prompt.embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         all_real: dict[int, Tensor] = {}
         run = None
         if self.stages is not None:
-            check_first_chunk(state.num_seen)
-            run = StageRun(self.stages, self.adapter, visual_counts(visual))
+            run = StageRun(self.stages, self.adapter, prompt.num_ranked)
             run.begin(hidden, layout, tables)
-        for index, step in enumerate(self.steps):
+        for index, (layer, step) in enumerate(zip(self.adapter.layers, self.steps, strict=True)):
             if run is not None and index in run.plan.stages:
-                present = layout.rows(before)
-                hidden, layout, tables, entry = run.refine(index, hidden, before, layout, tables, entry)
+                present, here = layout.rows(before), device_of(layer)
+                hidden, layout, tables, entry = run.refine(
+                    index, hidden.to(here), before, layout.on(here), tables.on(here), entry.to(here)
+                )
                 if injected is not None:
                     injected = Deepstack(deepstack, layout, injected.token_of_row[present])
-            past_valid = self._past_valid(state, index, batch, embeds.device, all_real)
-            hidden = run_layer(
-                self.adapter.layers[index], hidden, before, step, layout, tables, cache, past_valid, parts=self.parts
+            past_valid = self._past_valid(state, index, batch, visual.device, all_real)
+            compute = partial(
+                run_layer,
+                layer,
+                before=before,
+                step=step,
+                layout=layout,
+                tables=tables,
+                cache=cache,
+                past_valid=past_valid,
+                parts=self.parts,
             )
+            hidden = checkpointed(layer, compute, hidden)
             before = step.alive
             if injected is not None:
                 hidden = injected.add(hidden, index, before)
             if cache is not None:
                 self._remember(state, index, layout.attention(step.q, step.kv))
-        final = entry.index_select(0, layout.tensor(layout.rows(before)))
-        full = hidden.new_zeros(batch * length, width)
+        final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
+        full = full.to(hidden.device)
         return full.index_copy(0, final, hidden).view(batch, length, width)
-
-    def _layout(self, visual: Tensor, valid: Tensor | None) -> tuple[Layout, np.ndarray]:
-        """The packed rows, and the place of each in the padded batch."""
-        batch, length = visual.shape
-        counts = visual_counts(visual)
-        rankings = self.rankings.rank(counts) if self.stages is None else [np.arange(count) for count in counts]
-        is_visual = visual.cpu().numpy()
-        is_valid = np.ones((batch, length), dtype=np.bool_) if valid is None else valid.cpu().numpy()
-        places = [np.flatnonzero(row) for row in is_valid]
-        groups = [
-            assign_groups(is_visual[row, place], rankings[row], self.strategy) for row, place in enumerate(places)
-        ]
-        if self.text is not None:
-            first = len(self.strategy.groups)
-            groups = [self.text.assign(its, is_visual[row, places[row]], first) for row, its in enumerate(groups)]
-        layout, kept = self.layouts.pack(groups, visual.device)
-        entry = [row * length + place[keep] for row, (place, keep) in enumerate(zip(places, kept, strict=True))]
-        return layout, np.concatenate(entry)
 
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 
-    def _extend(
-        self,
-        hidden: Tensor,
-        valid: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        cache: Cache | None,
-        state: CacheState,
-    ) -> Tensor:
+    def _extend(self, tokens: Tokens, cache: Cache | None, state: CacheState) -> Tensor:
+        hidden, valid = tokens.embeds, tokens.valid
         batch, length = hidden.shape[:2]
         new_valid = None if valid is None or length == 1 or bool(valid.all()) else valid
         eager = self.text_model.config._attn_implementation == "eager"
-        masks: dict[tuple[int, int], Tensor | None] = {}
-        rows = Side(None, None, rope[0][:, None], signed(rope[1])[:, None])
+        masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
+        rows: dict[torch.device, Side] = {}
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
-            past = state.valid[index]
-            key = (state.lengths[index], id(past))
+            past, device = state.valid[index], device_of(layer)
+            key = (state.lengths[index], id(past), device)
             if key not in masks:
-                masks[key] = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
-            packed = extend_layer(layer, packed, rows, batch, masks[key], cache, self.parts)
+                mask = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
+                masks[key] = None if mask is None else mask.to(device)
+            if device not in rows:
+                cos, sin = (part.to(device)[:, None] for part in tokens.rope)
+                rows[device] = Side(None, None, cos, signed(sin))
+            compute = partial(
+                extend_layer,
+                layer,
+                rows=rows[device],
+                num_samples=batch,
+                mask=masks[key],
+                cache=cache,
+                parts=self.parts,
+            )
+            packed = checkpointed(layer, compute, packed.to(device))
         appended: dict[tuple[int, int], Tensor] = {}
         for index, past in enumerate(state.valid):
             if past is not None or new_valid is not None:
-                key = (state.lengths[index], id(past))
-                if key not in appended:
-                    appended[key] = append_valid(past, key[0], new_valid, batch, length, hidden.device)
-                state.valid[index] = appended[key]
+                held = (state.lengths[index], id(past))
+                if held not in appended:
+                    appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
+                state.valid[index] = appended[held]
             state.lengths[index] += length
         return packed.view_as(hidden)
 
@@ -221,18 +286,41 @@ class PrunedDecoder:
         state.lengths[index] += plan.num_keys
 
 
-def _refuse(kwargs: dict[str, Any], attention_mask: Any) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name):
-            raise DopError(f"`{name}=True` is not available on a pruned model: its layers see different tokens")
-    for name in ("deepstack_visual_embeds", "visual_pos_masks"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"the decoder was given `{name}`, which this model's adapter does not handle")
-    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
+def is_checkpointed(layer: Any) -> bool:
+    """Whether transformers would compute the layer again in the backward pass instead of keeping what is in it."""
+    return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+
+
+def checkpointed(layer: Any, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """``compute(hidden)``, under the layer's gradient checkpointing where that is on."""
+    if not is_checkpointed(layer):
+        return compute(hidden)
+    result: Tensor = layer._gradient_checkpointing_func(compute, hidden)
+    return result
+
+
+def check_embeds(input_ids: Tensor) -> None:
+    """Refuse a prompt of embeddings in which nothing can be told apart.
+
+    Raises:
+        DopError: saying where the tokens can be given.
+    """
+    if bool((input_ids == UNKNOWN_TOKEN).any()):
         raise DopError(
-            "a pruned model needs the two-dimensional attention mask of the tokenizer, but got "
-            f"{type(attention_mask).__name__} (static caches and custom masks are not supported)"
+            "a pruned model finds visual tokens in `inputs_embeds` by the embedding of their placeholder, and there is "
+            "none; if image features stand there already, or there is only text, give `input_ids` beside them to "
+            "`generate()`"
         )
+
+
+def check_labels(visual: Tensor, read: Tensor | None) -> None:
+    """Refuse a loss on visual tokens.
+
+    Raises:
+        DopError: if a visual token is to predict another.
+    """
+    if read is not None and bool((visual[:, :-1] & visual[:, 1:] & read[:, :-1]).any()):
+        raise DopError("`labels` must be -100 at visual tokens: a pruned model defines no logits that predict them")
 
 
 def explicit_rankings(rankings: Sequence[Any] | None) -> list[np.ndarray] | None:

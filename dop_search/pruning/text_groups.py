@@ -82,12 +82,12 @@ class TextGroups:
 def text_sizes(visual: np.ndarray) -> tuple[int, int]:
     """Tokens of the groups ``before`` and ``after`` in a prompt with visual tokens at ``visual`` (``[num_tokens]``).
 
-    None of either in a prompt of text alone.
+    None of either in a prompt of text alone. The last token is in neither, whether it is text or visual.
     """
     if not visual.any():
         return 0, 0
     image = int(np.argmax(visual))
-    return image, len(visual) - image - int(visual.sum()) - 1
+    return image, len(visual) - image - TokenCounts.of_prompt(visual).visual - 1 if image < len(visual) - 1 else 0
 
 
 def text_groups_flops(

@@ -7,8 +7,8 @@ from dop_search.search.curves import Curve, CurveGrid, Curves
 from dop_search.search.exhaustive import EvaluatedGrid, evaluate_grid, exhaustive
 from dop_search.search.optuna_solvers import additive_optuna, exact_optuna
 from dop_search.search.registry import SOLVERS, solve
-from dop_search.search.rerank import best_first, rerank, rerank_all
-from dop_search.search.solution import Problem, Solution, uniform_assignment
+from dop_search.search.rerank import best_first, rerank, rerank_all, with_exact
+from dop_search.search.solution import MeasuredSolution, Problem, Solution, uniform_assignment, uniform_strategy
 from dop_search.search.space import Parameter, Space
 from dop_search.search.store import EvaluationStore, Evaluator, OnProgress
 from dop_search.search.surrogate import Surrogate
@@ -25,6 +25,7 @@ __all__ = [
     "EvaluationStore",
     "Evaluator",
     "Front",
+    "MeasuredSolution",
     "OnProgress",
     "Parameter",
     "Problem",
@@ -44,4 +45,6 @@ __all__ = [
     "score",
     "solve",
     "uniform_assignment",
+    "uniform_strategy",
+    "with_exact",
 ]

@@ -26,7 +26,7 @@ class Candidate:
 
     assignment: dict[str, int]
     cost_ratio: float
-    divergence_additive: float
+    kl_additive: float
 
 
 class _BestCollector:

@@ -19,9 +19,11 @@ from dop_search.search.store import EvaluationStore, FloatArray, OnProgress
 from dop_search.search.surrogate import Surrogate
 from dop_search.utils.errors import CacheError, ConfigError
 from dop_search.utils.files import write_atomic
+from dop_search.utils.versioned import Format
 
-FORMAT = "dop_search.curves"
-VERSION = 1
+FORMAT = Format("a curves file", "dop_search.curves", 1, "measure the curves again")
+_METADATA = b"dop_search.curves"
+"""Key of the schema's metadata under which the facts are."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,11 @@ class Curves:
             }
         )
         facts = {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "space": self.space_name,
             "num_validation_runs": self.num_validation_runs,
         }
-        table = table.replace_schema_metadata({FORMAT: json.dumps(facts)})
+        table = table.replace_schema_metadata({_METADATA: json.dumps(facts)})
         write_atomic(Path(path), lambda temporary: pq.write_table(table, temporary))
 
     @classmethod
@@ -206,9 +207,7 @@ class Curves:
             table = pq.read_table(Path(path))
         except (OSError, pa.ArrowInvalid) as error:
             raise CacheError(f"cannot read curves from {str(path)!r} ({error}); measure them again") from error
-        facts = json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}"))
-        if facts.get("format") != FORMAT or facts.get("version") != VERSION:
-            raise CacheError(f"{str(path)!r} is not a curves file of version {VERSION}; measure the curves again")
+        facts = FORMAT.check(json.loads((table.schema.metadata or {}).get(_METADATA, b"{}")), repr(str(path)))
         data = table.to_pandas()
         curves = {}
         for name, rows in data.groupby("parameter", sort=False):

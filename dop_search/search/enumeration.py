@@ -27,6 +27,7 @@ from dop_search.search.space import Parameter
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.search.surrogate import IntArray, Surrogate
 from dop_search.strategy.cost.model import CostModel
+from dop_search.utils.errors import ConfigError
 
 MAX_CELLS = 1_000_000
 """Partial assignments times levels that are looked at in one step; bounds the memory."""
@@ -82,7 +83,11 @@ class Enumeration:
 
     def __init__(self, surrogate: Surrogate, cost_model: CostModel) -> None:
         space = surrogate.space
-        assert cost_model.dims.num_layers == space.num_layers, (cost_model.dims, space.num_layers)
+        if cost_model.dims.num_layers != space.num_layers:
+            raise ConfigError(
+                f"the space has {space.num_layers} layers, but the cost model {cost_model.dims.num_layers}; "
+                "make both for the same model"
+            )
         self.surrogate = surrogate
         self.cost_model = cost_model
         self.outer = [space.tokens, *(p for p in space.parameters if p.role in ("attention", "kv"))]

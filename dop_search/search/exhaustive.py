@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.search.solution import Problem, Solution
+from dop_search.search.solution import MeasuredSolution, Problem
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.budget import Budget
@@ -36,7 +36,7 @@ class EvaluatedGrid:
     per_sample_nats: FloatArray
     seconds: float
 
-    def best(self, budget: Budget) -> Solution:
+    def best(self, budget: Budget) -> MeasuredSolution:
         """The least divergent point within the budget.
 
         Raises:
@@ -49,12 +49,12 @@ class EvaluatedGrid:
             raise budget.infeasible(cost_model, float(self.cost_ratio.min()))
         mean = self.per_sample_nats.mean(axis=1)
         row = int(min(fits, key=lambda i: (mean[i], self.cost_ratio[i])))
-        return Solution(
+        return MeasuredSolution(
             strategy=self.strategies[row],
             assignment=self.assignments[row],
             cost_ratio=float(self.cost_ratio[row]),
-            divergence_additive=None if surrogate is None else surrogate(self.assignments[row]),
-            divergence_exact=float(mean[row]),
+            kl_additive=None if surrogate is None else surrogate(self.assignments[row]),
+            kl_search=float(mean[row]),
             num_validation_runs=len(self.strategies),
             seconds=self.seconds,
             solver="exhaustive",
@@ -115,7 +115,7 @@ def exhaustive(
     num_levels: int | None = None,
     max_strategies: int = 20_000,
     on_progress: OnProgress | None = None,
-) -> Solution:
+) -> MeasuredSolution:
     """The true optimum of a grid within a budget; for several budgets use :func:`evaluate_grid` once.
 
     ``num_levels`` spreads so many levels evenly over each parameter that ``levels`` does not name.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dop_search.search.candidates import best_candidates
-from dop_search.search.solution import Problem, Solution, uniform_assignment
+from dop_search.search.solution import MeasuredSolution, Problem, Solution, uniform_assignment
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.strategy.cost.budget import Budget
 from dop_search.utils.errors import ConfigError
@@ -60,13 +60,13 @@ def additive_optuna(
         study.sampler = plumbing.make_sampler(sampler, seed)
         study.optimize(objective, n_trials=num_trials)
     history = [_record(trial) for trial in study.get_trials(deepcopy=False)]
-    best = _best(history, "divergence_additive", sampler)
+    best = _best(history, "kl_additive", sampler)
     return Solution(
         strategy=problem.space.strategy(best["assignment"]),
         assignment=best["assignment"],
         cost_ratio=best["cost_ratio"],
-        divergence_additive=best["divergence_additive"],
-        divergence_exact=None,
+        kl_additive=best["kl_additive"],
+        kl_search=None,
         num_validation_runs=0,
         seconds=time.perf_counter() - start,
         solver=f"additive_optuna[{sampler}]",
@@ -86,7 +86,7 @@ def exact_optuna(
     storage: str | Path | None = None,
     study_name: str = "dop_search",
     on_progress: OnProgress | None = None,
-) -> Solution:
+) -> MeasuredSolution:
     """Optuna on the exact divergence, warm-started with the surrogate's best candidates and uniform reduction.
 
     Several processes may share ``storage``: one queues the warm start, all evaluate it, each runs trials until there
@@ -171,15 +171,15 @@ def exact_optuna(
                 if on_progress is not None:
                     on_progress(min(finished + 1, num_trials), num_trials, f"{sampler} on the exact divergence")
     history = [_record(trial) for trial in study.get_trials(deepcopy=False, states=plumbing.FINISHED)]
-    best = _best(history, "divergence_exact", sampler)
+    best = _best(history, "kl_search", sampler)
     strategy = problem.space.strategy(best["assignment"])
     per_sample = problem.need_store("exact_optuna").evaluate([strategy])[0]
-    return Solution(
+    return MeasuredSolution(
         strategy=strategy,
         assignment=best["assignment"],
         cost_ratio=best["cost_ratio"],
-        divergence_additive=best["divergence_additive"],
-        divergence_exact=float(per_sample.mean()),
+        kl_additive=best["kl_additive"],
+        kl_search=float(per_sample.mean()),
         num_validation_runs=_num_validation_runs(problem, history, evaluate.num_samples),
         seconds=time.perf_counter() - start,
         solver=f"exact_optuna[{sampler}]",
@@ -226,7 +226,7 @@ class _ChunkedEvaluation:
                 trial.set_user_attr("measured", {"num_samples": len(so_far)})
                 raise optuna.TrialPruned
         mean = float(so_far.mean())
-        trial.set_user_attr("measured", {"num_samples": len(so_far), "divergence_exact": mean})
+        trial.set_user_attr("measured", {"num_samples": len(so_far), "kl_search": mean})
         return mean
 
 
@@ -240,7 +240,7 @@ def _price(
 ) -> float | None:
     """Note cost and estimate on the trial; what to tell if it is above the budget, ``None`` if it fits."""
     ratio = problem.cost_model.ratio(problem.space.strategy(assignment))
-    facts = {"assignment": assignment, "cost_ratio": ratio, "divergence_additive": estimate, "fits": ratio <= limit}
+    facts = {"assignment": assignment, "cost_ratio": ratio, "kl_additive": estimate, "fits": ratio <= limit}
     trial.set_user_attr("candidate", facts)
     if uses_constraints:
         trial.set_constraint("cost_ratio", ratio - limit)
@@ -271,7 +271,15 @@ def _warm_start(problem: Problem, budget: Budget, number: int) -> list[Mapping[s
 def _record(trial: FrozenTrial) -> dict[str, Any]:
     """A finished trial as a JSON-ready dictionary."""
     known = {**trial.user_attrs.get("candidate", {}), **trial.user_attrs.get("measured", {})}
-    return {"trial": trial.number, "state": trial.state.name, **known}
+    return {
+        "trial": trial.number,
+        "state": trial.state.name,
+        **{_OLD_NAMES.get(name, name): value for name, value in known.items()},
+    }
+
+
+_OLD_NAMES = {"divergence_additive": "kl_additive", "divergence_exact": "kl_search"}
+"""As storages from before these names were the record's have them."""
 
 
 def _best(history: list[dict[str, Any]], objective: str, sampler: str) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from difflib import get_close_matches
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -24,6 +23,7 @@ from optuna.trial import Trial, TrialState
 from dop_search.search.sharing import Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
 from dop_search.utils.errors import CacheError, ConfigError
+from dop_search.utils.registry import unknown
 
 _SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -82,11 +82,12 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock_path = path.with_name(path.name + ".flock")
-        self._file: IO[bytes] | None = None
+        self._held = ExitStack()
 
     def acquire(self) -> bool:
-        self._file = open(self._lock_path, "ab")  # noqa: SIM115 (held until release)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        file = open(self._lock_path, "ab")  # noqa: SIM115 (held until release)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._held.callback(file.close)
         with open(self._path, "a+b") as journal:
             if journal.tell() and os.pread(journal.fileno(), 1, journal.tell() - 1) != b"\n":
                 journal.seek(0)
@@ -94,9 +95,7 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
         return True
 
     def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        self._held.close()
 
 
 def open_storage(location: str | Path | None) -> BaseStorage:
@@ -262,6 +261,4 @@ def _quiet() -> Iterator[None]:
 
 def _check(name: str, known: tuple[str, ...], what: str) -> None:
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown {what} {name!r}; {hint}known: {list(known)}")
+        raise ConfigError(unknown(what, name, known))

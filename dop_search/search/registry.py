@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dop_search.search.additive_exact import additive_exact
@@ -15,17 +13,43 @@ from dop_search.search.rerank import rerank
 from dop_search.search.solution import Problem, Solution
 from dop_search.strategy.cost.budget import Budget
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import Registry, did_you_mean
 
-SOLVERS: Mapping[str, Callable[..., Solution]] = MappingProxyType(
+SOLVERS: Registry[Callable[..., Solution]] = Registry(
+    "solver",
     {
         "additive_exact": additive_exact,
         "rerank": rerank,
         "additive_optuna": additive_optuna,
         "exact_optuna": exact_optuna,
         "exhaustive": exhaustive,
-    }
+    },
 )
-"""Every solver takes ``(problem, budget, **options)``; the options are its keyword arguments."""
+"""Every solver takes ``(problem, budget, **options)``; the options are its keyword arguments. A module of one's own
+adds to it, ``SOLVERS["mine"] = mine``."""
+
+
+def solver_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a solver by name, ``on_progress`` left out.
+
+    Raises:
+        ConfigError: if there is no such solver; names a near one.
+    """
+    parameters = list(inspect.signature(SOLVERS.find(name)).parameters.values())[2:]
+    return {parameter.name: parameter for parameter in parameters if parameter.name != "on_progress"}
+
+
+def check_solver_options(name: str, options: Iterable[str]) -> None:
+    """Refuse an unknown solver, or an option that it does not have.
+
+    Raises:
+        ConfigError: naming a near one, and all that there are.
+    """
+    known = solver_options(name)
+    for option in options:
+        if option not in known:
+            near = did_you_mean(option, known)
+            raise ConfigError(f"solver {name!r} has no option {option!r}; {near}it has {[*known]}")
 
 
 def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Solution:
@@ -35,17 +59,8 @@ def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Soluti
         ConfigError: on an unknown solver or option; the message names a near one.
         BudgetError: if nothing fits; it names the smallest feasible value.
     """
-    if name not in SOLVERS:
-        raise ConfigError(f"unknown solver {name!r}; {_hint(name, SOLVERS)}known: {list(SOLVERS)}")
-    known = list(inspect.signature(SOLVERS[name]).parameters)[2:]
-    if "on_progress" not in known:
+    solver = SOLVERS.find(name)
+    if "on_progress" not in inspect.signature(solver).parameters:
         options.pop("on_progress", None)
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"solver {name!r} has no option {option!r}; {_hint(option, known)}it has {known}")
-    return SOLVERS[name](problem, budget, **options)
-
-
-def _hint(name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    check_solver_options(name, options.keys() - {"on_progress"})
+    return solver(problem, budget, **options)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from dop_search.search.candidates import Candidate, CandidateMode, best_candidates
 from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
-from dop_search.search.solution import Problem, Solution, uniform_assignment
+from dop_search.search.solution import MeasuredSolution, Problem, Solution, uniform_assignment
 from dop_search.search.store import OnProgress
 from dop_search.strategy.cost.budget import Budget
 
@@ -20,7 +21,7 @@ def rerank_all(
     mode: CandidateMode = "slices",
     criterion: Criterion = DEFAULT_CRITERION,
     on_progress: OnProgress | None = None,
-) -> list[Solution]:
+) -> list[MeasuredSolution]:
     """The ``k`` best candidates and uniform token reduction, evaluated, the best by ``criterion`` first.
 
     Uniform reduction (the most visual tokens that fit, everything else full) is always among them if it fits,
@@ -46,12 +47,12 @@ def rerank_all(
     values = store.evaluate(strategies, on_progress=on_progress, what=what)
     seconds = time.perf_counter() - start
     solutions = [
-        Solution(
+        MeasuredSolution(
             strategy=strategy,
             assignment=candidate.assignment,
             cost_ratio=candidate.cost_ratio,
-            divergence_additive=candidate.divergence_additive,
-            divergence_exact=float(row.mean()),
+            kl_additive=candidate.kl_additive,
+            kl_search=float(row.mean()),
             num_validation_runs=len(chosen),
             seconds=seconds,
             solver="rerank",
@@ -62,13 +63,29 @@ def rerank_all(
     return best_first(solutions, criterion)
 
 
-def best_first(solutions: Sequence[Solution], criterion: Criterion = DEFAULT_CRITERION) -> list[Solution]:
-    """Evaluated solutions by their exact divergences, the best by ``criterion`` first; the cheaper one on a tie."""
-    rows = [solution.per_sample_nats for solution in solutions]
-    assert all(row is not None for row in rows)
-    values = [float(score(criterion, row)) for row in rows if row is not None]
+def best_first(
+    solutions: Sequence[MeasuredSolution], criterion: Criterion = DEFAULT_CRITERION
+) -> list[MeasuredSolution]:
+    """Solutions by their measured KL, the best by ``criterion`` first; the cheaper one on a tie."""
+    values = [float(score(criterion, solution.per_sample_nats)) for solution in solutions]
     order = sorted(range(len(solutions)), key=lambda i: (values[i], solutions[i].cost_ratio))
     return [solutions[index] for index in order]
+
+
+def with_exact(
+    problem: Problem,
+    found: Solution,
+    others: Sequence[MeasuredSolution] = (),
+    criterion: Criterion = DEFAULT_CRITERION,
+) -> list[MeasuredSolution]:
+    """A solver's solution with its exact KL, sorted among ``others``, the best first.
+
+    ``num_validation_runs`` of each is that of all.
+    """
+    (row,) = problem.need_store(found.solver).evaluate([found.strategy])
+    runs = found.num_validation_runs + (others[0].num_validation_runs if others else 0)
+    ranked = best_first([found.measured(row), *others], criterion)
+    return [replace(item, num_validation_runs=runs) for item in ranked]
 
 
 def rerank(
@@ -78,16 +95,20 @@ def rerank(
     mode: CandidateMode = "slices",
     criterion: Criterion = DEFAULT_CRITERION,
     on_progress: OnProgress | None = None,
-) -> Solution:
+) -> MeasuredSolution:
     """The best of :func:`rerank_all`; ``history`` has all of them, in the surrogate's order."""
     solutions = rerank_all(problem, budget, k, mode, criterion, on_progress)
     history = [
         {
             "assignment": dict(solution.assignment),
             "cost_ratio": solution.cost_ratio,
-            "divergence_additive": solution.divergence_additive,
-            "divergence_exact": solution.divergence_exact,
+            "kl_additive": solution.kl_additive,
+            "kl_search": solution.kl_search,
         }
-        for solution in sorted(solutions, key=lambda solution: solution.divergence_additive or 0.0)
+        for solution in sorted(solutions, key=_estimate)
     ]
     return replace(solutions[0], history=history)
+
+
+def _estimate(solution: Solution) -> float:
+    return math.inf if solution.kl_additive is None else solution.kl_additive

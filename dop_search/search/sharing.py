@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -40,19 +40,19 @@ class Worker:
         self._count = 0  # never starts again: others tell by it that time has passed
         self._seen: dict[str, tuple[object, float]] = {}
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._running = ExitStack()
 
     def __enter__(self) -> Worker:
         self._stop.clear()
         self._beat()
-        self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        thread.start()
+        self._running.callback(thread.join)
+        self._running.callback(self._stop.set)
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._thread is not None
-        self._stop.set()
-        self._thread.join()
+        self._running.close()
         self._study.set_user_attr(_alive(self.name), None)
 
     def _beat(self) -> None:

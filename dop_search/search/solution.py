@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from dop_search.search.surrogate import Surrogate
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.budget import Budget
 from dop_search.strategy.cost.model import CostModel
-from dop_search.utils.errors import ConfigError
+from dop_search.utils.errors import BudgetError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Solution:
         strategy: canonical, within the budget.
         assignment: the parameters' levels it comes from.
         cost_ratio: cost relative to the full model, in the budget's kind.
-        divergence_additive: the surrogate's estimate in nats.
-        divergence_exact: measured mean divergence in nats on the search set.
+        kl_additive: the surrogate's estimate in nats.
+        kl_search: measured KL in nats, mean over the search set.
         num_validation_runs: strategies evaluated on the whole search set by this solver.
         seconds: wall time of the solver.
         solver: its name.
@@ -66,13 +67,20 @@ class Solution:
     strategy: Strategy
     assignment: Mapping[str, int]
     cost_ratio: float
-    divergence_additive: float | None
-    divergence_exact: float | None
+    kl_additive: float | None
+    kl_search: float | None
     num_validation_runs: int
     seconds: float
     solver: str
     per_sample_nats: FloatArray | None = field(default=None, compare=False, repr=False)
     history: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
+
+    def measured(self, per_sample_nats: FloatArray) -> MeasuredSolution:
+        """This solution with what was measured of it on every search sample (``[num_samples]``)."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return MeasuredSolution(
+            **fields | {"kl_search": float(per_sample_nats.mean()), "per_sample_nats": per_sample_nats}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -80,14 +88,22 @@ class Solution:
             "strategy": self.strategy.to_json(),
             "assignment": dict(self.assignment),
             "cost_ratio": self.cost_ratio,
-            "divergence_additive": self.divergence_additive,
-            "divergence_exact": self.divergence_exact,
+            "kl_additive": self.kl_additive,
+            "kl_search": self.kl_search,
             "num_validation_runs": self.num_validation_runs,
             "seconds": self.seconds,
             "solver": self.solver,
             "per_sample_nats": None if self.per_sample_nats is None else self.per_sample_nats.tolist(),
             "history": [dict(item) for item in self.history],
         }
+
+
+@dataclass(frozen=True)
+class MeasuredSolution(Solution):
+    """A solution that was evaluated on the search set."""
+
+    kl_search: float
+    per_sample_nats: FloatArray = field(compare=False, repr=False)
 
 
 def fill_tokens(problem: Problem, budget: Budget, depths: Mapping[str, int] | None = None) -> dict[str, int] | None:
@@ -111,6 +127,20 @@ def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | Non
     ``None`` if not even the smallest number of the space fits.
     """
     return fill_tokens(problem, budget)
+
+
+def uniform_strategy(problem: Problem, budget: Budget) -> Strategy:
+    """Uniform token reduction as a strategy.
+
+    Raises:
+        BudgetError: if not even the smallest number of visual tokens fits.
+    """
+    assignment = uniform_assignment(problem, budget)
+    if assignment is None:
+        raise BudgetError(
+            f"not even one visual token that runs every layer fits into {budget.name}={budget.value:g}; allow more"
+        )
+    return problem.space.strategy(assignment)
 
 
 def as_assignment(space: Space, indices: np.ndarray[Any, Any]) -> dict[str, int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenGroup, group_sizes
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import unknown
 
 Role = Literal["attention", "q", "kv", "mlp", "tokens"]
 Assignment = Mapping[str, int]
@@ -66,8 +66,8 @@ class Space:
 
     def __post_init__(self) -> None:
         names = [parameter.name for parameter in self.parameters]
-        assert len(set(names)) == len(names), names
-        assert TOKENS in names, names
+        if len(set(names)) != len(names) or TOKENS not in names:
+            raise ConfigError(f"a space needs parameters of different names, {TOKENS!r} among them, but got {names}")
         group_sizes(tuple(TokenGroup(share) for share in self.shares), 1)  # raises on bad shares
         for parameter in self.parameters:
             top = None if parameter.role == "tokens" else self.num_layers
@@ -147,9 +147,7 @@ class Space:
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
-        near = get_close_matches(name, self.names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"space {self.name!r} has no parameter {name!r}; {hint}it has {list(self.names)}")
+        raise ConfigError(f"space {self.name!r}: {unknown('parameter', name, self.names)}")
 
     def find(self, role: Role, group: int) -> Parameter | None:
         """The parameter of a module of a group, or ``None`` if that module is always full."""

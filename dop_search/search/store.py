@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError, ConfigError, DataError, NumericalError
 from dop_search.utils.files import cannot_write
+from dop_search.utils.versioned import Format
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], FloatArray]
@@ -28,8 +29,12 @@ OnProgress: TypeAlias = Callable[[int, int, str], None]
 Report: TypeAlias = Callable[[int], None]
 """Called with the number of strategies still to be evaluated."""
 
-FORMAT = "dop_search.evaluations"
-VERSION = 1
+FORMAT = Format(
+    "an evaluation file",
+    "dop_search.evaluations",
+    1,
+    "delete that file, or set another cache_dir, and run again: only what it held is measured anew",
+)
 
 
 class EvaluationStore:
@@ -69,14 +74,14 @@ class EvaluationStore:
         self.batch_size = batch_size
         self.path = None if path is None else Path(path)
         self._evaluator = evaluator
-        self._header = {"format": FORMAT, "version": VERSION, "num_samples": num_samples, **(header or {})}
+        self._header = {**FORMAT.stamp, "num_samples": num_samples, **(header or {})}
         self._header = json.loads(json.dumps(self._header, sort_keys=True))
         self._values: dict[str, FloatArray] = {}  # NaN: not evaluated
         self._requested: dict[str, NDArray[np.bool_]] = {}
         self._num_new_samples = 0
         self._offset = 0
         if self.path is not None:
-            self._append([])
+            self._append(self.path, [])
 
     @property
     def header(self) -> dict[str, Any]:
@@ -155,7 +160,11 @@ class EvaluationStore:
             todo = samples[np.any(unknown, axis=0)]
             values = self._evaluator(strategies, todo.tolist())
         values = np.asarray(values, dtype=np.float64)
-        assert values.shape == (len(keys), len(todo)), (values.shape, len(keys), len(todo))
+        if values.shape != (len(keys), len(todo)):
+            raise DataError(
+                f"an evaluator must return a number per strategy and sample, {(len(keys), len(todo))}, but got the "
+                f"shape {values.shape}"
+            )
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             row, column = bad[0]
@@ -170,11 +179,11 @@ class EvaluationStore:
     def _refresh(self) -> None:
         """Take in what other processes have saved meanwhile."""
         if self.path is not None:
-            self._append([])
+            self._append(self.path, [])
 
     def _save(self, records: Sequence[Mapping[str, Any]]) -> None:
         if self.path is not None:
-            self._append(records)
+            self._append(self.path, records)
         else:
             for record in records:
                 self._remember(record)
@@ -185,13 +194,12 @@ class EvaluationStore:
 
     # -- the file -------------------------------------------------------------------------------
 
-    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
-        assert self.path is not None
         lines = [_sealed(record) for record in records]
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if self._read_new(file) == 0:
                     lines = [self._header, *lines]
@@ -201,7 +209,7 @@ class EvaluationStore:
                     os.fsync(file.fileno())
                     self._offset = file.tell()
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(path, error) from error
         for record in records:
             self._remember(record)
 
@@ -227,8 +235,7 @@ class EvaluationStore:
             header = json.loads(line)
         except ValueError as error:
             raise self._error("is not an evaluation file") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise self._error("is not an evaluation file")
+        FORMAT.check(header, repr(str(self.path)))
         names = sorted({*header, *self._header})
         other = {n: (header.get(n), self._header.get(n)) for n in names if header.get(n) != self._header.get(n)}
         if other:
@@ -242,10 +249,7 @@ class EvaluationStore:
             raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
 
     def _error(self, problem: str) -> CacheError:
-        return CacheError(
-            f"{str(self.path)!r} {problem}; delete that file, or set another cache_dir, and run again: what it held is "
-            "measured anew, and nothing else is lost"
-        )
+        return CacheError(f"{str(self.path)!r} {problem}; {FORMAT.remedy}")
 
 
 def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from dop_search.selectors.avg_pool import AvgPoolSelector
 from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
-from dop_search.selectors.divprune import DivPruneSelector
+from dop_search.selectors.divprune import DivPruneSelector, LazyDivPruneSelector
+from dop_search.selectors.hiprune import HiPruneSelector
 from dop_search.selectors.hired import HiredSelector
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.prumerge import PruMergePlusSelector
 from dop_search.selectors.random_order import RandomSelector
 from dop_search.selectors.received_attention import ReceivedAttentionSelector
 from dop_search.selectors.resize import ResizeSelector
+from dop_search.selectors.scope import ScopeSelector
 from dop_search.selectors.tome import ToMeSelector
 from dop_search.selectors.trim import TrimLlmSelector, TrimSelector
 from dop_search.selectors.uniform_grid import UniformGridSelector
 from dop_search.selectors.visionzip import VisionZipSelector
 from dop_search.selectors.vispruner import VisPrunerSelector
+from dop_search.selectors.vscan import VScanSelector
 from dop_search.utils.errors import DopError
+from dop_search.utils.registry import Registry
 
-SELECTORS: dict[str, type[Selector]] = {
-    selector.name: selector
-    for selector in (
-        AvgPoolSelector,
-        CdprunerLlmSelector,
-        CdprunerSelector,
-        ClsAttentionSelector,
-        DivPruneSelector,
-        HiredSelector,
-        HoloVSelector,
-        PruMergePlusSelector,
-        RandomSelector,
-        ReceivedAttentionSelector,
-        ResizeSelector,
-        ToMeSelector,
-        TrimLlmSelector,
-        TrimSelector,
-        UniformGridSelector,
-        VisPrunerSelector,
-        VisionZipSelector,
-    )
-}
+_SELECTORS: tuple[type[Selector], ...] = (
+    AvgPoolSelector,
+    CdprunerLlmSelector,
+    CdprunerSelector,
+    ClsAttentionSelector,
+    DivPruneSelector,
+    LazyDivPruneSelector,
+    HiPruneSelector,
+    HiredSelector,
+    HoloVSelector,
+    PruMergePlusSelector,
+    RandomSelector,
+    ReceivedAttentionSelector,
+    ResizeSelector,
+    ScopeSelector,
+    ToMeSelector,
+    TrimLlmSelector,
+    TrimSelector,
+    UniformGridSelector,
+    VisPrunerSelector,
+    VisionZipSelector,
+    VScanSelector,
+)
+SELECTORS = Registry("selector", {selector.name: selector for selector in _SELECTORS}, DopError)
+"""By name; a module of one's own adds to it, ``SELECTORS["mine"] = Mine``."""
 
 
 def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
@@ -56,21 +61,18 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     Raises:
         DopError: on an unknown name or option, with near names, or an option of another type.
     """
-    if name not in SELECTORS:
-        near = difflib.get_close_matches(name, SELECTORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DopError(f"unknown selector {name!r}; there are {', '.join(sorted(SELECTORS))}.{hint}")
-    known = SELECTORS[name].option_names()
+    selector = SELECTORS.find(name)
+    known = selector.option_names()
     unknown = [option for option in options or {} if option not in known]
     if unknown:
         raise DopError(f"selector {name!r} has no option {unknown}; it has {list(known)}")
-    hints = typing.get_type_hints(SELECTORS[name])
+    hints = get_type_hints(selector)
     for option, value in (options or {}).items():
-        kinds = typing.get_args(hints[option]) or (hints[option],)
+        kinds = get_args(hints[option]) or (hints[option],)
         if set(kinds) <= _PLAIN and not any(_is(value, kind) for kind in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise DopError(f"option `{option}` of selector {name!r} must be {expected}, but got {value!r}")
-    return SELECTORS[name](**(options or {}))
+    return selector(**(options or {}))
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})

@@ -18,10 +18,10 @@ class AvgPoolSelector(PerImageSelector):
     """Cut the token grid into ``T`` boxes of nearly equal size; the token in the middle of each becomes the box's mean.
 
     Means are taken of the projected tokens. The boxes come in an order that spreads over the image.
-    Tokens that form no rectangle (any-resolution images with newline tokens) are pooled along their sequence.
     """
 
     name = "avg_pool"
+    version = 2
     requires = frozenset({"embeds"})
     merges = True
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dop_search.strategy.operations import ModelDims
+from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
@@ -33,19 +34,23 @@ class SelectorInputs:
         received_attention: ``[n]`` attention that a token receives there (or in the last layer that attends to whole
             images), mean over heads and over the patches that ask.
         first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
+        shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
+        global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
+        middle_global_attention: ``[n]`` the same in layer 9 of 24.
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
         keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
         features: ``[n, width]`` what the projector receives.
         cls_feature: ``[n, width]`` what the projector would receive for the CLS token of the token's image.
-        patch_states: ``[n, width]`` the tower's last layer after its final norm, as CLIP's own head sees it.
+        patch_states: ``[n, width]`` what the projector receives after the tower's final norm, as CLIP's own head would
+            see it.
         tower_sizes: ``[n]`` patches that a token stands for after merging in the tower, 0 where it was merged away.
         embeds: ``[n, hidden_size]`` projected visual tokens, as the decoder receives them.
         text_embeds: ``[t, hidden_size]`` embeddings of the text that is read with the image.
         text: that text, without special tokens.
         tiles: ``[n]`` for any-resolution models, which tile a token is from: 0 the whole image, 1 … the crops in
-            reading order, -1 none (newline tokens).
-        tile_grid: rows and columns of the crops.
+            reading order, then the next image's; -1 none (newline tokens).
+        tile_grid: rows and columns of the crops, of a sample with one image.
         pixel_values: the sample's images as the tower receives them; for selectors that change what the tower does.
     """
 
@@ -54,7 +59,10 @@ class SelectorInputs:
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
     first_cls_attention: Tensor | None = None
+    shallow_cls_attention: Tensor | None = None
     last_cls_attention: Tensor | None = None
+    global_attention: Tensor | None = None
+    middle_global_attention: Tensor | None = None
     keys: Tensor | None = None
     last_keys: Tensor | None = None
     features: Tensor | None = None
@@ -78,6 +86,13 @@ class SelectorInputs:
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
         return value
+
+    def to(self, device: torch.device) -> SelectorInputs:
+        """The same with its tensors on ``device``."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -128,9 +143,12 @@ class Selector(ABC):
         nested: whether the first ``T`` of one ranking are the choice for every ``T``, so that one ranking serves all.
         merges: whether kept tokens receive other features (:meth:`select`), which depend on their number.
         changes_tower: whether the vision tower itself computes something else (:meth:`patch_tower`).
+        version: raised whenever the same options choose other tokens than before, so that nothing that was measured
+            with the old choice is read from a cache.
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     requires: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[bool] = True
     merges: ClassVar[bool] = False
@@ -175,18 +193,13 @@ class Selector(ABC):
         """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out."""
         return 0
 
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """Patches of one image in each layer of the tower that feeds the projector: (attention, MLP).
+    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
+        """The fewest tokens that it can leave.
 
         Args:
-            num_visual: patches without the selector.
-            num_kept: tokens kept.
+            num_visual: patches of one image without the selector.
             num_layers: layers of the tower up to the one that feeds the projector.
         """
-        return ((num_visual, num_visual),) * num_layers
-
-    def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
-        """The fewest tokens that it can leave; arguments as in :meth:`tower_tokens`."""
         return 1
 
     @classmethod
@@ -200,15 +213,28 @@ class Selector(ABC):
         return self.merges or self.changes_tower or not self.nested
 
 
-class TowerPatch(ABC):
-    """A change of a vision tower instance.
+class TowerRun(threading.local):
+    """What a changed tower has noticed in this thread.
 
-    ``values`` holds what it noticed in the last run, per field ``[images, patches, 1]``; ``num_runs`` counts its runs.
+    Attributes:
+        values: of the last run, per field ``[images, patches, 1]``.
+        num_runs: runs so far.
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing yet."""
         self.values: dict[str, Tensor] = {}
         self.num_runs = 0
+
+
+class TowerPatch(Attached, ABC):
+    """A change of a vision tower instance; ``run`` is what the tower noticed, for each thread apart."""
+
+    def __init__(self) -> None:
+        self.run = TowerRun()
 
     @abstractmethod
     def restore(self) -> None:
@@ -254,8 +280,3 @@ def finite_array(values: Tensor) -> np.ndarray:
 def with_rest(chosen: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """A permutation that starts with ``chosen`` and continues with ``rest`` in its own order."""
     return np.concatenate([chosen, rest[~np.isin(rest, chosen)]]).astype(np.int64)
-
-
-def options_of(selector: Selector) -> Mapping[str, Any]:
-    """The options of a selector by name."""
-    return {name: getattr(selector, name) for name in selector.option_names()}

@@ -17,6 +17,7 @@ from dop_search.selectors.base import (
     with_rest,
 )
 from dop_search.selectors.clip_text import clip_text
+from dop_search.selectors.sharing import in_turns, share_of
 from dop_search.utils.errors import DopError
 
 EXHAUSTED = 1e-10
@@ -25,7 +26,10 @@ EXHAUSTED = 1e-10
 
 @dataclass(frozen=True)
 class _CdprunerBase(Selector):
-    """Greedy MAP of the DPP with kernel ``diag(r) S diag(r)``; subclasses say what relevance is."""
+    """Greedy MAP of the DPP with kernel ``diag(r) S diag(r)``; subclasses say what relevance is.
+
+    Every image, and every tile of LLaVA-NeXT, is a process of its own, and they take turns.
+    """
 
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
         """``[n]`` higher for tokens that matter more to the text."""
@@ -37,13 +41,18 @@ class _CdprunerBase(Selector):
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        relevance = normalised(finite_array(self.similarity_to_text(inputs)))
-        if (theta := self.weight()) is not None:
-            relevance = np.exp(theta / (2.0 * (1.0 - theta)) * relevance)
-        similarity = finite_array(cosine_matrix(inputs.tensor("embeds")))
-        kernel = relevance[:, None] * similarity * relevance[None, :]
-        chosen = greedy_map(kernel, kept_count(inputs, num_kept))
-        return with_rest(chosen, np.argsort(-relevance, kind="stable"))
+        to_text, total = finite_array(self.similarity_to_text(inputs)), kept_count(inputs, num_kept)
+
+        def of_one_image(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+            relevance = normalised(to_text[tokens])
+            if (theta := self.weight()) is not None:
+                relevance = np.exp(theta / (2.0 * (1.0 - theta)) * relevance)
+            similarity = finite_array(cosine_matrix(inputs.tensor("embeds")[tokens.tolist()]))
+            kernel = relevance[:, None] * similarity * relevance[None, :]
+            chosen = greedy_map(kernel, share_of(tokens, inputs, total))
+            return with_rest(chosen, np.argsort(-relevance, kind="stable"))
+
+        return in_turns(inputs, of_one_image)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """All pairwise cosines and the incremental Cholesky factor; the text encoder is left out."""
@@ -55,9 +64,9 @@ class CdprunerSelector(_CdprunerBase):
     """CDPruner (arXiv 2506.10967).
 
     ``S`` is the cosine similarity of the projected tokens. Relevance is ``−mean_k cos(p_i, t_k)`` in CLIP's shared
-    space, scaled to [0, 1], with patches ``p_i`` (CLIP's visual projection of the normed last states of the tower) and
-    text segments ``t_k`` of at most 77 tokens; the sign is the paper's, since CLIP's patch–text similarity is inverted.
-    Tokens are taken greedily to maximise ``det`` of the kernel's submatrix (incremental Cholesky factor).
+    space, scaled to [0, 1], with patches ``p_i`` (CLIP's final norm and visual projection of what the projector
+    receives) and text pieces ``t_k`` of at most 77 tokens; the sign is the paper's, since CLIP's patch–text similarity
+    is inverted. Tokens are taken greedily to maximise ``det`` of the kernel's submatrix (incremental Cholesky factor).
 
     Options:
         clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
@@ -65,15 +74,16 @@ class CdprunerSelector(_CdprunerBase):
         theta: weight of relevance in [0, 1), ``r ← exp(θ / (2 (1 − θ)) · r)``; ``None``: ``r`` as it is (the default of
             the paper's released code).
 
-    Not reproduced: the per-crop budget of LLaVA-NeXT (tokens of a sample are ranked together); renumbered positions.
-    The text is what is read after the image, the template's closing words included.
+    Not reproduced: renumbered positions. The text is what is read after the image, the template's closing words
+    included.
     """
 
     clip: str = ""
     theta: float | None = None
 
     name = "cdpruner"
-    requires = frozenset({"patch_states", "text", "embeds"})
+    version = 2
+    requires = frozenset({"patch_states", "text", "embeds", "tiles"})
 
     def __post_init__(self) -> None:
         check_theta(self.theta)
@@ -86,7 +96,7 @@ class CdprunerSelector(_CdprunerBase):
         """See base class."""
         encoder = clip_text(self.clip, "cdpruner", "cdpruner_llm", None)
         patches = encoder.project_patches(inputs.tensor("patch_states"))
-        return -cosine_matrix(patches, encoder.encode(inputs.text or "")).mean(dim=1)
+        return -cosine_matrix(patches, encoder.pieces(inputs.text or "")).mean(dim=1)
 
     def weight(self) -> float | None:
         """See base class."""
@@ -108,7 +118,8 @@ class CdprunerLlmSelector(_CdprunerBase):
     negate: bool = False
 
     name = "cdpruner_llm"
-    requires = frozenset({"embeds", "text_embeds"})
+    version = 2
+    requires = frozenset({"embeds", "text_embeds", "tiles"})
 
     def __post_init__(self) -> None:
         check_theta(self.theta)
@@ -130,9 +141,9 @@ def check_theta(theta: float | None) -> None:
 
 
 def normalised(values: np.ndarray) -> np.ndarray:
-    """Scaled to (0, 1]; the least relevant token keeps a trace, so that it can still be chosen."""
+    """Scaled to about (0, 1]; the least relevant token keeps a trace, so that it can still be chosen."""
     span = values.max() - values.min()
-    return np.ones_like(values) if span == 0 else (values - values.min() + 1e-6) / (span + 1e-6)
+    return np.ones_like(values) if span == 0 else (values - values.min() + 1e-6) / span
 
 
 def greedy_map(kernel: np.ndarray, num_chosen: int) -> np.ndarray:

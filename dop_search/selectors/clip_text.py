@@ -29,16 +29,28 @@ class ClipText:
         """Channels of the vision tower that it belongs to."""
         return int(self.model.visual_projection.in_features)
 
-    @torch.inference_mode()
-    def encode(self, text: str) -> Tensor:
-        """``[segments, projection_dim]`` of a text, cut into segments that the encoder can take."""
-        longest = self.model.config.text_config.max_position_embeddings - 2
-        begin, *ids, end = self.tokenizer(text)["input_ids"]
-        cuts = range(0, max(1, len(ids)), longest)
-        states = [self._segment([begin, *ids[start : start + longest], end]) for start in cuts]
-        return torch.cat(states)
+    @property
+    def longest(self) -> int:
+        """Tokens that the encoder can take, its begin and end tokens included."""
+        return int(self.model.config.text_config.max_position_embeddings)
 
-    def _segment(self, ids: list[int]) -> Tensor:
+    @torch.inference_mode()
+    def pieces(self, text: str) -> Tensor:
+        """``[pieces, projection_dim]`` of a text, its tokens cut where the encoder ends, wherever that is.
+
+        As CDPruner's released code does: only the first piece has a begin token, only the last an end token.
+        """
+        ids = self.tokenizer(text)["input_ids"]
+        return torch.cat(
+            [self._pooled(ids[start : start + self.longest]) for start in range(0, len(ids), self.longest)]
+        )
+
+    @torch.inference_mode()
+    def beginning(self, text: str) -> Tensor:
+        """``[1, projection_dim]`` of as much of a text as the encoder can take, as TRIM's released code does."""
+        return self._pooled(self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"])
+
+    def _pooled(self, ids: list[int]) -> Tensor:
         device = self.model.text_projection.weight.device
         pooled = self.model.text_model(input_ids=torch.tensor([ids], device=device)).pooler_output
         projected: Tensor = self.model.text_projection(pooled)

@@ -16,23 +16,26 @@ from dop_search.utils.errors import DopError
 class HiredSelector(Selector):
     """HiRED (arXiv 2408.10945).
 
-    Of ``T`` tokens the whole image gets ``full_share · T``. For the rest, the as many positions of the whole image with
-    the highest CLS attention in the tower's *first* layer are counted per crop, and the crops share the rest in
-    proportion (largest remainders). Within the whole image and within each crop the tokens with the highest CLS
-    attention in the layer that feeds the projector (layer 22 of CLIP ViT-L, as in the paper) are kept.
+    Of ``T`` tokens the whole image gets ``⌊full_share · T⌋``. Of its ``n`` positions the ``⌊(1 − full_share) · n⌋``
+    with the highest CLS attention in the tower's *first* layer are counted per crop, and the crops share the rest of
+    the tokens in proportion (largest remainders). Within the whole image and within each crop the tokens with the
+    highest CLS attention in the layer that feeds the projector (layer 22 of CLIP ViT-L, as in the paper) are kept.
+    Newline tokens are not.
 
-    A model with one image and no crops (LLaVA-1.5) makes this plain ``cls_attention``.
+    An image without crops (LLaVA-1.5), or several images in a sample, make this plain ``cls_attention``.
 
     Options:
         full_share: share of the budget for the whole image.
 
-    Not reproduced: newline tokens come last (the paper keeps those of kept rows); a crop's region of the whole image
-    is taken on the grid of crops, without the padding of the image's aspect ratio.
+    Not reproduced: the released code rounds the crops' tokens down and loses the rest; it counts horizontal strips of
+    the whole image instead of the crops' regions wherever there is more than one column of crops, which is a fault.
+    Crops are counted without regard to the padding of the image's aspect ratio, as released.
     """
 
     full_share: float = 0.5
 
     name = "hired"
+    version = 2
     requires = frozenset({"cls_attention", "first_cls_attention", "tiles"})
     nested = False
 
@@ -43,9 +46,12 @@ class HiredSelector(Selector):
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
         by_attention = descending(inputs.tensor("cls_attention"))
-        if inputs.tiles is None or inputs.tile_grid is None:
+        if inputs.tiles is None:
             return by_attention
         tiles = inputs.tiles.cpu().numpy().astype(np.int64)
+        if not inputs.tile_grid or not all(inputs.tile_grid):  # several images, or one without crops
+            is_patch = tiles[by_attention] >= 0
+            return np.concatenate([by_attention[is_patch], by_attention[~is_patch]])
         sizes = np.bincount(tiles[tiles >= 0], minlength=1 + inputs.tile_grid[0] * inputs.tile_grid[1])
         total = min(kept_count(inputs, num_kept), int(sizes.sum()))
         budgets = self._budgets(inputs, tiles, sizes, total)
@@ -59,22 +65,20 @@ class HiredSelector(Selector):
 
     def _budgets(self, inputs: SelectorInputs, tiles: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
         assert inputs.tile_grid is not None
-        whole = min(int(self.full_share * total + 0.5), int(sizes[0]))
-        crops = self._crop_counts(inputs, tiles, inputs.tile_grid, total - whole)
+        whole = min(int(self.full_share * total), int(sizes[0]))
+        crops = self._crop_counts(inputs, tiles, inputs.tile_grid)
         budgets = np.concatenate([[whole], shares(crops.astype(np.float64), sizes[1:], total - whole)])
         budgets[0] += total - budgets.sum()  # what the crops cannot take
         return budgets
 
-    def _crop_counts(
-        self, inputs: SelectorInputs, tiles: np.ndarray, tile_grid: tuple[int, int], number: int
-    ) -> np.ndarray:
-        """How many of the ``number`` best positions of the whole image lie in each crop's region."""
+    def _crop_counts(self, inputs: SelectorInputs, tiles: np.ndarray, tile_grid: tuple[int, int]) -> np.ndarray:
+        """How many of the best positions of the whole image lie in each crop's region."""
         whole = np.flatnonzero(tiles == 0)
         side = int(len(whole) ** 0.5 + 0.5)
         if side * side != len(whole):
             raise DopError(f"hired needs a square whole image, but its tile has {len(whole)} tokens")
         scores = inputs.tensor("first_cls_attention")[inputs.tensor("tiles") == 0]
-        row, column = np.divmod(descending(scores)[:number], side)
+        row, column = np.divmod(descending(scores)[: int(len(whole) * (1.0 - self.full_share))], side)
         crop = row * tile_grid[0] // side * tile_grid[1] + column * tile_grid[1] // side
         return np.bincount(crop, minlength=tile_grid[0] * tile_grid[1])
 

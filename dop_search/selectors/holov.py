@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
 from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, finite_array
-from dop_search.selectors.sharing import PerImageSelector, shares
+from dop_search.selectors.sharing import PerImageSelector
 from dop_search.utils.errors import DopError
+
+EPSILON = 1e-6
+"""Keeps the released code's divisions finite."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +21,22 @@ class HoloVSelector(PerImageSelector):
     """HoloV (NeurIPS 2025, *Don't Just Chase "Highlighted Tokens" in MLLMs*).
 
     The tokens are cut into ``num_segments`` equal runs. A token scores
-    ``10³ a_i + alpha · v_i · mean(10³ a) / mean(v)``, where ``a`` is the attention in the layer that feeds the
-    projector and ``v_i`` the variance of the cosine similarities of its projected feature with the others of the
-    segment. Each segment gets tokens in proportion to its mean score (largest remainders; what a full segment cannot
-    take goes to the others), filled by attention.
+    ``10³ a_i + alpha · v_i · mean(10³ a) / mean(v)`` with both means over its segment, where ``a`` is the attention in
+    the layer that feeds the projector and ``v_i`` the spread of the cosine similarities of its projected feature within
+    the segment, as the released code computes it (around the mean of the others, its own place counting as 0). Each
+    segment gets tokens in proportion to its mean score: rounded down, then one more for the segments with the highest
+    scores. They are filled by attention.
+
+    Since the spread is scaled to its own segment's attention, a segment's mean score is ``1 + alpha`` times its mean
+    attention, and the budgets are those of attention alone but for rounding.
 
     Options:
         num_segments: segments per image.
         alpha: weight of the variance.
         attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token.
 
-    Not reproduced: rounding and redistribution of the budgets are our reading; positions are not renumbered.
+    Not reproduced: the released code puts zero tokens in the place of what a full segment cannot take, here the other
+    segments get it by the same rule; positions are not renumbered.
     """
 
     num_segments: int = 16
@@ -35,6 +44,7 @@ class HoloVSelector(PerImageSelector):
     attention: str = "cls"
 
     name = "holov"
+    version = 2
 
     def __post_init__(self) -> None:
         attention_field(self.attention)
@@ -43,7 +53,7 @@ class HoloVSelector(PerImageSelector):
 
     def needs(self) -> frozenset[str]:
         """See base class."""
-        return frozenset({attention_field(self.attention), "embeds"})
+        return super().needs() | frozenset({attention_field(self.attention), "embeds"})
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
@@ -51,28 +61,47 @@ class HoloVSelector(PerImageSelector):
         by_attention = descending(attention)
         count = inputs.num_visual_tokens
         segments = np.array_split(np.arange(count), min(self.num_segments, count))
-        scores = self._scores(finite_array(attention), inputs, segments)
-        means = np.array([scores[segment].mean() for segment in segments])
-        budgets = shares(means, np.array([len(segment) for segment in segments]), num_kept)
+        budgets = segment_budgets(self.segment_scores(inputs, segments), [len(part) for part in segments], num_kept)
         ranked = [by_attention[np.isin(by_attention, segment)] for segment in segments]
         kept = np.concatenate([order[:budget] for order, budget in zip(ranked, budgets, strict=True)])
         is_kept = np.isin(by_attention, kept)
         return Selection(np.concatenate([by_attention[is_kept], by_attention[~is_kept]]))
 
-    def _scores(self, attention: np.ndarray, inputs: SelectorInputs, segments: list[np.ndarray]) -> np.ndarray:
+    def segment_scores(self, inputs: SelectorInputs, segments: Sequence[np.ndarray]) -> np.ndarray:
+        """``[num_segments]`` mean score of each run of tokens."""
+        attention = 1e3 * finite_array(attention_of(inputs, self.attention))
         embeds = inputs.tensor("embeds")
-        variance = np.zeros(len(attention))
+        result = []
         for segment in segments:
-            if len(segment) < 2:
-                continue
-            similarity = finite_array(cosine_matrix(embeds[segment[0] : segment[-1] + 1]))
-            others = similarity[~np.eye(len(segment), dtype=np.bool_)].reshape(len(segment), -1)
-            variance[segment] = others.var(axis=1)
-        scaled = 1e3 * attention
-        mean = variance.mean()
-        return scaled + (self.alpha * variance * scaled.mean() / mean if mean > 0 else 0.0)
+            scores = attention[segment]
+            if len(segment) > 1:
+                similarity = finite_array(cosine_matrix(embeds[segment[0] : segment[-1] + 1]))
+                np.fill_diagonal(similarity, 0.0)
+                others = len(segment) - 1
+                spread = ((similarity - similarity.sum(axis=1, keepdims=True) / others) ** 2).sum(axis=1) / others
+                scores = scores + self.alpha * spread * np.abs(scores).mean() / (spread.mean() + EPSILON)
+            result.append(scores.mean())
+        return np.array(result)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, and the cosines within segments."""
         within = sizes.num_visual**2 // max(1, min(self.num_segments, sizes.num_visual)) * sizes.dims.hidden_size
         return attention_flops(self.attention, sizes) + 2 * within
+
+
+def segment_budgets(scores: np.ndarray, sizes: Sequence[int], total: int) -> np.ndarray:
+    """Tokens per segment: proportional to ``scores`` and rounded down, one more for the highest scores.
+
+    What full segments cannot take goes to the others by the same rule.
+    """
+    capacities, result = np.array(sizes), np.zeros(len(sizes), dtype=np.int64)
+    while (left := min(total, int(capacities.sum())) - int(result.sum())) > 0:
+        weights = np.where(result < capacities, scores, 0.0)
+        if weights.sum() <= 0:
+            weights = np.where(result < capacities, 1.0, 0.0)
+        part = np.floor(left * weights / (weights.sum() + EPSILON)).astype(np.int64)
+        open_ = np.flatnonzero(result < capacities)
+        best = open_[np.argsort(-weights[open_], kind="stable")]
+        part[best[: left - int(part.sum())]] += 1
+        result = np.minimum(result + part, capacities)
+    return result

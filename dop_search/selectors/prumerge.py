@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dop_search.selectors.attention_choice import attention_flops
 from dop_search.selectors.base import (
@@ -56,19 +57,23 @@ class PruMergePlusSelector(PerImageSelector):
         summary = int(self.summary and num_kept > 1)
         kept = self._kept(finite_array(attention), by_attention, num_kept - summary)
         dropped = np.setdiff1d(np.arange(count), kept)
+        merged = self.merge(inputs, kept, dropped, bool(summary))
+        order = slots = np.concatenate([kept, dropped[-1:]]) if summary else kept
+        return Selection(with_rest(order, by_attention), slots, merged, "features")
+
+    def merge(self, inputs: SelectorInputs, kept: np.ndarray, dropped: np.ndarray, summary: bool) -> Tensor:
+        """Projector inputs of the ``kept`` tokens with their neighbours, and then of the summary of the ``dropped``."""
         features = inputs.tensor("features").float()
-        weights = attention.to(features.device).float()[:, None]
+        weights = inputs.tensor("last_cls_attention").to(features.device).float()[:, None]
         index = torch.from_numpy(kept).to(features.device)
         similarity = cosine_matrix(inputs.tensor("last_keys")).to(features.device)[index]
         similarity[torch.arange(len(kept), device=features.device), index] = -torch.inf  # others only
-        nearest = similarity.topk(min(self.num_neighbors, count - 1), dim=1).indices
+        nearest = similarity.topk(min(self.num_neighbors, len(features) - 1), dim=1).indices
         merged = features[index] + (weights[nearest] * features[nearest]).sum(dim=1)
-        order, slots = kept, kept
-        if summary:
-            gone = torch.from_numpy(dropped).to(features.device)
-            merged = torch.cat([merged, (weights[gone] * features[gone]).sum(dim=0, keepdim=True)])
-            order = slots = np.concatenate([kept, dropped[-1:]])
-        return Selection(with_rest(order, by_attention), slots, merged, "features")
+        if not summary:
+            return merged
+        gone = torch.from_numpy(dropped).to(features.device)
+        return torch.cat([merged, (weights[gone] * features[gone]).sum(dim=0, keepdim=True)])
 
     def _kept(self, attention: np.ndarray, by_attention: np.ndarray, count: int) -> np.ndarray:
         low, high = np.quantile(attention, [0.25, 0.75])

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ResizeSelector(Selector):
     """The image is scaled down to ``a × b ≤ T`` patches, and the tower sees nothing else (VTC-Bench's control).
 
-    The tower runs on the small image with interpolated position embeddings, so it gets cheaper too
-    (``tower_tokens``). The token nearest to the middle of each small patch carries its feature into the decoder.
+    The tower runs on the small image with interpolated position embeddings, so it gets cheaper too.
+    The token nearest to the middle of each small patch carries its feature into the decoder.
 
     The grid is the largest one within a factor of two of the image's aspect; where ``a·b < T``, the remaining kept
     tokens repeat features of their patch, so that the cost is that of ``T`` tokens. Bicubic with anti-aliasing, on the
@@ -52,12 +52,6 @@ class ResizeSelector(Selector):
         """See base class."""
         return ResizePatch(tower, grid, smaller_grid(*grid, num_kept))
 
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """See base class."""
-        side = int(num_visual**0.5 + 0.5)
-        a, b = smaller_grid(side, side, num_kept)
-        return ((a * b, a * b),) * num_layers
-
 
 class ResizePatch(TowerPatch):
     """Runs a tower on a smaller image and spreads its states over the full grid."""
@@ -78,7 +72,7 @@ class ResizePatch(TowerPatch):
             pixel_values.float(), size=self.size, mode="bicubic", antialias=True, align_corners=False
         )
         output = self.original(small.to(pixel_values.dtype), *args, **{**kwargs, "interpolate_pos_encoding": True})
-        self.num_runs += 1
+        self.run.num_runs += 1
         index = self.index.to(pixel_values.device)
         output.last_hidden_state = output.last_hidden_state.index_select(1, index)
         if output.hidden_states is not None:

@@ -1,4 +1,4 @@
-"""Methods that are defined on one image, applied to a sample with several: each image gets its share of the tokens."""
+"""Methods that are defined on one image, applied to several images or tiles: each gets its share of the tokens."""
 
 from __future__ import annotations
 
@@ -46,34 +46,82 @@ def image_slices(inputs: SelectorInputs) -> Iterator[slice]:
         start += rows * columns
 
 
-def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) -> Selection:
-    """Run a method on every image and join the choices.
+Part = tuple[np.ndarray, tuple[int, int]]
+"""Tokens that a method chooses among, in their order, and the grid they stand in."""
 
-    The kept tokens are cut by the images' sizes. In the joint order the images take turns by relative rank, kept
-    tokens before all others.
+
+def parts_of(inputs: SelectorInputs) -> list[Part]:
+    """Each image of a sample; of images that are cut into tiles each tile, and at last the newline tokens."""
+    if inputs.tiles is None:
+        everything = np.arange(inputs.num_visual_tokens)
+        return [(everything[part], grid) for part, grid in zip(image_slices(inputs), inputs.image_grids, strict=True)]
+    columns = np.concatenate([np.tile(np.arange(c), r) for r, c in inputs.image_grids])
+    tiles = inputs.tiles.cpu().numpy()
+    parts: list[Part] = []
+    for tile in range(tiles.max(initial=-1) + 1):
+        tokens = np.flatnonzero(tiles == tile)
+        if len(tokens):
+            width = len(np.unique(columns[tokens]))
+            parts.append((tokens, (len(tokens) // width, width)))
+    return parts
+
+
+def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) -> Selection:
+    """Run a method on every image, or on every tile of it, and join the choices.
+
+    The kept tokens are cut by the parts' sizes. In the joint order the parts take turns by relative rank, kept tokens
+    before all others; newline tokens of tiled images come last.
     """
     total = kept_count(inputs, num_kept)
-    parts = list(image_slices(inputs))
-    if len(parts) == 1:
+    parts = parts_of(inputs)
+    if len(parts) == 1 and inputs.tiles is None:
         return choose(inputs, total)
-    sizes = np.array([part.stop - part.start for part in parts])
+    sizes = np.array([len(tokens) for tokens, _ in parts])
     counts = shares(sizes, sizes, total)
     heads: list[Ranked] = []
     tails: list[Ranked] = []
     slots, features = [], []
     space = Selection(np.empty(0)).space
-    for part, grid, count in zip(parts, inputs.image_grids, counts, strict=True):
-        found = choose(_one_image(inputs, part, grid), int(count))
+    for (tokens, grid), count in zip(parts, counts, strict=True):
+        found = choose(_one_part(inputs, tokens, grid), int(count))
         for target, order in ((heads, found.order[:count]), (tails, found.order[count:])):
-            target.append((order + part.start, np.arange(len(order)) / max(1, len(order))))
+            target.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
         if found.features is not None:
-            slots.append(found.slots + part.start)
+            slots.append(tokens[found.slots])
             features.append(found.features)
             space = found.space
-    order = np.concatenate([_take_turns(heads), _take_turns(tails)])
+    order = np.concatenate([_take_turns(heads), _take_turns(tails), _newlines(inputs)[0]])
     if not features:
         return Selection(order)
     return Selection(order, np.concatenate(slots), torch.cat(features), space)
+
+
+def in_turns(inputs: SelectorInputs, rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray]) -> np.ndarray:
+    """Rank every image, or every tile of it, by itself; they take turns by relative rank, so that the order is nested.
+
+    ``rank_one``: from the tokens of a part and its grid to their order, counted from 0. Newline tokens of tiled images
+    come last.
+    """
+    orders = []
+    for tokens, grid in parts_of(inputs):
+        order = rank_one(tokens, grid)
+        orders.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
+    return _take_turns([*orders, _newlines(inputs)])
+
+
+def share_of(tokens: np.ndarray, inputs: SelectorInputs, num_kept: int) -> int:
+    """How many of a part's tokens :func:`in_turns` can put among the first ``num_kept``, at most."""
+    return min(len(tokens), -(-num_kept * len(tokens) // max(1, _num_patches(inputs))) + 1)
+
+
+def _num_patches(inputs: SelectorInputs) -> int:
+    return inputs.num_visual_tokens - len(_newlines(inputs)[0])
+
+
+def _newlines(inputs: SelectorInputs) -> Ranked:
+    """Tokens of no tile, behind all others."""
+    tokens = np.empty(0, dtype=np.int64) if inputs.tiles is None else np.flatnonzero(inputs.tiles.cpu().numpy() < 0)
+    return tokens, np.ones(len(tokens))
 
 
 def _take_turns(parts: list[Ranked]) -> np.ndarray:
@@ -81,22 +129,29 @@ def _take_turns(parts: list[Ranked]) -> np.ndarray:
     return np.concatenate([order for order, _ in parts])[np.argsort(progress, kind="stable")].astype(np.int64)
 
 
-def _one_image(inputs: SelectorInputs, part: slice, grid: tuple[int, int]) -> SelectorInputs:
-    """The inputs of one image; text is shared, per-token tensors are cut."""
+def _one_part(inputs: SelectorInputs, tokens: np.ndarray, grid: tuple[int, int]) -> SelectorInputs:
+    """The inputs of one image or tile; text is shared, per-token tensors are cut."""
     whole = {"text_embeds", "pixel_values"}
     cut: dict[str, Any] = {
-        item.name: value[part]
+        item.name: value[torch.from_numpy(tokens).to(value.device)]
         for item in fields(inputs)
         if isinstance(value := getattr(inputs, item.name), Tensor) and item.name not in whole
     }
-    return replace(inputs, num_visual_tokens=part.stop - part.start, image_grids=(grid,), **cut)
+    return replace(inputs, num_visual_tokens=len(tokens), image_grids=(grid,), **cut | {"tiles": None})
 
 
 @dataclass(frozen=True)
 class PerImageSelector(Selector):
-    """A method that is defined on one image, for a given number of kept tokens; :meth:`one_image` is all it says."""
+    """A method that is defined on one image, for a given number of kept tokens; :meth:`one_image` is all it says.
+
+    Where images are cut into tiles it runs on every tile, as the papers do on LLaVA-NeXT.
+    """
 
     nested = False
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        return self.requires | {"tiles"}
 
     @abstractmethod
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:

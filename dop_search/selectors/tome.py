@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -54,14 +55,6 @@ class ToMeSelector(Selector):
         schedule = merge_schedule(grid[0] * grid[1], num_kept, tower.feature_layer + 1)
         return ToMePatch(tower, schedule, self.proportional_attention)
 
-    def tower_tokens(self, num_visual: int, num_kept: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """See base class."""
-        result, count = [], num_visual
-        for merged in merge_schedule(num_visual, num_kept, num_layers):
-            result.append((count, count - merged))
-            count -= merged
-        return tuple(result)
-
     def fewest_tokens(self, num_visual: int, num_layers: int) -> int:
         """See base class: each layer at most halves the patches."""
         for _ in range(num_layers):
@@ -89,6 +82,13 @@ def merge_schedule(num_patches: int, num_kept: int, num_layers: int) -> tuple[in
     )
 
 
+class _Merging(threading.local):
+    """The image that this thread's run is at: patches that are left, how many each stands for, keys of the layer."""
+
+    def __init__(self) -> None:
+        self.alive = self.size = self.keys = torch.empty(0)
+
+
 class ToMePatch(TowerPatch):
     """Replaces the forwards of a tower's layers; states keep their full shape, merged patches are never computed."""
 
@@ -101,7 +101,7 @@ class ToMePatch(TowerPatch):
             )
         self.tower, self.proportional_attention = tower, proportional_attention
         self.schedule = [*schedule, *[0] * (len(tower.layers) - len(schedule))]
-        self.alive = self.size = self.keys = torch.empty(0)
+        self.at = _Merging()
         self.handles: list[RemovableHandle] = []
         self.previous: list[Any] = []
         for index, layer in enumerate(tower.layers):
@@ -121,48 +121,66 @@ class ToMePatch(TowerPatch):
         self.handles, self.previous = [], []
 
     def _keep_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.keys = output
+        self.at.keys = output
 
     def _layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """One encoder layer on the patches that are left; ``hidden_states`` has all of them."""
         images, length, width = hidden_states.shape
         layer = self.tower.layers[index]
         if index == 0:
-            self.num_runs += 1
-            self.alive = torch.arange(length, device=hidden_states.device).expand(images, -1)
-            self.size = torch.ones(images, length, 1, device=hidden_states.device)
-        rows = hidden_states.gather(1, self.alive[..., None].expand(-1, -1, width))
+            self.run.num_runs += 1
+            self.at.alive = torch.arange(length, device=hidden_states.device).expand(images, -1)
+            self.at.size = torch.ones(images, length, 1, device=hidden_states.device)
+        rows = hidden_states.gather(1, self.at.alive[..., None].expand(-1, -1, width))
         bias = attention_mask
-        if self.proportional_attention and self.alive.shape[1] < length:
-            bias = self.size[..., 0].log().to(rows.dtype)[:, None, None, :]
+        if self.proportional_attention and self.at.alive.shape[1] < length:
+            bias = self.at.size[..., 0].log().to(rows.dtype)[:, None, None, :]
         attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(rows), attention_mask=bias, **kwargs)
         rows = rows + attended
         if self.schedule[index]:
             rows = self._merge(rows, layer.self_attn, self.schedule[index])
         rows = rows + layer.mlp(layer.layer_norm2(rows))
         if index == self.tower.feature_layer:
-            sizes = torch.zeros(images, length, 1, device=rows.device).scatter(1, self.alive[..., None], self.size)
-            self.values["tower_sizes"] = sizes[:, self.tower.num_extra :]
-        return hidden_states.scatter(1, self.alive[..., None].expand(-1, -1, width), rows)
+            sizes = torch.zeros(images, length, 1, device=rows.device).scatter(
+                1, self.at.alive[..., None], self.at.size
+            )
+            self.run.values["tower_sizes"] = sizes[:, self.tower.num_extra :]
+        return hidden_states.scatter(1, self.at.alive[..., None].expand(-1, -1, width), rows)
 
     def _merge(self, rows: Tensor, attention: Any, count: int) -> Tensor:
-        metric = self.keys.float().unflatten(2, (attention.num_heads, attention.head_dim)).mean(dim=2)
-        source, target, stays = match(metric, count, protect_first=self.tower.has_cls)
-        images, width = rows.shape[0], rows.shape[2]
-        weighted = rows.float() * self.size
+        metric = self.at.keys.float().unflatten(2, (attention.num_heads, attention.head_dim)).mean(dim=2)
+        merged, self.at.size, stays = merge_most_similar(rows, metric, self.at.size, count, self.tower.has_cls)
+        self.at.alive = torch.cat([self.at.alive[:, ::2].gather(1, stays), self.at.alive[:, 1::2]], dim=1)
+        return merged
 
-        num_odd = rows.shape[1] // 2
-        links = nn.functional.one_hot(target, num_odd).transpose(1, 2).float()  # a product adds in a fixed order
 
-        def fold(values: Tensor) -> Tensor:
-            channels = values.shape[2]
-            even, odd = values[:, ::2], values[:, 1::2]
-            merged = odd + links @ even.gather(1, source[..., None].expand(-1, -1, channels))
-            return torch.cat([even.gather(1, stays[..., None].expand(-1, -1, channels)), merged], dim=1)
+def merge_most_similar(
+    rows: Tensor, metric: Tensor, size: Tensor, count: int, protect_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge ``count`` even tokens into odd ones, by size-weighted means.
 
-        total, self.size = fold(weighted), fold(self.size)
-        self.alive = torch.cat([self.alive[:, ::2].gather(1, stays), self.alive[:, 1::2]], dim=1)
-        return (total / self.size).to(rows.dtype).view(images, -1, width)
+    Args:
+        rows: ``[images, tokens, width]``.
+        metric: ``[images, tokens, channels]``, whose cosines say which tokens are similar.
+        size: ``[images, tokens, 1]``, patches that each token stands for.
+        count: tokens to merge.
+        protect_first: never merge the first token.
+
+    Returns:
+        What is left of ``rows`` and of ``size`` (the even tokens that stay, then the odd ones), and the places of the
+        former among the even tokens.
+    """
+    source, target, stays = match(metric, count, protect_first)
+    links = nn.functional.one_hot(target, rows.shape[1] // 2).transpose(1, 2).float()  # a product adds in a fixed order
+
+    def fold(values: Tensor) -> Tensor:
+        channels = values.shape[2]
+        even, odd = values[:, ::2], values[:, 1::2]
+        merged = odd + links @ even.gather(1, source[..., None].expand(-1, -1, channels))
+        return torch.cat([even.gather(1, stays[..., None].expand(-1, -1, channels)), merged], dim=1)
+
+    total, size = fold(rows.float() * size), fold(size)
+    return (total / size).to(rows.dtype), size, stays
 
 
 def match(metric: Tensor, count: int, protect_first: bool) -> tuple[Tensor, Tensor, Tensor]:

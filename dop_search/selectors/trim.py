@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,10 +24,14 @@ from dop_search.selectors.clip_text import clip_text
 
 @dataclass(frozen=True)
 class _TrimBase(Selector):
-    """The ``T − 1`` tokens with the highest relevance, and the mean of all others as one more token."""
+    """The ``T − 1`` tokens with the highest relevance, and the mean of all others as one more token.
+
+    ``space``: of what the mean is taken, the projector's inputs or the decoder's.
+    """
 
     nested = False
     merges = True
+    space: ClassVar[Literal["features", "embeds"]] = "embeds"
 
     def relevance(self, inputs: SelectorInputs) -> Tensor:
         """``[n]`` relevance of each token to the text."""
@@ -45,9 +50,9 @@ class _TrimBase(Selector):
         if not self._merges() or not 1 < total < inputs.num_visual_tokens:
             return Selection(order)
         kept, dropped = order[: total - 1], np.sort(order[total - 1 :])
-        embeds = inputs.tensor("embeds")
-        mean = embeds[torch.from_numpy(dropped).to(embeds.device)].float().mean(dim=0, keepdim=True)
-        return Selection(with_rest(np.concatenate([kept, dropped[-1:]]), order), dropped[-1:], mean)
+        states = inputs.tensor(self.space)
+        mean = states[torch.from_numpy(dropped).to(states.device)].float().mean(dim=0, keepdim=True)
+        return Selection(with_rest(np.concatenate([kept, dropped[-1:]]), order), dropped[-1:], mean, self.space)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """One similarity per token and the mean; the text encoder is left out."""
@@ -58,9 +63,10 @@ class _TrimBase(Selector):
 class TrimSelector(_TrimBase):
     """TRIM (arXiv 2409.10994) with a fixed number of tokens.
 
-    Relevance is ``softmax_i(−cos(t, p_i))`` with the pooled text ``t`` and the patches ``p_i`` in CLIP's shared space
-    (``p_i`` = CLIP's visual projection of the normed last states of the tower; CLIP's patch–text similarity is
-    inverted, hence the sign). The mean of all other projected tokens stands in the place of the last dropped one.
+    Relevance is ``softmax_i(−t · p_i)`` with the pooled text ``t`` (cut at 77 tokens) and the patches ``p_i`` in CLIP's
+    shared space, neither normalised (``p_i`` = CLIP's final norm and visual projection of what the projector receives;
+    CLIP's patch–text similarity is inverted, hence the sign). The projection of the others' mean stands in the place of
+    the last dropped token.
 
     Options:
         clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
@@ -68,14 +74,17 @@ class TrimSelector(_TrimBase):
         mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
 
     Not reproduced: the paper chooses the number of tokens by an interquartile rule, here it is given; positions are not
-    renumbered; no fine-tuning. The text is what is read after the image, the template's closing words included.
+    renumbered, the mean token is not the last one; no fine-tuning. The text is what is read after the image, the
+    template's closing words included.
     """
 
     clip: str = ""
     mean_token: bool = True
 
     name = "trim"
-    requires = frozenset({"patch_states", "text", "embeds"})
+    version = 2
+    requires = frozenset({"patch_states", "text", "features"})
+    space = "features"
 
     def prepare(self, tower_width: int | None) -> None:
         """See base class."""
@@ -84,9 +93,9 @@ class TrimSelector(_TrimBase):
     def relevance(self, inputs: SelectorInputs) -> Tensor:
         """See base class."""
         encoder = clip_text(self.clip, "trim", "trim_llm", None)
-        text = encoder.encode(inputs.text or "").mean(dim=0, keepdim=True)
-        similarity = cosine_matrix(encoder.project_patches(inputs.tensor("patch_states")), text)[:, 0]
-        return (-similarity).softmax(dim=0)
+        text = encoder.beginning(inputs.text or "")
+        patches = encoder.project_patches(inputs.tensor("patch_states"))
+        return -(patches @ text.T)[:, 0]  # the softmax keeps the order
 
     def _merges(self) -> bool:
         return self.mean_token

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from dop_search.selectors.base import Selector, SelectorInputs
+from dop_search.selectors.sharing import in_turns
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,7 @@ class UniformGridSelector(Selector):
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        orders, start = [], 0
-        for rows, columns in inputs.image_grids:
-            orders.append(start + farthest_point_order(rows, columns))
-            start += rows * columns
-        progress = np.concatenate([np.arange(len(order)) / len(order) for order in orders])
-        return np.concatenate(orders)[np.argsort(progress, kind="stable")]
+        return in_turns(inputs, lambda tokens, grid: farthest_point_order(*grid))
 
 
 @lru_cache(maxsize=64)

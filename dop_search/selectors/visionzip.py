@@ -31,8 +31,10 @@ class VisionZipSelector(PerImageSelector):
         attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token, which
             then has no place among the dominant tokens either.
 
-    Not reproduced: the paper's fine-tuned projector; renumbered positions (kept tokens keep theirs); for
-    any-resolution models the tokens of a sample count as one image instead of a budget per crop.
+    On LLaVA-NeXT every tile has its share of the tokens, of patches that are no padding, and its own CLS token.
+
+    Not reproduced: the paper's fine-tuned projector; renumbered positions (kept tokens keep theirs); the padding of
+    LLaVA-NeXT, of which the released code keeps tokens too.
     """
 
     contextual_share: float = 10 / 64
@@ -54,7 +56,7 @@ class VisionZipSelector(PerImageSelector):
     def needs(self) -> frozenset[str]:
         """See base class."""
         cls = {"cls_feature"} if self._takes_cls else set()
-        return frozenset({attention_field(self.attention), "keys", "features", *cls})
+        return super().needs() | frozenset({attention_field(self.attention), "keys", "features", *cls})
 
     def split(self, num_kept: int) -> tuple[int, int]:
         """Dominant (the CLS token included) and contextual tokens among ``num_kept``."""

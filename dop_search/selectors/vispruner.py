@@ -30,7 +30,8 @@ class VisPrunerSelector(PerImageSelector):
         step: tokens removed per round.
         attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token.
 
-    Not reproduced: renumbered positions; the per-crop budget and fixed anchor size for LLaVA-NeXT.
+    Not reproduced: renumbered positions; the fixed anchor size for LLaVA-NeXT (the tokens of each tile are the patches
+    that are no padding).
     """
 
     important_share: float = 0.5
@@ -38,6 +39,7 @@ class VisPrunerSelector(PerImageSelector):
     attention: str = "cls"
 
     name = "vispruner"
+    version = 2
 
     def __post_init__(self) -> None:
         attention_field(self.attention)
@@ -49,7 +51,7 @@ class VisPrunerSelector(PerImageSelector):
 
     def needs(self) -> frozenset[str]:
         """See base class."""
-        return frozenset({attention_field(self.attention), "features"})
+        return super().needs() | frozenset({attention_field(self.attention), "features"})
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""

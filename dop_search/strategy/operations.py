@@ -1,16 +1,19 @@
 """The nouns of operation pruning: modules, operations, token groups, model and token sizes.
 
 Source: Liu et al., *Fine-grained Token Allocation Via Operation Pruning for Efficient MLLMs*
-(arXiv 2507.02909), section 3. Pure Python: nothing here needs torch.
+(arXiv 2507.02909), section 3. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dop_search.utils.errors import StrategyError
 
@@ -107,15 +110,16 @@ class TokenCounts:
     text: int
     visual: int
 
+    @classmethod
+    def of_prompt(cls, visual: Sequence[bool] | NDArray[np.bool_]) -> TokenCounts:
+        """Of a prompt by whether each of its tokens is visual.
+
+        Its last token counts as text, whatever it is: it always runs every operation, since its logits are read.
+        """
+        num_visual = int(np.count_nonzero(visual[:-1]))
+        return cls(text=len(visual) - num_visual, visual=num_visual)
+
     @property
     def total(self) -> int:
         """Length of the prefill sequence."""
         return self.text + self.visual
-
-
-def all_operations(num_groups: int, num_layers: int) -> Iterator[Operation]:
-    """Every operation on visual tokens of a model, group by group, layer by layer."""
-    for group in range(num_groups):
-        for layer in range(num_layers):
-            for module in MODULES:
-                yield Operation(group, layer, module)

@@ -15,10 +15,9 @@ from dop_search.strategy.operations import MODULES, Operation, TokenGroup, group
 from dop_search.strategy.policy import GroupPolicy, Layers, layers_text, policy_json
 from dop_search.strategy.stages import check_stages, ranked_until
 from dop_search.utils.errors import StrategyError
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.versioned import Format, write_json
 
-FORMAT = "dop_search.strategy"
-VERSION = 1
+FORMAT = Format("a strategy", "dop_search.strategy", 1, "update dop-search, or search again", error=StrategyError)
 MAX_LAYERS = 10_000
 """More decoder layers than any model has: a number beyond is a mistake, and lists of so many would fill the memory."""
 
@@ -263,8 +262,7 @@ class Strategy:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; exit depths are numbers, free layer sets are lists."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "num_layers": self.num_layers,
             "num_visual_tokens": self.num_visual_tokens,
             "groups": [policy_json(policy) for policy in self.groups],
@@ -285,7 +283,7 @@ class Strategy:
 
     def save(self, path: str | Path) -> None:
         """Write the strategy as JSON, atomically."""
-        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=2) + "\n")
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Strategy:
@@ -294,14 +292,7 @@ class Strategy:
         Raises:
             StrategyError: if the file is not a strategy; the message says what is wrong.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except FileNotFoundError as error:
-            raise StrategyError(f"no strategy file at {str(path)!r}") from error
-        except OSError as error:
-            raise StrategyError(f"cannot read a strategy from {str(path)!r}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise StrategyError(f"{str(path)!r} is not a JSON file: {error}") from error
+        data = FORMAT.read(path)
         try:
             return cls.from_json(data)
         except StrategyError as error:
@@ -331,13 +322,7 @@ _OPTIONAL = {
 
 
 def _parse(data: Any) -> Strategy:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise StrategyError(f'not a strategy: expected an object with "format": "{FORMAT}"')
-    if data.get("version") != VERSION:
-        raise StrategyError(
-            f"strategy version {data.get('version')!r} is not supported (this is version {VERSION}); "
-            "update dop-search or search again"
-        )
+    FORMAT.check(data)
     _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
     if data["num_layers"] > MAX_LAYERS:
         raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")

@@ -22,7 +22,7 @@ from dop_search.utils.errors import UnsupportedModelError
 
 Inputs = dict[str, Tensor]
 
-_LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0}
+_LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 _QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
 _ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
 _INTERNVL_TILES = (2, 1, 2)
@@ -42,7 +42,7 @@ def tiny_sample(
 
     Args:
         model: a model of :func:`dop_search.testing.models.tiny_model`.
-        num_text_before, num_text_after: text tokens before the first and after the last image, at least 1 each.
+        num_text_before, num_text_after: text tokens before the first and after the last image.
         seed: of tokens and pixels.
         num_images: images in the prompt.
         image_shape: which of ``NUM_IMAGE_SHAPES`` sizes the images have, where the family allows it.
@@ -86,6 +86,30 @@ def collate(samples: Sequence[Inputs]) -> Inputs:
             tensors = [_pad(tensor, most, 0, left=False) for tensor in tensors]
         batch[name] = torch.cat(tensors)
     return batch
+
+
+def pack_rows(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
+    """Samples after each other in one row, without padding and without a mask: their positions restart.
+
+    Families with multimodal positions take those of the text in front of theirs, as transformers asks for.
+    """
+    positions: list[Tensor] = []
+
+    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length = kwargs["inputs_embeds"].shape[1]
+        text, given = torch.arange(length)[None], kwargs.get("position_ids")
+        positions.append(text if given is None or given.ndim == 2 else torch.cat([text[None], given[-3:]]))
+
+    hook = model.get_submodule("model.language_model").register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        for sample in samples:
+            with torch.no_grad():
+                model(**sample)
+    finally:
+        hook.remove()
+    packed = {name: value for name, value in collate(samples).items() if name not in _LEFT_PADDED}
+    input_ids = torch.cat([sample["input_ids"] for sample in samples], dim=1)
+    return {**packed, "input_ids": input_ids, "position_ids": torch.cat(positions, dim=-1)}
 
 
 def tiny_inputs(

@@ -6,9 +6,9 @@ Plain transformers models with hooks. Every module runs on every token; what the
 * queries: the attention output of their rows is replaced by zero, so that the residual stream passes unchanged;
 * MLP: the MLP output of their rows is replaced by zero.
 
-Visual tokens outside the first ``num_visual_tokens`` of the ranking have no operation in any layer. Positions are the
-original ones. The strategy is applied as given, not in its canonical form. Shares no code with the runtime, and is no
-faster than the full model: an oracle for tests.
+Visual tokens outside the first ``num_visual_tokens`` of the ranking have no operation in any layer. The prompt's last
+token runs every operation, also where it is visual. Positions are the original ones. The strategy is applied as given,
+not in its canonical form. Shares no code with the runtime, and is no faster than the full model: an oracle for tests.
 """
 
 from __future__ import annotations
@@ -59,17 +59,27 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def text_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Boolean ``[batch, position]``: neither visual nor padding; where the logits of a pruned model are defined."""
-    return ~visual_positions(model, inputs["input_ids"]) & _attended(inputs)
+    """Boolean ``[batch, position]``: neither visual nor padding, and each sample's last token whatever it is.
+
+    That is where the logits of a pruned model are defined.
+    """
+    attended = _attended(inputs)
+    last = attended & (attended.flip(1).cumsum(1).flip(1) == 1)
+    return (~visual_positions(model, inputs["input_ids"]) | last) & attended
 
 
-def operation_masks(visual: Tensor, strategy: Strategy, rankings: Rankings) -> OperationMasks:
+def operation_masks(
+    visual: Tensor, strategy: Strategy, rankings: Rankings, attended: Tensor | None = None, length: int | None = None
+) -> OperationMasks:
     """Spread a strategy over the positions of a batch.
 
     Args:
         visual: boolean ``[batch, position]``.
         strategy: applied as given.
         rankings: one permutation of the sample's visual tokens per sample.
+        attended: boolean ``[batch, position]``, who is not padding; ``None``: everybody. What is hidden from all is
+            in no group, as if it were not there.
+        length: positions of the prompt, whose last attended token runs everything; ``None``: all of them.
 
     Raises:
         DopError: if a ranking is not a permutation of the sample's visual tokens.
@@ -87,16 +97,27 @@ def operation_masks(visual: Tensor, strategy: Strategy, rankings: Rankings) -> O
                 f"but got {order}"
             )
         masks[:, :, sample, positions] = False
+        present = range(visual.shape[1]) if attended is None else attended[sample].nonzero()[:, 0].tolist()
+        last = max(position for position in present if length is None or position < length)
+        masks[:, :, sample, last] = True
+        ranked = [int(positions[token]) for token in order]
+        ranked = [position for position in ranked if position in present and position != last]
         start = 0
-        for group, size in enumerate(strategy.group_sizes(len(positions))):
-            for token in order[start : start + size]:
-                masks[:, :, sample, positions[token]] = runs[group].T
+        for group, size in enumerate(strategy.group_sizes(len(ranked))):
+            for position in ranked[start : start + size]:
+                masks[:, :, sample, position] = runs[group].T
             start += size
     by_module = {module: masks[index] for index, module in enumerate(MODULES)}
     return OperationMasks(by_module[Module.Q], by_module[Module.KV], by_module[Module.MLP])
 
 
-def masked_forward(model: PreTrainedModel, inputs: dict[str, Tensor], strategy: Strategy, rankings: Rankings) -> Tensor:
+def masked_forward(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    strategy: Strategy,
+    rankings: Rankings,
+    length: int | None = None,
+) -> Tensor:
     """Logits ``[batch, position, vocabulary]`` of the masked dense model.
 
     They are defined at :func:`text_positions`. At visual and padded positions they are finite and mean nothing.
@@ -106,6 +127,7 @@ def masked_forward(model: PreTrainedModel, inputs: dict[str, Tensor], strategy: 
         inputs: keyword arguments of ``model``, with ``input_ids``; without a cache.
         strategy: which operations run.
         rankings: one permutation of the sample's visual tokens per sample, best first.
+        length: positions of the prompt, where an answer stands after it; ``None``: all.
 
     Raises:
         StrategyError: if the strategy is for another number of layers.
@@ -116,7 +138,7 @@ def masked_forward(model: PreTrainedModel, inputs: dict[str, Tensor], strategy: 
     if strategy.num_layers != num_layers:
         raise StrategyError(f"the strategy is for {strategy.num_layers} layers, but the model has {num_layers}")
     visual = visual_positions(model, inputs["input_ids"])
-    return logits_under(model, inputs, operation_masks(visual, strategy, rankings))
+    return logits_under(model, inputs, operation_masks(visual, strategy, rankings, _attended(inputs), length))
 
 
 def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: OperationMasks) -> Tensor:
@@ -141,8 +163,9 @@ def masked_generate(
     inputs = dict(inputs)
     suppressed = [*visual_token_ids(model), *(model.generation_config.suppress_tokens or [])]
     answers: list[list[int]] = [[] for _ in inputs["input_ids"]]
+    length = inputs["input_ids"].shape[1]
     for _ in range(max_new_tokens):
-        scores = masked_forward(model, inputs, strategy, rankings)[:, -1]
+        scores = masked_forward(model, inputs, strategy, rankings, length)[:, -1]
         scores[:, suppressed] = -torch.inf
         tokens = scores.argmax(dim=-1)
         for answer, token in zip(answers, tokens.tolist(), strict=True):

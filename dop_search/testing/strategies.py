@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -88,6 +90,6 @@ CORNERS: tuple[str, ...] = tuple(_corners(2))
 """Names of the strategies at the corners of the space; none of them is empty."""
 
 
-def corner_strategy(name: str, num_layers: int) -> Strategy:
+def corner_strategy(name: str, num_layers: int, selector: str = "explicit") -> Strategy:
     """The corner ``name`` for a model of ``num_layers >= 2`` layers."""
-    return _corners(num_layers)[name]
+    return replace(_corners(num_layers)[name], selector=selector)

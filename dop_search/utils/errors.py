@@ -21,6 +21,10 @@ class UnsupportedModelError(DopError):
     """The model class has no adapter."""
 
 
+class MemoryLimitError(DopError):
+    """Something does not fit the memory of its device; the message says what would."""
+
+
 class CheckpointError(DopError):
     """A checkpoint is missing, incomplete or damaged, or its files contradict each other."""
 
@@ -39,6 +43,10 @@ class DataError(DopError):
 
 class NumericalError(DopError):
     """A forward pass produced NaN or infinite logits."""
+
+
+class MissingExtraError(DopError):
+    """Something needs an extra of this package that is not installed."""
 
 
 class ConfigError(DopError):

@@ -1,9 +1,12 @@
-"""Whether the model and data hub can be reached, found out quickly."""
+"""Whether the model and data hub can be reached, found out quickly, and working without it."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -20,3 +23,20 @@ def hub_is_reachable(timeout_s: float = 5.0) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def offline(wanted: bool) -> Iterator[None]:
+    """Within the context the hub's libraries read caches only, instead of asking a hub that does not answer."""
+    import datasets
+    from huggingface_hub import constants
+
+    modules: tuple[Any, ...] = (datasets.config, constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = wanted or module.HF_HUB_OFFLINE
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value

@@ -1,12 +1,18 @@
-"""Confidence intervals by bootstrap over samples."""
+"""Every bootstrap of this project, and rank correlation.
+
+SciPy is imported by the functions that use it: ``dop-bench`` runs where there is none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
+
+_DRAWS_AT_ONCE = 20_000_000
 
 
 def bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = 2000) -> tuple[float, float] | None:
@@ -14,6 +20,8 @@ def bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = 2000) 
 
     For a paired comparison pass the differences per sample.
     """
+    from scipy import stats
+
     data = np.asarray(values, dtype=np.float64)
     if len(data) < 2:
         return None
@@ -25,6 +33,8 @@ def bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = 2000) 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation; NaN if one side is constant."""
+    from scipy import stats
+
     return float(stats.spearmanr(a, b).statistic)
 
 
@@ -42,5 +52,64 @@ def crossed_bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int 
     rows = rng.multinomial(num_draws, np.full(num_draws, 1 / num_draws), num_resamples) / num_draws
     columns = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), num_resamples) / num_samples
     means = np.einsum("rd,ds,rs->r", rows, data, columns, optimize=True)
-    low, high = np.percentile(means, (2.5, 97.5))
+    return percentiles95(means)
+
+
+def stratified_bootstrap_ci95(
+    values: NDArray[Any],
+    strata: NDArray[Any],
+    statistic: Callable[[NDArray[Any]], NDArray[Any]],
+    seed: int = 0,
+    num_resamples: int = 2000,
+) -> tuple[float, float]:
+    """95 % percentile interval of a function of the column sums of ``values`` (``[num_units, n]``).
+
+    Units are drawn within each of ``strata`` (``[num_units]``). ``statistic`` takes the sums of all resamples,
+    ``[num_resamples, n]``, and returns ``[num_resamples]``.
+    """
+    rng = np.random.default_rng(seed)
+    sums = np.zeros((num_resamples, values.shape[1]))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        step = max(1, _DRAWS_AT_ONCE // len(members))
+        for start in range(0, num_resamples, step):
+            rows = min(step, num_resamples - start)
+            drawn = rng.integers(0, len(members), size=(rows, len(members)))
+            offsets = np.arange(rows)[:, None] * len(members)
+            counts = np.bincount((drawn + offsets).ravel(), minlength=rows * len(members)).reshape(rows, -1)
+            sums[start : start + rows] += counts @ values[members]
+    return percentiles95(statistic(sums))
+
+
+def percentiles95(draws: NDArray[Any]) -> tuple[float, float]:
+    """The ends of the middle 95 % of ``draws``."""
+    low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements, its 95 % bootstrap interval and the quartiles."""
+
+    median: float
+    ci95: tuple[float, float]
+    quartiles: tuple[float, float]
+    num_readings: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def spread(values: Sequence[float], seed: int = 0, num_resamples: int = 2000) -> Spread:
+    """Median, percentile bootstrap of the median and quartiles of ``values``."""
+    data = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(data), (num_resamples, len(data)))
+    first, third = np.percentile(data, [25, 75])
+    ci95 = percentiles95(np.median(data[drawn], axis=1))
+    return Spread(float(np.median(data)), ci95, (float(first), float(third)), len(data))
+
+
+def paired_ratio(values: Sequence[float], references: Sequence[float], seed: int = 0) -> Spread:
+    """Spread of ``value / reference`` of the same round: what the rounds have in common cancels."""
+    return spread([value / reference for value, reference in zip(values, references, strict=True)], seed)

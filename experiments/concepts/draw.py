@@ -24,7 +24,7 @@ BUDGET = 0.3
 
 def main() -> None:
     record = Record.load(HERE.parent / "main" / "record.json")
-    result = next(item for item in record.results if item.budget == BUDGET)
+    result = next(item for item in record.results if item.budget.plain == BUDGET)
     with styled():
         figure = Figure(figsize=(9.4, 4.9))
         axes = figure.subplots(2, 3).reshape(-1)
@@ -84,7 +84,7 @@ def confirmation(axis: Axes, record: Record) -> None:
             low, high = part.kl_heldout_ci95
             axis.plot([place + offset] * 2, [low, high], color=color)
             axis.plot(place + offset, part.kl_heldout, marker, color=color, label=label if place == 0 else None)
-    axis.set_xticks(range(len(record.results)), [f"{item.budget:g}" for item in record.results])
+    axis.set_xticks(range(len(record.results)), [item.budget.text for item in record.results])
     axis.set(title="5 · confirmed on new samples", xlabel="budget, share of the FLOPs", ylabel="held-out KL, nats")
     axis.set_ylim(0)
     axis.legend(loc="upper left")

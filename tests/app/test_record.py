@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.records import example_record
 
-from dop_search.app.eval_record import SCORES_FILE, EvalRecord
-from dop_search.app.record import RECORD_FILE, Record
+from dop_search.app.record import RECORD_FILE, SCORES_FILE, EvalRecord, Record, Result
 from dop_search.strategy import Strategy
+from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import CacheError
 
 
@@ -45,14 +45,29 @@ def test_the_keys_that_everything_downstream_relies_on() -> None:
 
 def test_other_budgets_are_mappings() -> None:
     result = example_record().results[0]
-    assert result.model_copy(update={"budget": {"kv_ratio": 0.25}}).budget_text == "KV 0.25"
-    assert result.budget_text == "0.5"
+    assert (result.budget, result.budget.text) == (Budget(flops_ratio=0.5), "0.5")
+    other = Result.model_validate({**result.model_dump(mode="json"), "budget": {"kv_ratio": 0.25}})
+    assert other.budget.text == "KV 0.25"
+    assert other.model_dump(mode="json")["budget"] == {"kv_ratio": 0.25}
+
+
+RECORDS = sorted((Path(__file__).parents[2] / "experiments").rglob(RECORD_FILE))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_a_committed_record_loads_and_is_written_as_it_is(path: Path, tmp_path: Path) -> None:
+    loaded = Record.load(path)
+    loaded.save(tmp_path / RECORD_FILE)
+    again = json.loads((tmp_path / RECORD_FILE).read_text(encoding="utf-8"))
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    assert [item["budget"] for item in again["results"]] == [item["budget"] for item in committed["results"]]
+    assert Record.model_validate(again) == loaded
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"schema_version": 2}, "schema_version 2, but this dop-search reads 1"),
+        ({"schema_version": 2}, "schema_version is 2, but this dop-search reads 1"),
         ({"results": []}, "results: "),
         ({"extra": 1}, "extra: "),
         ({"floor_ratio": float("nan")}, "floor_ratio: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +11,15 @@ import numpy as np
 import pytest
 from support.records import example_record
 
-from dop_search.app.config import EvalConfig, SearchConfig
+from dop_search.app.config import SearchConfig
 from dop_search.app.record import RECORD_FILE, SAMPLES_FILE, Record
-from dop_search.app.scoring import SuiteJudge, compare, open_suite
+from dop_search.app.scoring import SuiteJudge, compare
 from dop_search.app.search import run
-from dop_search.app.search_data import refuse_scored_data
+from dop_search.app.workbench import refuse_scored_data
 from dop_search.evaluation import BenchmarkScore, SampleScore, SuiteScores
-from dop_search.evaluation.suites import load_suite
+from dop_search.evaluation.suites import Suite, load_suite
 from dop_search.strategy import Strategy
-from dop_search.utils.errors import ConfigError, DataError, DopError
+from dop_search.utils.errors import DataError, DopError
 from dop_search.utils.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]
@@ -111,17 +112,29 @@ def test_uniform_reduction_can_be_had_from_a_result_alone() -> None:
 
 
 def test_a_suite_with_overrides_by_name_and_by_benchmarks() -> None:
-    assert open_suite(EvalConfig(name="accuracy")) is None
-    assert open_suite(EvalConfig(name="none")) is None
-    assert open_suite(EvalConfig(name="pocket13")) == load_suite("pocket13")
-    by_name = open_suite(EvalConfig(name="pocket13", limit=4))
+    def given(**fields: object) -> Suite:
+        return SearchConfig.model_validate({"eval": fields}).eval
+
+    assert given(name="accuracy").benchmarks == given(name="none").benchmarks == ()
+    assert given(name="pocket13") == load_suite("pocket13")
+    by_name = given(name="pocket13", limit=4)
+    assert by_name == load_suite("pocket13", limit=4)
     assert (by_name.limit, by_name.source, len(by_name.benchmarks)) == (4, "rendered", 13)
-    few = open_suite(EvalConfig(name="pocket13", source="rendered", benchmarks=("gqa", "mme"), limit=2))
+    few = given(name="pocket13", source="rendered", benchmarks=["gqa", "mme"], limit=2)
     assert [item.name for item in few.benchmarks] == ["gqa", "mme"]
-    with pytest.raises(ConfigError, match=r"'poket13'.*Did you mean 'pocket13'"):
-        open_suite(EvalConfig(name="poket13"))
+    with pytest.raises(ValueError, match=r"'poket13'.*did you mean 'pocket13'"):
+        given(name="poket13")
     with pytest.raises(ValueError, match="runs no benchmarks"):
-        EvalConfig(name="none", benchmarks=("gqa",))
+        given(name="none", benchmarks=["gqa"])
+
+
+def test_a_suite_in_a_configuration_is_written_as_it_was_given() -> None:
+    own = {**asdict(load_suite("pocket13").benchmarks[0]), "name": "mine"}
+    for benchmarks in (["gqa", "mme"], ["gqa", own]):
+        config = SearchConfig.model_validate({"eval": {"name": "few", "source": "rendered", "benchmarks": benchmarks}})
+        written = json.loads(config.model_dump_json())
+        assert written["eval"]["benchmarks"][0] == "gqa"
+        assert SearchConfig.model_validate(written) == config
 
 
 def test_a_search_on_what_the_suite_scores_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -202,8 +215,8 @@ def test_dop_eval_finds_the_scores_of_the_search_again(
 ) -> None:
     """Same model, strategy, benchmarks and cache: nothing is measured, and the numbers are the same."""
     from dop_search.app.config import EvalRunConfig
-    from dop_search.app.eval_record import EvalRecord
     from dop_search.app.evaluate import evaluate
+    from dop_search.app.record import EvalRecord
 
     path, record = searched
 

@@ -93,6 +93,7 @@ def test_found_strategy_is_what_the_engine_scores(finished, pocket):
     assert np.mean(values) == pytest.approx(result.kl_heldout, rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_same_command_again_repeats_no_validation_run(finished, monkeypatch):
     from dop_search.divergence import DivergenceEngine
 
@@ -108,6 +109,7 @@ def test_same_command_again_repeats_no_validation_run(finished, monkeypatch):
     assert again.num_validation_runs == record.num_validation_runs
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
     """``kill -9`` while the curves are measured; the next run starts from what was saved."""
     _, record = finished
@@ -143,6 +145,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible(finished, tmp_path):
     assert not (tmp_path / "out").exists(), "nothing half-written"
 
 
+@pytest.mark.slow
 def test_a_corrupt_cache_is_named(finished, tmp_path):
     path, _ = finished
     for file in (path / "cache").glob("evaluations-*.jsonl"):
@@ -153,6 +156,7 @@ def test_a_corrupt_cache_is_named(finished, tmp_path):
         run(small(tmp_path), tmp_path / "out", SilentProgress())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "search",
     [
@@ -170,6 +174,7 @@ def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
     assert result.kl_search <= result.uniform.kl_search + 1e-9, "never worse than uniform reduction on the search set"
 
 
+@pytest.mark.slow
 def test_kv_budget_and_groups(finished, tmp_path):
     path, _ = finished
     space = {"name": "dop_groups", "shares": [0.25, 0.75], "num_depth_levels": 2, "num_token_levels": 3}
@@ -209,6 +214,7 @@ def made_up_table(model, counts, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp_path, monkeypatch):
     from dop_search.evaluation.timing import layer_times
 
@@ -231,7 +237,7 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
         assert 0 < result.flops_ratio < 1
     assert record.results[0].latency_ratio <= 0.6
     assert record.results[1].latency_ms <= 24.0
-    assert record.results[0].budget_text == "time 0.6"
+    assert record.results[0].budget.text == "time 0.6"
     assert Record.load(tmp_path / "out") == record
     again = run(config, tmp_path / "again", SilentProgress())
     assert [result.strategy for result in again.results] == [result.strategy for result in record.results]
@@ -251,7 +257,7 @@ def own_file(path, num_lines, answer=True):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*Did you mean 'cls_attention'"),
+        ({"selector": {"name": "cls_atention"}}, "unknown selector 'cls_atention'.*did you mean 'cls_attention'"),
         ({"selector": {"name": "random", "options": {"sed": 1}}}, r"no option \['sed'\]"),
         ({"data": {"name": "poket"}}, "unknown validation set 'poket'"),
         ({"data": {"name": "jsonl", "path": "absent.jsonl"}}, "no validation file at 'absent.jsonl'"),
@@ -271,6 +277,7 @@ def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monke
         run(small(tmp_path, **changes), tmp_path / "out", SilentProgress())
 
 
+@pytest.mark.slow
 def test_a_file_without_answers_is_enough_for_a_search(tmp_path):
     record = run(small(tmp_path, data=own_file(tmp_path, 6, answer=False)), tmp_path / "out", SilentProgress())
     assert (record.data.num_samples, record.data.num_heldout, record.data.num_test) == (2, 2, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 import torch
 from optuna.trial import TrialState
 
@@ -19,6 +20,8 @@ from dop_search.app.record import Record
 from dop_search.app.search import run
 from dop_search.search.optuna_study import open_storage
 from dop_search.utils.progress import SilentProgress
+
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "data": {"num_samples": 6, "num_heldout": 6, "num_test": 0},
@@ -30,9 +33,16 @@ SMALL = {
 }
 RUN = (
     "import sys; from pathlib import Path; from dop_search.app.config import SearchConfig; "
+    "from dop_search.models import fast_linear; fast_linear.MIN_SPEEDUP = float('inf'); "
     "from dop_search.app.search import run; from dop_search.utils.progress import SilentProgress; "
     "run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())"
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_way_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process measures whether oneDNN is faster; where two decide differently, numbers agree to rounding only."""
+    monkeypatch.setattr("dop_search.models.fast_linear.MIN_SPEEDUP", float("inf"))
 
 
 def without_times(record: Record) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,7 +108,7 @@ def fastv(seen: Seen, num_kept: int) -> list[int]:
     return by_score({i: float(seen.attention[:, last, i].mean()) for i in seen.candidates})
 
 
-def sparsevlm(seen: Seen, num_kept: int) -> list[int]:
+def raters_of(seen: Seen) -> list[int]:
     everything = [i for i in range(len(seen.hidden)) if i not in seen.text]
     questions = [t for t in seen.text if t > everything[0]]
     relevance = dict.fromkeys(questions, 0.0)
@@ -116,14 +117,33 @@ def sparsevlm(seen: Seen, num_kept: int) -> list[int]:
         for t, share in zip(questions, products.softmax(0).tolist(), strict=True):
             relevance[t] += share / len(everything)
     mean = sum(relevance.values()) / len(relevance)
-    raters = [t for t in questions if relevance[t] > mean]
+    return [t for t in questions if relevance[t] > mean]
+
+
+def sparsevlm(seen: Seen, num_kept: int) -> list[int]:
+    raters = raters_of(seen)
     return by_score({i: sum(float(seen.attention[:, t, i].mean()) for t in raters) for i in seen.candidates})
+
+
+def sparsevlm_v2(seen: Seen, num_kept: int, num_heads: int = 2) -> list[int]:
+    """Attention over ``sum_k 2 cos(theta^(-2k/d) distance) / sqrt(d)``, the product of all-ones heads; best heads."""
+    dim = seen.layer.self_attn.head_dim
+    raters = raters_of(seen)
+
+    def bias(distance: int) -> float:
+        return sum(2 * math.cos(distance * 10000.0 ** (-2 * k / dim)) for k in range(dim // 2)) / math.sqrt(dim)
+
+    by_head = [
+        {i: sum(float(head[t, i]) / bias(t - i) for t in raters) for i in seen.candidates} for head in seen.attention
+    ]
+    best = sorted(by_head, key=lambda scores: -sum(scores.values()))[:num_heads]
+    return by_score({i: sum(scores[i] for scores in best) for i in seen.candidates})
 
 
 def dart(seen: Seen, num_kept: int, num_pivots: int = 4) -> list[int]:
     size = {i: float(seen.keys[i].abs().sum()) for i in seen.here}
     visual = by_score({i: size[i] for i in seen.candidates})[:num_pivots]
-    words = by_score({i: size[i] for i in seen.text})[:num_pivots]
+    words = by_score({i: size[i] for i in seen.text if i > seen.candidates[0]})[:num_pivots]
     states = seen.layer.input_layernorm(seen.hidden[None])[0]
     chosen = list(visual)
     wanted = max(0, num_kept - len(chosen))
@@ -139,6 +159,6 @@ def dart(seen: Seen, num_kept: int, num_pivots: int = 4) -> list[int]:
 
 def fitprune(seen: Seen, num_kept: int) -> list[int]:
     def received(i: int, rows: list[int]) -> float:
-        return max(float(sum(head[row, i] for row in rows)) for head in seen.attention)
+        return sum(max(float(head[row, i]) for head in seen.attention) for row in rows)
 
     return by_score({i: received(i, seen.candidates) * received(i, seen.text) for i in seen.candidates})

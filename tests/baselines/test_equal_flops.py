@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dop_search.baselines import BASELINES, FitContext, FittedMethod, Method, baseline
-from dop_search.baselines.equal_flops import average_tokens, solve_integer, solve_real
+from dop_search.baselines.equal_flops import solve_integer, solve_real
 from dop_search.baselines.fastv import FastV
-from dop_search.baselines.fitprune import AttentionProfile, FitPrune
+from dop_search.baselines.fitprune import FitPrune, dispensable
+from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
 from dop_search.baselines.pricing import TOLERANCE
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.short_lvlm import ShortLvlm
@@ -42,17 +43,16 @@ def invented_divergence(num_layers: int):
 def context_of(shape: str) -> FitContext:
     dims, visual, text = SHAPES[shape]
     counts = tuple(TokenCounts(text + extra, visual) for extra in range(3))
-    return FitContext(dims, counts, evaluate=invented_divergence(dims.num_layers))
+    evaluate = invented_divergence(dims.num_layers)
+    return FitContext(dims, counts, evaluate=evaluate, evaluate_at_prompt=evaluate)
 
 
 def method_of(name: str, shape: str) -> Method:
     """The registered method, with what it would have measured where there is no model."""
     num_layers, num_visual = SHAPES[shape][0].num_layers, SHAPES[shape][1]
     if name == "fitprune":
-        rng = np.random.default_rng(0)
-        sharper = np.linspace(1, 6, num_layers)[:, None]
-        mass = [tuple(rng.random((num_layers, num_visual)) ** sharper for _ in range(2)) for _ in range(3)]
-        return FitPrune(profile=AttentionProfile.from_received(mass))
+        depth = np.arange(1, num_layers + 1)
+        return FitPrune(counts=lambda alpha: np.floor(num_visual * (1 - alpha) ** depth).astype(int))
     if name == "short_lvlm":
         return ShortLvlm(order=tuple(reversed(range(num_layers))))
     return BASELINES[name]
@@ -90,7 +90,7 @@ def test_every_method_meets_every_budget_or_says_why_not(name: str, shape: str) 
     assert feasible == list(BUDGETS[: len(feasible)]), "what is infeasible stays so at lower budgets"
 
 
-@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "pyramiddrop", "fitprune"])
+@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm_v2", "pyramiddrop", "fitprune"])
 def test_rankings_are_paid_for(name: str) -> None:
     """The price of a staged method is above that of its operations, by less than its candidates' projections."""
     context = context_of("llava_7b")
@@ -158,51 +158,71 @@ def test_uniform_reduction_where_one_token_is_a_large_step() -> None:
 # -- published schedules --
 
 
+def average_tokens(strategy: Strategy, num_visual: int) -> float:
+    """Visual tokens that are keys, mean over layers: the literature's average number of tokens."""
+    sizes = strategy.group_sizes(num_visual)
+    return sum(size * len(policy.kv) for size, policy in zip(sizes, strategy.groups, strict=True)) / strategy.num_layers
+
+
 def test_published_token_averages() -> None:
     """FastV's formula, PyramidDrop's 15/32 and SparseVLM's lists give the averages that their papers name."""
     assert average_tokens(PyramidDrop().strategy(32, 576, 0.5, 8), 576) == 576 * 15 / 32
-    for published, keep in KEEP_LISTS.items():
-        assert SparseVlm().keep_list(published, 576) == list(keep)
-        plain = SparseVlm(recycle=False).strategy(32, 576, published)
-        assert plain.stages == (2, 6, 15)
-        assert average_tokens(plain, 576) == pytest.approx(published, abs=1.0)
-        recycled = average_tokens(SparseVlm().strategy(32, 576, published), 576)
-        assert published < recycled < published + 20
+    released = {"sparsevlm": (64.8, 96.9, 128.6, 192.0), "sparsevlm_v2": (64.4, 96.8, 128.0, 192.4)}
+    for version, averages in released.items():
+        for (published, keep), average in zip(KEEP_LISTS[version].items(), averages, strict=True):
+            method = SparseVlm(version)
+            assert method.keep_list(published, 576) == list(keep)
+            strategy = method.strategy(32, 576, published)
+            assert strategy.stages == (2, 6, 15)
+            assert average_tokens(strategy, 576) == pytest.approx(average, abs=0.05)
     for average in (192, 128, 64):
         for layer in (2, 3):
-            method = FastV(layer=layer)
-            kept = method.kept_for_average(average, 32, 576)
-            strategy = method.strategy(32, 576, kept)
-            assert (layer * 576 + (32 - layer) * kept) / 32 == pytest.approx(average, abs=0.5)
-            assert average_tokens(strategy, 576) == pytest.approx(average, abs=0.5)
+            kept = round((average * 32 - layer * 576) / (32 - layer))
+            assert average_tokens(FastV(layer=layer).strategy(32, 576, kept), 576) == pytest.approx(average, abs=0.5)
 
 
 def test_interpolated_keep_lists_never_grow_with_depth() -> None:
-    for equivalent in np.linspace(36, 576, 200):
-        keep = SparseVlm().keep_list(equivalent, 576)
-        assert keep == sorted(keep, reverse=True)
-    assert SparseVlm().keep_list(576, 576) == [576, 576, 576]
+    for version in KEEP_LISTS:
+        for equivalent in np.linspace(36, 576, 200):
+            keep = SparseVlm(version).keep_list(equivalent, 576)
+            assert keep == sorted(keep, reverse=True)
+        assert SparseVlm(version).keep_list(576, 576) == [576, 576, 576]
 
 
-def test_fitprune_loses_at_most_alpha() -> None:
-    """By brute force on each layer: the most tokens, in ranked order, whose lost part is within alpha in both sums."""
+def test_fitprune_does_without_what_both_sums_can_spare() -> None:
+    """By brute force: the longest run of lowest tokens whose rest is at least 1 - alpha of the full sum, in both."""
     rng = np.random.default_rng(1)
-    own, cross = rng.random((4, 30)) ** 3, rng.random((4, 30)) ** 3
-    profile = AttentionProfile.from_received([(own, cross)])
-    for alpha in (0.0, 0.05, 0.3, 1.0):
-        kept = []
-        for layer in range(4):
-            order = sorted(range(30), key=lambda i: own[layer, i] * cross[layer, i])
-            removable = 0
-            for count in range(31):
-                gone = order[:count]
-                lost = max(own[layer, gone].sum() / own[layer].sum(), cross[layer, gone].sum() / cross[layer].sum())
-                if lost <= alpha + 1e-12:
-                    removable = count
-            kept.append(min([30 - removable, *kept]))
-        assert profile.counts(alpha, 30).tolist() == kept
-    assert profile.counts(0.0, 30).tolist() == [30] * 4
-    assert profile.counts(1.0, 30).tolist() == [0] * 4
+    for alpha in (0.0, 0.05, 0.3, 0.9):
+        own, cross = rng.random((2, 30)) ** 3
+        full = np.array([own.sum() * 1.02, cross.sum()])  # tokens that have left already received the rest
+        runs = []
+        for mass, total in ((own, full[0]), (cross, full[1])):
+            order = sorted(range(30), key=lambda i, mass=mass: mass[i])
+            spared = [n for n in range(31) if mass[order[n:]].sum() >= (1 - alpha) * total - 1e-12]
+            runs.append(set(order[: max(spared, default=0)]))
+        assert set(dispensable(own, cross, full, alpha).tolist()) == runs[0] & runs[1]
+    assert len(dispensable(own, cross, full, 1.0)) == 30
+
+
+def test_fitprune_schemes_save_what_their_names_say() -> None:
+    """FLOPs of visual tokens: leaving tokens have a layer's projections and attention, and neither output nor MLP."""
+    d, m = 4096, 11008
+    saved = {}
+    for name, scheme in PUBLISHED_SCHEMES.items():
+        flops, strategy = 0.0, FitPrune.published(name)
+        sizes = strategy.group_sizes(576)
+        for layer in range(32):
+            before, after = (
+                sum(n for n, policy in zip(sizes, strategy.groups, strict=True) if index in policy.kv)
+                for index in (layer, min(layer + 1, 31))
+            )
+            assert layer == 31 or before - after == scheme[layer]
+            flops += 3 * before * d**2 + 2 * before**2 * d + after * d**2 + 3 * m * d * after
+        saved[name] = 1 - flops / (32 * (4 * 576 * d**2 + 2 * 576**2 * d + 3 * m * d * 576))
+    assert list(saved) == [0, 10, 20, 30, 40, 50, 55, 60, 70, 80, 90]
+    for name, ratio in saved.items():  # counts are rounded down, which is much where few tokens leave
+        assert ratio == pytest.approx(name / 100, abs=0.05 if name <= 20 else 0.022)
+        assert ratio <= name / 100
 
 
 # -- solvers and registry --

@@ -1,4 +1,7 @@
-"""GSOP's greedy search on small invented problems, against brute force and its own constraints."""
+"""GSOP's greedy search on small invented problems, against brute force and its own constraints.
+
+What the released search chooses is in ``tests/golden/test_golden_searches.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 from dop_search.baselines.gsop_search import KEY, KV, REST, GsopSearch
 from dop_search.strategy import Strategy
 
-LAYERS = 3
+DEAD = [module for module in range(3) if module != KV]
 
 
 def additive(weights: np.ndarray):
@@ -23,44 +26,44 @@ def additive(weights: np.ndarray):
 
 
 def points_of(weights: np.ndarray, **options: float) -> tuple[GsopSearch, list]:
-    weights[:, -1, [module for module in range(3) if module != KV]] = 0.0  # dead in the full model
+    weights[:, -1, DEAD] = 0.0  # dead in the full model
     search = GsopSearch(additive(weights), weights.shape[1], free_nats=1e-9, **options)
     return search, search.trajectory(lambda strategy: False)
 
 
-def closed(runs: np.ndarray, first_kv: int) -> bool:
-    """Whether a set of operations obeys the constraints."""
-    if (runs[KEY] < runs[REST]).any() or not runs[KEY, :first_kv, KV].all():
-        return False
+def closed(runs: np.ndarray, first: int) -> bool:
+    """Whether a set of operations obeys the constraints: dead ones aside, the rest does no more than the key group."""
+    alive = runs.copy()
     for group in (KEY, REST):
         layers = np.flatnonzero(runs[group, :, KV])
-        last = layers[-1] if len(layers) else 0
-        if runs[group, last:, [m for m in range(3) if m != KV]].any():
+        if not len(layers) or runs[group, layers[-1] :, DEAD].any():
             return False
-    return True
+        alive[KEY, layers[-1] if group == KEY else 0 :, DEAD] |= group == KEY
+    return bool((alive[KEY] >= runs[REST]).all() and runs[:, 0, KV].all() and runs[KEY, : first - 1].all())
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_point_obeys_the_constraints_and_costs_grow(seed: int) -> None:
-    weights = np.random.default_rng(seed).random((2, 8, 3))
+    weights = np.random.default_rng(seed).random((2, 8, 3)) + 0.1
     search, points = points_of(weights)
-    assert search.first_prunable_kv == 2
+    assert search.first_prunable == 2
     skipped = [int((~p.strategy.to_array()).sum()) for p in points]
-    assert skipped == sorted(skipped)
-    assert len(set(skipped[1:])) == len(skipped[1:])
-    for point in points[1:]:
+    assert skipped == sorted(set(skipped))
+    for point in points:
         assert closed(point.strategy.to_array(), 2)
         assert point.divergence == pytest.approx(float((~point.strategy.to_array() * weights).sum()))
-    # at the end only the protected keys of the key group are left, and what they keep alive cannot be left out
-    assert points[-1].strategy.to_array().sum() == 2
+    # at the end only what may not be left out is left: the key group's first layers, and the rest's first keys
+    left = points[-1].strategy.to_array()
+    assert left[KEY].sum() == 4  # keys of layers 0 and 1, which layer 0's query and MLP feed
+    assert left[REST].sum() == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_is_optimal_where_operations_do_not_touch(seed: int) -> None:
     """The rest group's queries and MLPs alone, additive: after each step the set is the cheapest of its size."""
-    rng = np.random.default_rng(seed)
-    weights = np.full((2, LAYERS, 3), 1e6)
-    loose = [(REST, layer, module) for layer in range(LAYERS - 1) for module in range(3) if module != KV]
+    rng, layers = np.random.default_rng(seed), 3
+    weights = np.full((2, layers, 3), 1e6)
+    loose = [(REST, layer, module) for layer in range(layers - 1) for module in DEAD]
     for cell in loose:
         weights[cell] = rng.uniform(1, 2)
     points = [point for point in points_of(weights)[1] if point.divergence < 1e5]
@@ -74,23 +77,22 @@ def test_greedy_is_optimal_where_operations_do_not_touch(seed: int) -> None:
 
 
 def test_free_depths_are_found() -> None:
-    """Operations that cost nothing from some depth on are gone at the first point, and no others."""
+    """What costs nothing from some depth on is gone at the first point, and nothing else; not below half the depth."""
     weights = np.ones((2, 8, 3))
+    weights[:, 7, DEAD] = 0.0  # dead
     weights[REST, 5:, KV] = 0.0
-    weights[REST, 4:, :] = np.where(np.arange(3) == KV, weights[REST, 4:, :], 0.0)
-    weights[:, 7, :] = np.where(np.arange(3) == KV, weights[:, 7, :], 0.0)
+    weights[REST, 1:, DEAD] = 0.0
     search, points = points_of(weights)
     free = points[search.num_free_points - 1]
     assert free.divergence == 0.0
-    depths = free.strategy.depths()
-    assert depths == {"q": (7, 4), "kv": (8, 5), "mlp": (7, 4)}
+    assert free.strategy.depths() == {"q": (7, 3), "kv": (8, 5), "mlp": (7, 3)}
     on_the_way = [point.strategy.depths() for point in points[: search.num_free_points]]
-    assert all(depths["kv"][REST] <= on["kv"][REST] for on in on_the_way)
+    assert all(depths["kv"][REST] >= free.strategy.depths()["kv"][REST] for depths in on_the_way)
     assert len(on_the_way) > 2
 
 
-def test_resorting_notices_what_has_changed() -> None:
-    """Two operations that are harmless alone and harmful together: after the stride the second goes to the back."""
+def test_a_removal_that_costs_too_much_is_undone_and_all_is_sorted_anew() -> None:
+    """Two operations that are harmless alone and harmful together: the second goes once the limit allows it."""
     pair = [(REST, 0, 0), (REST, 1, 0)]
 
     def evaluate(strategies: list[Strategy]) -> np.ndarray:
@@ -102,12 +104,27 @@ def test_resorting_notices_what_has_changed() -> None:
             result.append(value + 3.0 * (gone[pair[0]] and gone[pair[1]]))
         return np.array(result)
 
-    def when_both_are_gone(stride_nats: float) -> int:
-        points = GsopSearch(evaluate, 8, free_nats=1e-9, stride_nats=stride_nats).trajectory(lambda s: False)
+    def when_both_are_gone(stride_nats: float) -> tuple[int, int]:
+        search = GsopSearch(evaluate, 8, free_nats=1e-9, stride_nats=stride_nats)
+        points = search.trajectory(lambda strategy: False)
         both = [not any(point.strategy.to_array()[cell] for cell in pair) for point in points]
-        return both.index(True)
+        return both.index(True), search.num_sorts
 
-    assert when_both_are_gone(1e-6) > when_both_are_gone(1e6)
+    careful, careless = when_both_are_gone(0.05), when_both_are_gone(1e6)
+    assert careful[0] > careless[0]
+    assert careful[1] > careless[1] == 1
+
+
+def test_strategies_that_differ_in_dead_operations_are_scored_once() -> None:
+    asked: list[bytes] = []
+
+    def evaluate(strategies: list[Strategy]) -> np.ndarray:
+        asked.extend(strategy.canonical().to_array().tobytes() for strategy in strategies)
+        return additive(np.ones((2, 8, 3)))(strategies)
+
+    search = GsopSearch(evaluate, 8)
+    search.trajectory(lambda strategy: False)
+    assert len(asked) == len(set(asked)) == search.num_evaluations
 
 
 def test_stops_early_and_goes_on_later() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence
-from dop_search.baselines.fitprune import MAX_SAMPLES, layer_attention, measured_profile
+from dop_search.baselines.fitprune import measured_counts, prune_layer_by_layer, received_sums
 from dop_search.baselines.layer_removal import layers_removed
 from dop_search.baselines.short_lvlm import bridge, final_states, layer_influence, removal_order
 from dop_search.baselines.shortv import layer_contributions
@@ -96,7 +96,7 @@ def test_shortv_freezes_what_contributes_least(context) -> None:
         return np.array([sum(cost[layer] for layer in range(LAYERS) if layer not in kept) for kept in running])
 
     np.testing.assert_allclose(layer_contributions(evaluate, LAYERS), cost)
-    fitted = baseline("shortv").fit(replace(context, evaluate=evaluate, memo={}), 0.5)
+    fitted = baseline("shortv").fit(replace(context, evaluate_at_prompt=evaluate, memo={}), 0.5)
     frozen = fitted.hyperparameters["frozen_layers"]
     assert frozen == np.argsort(cost)[: len(frozen)].tolist()
     policy = fitted.strategy.groups[0]
@@ -117,22 +117,56 @@ def test_vtw_chooses_the_first_layer_that_is_good_enough() -> None:
 
 
 def test_fitprune_statistics_are_those_of_eager_attention(pocket, teacher) -> None:
+    """Of every pair the maximum over heads, then sums over visual and over text rows."""
     sample = teacher.samples[0].encoded
-    own, cross = layer_attention(pocket.adapter, sample)
+    sums = received_sums(pocket.adapter, sample)
     maps, _ = eager_maps(pocket, sample)
     visual = sample.visual[: sample.prompt_length]
-    for layer in (0, 5, 11):
-        for found, rows in ((own, visual), (cross, ~visual)):
-            received = maps[layer][:, rows][:, :, visual].mean(dim=1).max(dim=0).values
-            np.testing.assert_allclose(found[layer], received.numpy(), rtol=1e-3, atol=1e-7)
+    for layer in range(LAYERS):
+        best = maps[layer].max(dim=0).values
+        for found, rows in zip(sums[layer], (visual, ~visual), strict=True):
+            assert found == pytest.approx(float(best[rows][:, visual].sum()) / int(rows.sum()), rel=1e-3)
 
 
-def test_fitprune_profile_is_over_the_samples(context, few) -> None:
-    profile = measured_profile(context)
-    assert len(profile.lost) == min(MAX_SAMPLES, len(few.samples))
-    assert profile is measured_profile(context)
-    kept = [profile.counts(alpha, 256) for alpha in (0.0, 0.1, 0.5, 1.0)]
+def test_fitprune_measures_the_next_layer_without_what_left(pocket, teacher) -> None:
+    """Half of the tokens leave after layer 3: the rest of the decoder runs on the others, at their old positions."""
+    sample, seen = teacher.samples[0].encoded, {}
+
+    def leave(layer, own, cross):
+        seen[layer] = own
+        return np.arange(0, len(own), 2) if layer == 3 else np.empty(0, dtype=np.int64)
+
+    assert prune_layer_by_layer(pocket.adapter, sample, leave) == [128 if layer == 3 else 0 for layer in range(LAYERS)]
+    _, states = eager_maps(pocket, sample)
+    visual = sample.visual[: sample.prompt_length]
+    keep = ~visual | (visual & (visual.cumsum(0) % 2 == 0))
+    decoder = pocket.model.model.language_model
+    layers, implementation = decoder.layers, decoder.config._attn_implementation
+    decoder.config._attn_implementation = "eager"
+    decoder.layers = layers[4:]
+    try:
+        with torch.no_grad():
+            maps = decoder(
+                inputs_embeds=states[4][keep][None].float(),  # layer 3 did not know who leaves
+                position_ids=sample.full_position_ids[..., : sample.prompt_length][..., keep],
+                attention_mask=torch.ones(1, int(keep.sum())),  # gaps in the positions are no borders of prompts
+                output_attentions=True,
+                use_cache=False,
+            ).attentions
+    finally:
+        decoder.layers, decoder.config._attn_implementation = layers, implementation
+    for layer, weights in enumerate(maps, start=4):
+        rows = weights[0].max(dim=0).values[visual[keep]][:, visual[keep]]
+        np.testing.assert_allclose(seen[layer], rows.mean(dim=0).numpy(), rtol=1e-3, atol=1e-7)
+
+
+def test_fitprune_counts_are_over_the_samples(context, few) -> None:
+    counts = measured_counts(context)
+    kept = [counts(alpha) for alpha in (0.0, 0.1, 0.5, 1.0)]
+    assert kept[0].tolist() == [256] * LAYERS
+    assert kept[-1].tolist() == [0] * LAYERS
     assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
+    assert counts(0.1) is measured_counts(context)(0.1), "measured once"
 
 
 def test_layer_influence_written_out(pocket, teacher) -> None:

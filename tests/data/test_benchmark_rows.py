@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 
 import pytest
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file, benchmark_rows
-from dop_search.data.benchmarks.parquet import rows_fingerprint
+from dop_search.data.benchmarks.rows import Row
 from dop_search.data.rendered import rendered_samples
 from dop_search.utils.errors import DataError
 
@@ -17,6 +19,15 @@ DIGESTS = {"gqa": "bcd93eaf23baa1d4", "mme": "cfbee683ec321330", "hallusionbench
 @pytest.fixture(scope="module")
 def rows():
     return {benchmark: benchmark_rows(benchmark) for benchmark in RENDERED_BENCHMARKS}
+
+
+def rows_fingerprint(rows: list[Row]) -> str:
+    """16 hex digits over all values and pixels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps({k: v for k, v in row.items() if k != "image"}, sort_keys=True).encode())
+        digest.update(row["image"].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def test_rows_are_the_same_on_every_machine(rows):

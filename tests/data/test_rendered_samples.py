@@ -270,7 +270,7 @@ def test_every_object_is_visible_in_its_color(questions):
 
 
 def test_bad_requests_name_the_remedy():
-    with pytest.raises(ValueError, match=r"'colour'.*Did you mean color"):
+    with pytest.raises(ValueError, match=r"'colour'; did you mean 'color'"):
         rendered_samples("test", 3, families=["colour"])
     with pytest.raises(ValueError, match=r"num_samples=0"):
         rendered_samples("test", 0)

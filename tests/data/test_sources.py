@@ -9,12 +9,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from dop_search.data.disjoint import shares, split_of
 from dop_search.data.named import known_names, named_sources, parse_source
 from dop_search.data.pools import check_sources, open_pool, refuse_overlap, source_origin
 from dop_search.data.sources import DatasetSource, ImageTable, TaskSource, origin
+from dop_search.data.tables import load_table
 from dop_search.data.tasks import scored_origin, task_file
 from dop_search.data.validation import SPLITS, validation_set
 from dop_search.utils.errors import DataError
@@ -234,6 +236,18 @@ def test_without_network_the_remedy_is_named_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dop_search.data.tables.hub_is_reachable", lambda: False)
     with pytest.raises(DataError, match="HF_HOME"):
         validation_set("chartqa", 5)
+
+
+def test_an_error_of_the_hubs_http_client_is_one_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever client the hub's library uses; it changed from httpx to httpx2."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise HTTPError("the server closed the connection")
+
+    monkeypatch.setattr("dop_search.data.tables.check_reachable", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"cannot load the data set 'owner/name'.*the server closed the connection"):
+        load_table("owner/name", None, "train")
 
 
 def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:

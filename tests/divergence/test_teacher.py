@@ -64,6 +64,14 @@ def test_fingerprint_depends_on_selector_answers_and_data(pocket, few_samples):
     assert len(fingerprints) == 5
 
 
+def test_fingerprint_depends_on_the_version_of_the_selector(pocket, few_samples, monkeypatch):
+    """A selector that chooses otherwise than it did must not read what was measured before."""
+    selector = make_selector("cls_attention")
+    before = teacher_module.teacher_fingerprint(pocket, few_samples, selector, 6, "teacher")
+    monkeypatch.setattr(type(selector), "version", 7)
+    assert teacher_module.teacher_fingerprint(pocket, few_samples, selector, 6, "teacher") != before
+
+
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign"])
 def test_a_damaged_cache_is_an_error_that_names_the_file(pocket, few_samples, tmp_path, damage):
     selector = make_selector("cls_attention")

@@ -9,6 +9,7 @@ from dop_search.evaluation.lmms import hub
 from dop_search.evaluation.lmms.gqa import with_images
 from dop_search.evaluation.lmms.tasks import write_tasks
 from dop_search.evaluation.suites import load_suite, make_suite
+from dop_search.utils.network import offline
 
 
 def _cache(folder, path, commit):
@@ -41,7 +42,7 @@ def test_offline_is_undone():
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    with hub.offline(True):
+    with offline(True):
         assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (True, True)
     assert before == (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
 

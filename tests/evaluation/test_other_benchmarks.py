@@ -22,7 +22,6 @@ def _caption(index, texts):
     return {"image": GREY, "image_id": index, "annotations_captions": list(texts)}
 
 
-VOTES = ["red"] * 2 + ["blue"] * 8
 ROWS = {
     "ok_vqa": [
         {

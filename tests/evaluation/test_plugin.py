@@ -215,6 +215,7 @@ def test_an_interrupted_suite_goes_on_where_it_stopped(pocket, few_rows, monkeyp
     assert measured == ["gqa", "stopped", "mme", "scienceqa"]
 
 
+@pytest.mark.slow
 def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, tmp_path):
     work_dir, suite = few_rows
     STRATEGY.save(tmp_path / "strategy.json")

@@ -83,7 +83,7 @@ def test_bad_scores_are_refused():
         _score("mean", [])
     with pytest.raises(DopError, match="needs 2 keys per sample"):
         _score("mme", [1, 1])
-    with pytest.raises(DopError, match=r"Did you mean 'circular'"):
+    with pytest.raises(DopError, match=r"did you mean 'circular'"):
         make_aggregate("circulr")
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(CacheError, match=r"'gqa'.*corrupt.*delete gqa\.json"):
         SuiteScores.load(tmp_path)
     (tmp_path / "scores.json").write_text("{}")
-    with pytest.raises(CacheError, match="no scores of format"):
+    with pytest.raises(CacheError, match="is not a file of scores of version 1"):
         SuiteScores.load(tmp_path)
 
 

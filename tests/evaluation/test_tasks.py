@@ -12,10 +12,10 @@ from fixed_answers import FixedAnswers, right_answer, wrong_answer
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_rows
 from dop_search.data.rendered.formats import Question, prompt
-from dop_search.data.tasks import task_fields
+from dop_search.data.tasks import task_fields, tasks_root
 from dop_search.evaluation.lmms.hub import check_suite
 from dop_search.evaluation.lmms.quiet import silenced
-from dop_search.evaluation.lmms.tasks import scored_rows, task_manager, tasks_root, write_tasks
+from dop_search.evaluation.lmms.tasks import scored_rows, task_manager, write_tasks
 from dop_search.evaluation.suites import benchmark_names, load_suite, make_suite, suite_names
 from dop_search.utils.errors import ConfigError, DataError, DopError
 
@@ -202,11 +202,11 @@ def test_a_judge_needs_its_key(monkeypatch):
 
 
 def test_suites_refuse_what_they_do_not_know():
-    with pytest.raises(ConfigError, match=r"unknown suite 'pocket12'.*Did you mean 'pocket13'"):
+    with pytest.raises(ConfigError, match=r"unknown suite 'pocket12'.*did you mean 'pocket13'"):
         load_suite("pocket12")
-    with pytest.raises(ConfigError, match=r"unknown benchmark 'gqu'.*Did you mean 'gqa'"):
+    with pytest.raises(ConfigError, match=r"unknown benchmark 'gqu'.*did you mean 'gqa'"):
         make_suite("s", ["gqu"])
-    with pytest.raises(ConfigError, match=r"unknown key 'limt'.*Did you mean 'limit'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'limt'.*did you mean 'limit'"):
         make_suite("s", ["gqa"], limt=3)
     with pytest.raises(ConfigError, match=r"`limit >= 1` must hold, but got \(limit=0\)"):
         make_suite("s", ["gqa"], limit=0)

@@ -229,21 +229,6 @@ def test_placement_by_accelerate_on_one_device(loaded_of):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-def test_one_log_line_says_what_becomes_of_hidden_states(loaded_of, caplog):
-    from dop_search.divergence import DivergenceEngine
-
-    teacher, _ = _teacher(loaded_of("qwen3_vl"))
-    adapter = loaded_of("qwen3_vl").adapter
-    with caplog.at_level("INFO", logger="dop_search"):
-        engine = DivergenceEngine(adapter, teacher, hidden_states="recompute")
-        for _ in range(2):
-            engine.evaluate([dop.Strategy.depthwise(4, 2, 2, 2, selector="random")])
-    (line,) = [record.getMessage() for record in caplog.records if "hidden states" in record.getMessage()]
-    assert "2 samples: recomputed per call" in line
-    with pytest.raises(DopError, match=r"`hidden_states` must be one of .*keep.*but got 'lose'"):
-        DivergenceEngine(adapter, teacher, hidden_states="lose")
-
-
 @families
 def test_engine_equals_plain_pruned_forwards(family, loaded_of):
     """Multimodal positions and deepstack included; with early start, shared prefixes, and from the cache on disk."""
@@ -260,8 +245,8 @@ def test_engine_equals_plain_pruned_forwards(family, loaded_of):
     ]
     naive = np.stack([naive_divergence(loaded, data.samples, teacher, strategy) for strategy in strategies])
     assert naive.min() > 1e-3
-    for hidden_states in ("keep", "recompute"):
-        scores = DivergenceEngine(loaded.adapter, teacher, hidden_states=hidden_states).evaluate(strategies)
+    for keep_states in (True, False):
+        scores = DivergenceEngine(loaded.adapter, teacher, keep_states=keep_states).evaluate(strategies)
         np.testing.assert_allclose(scores, naive, rtol=2e-3, atol=2e-5)
 
 

@@ -104,6 +104,7 @@ def test_stretched_is_deep_with_other_layers():
     assert json.loads((stretched / "training.json").read_text())["initial_weights"] == "deep"
 
 
+@pytest.mark.slow
 def test_describing_is_deep_trained_on_and_answers_at_length(variant, loaded):
     if variant != "describing":
         pytest.skip("the other variants give short answers")
@@ -187,6 +188,7 @@ def test_chat_template_is_vicunas(loaded):
     )
 
 
+@pytest.mark.slow
 def test_new_questions_are_answered_and_only_with_the_image(variant, loaded, samples):
     """Three questions of every family (one for the other variants); guessing gets about a quarter."""
     processor, model = loaded

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from dop_search.models import FAMILIES, adapter_for
+from dop_search.models.internvl import InternVLAdapter
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
 from dop_search.testing.models import TINY_CONFIGS, TinySizes, randomize_, tiny_model
+from dop_search.testing.painting import canvas_of, check_painted_patches
 from dop_search.testing.processors import drawn_image, drawn_video, tiny_processor
-
-PATCHES_TRIED = 24
 
 
 def finer_model(family):
@@ -52,73 +51,26 @@ def video_arguments(family):
     return {name: batch[name] for name in ("pixel_values_videos", "video_grid_thw") if name in batch}
 
 
-def touched_tokens(model, arguments, video, module, place, patch):
-    """Which visual tokens change when one patch of the tower's output does."""
-    plain = features_of(model, arguments, video)
-
-    def paint(_module, args, output):
-        painted = (args[0] if place == "input" else output).clone(memory_format=torch.contiguous_format)
-        painted.view(-1, painted.shape[-1])[patch, 0] += 5.0  # one channel: a LayerNorm undoes a constant
-        return (painted, *args[1:]) if place == "input" else painted
-
-    if place == "input":
-        handle = module.register_forward_pre_hook(lambda m, args: paint(m, args, None))
-    else:
-        handle = module.register_forward_hook(paint)
-    try:
-        changed = (features_of(model, arguments, video) - plain).abs().amax(dim=-1) > 1e-6
-    finally:
-        handle.remove()
-    return changed
-
-
 CASES = [(family, False) for family in FAMILIES] + [(f, True) for f in ("llava_onevision", "qwen2_5_vl", "qwen3_vl")]
 
 
 @pytest.mark.parametrize(("family", "video"), CASES)
 def test_a_painted_patch_is_found_where_its_feature_went(family, video):
+    """On finer grids than the conformance suite has, with images that are padded and with videos."""
     model = finer_model(family)
-    adapter = adapter_for(model)
     arguments = video_arguments(family) if video else image_arguments(family)
-    cls = 0
-    if hasattr(model.model, "visual"):
-        module, place, tower = model.model.visual.merger, "input", model.model.visual.blocks[-1]
-    elif family == "internvl":  # its projector comes after the pixel shuffle
-        module = tower = model.model.vision_tower.encoder.layer[-1]
-        place, cls = "output", 1
-    else:
-        module, place = model.model.multi_modal_projector, "input"
-        tower = model.model.vision_tower.encoder.layers[0]
+    num_tokens = check_painted_patches(model, canvas_of(model), arguments, "video" if video else "image")
+    newlines = len(features_of(model, arguments, video)) - num_tokens
+    assert (newlines > 0) == (family in ("llava_next", "llava_onevision"))
 
-    shapes = []
-    with tower.register_forward_hook(lambda m, args, output: shapes.append(output.shape)):
-        adapter.vision_watch.open()
-        features = features_of(model, arguments, video)
-        adapter.vision_watch.remove()
-    shape = shapes[0] if len(shapes[0]) == 3 else (1, *shapes[0])
-    has_cls = family in ("llava", "llava_next", "internvl")
-    tiles, patches = shape[0], shape[1] - has_cls
-    newline = torch.zeros(len(features), dtype=torch.bool)
-    if family in ("llava_next", "llava_onevision"):
-        newline = (features - model.model.image_newline).abs().amax(dim=-1) < 1e-6
-        assert newline.any()
 
-    landed = torch.zeros(len(features), dtype=torch.bool)
-    for patch in np.random.default_rng(0).permutation(tiles * patches)[:PATCHES_TRIED].tolist():
-        values = torch.zeros(tiles, patches, 2)
-        values.view(-1, 2)[patch] = torch.tensor([1.0, 3.0])
-        tokens = adapter.to_token_order(values)
-        assert tokens.shape == (len(features), 2)
-        torch.testing.assert_close(tokens[:, 1], 3 * tokens[:, 0])
-        row = patch if not cls else patch // patches * (patches + 1) + cls + patch % patches
-        expected = touched_tokens(model, arguments, video, module, place, row)
-        assert torch.equal((tokens[:, 0].abs() > 1e-6)[~newline], expected[~newline])
-        landed |= expected
-    assert landed.sum() > 5
-    # A constant stays one everywhere, newline tokens included: every token is a weighted mean of patches.
-    torch.testing.assert_close(
-        adapter.to_token_order(torch.ones(tiles, patches, 1)), torch.ones(len(features), 1), atol=1e-5, rtol=0
-    )
+def test_patches_at_other_tokens_are_noticed(monkeypatch):
+    """The check can fail: an adapter that takes rows for columns."""
+    model = finer_model("internvl")
+    shuffled = InternVLAdapter.to_token_order
+    monkeypatch.setattr(InternVLAdapter, "to_token_order", lambda self, values: shuffled(self, values).flip(0))
+    with pytest.raises(AssertionError, match=r"patch \d+ went to other tokens"):
+        check_painted_patches(model, canvas_of(model), image_arguments("internvl"))
 
 
 def test_newline_tokens_get_the_mean_of_their_row():

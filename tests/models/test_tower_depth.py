@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dop_search.models.capture import tower_flops
+from dop_search.models.capture import attention_flops, mlp_flops
 from dop_search.models.families import adapter_for
 from dop_search.models.tower_depth import tower_depth_flops, tower_depths
 from dop_search.testing.inputs import tiny_inputs
@@ -80,7 +80,7 @@ def test_flops_are_what_a_counter_measures(attention: int, mlp: int) -> None:
     expected = tower_depth_flops(view, attention, mlp, patches)
     assert count(attention, mlp) - count(0, 0) == expected
     if attention == mlp == len(view.layers):
-        assert expected == tower_flops(view, [(patches, patches)])
+        assert expected == attention * (attention_flops(view, patches) + mlp_flops(view, patches))
 
 
 def test_depths_beyond_the_tower_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
@@ -9,6 +10,8 @@ import dop_search as dop
 from dop_search.testing.conformance.base import generate, max_text_difference
 from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.models import tiny_llava
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = (((3, 4),), ((5, 9),), ((6, 17),))
 BACKEND = "aot_eager"  # what is compiled anew, and when, does not depend on the code generator, which takes a minute

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
+import pytest
+import torch
+from transformers import (
+    GemmaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 from dop_search.models import FAMILIES
 from dop_search.testing.conformance import PruningConformance
-from dop_search.testing.models import tiny_model
+from dop_search.testing.models import IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, randomize_, tiny_model
 
 
 class Family(PruningConformance):
@@ -30,6 +39,7 @@ class TestLlava(Family):
     max_examples = 15
 
 
+@pytest.mark.slow
 class TestLlavaNext(Family):
     """Any-resolution tiles and newline tokens."""
 
@@ -37,6 +47,7 @@ class TestLlavaNext(Family):
     model_type = "llava_next"
 
 
+@pytest.mark.slow
 class TestLlavaOnevision(Family):
     """SigLIP tower, Qwen2 decoder."""
 
@@ -44,6 +55,7 @@ class TestLlavaOnevision(Family):
     model_type = "llava_onevision"
 
 
+@pytest.mark.slow
 class TestQwen2VL(Family):
     """Multimodal RoPE, dynamic resolution."""
 
@@ -88,3 +100,51 @@ FAMILY_TESTS: dict[str, type[Family]] = {
 
 def test_every_family_is_tested() -> None:
     assert set(FAMILY_TESTS) == set(FAMILIES)
+
+
+class WithBidirectionalPrefix(PruningConformance):
+    """PaliGemma, whose prompt attends to all of itself: a decoder that pruned layers would compute otherwise.
+
+    Its layers are of a known class, so nothing but the suite can tell.
+    """
+
+    __test__ = False
+
+    def make_model(self, attn_implementation: str) -> PreTrainedModel:
+        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        vision = SiglipVisionConfig(**sizes, num_hidden_layers=2, image_size=28, patch_size=14)
+        text = GemmaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=2, head_dim=8, vocab_size=99)
+        config = PaliGemmaConfig(
+            vision_config=vision.to_dict(),
+            text_config=text.to_dict(),
+            image_token_id=IMAGE_TOKEN_ID,
+            projection_dim=32,
+            attn_implementation=attn_implementation,
+        )
+        model = PaliGemmaForConditionalGeneration(config)
+        randomize_(model, seed=0)
+        return model.eval()
+
+    def make_sample(
+        self,
+        model: PreTrainedModel,
+        num_text_before: int,
+        num_text_after: int,
+        seed: int,
+        image_shape: int = 0,
+        num_images: int = 1,
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(NUM_SPECIAL_TOKENS, 99, (num_text_before + num_text_after,), generator=generator)
+        image = torch.full((4 * num_images,), IMAGE_TOKEN_ID)
+        input_ids = torch.cat([text[:num_text_before], image, text[num_text_before:]])[None]
+        pixels = torch.randn((num_images, 3, 28, 28), generator=generator)
+        kinds = {"attention_mask": torch.ones_like(input_ids), "token_type_ids": torch.zeros_like(input_ids)}
+        return {"input_ids": input_ids, **kinds, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("kind", ["text_around", "image_first", "several_images"])
+def test_a_decoder_that_is_not_causal_fails_the_suite(kind: str) -> None:
+    suite = WithBidirectionalPrefix()
+    with pytest.raises(AssertionError, match="the reference is not this model"):
+        suite.test_reference_with_nothing_pruned_is_the_model(cache(suite.make_model), "sdpa", kind)

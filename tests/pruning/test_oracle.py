@@ -123,20 +123,26 @@ def written_out_logits(model: PreTrainedModel, embeddings: Tensor, runs: dict[st
 
 
 @settings(PROPERTY, max_examples=10)
-@given(strategy=dop_strategies(NUM_LAYERS), text_before=st.integers(0, 2), seed=st.integers(0, 5))
-def test_equals_a_decoder_written_out(strategy: Strategy, text_before: int, seed: int) -> None:
+@given(
+    strategy=dop_strategies(NUM_LAYERS),
+    text_before=st.integers(0, 2),
+    text_after=st.sampled_from([3, 0]),
+    seed=st.integers(0, 5),
+)
+def test_equals_a_decoder_written_out(strategy: Strategy, text_before: int, text_after: int, seed: int) -> None:
     model = model_of("llava", dtype=torch.float64)
-    inputs = tiny_sample(model, text_before, 3, seed=seed)
+    inputs = tiny_sample(model, text_before, text_after, seed=seed)
     rankings = rankings_of(model, inputs, seed)
     visual = visual_positions(model, inputs["input_ids"])[0].numpy()
     place = np.flatnonzero(visual)
+    order = [place[token] for token in rankings[0] if place[token] != len(visual) - 1]  # the last token runs everything
     runs = {module.value: np.ones((NUM_LAYERS, len(visual)), dtype=bool) for module in MODULES}
     for module in MODULES:
-        runs[module.value][:, place] = False
+        runs[module.value][:, order] = False
         start = 0
-        for size, policy in zip(strategy.group_sizes(len(place)), strategy.groups, strict=True):
-            for token in rankings[0][start : start + size]:
-                runs[module.value][list(policy.layers(module)), place[token]] = True
+        for size, policy in zip(strategy.group_sizes(len(order)), strategy.groups, strict=True):
+            for position in order[start : start + size]:
+                runs[module.value][list(policy.layers(module)), position] = True
             start += size
     embeddings = decoder_arguments(model, inputs)["inputs_embeds"][0]
     with torch.no_grad():

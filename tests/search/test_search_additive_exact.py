@@ -21,6 +21,7 @@ def budget_for(problem: Problem, ratio: float) -> Budget:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_front_equals_brute_force(problem: Problem) -> None:
@@ -38,6 +39,7 @@ def test_front_equals_brute_force(problem: Problem) -> None:
         assert problem.surrogate(solution.assignment) == front.divergence_nats[row]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
@@ -49,7 +51,7 @@ def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
     for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1], 1.0):
         best = min(d for cost, d, _ in points if cost / problem.cost_model.full_total <= ratio)
         solution = front.solve(budget_for(problem, ratio))
-        assert solution.divergence_additive == best
+        assert solution.kl_additive == best
         assert solution.cost_ratio <= ratio
     if ratios[0] > 0.0:
         with pytest.raises(BudgetError, match="the smallest feasible value is") as caught:
@@ -58,6 +60,7 @@ def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
         assert front.solve(budget_for(problem, caught.value.smallest_feasible)).cost_ratio == ratios[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(problems(max_points=800))
 def test_k_best_equal_brute_force(problem: Problem) -> None:
@@ -73,14 +76,14 @@ def test_k_best_equal_brute_force(problem: Problem) -> None:
     budget = budget_for(problem, ratio)
 
     candidates = best_candidates(problem, budget, k=7, mode="exact")
-    assert [c.divergence_additive for c in candidates] == within[:7]
+    assert [c.kl_additive for c in candidates] == within[:7]
     keys = [problem.space.strategy(c.assignment).key() for c in candidates]
     assert len(set(keys)) == len(keys)
     assert all(c.cost_ratio <= ratio for c in candidates)
 
     spread = best_candidates(problem, budget, k=7, mode="slices")
-    assert spread[0].divergence_additive == within[0]
-    estimates = [c.divergence_additive for c in spread]
+    assert spread[0].kl_additive == within[0]
+    estimates = [c.kl_additive for c in spread]
     assert estimates == sorted(estimates)
 
 
@@ -108,10 +111,11 @@ def test_full_budget_costs_no_divergence(kind: str) -> None:
         values[-1] = 0.0
     problem = Problem(space, CostModel(dims, [TokenCounts(5, 16)]), Surrogate(space, curves))
     solution = solve("additive_exact", problem, Budget(flops_ratio=1.0))
-    assert solution.divergence_additive == 0.0
+    assert solution.kl_additive == 0.0
     assert solution.strategy.is_empty
 
 
+@pytest.mark.slow
 def test_published_sizes_take_seconds_and_a_budget_less_than_a_millisecond() -> None:
     """2 groups x (q, kv, mlp) x 33 depths x 16 token levels: 2e10 assignments; a loose bound for slow machines."""
     dims = ModelDims(

@@ -49,11 +49,11 @@ def test_every_sampler_solves_the_surrogate_within_the_budget(sampler: str, num_
     optimum = solve("additive_exact", problem, BUDGET)
     found = solve("additive_optuna", problem, BUDGET, sampler=sampler, num_trials=num_trials)
     assert problem.surrogate is not None
-    assert found.divergence_additive == problem.surrogate(found.assignment)
+    assert found.kl_additive == problem.surrogate(found.assignment)
     assert problem.cost_model.ratio(found.strategy) == found.cost_ratio <= 0.35
-    assert optimum.divergence_additive is not None
-    assert found.divergence_additive is not None
-    assert optimum.divergence_additive <= found.divergence_additive + 1e-12
+    assert optimum.kl_additive is not None
+    assert found.kl_additive is not None
+    assert optimum.kl_additive <= found.kl_additive + 1e-12
     assert len(found.history) == num_trials
     if sampler != "gp":  # too slow to do twice
         again = solve("additive_optuna", problem, BUDGET, sampler=sampler, num_trials=num_trials)
@@ -71,8 +71,8 @@ def test_exact_optuna_is_at_least_as_good_as_its_warm_start(sampler: str, num_tr
     uniform = uniform_assignment(problem, BUDGET)
     assert uniform is not None
     for strategy in (solve("additive_exact", problem, BUDGET).strategy, problem.space.strategy(uniform)):
-        assert found.divergence_exact is not None
-        assert found.divergence_exact <= exact([strategy], None).mean() + 1e-15
+        assert found.kl_search is not None
+        assert found.kl_search <= exact([strategy], None).mean() + 1e-15
     assert len(found.history) == num_trials
     assert found.history[0]["assignment"] == dict(solve("additive_exact", problem, BUDGET).assignment)
     assert all("num_samples" not in record for record in found.history if not record["fits"])
@@ -90,7 +90,7 @@ def test_the_pruner_saves_runs_and_keeps_the_answer() -> None:
         assert sum(record["state"] == "PRUNED" for record in found.history) > 3
         assert found.num_validation_runs < everything.num_validation_runs
         assert found.num_validation_runs == -(-sum(calls) // 64)
-        assert found.divergence_exact == pytest.approx(everything.divergence_exact, rel=0.05)
+        assert found.kl_search == pytest.approx(everything.kl_search, rel=0.05)
 
 
 def test_unknown_names_are_refused() -> None:
@@ -110,6 +110,7 @@ def locations(folder: Path) -> dict[str, str]:
     return {"journal": str(folder / "study.journal"), "sqlite": f"sqlite:///{folder}/study.db"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_a_study_is_continued_as_if_it_had_never_stopped(tmp_path: Path, kind: str) -> None:
     where = locations(tmp_path)[kind]
@@ -130,6 +131,20 @@ def test_a_study_is_continued_as_if_it_had_never_stopped(tmp_path: Path, kind: s
     assert list(resumed.history) == list(reference.history) == list(finished.history)
     assert resumed.num_validation_runs == reference.num_validation_runs
     assert resumed.strategy == reference.strategy
+
+
+def test_a_study_from_before_the_names_of_the_record_is_continued(tmp_path: Path) -> None:
+    where, options = tmp_path / "study.journal", {"num_warm_start": 3, "seed": 5}
+    problem, _ = with_store(pocket_problem("dop", num_tokens=12))
+    solve("exact_optuna", problem, BUDGET, num_trials=8, storage=where, **options)
+    text = where.read_text()
+    assert "kl_additive" in text
+    assert "kl_search" in text
+    where.write_text(text.replace("kl_additive", "divergence_additive").replace("kl_search", "divergence_exact"))
+    resumed = solve("exact_optuna", problem, BUDGET, num_trials=16, storage=where, **options)
+    reference = solve("exact_optuna", problem, BUDGET, num_trials=16, **options)
+    assert list(resumed.history) == list(reference.history)
+    assert (resumed.strategy, resumed.kl_search) == (reference.strategy, reference.kl_search)
 
 
 def test_another_search_under_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -58,13 +58,13 @@ def test_rerank_is_never_worse_than_uniform_nor_than_the_additive_optimum(kind: 
     exact = interacting_evaluator(problem.space, 20)
     best = solutions[0]
     np.testing.assert_array_equal(best.per_sample_nats, exact([best.strategy], None)[0])
-    divergences = [solution.divergence_exact for solution in solutions]
+    divergences = [solution.kl_search for solution in solutions]
     assert divergences == sorted(divergences)
     uniform = uniform_assignment(problem, budget)
     assert uniform is not None
     additive = solve("additive_exact", problem, budget)
     for strategy in (problem.space.strategy(uniform), additive.strategy):
-        assert best.divergence_exact <= exact([strategy], None).mean()
+        assert best.kl_search <= exact([strategy], None).mean()
         assert strategy.key() in {solution.strategy.key() for solution in solutions}
     assert all(solution.cost_ratio <= ratio for solution in solutions)
     assert problem.store is not None
@@ -77,7 +77,7 @@ def test_rerank_finds_the_true_optimum_of_a_space_it_can_cover() -> None:
     budget = Budget(flops_ratio=0.4)
     truth = solve("exhaustive", fresh(problem, "dop"), budget)
     found = solve("rerank", fresh(problem, "dop"), budget, k=400, mode="exact")
-    assert found.divergence_exact == truth.divergence_exact
+    assert found.kl_search == truth.kl_search
     assert found.strategy == truth.strategy
 
 
@@ -93,7 +93,7 @@ def test_exhaustive_equals_a_plain_loop() -> None:
     assert {s.key() for s in grid.strategies} == set(plain)
     for ratio in (0.28, 0.4, 0.6, 1.0):
         best = grid.best(Budget(flops_ratio=ratio))
-        assert best.divergence_exact == min(d for d, cost in plain.values() if cost <= ratio)
+        assert best.kl_search == min(d for d, cost in plain.values() if cost <= ratio)
         assert best.cost_ratio <= ratio
     assert grid.best(Budget(flops_ratio=1.0)).strategy.is_empty
 
@@ -134,8 +134,8 @@ def test_solution_is_json_ready() -> None:
     solution = solve("rerank", pocket_problem("dop", num_tokens=8), Budget(flops_ratio=0.5), k=3)
     data = json.loads(json.dumps(solution.to_json()))
     assert Strategy.from_json(data["strategy"]) == solution.strategy
-    assert np.mean(data["per_sample_nats"]) == pytest.approx(solution.divergence_exact)
-    assert [item["divergence_exact"] for item in data["history"]]
+    assert np.mean(data["per_sample_nats"]) == pytest.approx(solution.kl_search)
+    assert [item["kl_search"] for item in data["history"]]
 
 
 def test_kv_budgets_are_solved_too() -> None:

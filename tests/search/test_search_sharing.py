@@ -71,7 +71,7 @@ def study_worker(location: str, folder: Path, number: int, delay_s: float) -> No
     store = SharedEvaluationStore(logged(problem, folder / "log", delay_s), NUM_SAMPLES, location, "kl", {"data": 1})
     options = {"num_trials": 16, "num_warm_start": 3, "sampler": "random", "pruner": "median", "num_chunks": 2}
     found = solve("exact_optuna", replace(problem, store=store), BUDGET, storage=location, **options)
-    result = {"key": found.strategy.key(), "nats": found.divergence_exact, "trials": len(found.history)}
+    result = {"key": found.strategy.key(), "nats": found.kl_search, "trials": len(found.history)}
     (folder / f"result-{number}.json").write_text(json.dumps(result))
 
 
@@ -127,6 +127,7 @@ def test_workers_share_a_search_and_each_run_is_done_once(tmp_path: Path) -> Non
     assert len({process for process, _, _ in seen}) >= 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_at_most_what_it_had_claimed(location: str, tmp_path: Path) -> None:
     problem = pocket_problem("dop_split", num_samples=NUM_SAMPLES)
     lone = profile_and_rerank(problem, EvaluationStore(interacting_evaluator(problem.space, NUM_SAMPLES), NUM_SAMPLES))
@@ -141,6 +142,7 @@ def test_a_killed_worker_loses_at_most_what_it_had_claimed(location: str, tmp_pa
     assert len(runs) == lone["runs"] * NUM_SAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True], ids=["all live", "one is killed"])
 def test_workers_share_a_study(location: str, tmp_path: Path, kill: bool) -> None:
     processes = start(study_worker, location, tmp_path, 0.05)

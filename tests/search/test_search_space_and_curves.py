@@ -186,6 +186,7 @@ def test_surrogate_of_an_additive_divergence_is_exact(kind: str) -> None:
         assert surrogate(assignment) == pytest.approx(exact, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(problems(max_points=400))
 def test_surrogate_is_a_function_of_the_canonical_strategy(problem: Problem) -> None:

@@ -170,6 +170,7 @@ print(store.num_validation_runs, store.num_new_runs)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_profile_continues_without_repeating_a_run(tmp_path: Path) -> None:
     def start(name: str, delay: float) -> subprocess.Popen[str]:
         text = CHILD.format(

@@ -62,14 +62,17 @@ def prumerge_plus(inputs: SelectorInputs, num_kept: int, num_neighbors: int):
     return kept, merged
 
 
-def divprune(inputs: SelectorInputs, num_kept: int) -> list[int]:
+def divprune(inputs: SelectorInputs, num_kept: int, lazy: bool = False) -> list[int]:
     embeds = array(inputs.embeds)
     tokens = range(len(embeds))
 
     def distance(i: int, j: int) -> float:
         return 1.0 - cosine(embeds[i], embeds[j])
 
-    chosen = [max(tokens, key=lambda i: min(distance(i, j) for j in tokens if j != i))]
+    if lazy:
+        chosen = [max(tokens, key=lambda i: sum(distance(i, j) for j in tokens))]
+    else:
+        chosen = [max(tokens, key=lambda i: min(distance(i, j) for j in tokens if j != i))]
     while len(chosen) < num_kept:
         free = [token for token in tokens if token not in chosen]
         chosen.append(max(free, key=lambda i: min(distance(i, j) for j in chosen)))
@@ -92,7 +95,7 @@ def vispruner(inputs: SelectorInputs, num_kept: int, share: float, step: int) ->
 def cdpruner(embeds: np.ndarray, similarity: np.ndarray, num_kept: int, theta: float | None = None) -> list[int]:
     """Greedy maximisation of the determinant itself."""
     low, high = similarity.min(), similarity.max()
-    relevance = (similarity - low + 1e-6) / (high - low + 1e-6)
+    relevance = (similarity - low + 1e-6) / (high - low)
     if theta is not None:
         relevance = np.exp(theta / (2 * (1 - theta)) * relevance)
     count = len(embeds)
@@ -110,19 +113,70 @@ def holov(inputs: SelectorInputs, num_kept: int, num_segments: int, alpha: float
     attention, embeds = array(inputs.cls_attention), array(inputs.embeds)
     size = len(attention) // num_segments
     segments = [list(range(s * size, (s + 1) * size)) for s in range(num_segments)]
-    variance = np.zeros(len(attention))
+    weights = []
     for segment in segments:
+        variance = []
         for i in segment:
-            similarities = [cosine(embeds[i], embeds[j]) for j in segment if j != i]
-            mean = sum(similarities) / len(similarities)
-            variance[i] = sum((s - mean) ** 2 for s in similarities) / len(similarities)
-    scores = 1000 * attention + alpha * variance * (1000 * attention).mean() / variance.mean()
-    weights = [scores[segment].mean() for segment in segments]
-    budgets = apportion(weights, [size] * num_segments, num_kept)
+            similarities = [0.0 if j == i else cosine(embeds[i], embeds[j]) for j in segment]
+            mean = sum(similarities) / (size - 1)
+            variance.append(sum((s - mean) ** 2 for s in similarities) / (size - 1))
+        scaled = [1000 * attention[i] for i in segment]
+        factor = alpha * (sum(scaled) / size) / (sum(variance) / size + 1e-6)
+        weights.append(sum(a + factor * v for a, v in zip(scaled, variance, strict=True)) / size)
+    budgets = [math.floor(num_kept * w / (sum(weights) + 1e-6)) for w in weights]
+    for segment in best(np.array(weights), num_kept - sum(budgets)):
+        budgets[segment] += 1
+    assert max(budgets) <= size, "a case without full segments"
     kept: set[int] = set()
     for segment, budget in zip(segments, budgets, strict=True):
         kept |= set(sorted(segment, key=lambda i: (-attention[i], i))[:budget])
     return kept
+
+
+def scope(inputs: SelectorInputs, num_kept: int, alpha: float) -> list[int]:
+    attention, features = array(inputs.cls_attention), array(inputs.features)
+    tokens = range(len(attention))
+    similarity = [[cosine(features[i], features[j]) for j in tokens] for i in tokens]
+    chosen: list[int] = []
+    while len(chosen) < num_kept:
+        covered = [max([0.0, *(similarity[i][j] for i in chosen)]) for j in tokens]
+
+        def gain(i: int, covered: list[float] = covered) -> float:
+            return attention[i] ** alpha * sum(max(0.0, similarity[i][j] - covered[j]) for j in tokens)
+
+        chosen.append(max((i for i in tokens if i not in chosen), key=gain))
+    return chosen
+
+
+def hiprune(inputs: SelectorInputs, num_kept: int, alpha: float, columns: int) -> set[int]:
+    middle, deep = array(inputs.middle_global_attention), array(inputs.global_attention)
+    kept: set[int] = set()
+    for anchor in best(middle, round(alpha * num_kept / 5)):
+        for token in (anchor, anchor - 1, anchor + 1, anchor - columns, anchor + columns):
+            kept.add(min(max(token, 0), len(middle) - 1))
+    for token in best(deep, len(deep)):
+        if len(kept) < num_kept:
+            kept.add(token)
+    return kept
+
+
+def vscan(inputs: SelectorInputs, num_kept: int, window: int):
+    """Kept tokens, and ``{token: embedding}``."""
+    (rows, columns), embeds = inputs.image_grids[0], array(inputs.embeds)
+    shallow, deep = array(inputs.shallow_cls_attention), array(inputs.cls_attention)
+    windows = [
+        [r * columns + c for r in range(top, min(top + window, rows)) for c in range(left, min(left + window, columns))]
+        for top in range(0, rows, window)
+        for left in range(0, columns, window)
+    ]
+    each = int(num_kept / 2) // len(windows)
+    kept = [token for part in windows for token in sorted(part, key=lambda i: (-shallow[i], i))[:each]]
+    kept += [token for token in best(deep, len(deep)) if token not in kept][: num_kept - len(kept)]
+    members: dict[int, list[int]] = {token: [token] for token in kept}
+    for token in range(len(deep)):
+        if token not in kept:
+            members[max(kept, key=lambda k: cosine(embeds[token], embeds[k]))].append(token)
+    return kept, {token: embeds[tokens].mean(axis=0) for token, tokens in members.items()}
 
 
 def apportion(weights, capacities, total) -> list[int]:

@@ -132,6 +132,7 @@ def one_token_answers(few_samples):
     return dop.validation_set("pocket", num_samples=2, seed=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOOSING_AGAIN)
 def test_engine_chooses_again_for_every_number_of_tokens(name, pocket, one_token_answers, tmp_path, monkeypatch):
     """Scores equal plain forwards at several counts in one call; a teacher from disk gives the same scores."""
@@ -160,6 +161,7 @@ def test_the_answer_is_not_part_of_the_text_that_selectors_read():
     assert text_read_with_image(image_last, None).nonzero()[:, 0].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_profile_and_solve_with_a_merging_selector(pocket, few_samples):
     profile = dop.profile(pocket, few_samples, selector="visionzip", space="uniform", max_new_tokens=2)
     found = profile.solve(dop.Budget(flops_ratio=0.4))
@@ -189,7 +191,7 @@ def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, fe
         def project_patches(self, states):
             return states.float()
 
-        def encode(self, text):
+        def pieces(self, text):
             texts.append(text)
             return torch.ones(1, 128)
 
@@ -240,6 +242,7 @@ def accuracy_at_random(pocket):
     return accuracy(pocket, "random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cls_attention", "divprune", "vispruner", "cdpruner_llm", "holov", "visionzip"])
 def test_methods_keep_more_of_the_answer_than_chance(name, pocket, accuracy_at_random):
     """On the bundled model 22 tokens of a method answer more than 22 random ones; an inverted ranking would not."""

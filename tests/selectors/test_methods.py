@@ -7,10 +7,13 @@ import pytest
 import slow_selection as slow
 import torch
 from invented_inputs import invented
+from torch.utils.flop_counter import FlopCounterMode
 
 from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
 from dop_search.selectors.base import cosine_matrix
+from dop_search.selectors.divprune import max_min_order
 from dop_search.selectors.grid_cells import balanced_cells, grid_cells, smaller_grid
+from dop_search.selectors.holov import segment_budgets
 from dop_search.selectors.sharing import shares
 from dop_search.selectors.tome import merge_schedule
 from dop_search.strategy.operations import ModelDims
@@ -115,7 +118,7 @@ def test_visionzip(kept, seed, cls_token):
 
 def test_visionzip_takes_received_attention_where_there_is_no_cls_token():
     selector = make_selector("visionzip", {"attention": "received"})
-    assert selector.needs() == {"received_attention", "keys", "features"}
+    assert selector.needs() == {"received_attention", "keys", "features", "tiles"}
     inputs = replace(invented(), cls_attention=None, cls_feature=None)
     assert selector.rank(inputs, 16)[0] == int(inputs.received_attention.argmax())
     with pytest.raises(DopError, match=r"cls.*received.*'mean'"):
@@ -139,10 +142,45 @@ def test_prumerge_plus(kept, seed):
         np.testing.assert_allclose(ours[token], merged[token], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_divprune(seed):
+def test_divprune(seed, lazy):
     inputs = invented(seed=seed)
-    assert make_selector("divprune").rank(inputs, 20)[:20].tolist() == slow.divprune(inputs, 20)
+    assert make_selector("divprune_lazy" if lazy else "divprune").rank(inputs, 20)[:20].tolist() == slow.divprune(
+        inputs, 20, lazy
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lazy_divprune_is_the_published_greedy_from_another_start(seed):
+    """The token that is on average farthest from all others, then the same set as from all pairs."""
+    inputs = invented(8, 9, seed=seed)
+    units = torch.nn.functional.normalize(inputs.embeds, dim=1).numpy()
+    distance = 1 - units @ units.T
+    start = int(distance.sum(axis=1).argmax())
+    for kept in (1, 2, 15, 72):
+        order = make_selector("divprune_lazy").rank(inputs, kept)[:kept].tolist()
+        assert order == max_min_order(distance.__getitem__, start, kept).tolist()
+
+
+def test_lazy_divprune_computes_the_rows_that_it_is_priced_by():
+    """One row of similarities for the start and one for each kept token but the last, which nothing follows."""
+    inputs, counter = invented(8, 9), FlopCounterMode(display=False)
+    selector = make_selector("divprune_lazy")
+    with counter:
+        selector.rank(inputs, 20)
+    rows = counter.get_total_flops() / (2 * 72 * 24)
+    sizes = SelectionSizes(72, 20, DIMS, DIMS.hidden_size, 72)
+    assert selector.selection_flops(sizes) / (2 * 72 * 24) == rows == 20
+    assert make_selector("divprune").selection_flops(sizes) == 2 * 72 * 72 * 24
+
+
+@pytest.mark.parametrize(("kept", "alpha", "seed"), [(12, 1.0, 0), (30, 0.5, 1), (48, 2.0, 2)])
+def test_scope(kept, alpha, seed):
+    inputs = invented(seed=seed)
+    assert make_selector("scope", {"alpha": alpha}).rank(inputs, kept)[:kept].tolist() == slow.scope(
+        inputs, kept, alpha
+    )
 
 
 def test_divprune_prefers_what_is_different():
@@ -184,44 +222,44 @@ def test_cdpruner_llm_keeps_what_the_question_is_about():
 
 
 def clip_similarity(inputs, clip_folder):
-    """Per patch and text segment, by transformers' own text features."""
+    """Patches, raw pieces of the text, and its beginning with an end token, by transformers' own features."""
     from transformers import AutoTokenizer, CLIPModel
 
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder)
     ids = tokenizer(inputs.text, add_special_tokens=False)["input_ids"]
-    longest = model.config.text_config.max_position_embeddings - 2
+    longest = model.config.text_config.max_position_embeddings
+    assert len(ids) + 2 > longest, "the text must be longer than one piece"
+    raw = [0, *ids, 1]
+    whole = [raw[start : start + longest] for start in range(0, len(raw), longest)]
     with torch.no_grad():
-        patches = model.visual_projection(inputs.patch_states)
-        columns = []
-        for start in range(0, len(ids), longest):
-            segment = torch.tensor([[0, *ids[start : start + longest], 1]])
-            features = model.get_text_features(input_ids=segment)
+        patches, columns = model.visual_projection(inputs.patch_states), []
+        for piece in [*whole, [*raw[: longest - 1], 1]]:
+            features = model.get_text_features(input_ids=torch.tensor([piece]))
             columns.append(getattr(features, "pooler_output", features)[0])
-    assert len(columns) > 1, "the text must be longer than one segment"
-    return patches, torch.stack(columns)
+    return patches, torch.stack(columns[:-1]), columns[-1]
 
 
 def test_cdpruner_by_clip(clip_folder):
     inputs = invented(seed=4)
-    patches, segments = clip_similarity(inputs, clip_folder)
+    patches, segments, _ = clip_similarity(inputs, clip_folder)
     similarity = np.array([np.mean([slow.cosine(slow.array(p), slow.array(t)) for t in segments]) for p in patches])
     order = make_selector("cdpruner", {"clip": str(clip_folder)}).rank(inputs, 16)
     assert order[:16].tolist() == slow.cdpruner(slow.array(inputs.embeds), -similarity, 16)
 
 
 def test_trim_by_clip(clip_folder):
-    """Ranks by the negated similarity, and the mean of all others is one of the tokens."""
+    """Ranks by the negated dot product, and the mean of what all others give the projector is one of the tokens."""
     inputs = invented(seed=5)
-    patches, segments = clip_similarity(inputs, clip_folder)
-    text = slow.array(segments.mean(dim=0))
-    similarity = np.array([slow.cosine(slow.array(patch), text) for patch in patches])
+    patches, _, text = clip_similarity(inputs, clip_folder)
+    similarity = np.array([slow.array(patch) @ slow.array(text) for patch in patches])
     selection = make_selector("trim", {"clip": str(clip_folder)}).select(inputs, 12)
     kept = slow.best(-similarity, 11)
     assert selection.order[:11].tolist() == kept
     dropped = [token for token in range(48) if token not in kept]
     assert selection.order[11] == selection.slots[0] == dropped[-1]
+    assert selection.space == "features"
     np.testing.assert_allclose(
-        selection.features[0].numpy(), slow.array(inputs.embeds)[dropped].mean(axis=0), rtol=1e-4, atol=1e-5
+        selection.features[0].numpy(), slow.array(inputs.features)[dropped].mean(axis=0), rtol=1e-4, atol=1e-5
     )
 
 
@@ -249,11 +287,34 @@ def test_trim_llm_mean_token():
     assert plain.order[:10].tolist() == by_relevance[:10]
 
 
-@pytest.mark.parametrize(("kept", "alpha", "seed"), [(16, 0.09, 0), (40, 5.0, 1), (46, 0.0, 2)])
+@pytest.mark.parametrize(("kept", "alpha", "seed"), [(16, 0.09, 0), (23, 5.0, 1), (29, 0.0, 2)])
 def test_holov(kept, alpha, seed):
     inputs = invented(seed=seed)
     order = make_selector("holov", {"num_segments": 8, "alpha": alpha}).rank(inputs, kept)
     assert set(order[:kept].tolist()) == slow.holov(inputs, kept, 8, alpha)
+
+
+def test_holov_hands_out_what_full_segments_cannot_take():
+    """By the same rule: 12 tokens in proportion to 90 : 6 : 4, where the first segment has 5 places."""
+    assert segment_budgets(np.array([90.0, 6.0, 4.0]), [5, 8, 8], 12).tolist() == [5, 5, 2]
+    assert segment_budgets(np.array([1.0, 1.0, 1.0]), [2, 2, 2], 9).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("kept", "alpha", "seed"), [(12, 0.5, 0), (30, 0.1, 1), (40, 1.0, 2)])
+def test_hiprune(kept, alpha, seed):
+    inputs = invented(seed=seed)
+    order = make_selector("hiprune", {"alpha": alpha}).rank(inputs, kept)
+    assert set(order[:kept].tolist()) == slow.hiprune(inputs, kept, alpha, 8)
+
+
+@pytest.mark.parametrize(("kept", "window", "seed"), [(16, 3, 0), (30, 4, 1), (9, 6, 2)])
+def test_vscan(kept, window, seed):
+    inputs = invented(seed=seed)
+    selection = make_selector("vscan", {"window": window}).select(inputs, kept)
+    tokens, merged = slow.vscan(inputs, kept, window)
+    assert selection.order[:kept].tolist() == tokens
+    for token, feature in merged_features(selection).items():
+        np.testing.assert_allclose(feature, merged[token], rtol=1e-4, atol=1e-5)
 
 
 def test_hired_without_crops_is_cls_attention():
@@ -270,13 +331,13 @@ def test_hired_gives_crops_what_the_whole_image_sees_in_them():
     first[[10, 11, 14, 15]] += 1.0
     last[-8:] += 5.0  # newline tokens never count
     inputs = replace(invented(8, 11), cls_attention=last, first_cls_attention=first, tiles=crops, tile_grid=(2, 2))
-    kept = make_selector("hired").rank(inputs, 8)[:8]
-    assert sorted(crops[kept].tolist()) == [0] * 4 + [4] * 4
+    kept = make_selector("hired", {"full_share": 0.75}).rank(inputs, 8)[:8]  # a quarter of 16 positions is counted
+    assert sorted(crops[kept].tolist()) == [0] * 6 + [4] * 2
     whole = [token for token in kept if token < 16]
-    assert whole == slow.best(slow.array(last[:16]), 4)
-    # 20 tokens: the ten best positions of the whole image are counted per quarter
+    assert whole == slow.best(slow.array(last[:16]), 6)
+    # 20 tokens: half of the whole image's positions, the best eight, are counted per quarter
     kept = make_selector("hired").rank(inputs, 20)[:20]
-    top = slow.best(slow.array(first[:16]), 10)
+    top = slow.best(slow.array(first[:16]), 8)
     quarter = [2 * (p // 4 // 2) + (p % 4) // 2 for p in top]
     expected = slow.apportion([quarter.count(c) for c in range(4)], [16] * 4, 10)
     assert [int((crops[kept] == c + 1).sum()) for c in range(4)] == expected

@@ -56,7 +56,7 @@ def test_uniform_grid_treats_several_images_alike():
 
 
 def test_unknown_names_get_a_suggestion():
-    with pytest.raises(DopError, match=r"cls_atention.*Did you mean 'cls_attention'"):
+    with pytest.raises(DopError, match=r"cls_atention.*did you mean 'cls_attention'"):
         make_selector("cls_atention")
     with pytest.raises(DopError, match=r"'random' has no option \['sede'\].*seed"):
         make_selector("random", {"sede": 1})

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from dop_search.testing.processors import drawn_image, tiny_processor
 from dop_search.utils.errors import UnsupportedModelError
 
 HAS_CLS = ("llava", "llava_next", "internvl")
-EVERYWHERE = {"cdpruner_llm", "divprune", "random", "received_attention", "uniform_grid"}
+EVERYWHERE = {"cdpruner_llm", "divprune", "divprune_lazy", "random", "received_attention", "uniform_grid"}
 MERGING_BEHIND_THE_PROJECTOR = {"avg_pool", "trim_llm"}
 
 
@@ -35,9 +36,11 @@ def working(family):
     if family in HAS_CLS:
         names |= {"cls_attention", "holov"}
     if family in ("llava", "llava_next"):
-        names |= {"vispruner"}
+        names |= {"hired", "prumerge_plus", "scope", "vispruner", "visionzip", "vscan"}
+    if family in ("llava", "llava_next", "llava_onevision"):
+        names |= {"hiprune"}
     if family == "llava":
-        names |= {"hired", "prumerge_plus", "resize", "tome", "visionzip"}
+        names |= {"resize", "tome"}
     return names
 
 
@@ -46,7 +49,7 @@ REFUSED = [(family, name) for family in FAMILIES for name in sorted(set(SELECTOR
 BY_RECEIVED = [
     (family, name)
     for family in FAMILIES
-    for name in ("holov", "vispruner")
+    for name in ("holov", "scope", "vispruner")
     if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
 ]
 
@@ -142,5 +145,67 @@ def test_a_prompt_without_image_in_the_batch(name):
 def test_refusals_say_why_and_what_works():
     with pytest.raises(UnsupportedModelError, match=r"Qwen3VL.*behind its first layers.*divprune"):
         RankingSource(adapter_for(model_of("qwen3_vl")), make_selector("avg_pool"))
-    with pytest.raises(UnsupportedModelError, match=r"LlavaNext.*single patches.*avg_pool and trim_llm"):
-        RankingSource(adapter_for(model_of("llava_next")), make_selector("visionzip"))
+    with pytest.raises(UnsupportedModelError, match=r"LlavaOnevision.*single patches.*avg_pool and trim_llm"):
+        RankingSource(adapter_for(model_of("llava_onevision")), make_selector("visionzip"))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_tokens_know_their_tile(family):
+    """A token of tile t is one of the patches that the tower computes for tile t alone; newlines belong to none."""
+    model, inputs = model_of(family), prompts(family, (1,))
+    adapter, shown = adapter_for(model), {}
+    handle = adapter.capture("features", lambda values: shown.update(features=values))
+    alone = adapter.tower_view.module
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            ((tiles, grid),) = adapter.token_tiles([len(shown["features"])])
+            pixels = inputs["pixel_values"].flatten(0, 1)
+            layer = adapter.tower_view.feature_layer + 1
+            states = alone(pixels, output_hidden_states=True).hidden_states[layer][:, adapter.tower_view.num_extra :]
+    finally:
+        handle.remove()
+    assert grid[0] * grid[1] + 1 == len(states) > 2
+    assert set(tiles.tolist()) == set(range(-1, len(states)))
+    for tile in range(len(states)):
+        its = shown["features"][tiles == tile]
+        distance = torch.cdist(its, states.flatten(0, 1))
+        assert (distance.argmin(dim=1) // states.shape[1] == tile).all()
+        assert float(distance.min(dim=1).values.max()) < 1e-4
+    embeds = int(adapter.visual_token_mask(inputs["input_ids"]).sum())
+    newlines = (tiles < 0).nonzero()[:, 0].tolist()
+    assert len(tiles) == embeds
+    assert newlines[-1] == embeds - 1, "the last row ends with one"
+
+
+@pytest.mark.parametrize(
+    "name", ["visionzip", "prumerge_plus", "vispruner", "vscan", "hiprune", "hired", "scope", "cdpruner_llm"]
+)
+def test_every_tile_keeps_its_share_and_newlines_go_first(name):
+    model, inputs = model_of("llava_next"), prompts("llava_next", (1,))
+    adapter, seen = adapter_for(model), {}
+    source = RankingSource(adapter, make_selector(name))
+    hook = adapter.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            ids = inputs["input_ids"]
+            visual = adapter.visual_token_mask(ids)
+            count = int(visual.sum())
+            (sample,) = source.sample_inputs([count], seen["embeds"], ids, visual)
+            selection = source.selector.select(sample, count // 3)
+    finally:
+        hook.remove()
+        source.close()
+    tiles = sample.tiles.numpy()
+    kept = selection.order[: count // 3]
+    assert sorted(selection.order) == list(range(count))
+    assert (tiles[kept] >= 0).all()
+    if name != "hired":
+        sizes = np.bincount(tiles[tiles >= 0])
+        fair = len(kept) * sizes / sizes.sum()
+        limit = 2 if SELECTORS[name].nested else 1  # taking turns
+        assert np.abs(np.bincount(tiles[kept], minlength=len(sizes)) - fair).max() < limit
+    assert (tiles[selection.slots] >= 0).all()

@@ -1,5 +1,6 @@
 """What a vision tower shows, and the two selectors that change what it computes, on the bundled model's tower."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
 from dop_search.models import adapter_for
-from dop_search.models.capture import TOWER_FIELDS, capture_field, tower_flops
+from dop_search.models.capture import TOWER_FIELDS, attention_flops, capture_field, mlp_flops
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 from dop_search.selectors.grid_cells import grid_cells
@@ -51,12 +52,17 @@ def test_captures_equal_what_the_eager_tower_reports(pocket, few_samples, pixels
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(shown["cls_attention"][..., 0], out.attentions[layer].mean(dim=1)[:, 0, 1:], **close)
     torch.testing.assert_close(shown["first_cls_attention"][..., 0], out.attentions[0].mean(dim=1)[:, 0, 1:], **close)
+    quarter = out.attentions[0].mean(dim=1)[:, 0, 1:]  # of five layers the first is a quarter up, the second the middle
+    torch.testing.assert_close(shown["shallow_cls_attention"][..., 0], quarter, **close)
+    for name, which in (("global_attention", layer), ("middle_global_attention", 1)):
+        everyone = out.attentions[which].mean(dim=(1, 2))[:, 1:]  # the CLS token asks, too
+        torch.testing.assert_close(shown[name][..., 0], everyone, **close)
     received = out.attentions[layer][:, :, 1:].mean(dim=(1, 2))[:, 1:]  # the CLS token does not ask
     torch.testing.assert_close(shown["received_attention"][..., 0], received, **close)
     torch.testing.assert_close(shown["features"], out.hidden_states[layer][:, 1:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shown["cls_feature"][:, 7], out.hidden_states[layer][:, 0], rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
-        states = view.module.post_layernorm(out.hidden_states[-1][:, 1:])
+        states = view.module.post_layernorm(out.hidden_states[layer][:, 1:])
     torch.testing.assert_close(shown["patch_states"], states, rtol=1e-4, atol=1e-4)
     attention = view.layers[-1].self_attn
     with torch.inference_mode():
@@ -96,7 +102,7 @@ def test_tome_equals_its_definition_head_by_head(pocket, pixels, num_kept):
             merged = pocket.adapter.encode_images(pixels).view(2, 256, -1)
         finally:
             patch.restore()
-    sizes = patch.values["tower_sizes"][..., 0].numpy()
+    sizes = patch.run.values["tower_sizes"][..., 0].numpy()
     for image in range(2):
         rows, size, origin = embedded[image], np.ones(257), [[token - 1] for token in range(257)]
         for layer, count in zip(view.layers, merge_schedule(256, num_kept, 5), strict=True):
@@ -149,9 +155,12 @@ def test_tower_flops_are_what_a_counter_measures(pocket, pixels, name, num_kept)
         reduced = measured()
     finally:
         patch.restore()
-    tokens = len(view.layers)
-    assert full == tower_flops(view, make_selector("random").tower_tokens(256, num_kept, tokens))
-    expected = tower_flops(view, selector.tower_tokens(256, num_kept, tokens))
+    depth = len(view.layers)
+    merged = merge_schedule(256, num_kept, depth) if name == "tome" else (0,) * depth
+    counts = np.cumsum([256 if name == "tome" else num_kept, *np.negative(merged)]).tolist()  # before each layer
+    assert counts[-1] == num_kept
+    assert full == depth * (attention_flops(view, 256) + mlp_flops(view, 256))
+    expected = sum(attention_flops(view, n) + mlp_flops(view, m) for n, m in itertools.pairwise(counts))
     matching = 0 if name == "resize" else reduced - expected  # ToMe's own similarities
     assert reduced - matching == expected
     assert 0 <= matching <= 0.05 * full

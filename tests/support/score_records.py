@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dop_search.app.eval_record import EvalRecord, StrategyScores
-from dop_search.app.record import ModelInfo, Provenance, Record, RelativeMean, ScoreComparison, SuiteInfo
+from dop_search.app.record import (
+    EvalRecord,
+    ModelInfo,
+    Provenance,
+    Record,
+    RelativeMean,
+    ScoreComparison,
+    StrategyScores,
+    SuiteInfo,
+)
 from dop_search.strategy import Strategy
 
 FULL = {"gqa": (62.0, "%"), "pope": (86.5, "%"), "mme": (1800.0, "points")}

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from support.command_line import exit_status
 
-from dop_search.app import study as registry
+from dop_search.app import study_run
 from dop_search.app.cli.bench import main as bench
 from dop_search.app.cli.evaluate import main as evaluate
 from dop_search.app.cli.search import main as search
@@ -20,15 +20,17 @@ from dop_search.app.record import Record
 from dop_search.app.results import read_result
 from dop_search.baselines import BASELINES, baseline
 from dop_search.baselines.uniform import UniformReduction
+from dop_search.search import SOLVERS
 from dop_search.selectors import SELECTORS
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
 
 MODULE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dop_search.search import SOLVERS, additive_exact, uniform_strategy
 from dop_search.selectors import SELECTORS
 from dop_search.selectors.base import Selector, descending
 
@@ -44,6 +46,14 @@ class FeatureNormSelector(Selector):
 
 
 SELECTORS[FeatureNormSelector.name] = FeatureNormSelector
+
+
+def dearest(problem, budget, num_tries: int = 3):
+    found = additive_exact(problem, budget)
+    return replace(found, strategy=uniform_strategy(problem, budget), kl_additive=float(num_tries), solver="dearest")
+
+
+SOLVERS["dearest"] = dearest
 """
 TINY = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0"),
@@ -54,14 +64,15 @@ TINY = (
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module with a selector, in a folder on the path; nothing of it stays."""
-    before = dict(SELECTORS)
+    before = [(registry, dict(registry)) for registry in (SELECTORS, SOLVERS)]
     (tmp_path / "somewhere").mkdir()
     (tmp_path / "somewhere" / "my_selectors.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path / "somewhere")
     yield "my_selectors"
     sys.modules.pop("my_selectors", None)
-    SELECTORS.clear()
-    SELECTORS.update(before)
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 def config(*overrides: str) -> SearchConfig:
@@ -69,6 +80,7 @@ def config(*overrides: str) -> SearchConfig:
         return parse_config(compose(CONFIG_NAME, list(overrides)))
 
 
+@pytest.mark.slow
 def test_a_search_with_a_selector_of_ones_own(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = (f"imports=[{module}]", "selector.name=feature_norm", "+selector.options.power=1")
@@ -79,19 +91,45 @@ def test_a_search_with_a_selector_of_ones_own(module: str, tmp_path: Path, monke
     assert "feature_norm" not in BASELINES
 
 
-def test_a_helper_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_search_with_a_solver_of_ones_own(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its solution is measured and confirmed as any other, and its options are in the record."""
+    monkeypatch.chdir(tmp_path)
+    own = (f"imports=[{module}]", "search=own", "search.solver=dearest", "+search.num_tries=5")
+    tiny = [word for word in TINY if not word.startswith("search.")]
+    assert exit_status(search, "dop-search", *tiny, *own, "hydra.run.dir=run") == 0
+    record = Record.load(tmp_path / "run")
+    assert (record.solver.name, record.solver.options) == ("dearest", {"num_tries": 5})
+    (result,) = record.results
+    assert result.kl_additive == 5.0
+    assert result.uniform is not None
+    assert result.kl_heldout == result.uniform.kl_heldout
+
+
+def test_options_of_a_solver_of_ones_own_are_checked_before_anything_runs(module: str) -> None:
+    own = (f"imports=[{module}]", "search=own")
+    with pytest.raises(ConfigError, match=r"search\.solver: must be one of .*'dearestt'; did you mean 'dearest'"):
+        config(*own, "search.solver=dearestt")
+    with pytest.raises(ConfigError, match=r"search: solver 'dearest' has no option 'num_trie'; did you mean 'num_tri"):
+        config(*own, "search.solver=dearest", "+search.num_trie=5")
+    with pytest.raises(ConfigError, match=r"no option 'num_rerank'.*`search=own` brings no options of other solvers"):
+        config(own[0], "search.solver=dearest")
+
+
+@pytest.mark.slow
+def test_a_worker_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
     """Spawned as ``study.workers=2`` does, it knows nothing of what its parent has imported."""
     places = (f"study.folder={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "num_threads=1")
     options = (
         "study.options.names=[feature_norm]",
-        "++study.options.space=dop",
+        "study.options.space=dop",
         "study.options.num_candidates=1",
         "data.num_test=0",
         "budget=0.3",
     )
     chosen = config("experiment=selectors", *TINY[2:-2], *options, *places, f"imports={module}", "tracking=none")
     assert chosen.imports == (module,)
-    process = multiprocessing.get_context("spawn").Process(target=registry._help, args=(chosen,))
+    process = multiprocessing.get_context("spawn").Process(target=study_run._work, args=(chosen,))
     process.start()
     process.join()
     assert process.exitcode == 0

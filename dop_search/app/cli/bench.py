@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,11 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.files import check_writable, write_text_atomic
+from dop_search.utils.extras import check_extras
+from dop_search.utils.files import check_writable
+from dop_search.utils.versioned import Format, write_json
+
+VALIDATION = Format("a latency validation", "dop_search.latency_validation", 1, "run dop-bench again")
 
 DESCRIPTION = """\
 Time the full model against pruned ones: vision tower, prefill, each decoded token, end to end; memory and KV cache.
@@ -141,9 +144,11 @@ def run(options: argparse.Namespace) -> Comparison:
     """Build the model, make the variants, time them, write what was asked for.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     _check(options)
+    if options.mlflow is not None:
+        check_extras("--mlflow", "search")
     if options.out is not None:
         check_writable(options.out.parent, "--out")
     import_modules(options.imports)
@@ -181,7 +186,7 @@ def run(options: argparse.Namespace) -> Comparison:
         what, environment(model, adapter, options.clock), given.counts, options.tokens, tuple(rows), tuple(notes)
     )
     if options.out is not None:
-        write_text_atomic(options.out, json.dumps(result.to_json(), indent=1) + "\n")
+        write_json(options.out, result.to_json(), indent=1)
     if options.mlflow is not None:
         _log(options.mlflow, result)
     return result
@@ -191,7 +196,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
     """Read or measure the latency table, and compare what it predicts with what random strategies take.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     _check(options)
     import_modules(options.imports)
@@ -221,8 +226,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
     )
     if options.out is not None:
         data = {
-            "format": "dop_search.latency_validation",
-            "version": 1,
+            **VALIDATION.stamp,
             "what": what,
             "environment": where,
             "text_tokens": counts.text,
@@ -230,7 +234,7 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
             "summary": summary(predictions),
             "predictions": [item.to_json() for item in predictions],
         }
-        write_text_atomic(options.out, json.dumps(data, indent=1) + "\n")
+        write_json(options.out, data, indent=1)
     return predictions
 
 
@@ -316,11 +320,9 @@ def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: 
 
 
 def _log(uri: str, result: Comparison) -> None:
-    try:
-        from dop_search.app.config import TrackingConfig
-        from dop_search.app.tracking.store import log_benchmark
-    except ImportError as error:
-        raise ConfigError(f"--mlflow needs `dop-search[search]`: {error}") from error
+    from dop_search.app.config import TrackingConfig
+    from dop_search.app.tracking.store import log_benchmark
+
     log_benchmark(TrackingConfig(uri=uri), result.to_json())
 
 

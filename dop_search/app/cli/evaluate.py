@@ -24,10 +24,10 @@ def run_evaluation(composed: DictConfig, run_dir: Path) -> None:
     """Validate the configuration, score, and print the tables and where everything lies.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     config = parse_as(composed, EvalRunConfig)
-    from dop_search.app.tracking.store import check_tracking, ui_command
+    from dop_search.app.tracking.connection import check_tracking, ui_command
 
     check_tracking(config.tracking)
     from dop_search.app.evaluate import evaluate

@@ -19,12 +19,15 @@ from rich.console import Console
 
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError, DopError
+from dop_search.utils.extras import check_extras
 from dop_search.utils.files import cannot_write
 
 log = logging.getLogger(__name__)
 
 _CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """A disk that is full or read-only."""
+LAUNCHER_EXTRAS = {"hydra/launcher=slurm": "slurm", "hydra/launcher=ray_gpu": "ray"}
+"""Overrides that Hydra cannot compose without an extra of this package."""
 
 
 def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], None]) -> None:
@@ -35,10 +38,8 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
     """
     try:
         directory = config_dir()
-    except DopError as error:
-        sys.exit(f"{name}: {error}")
-
-    try:
+        for override in LAUNCHER_EXTRAS.keys() & set(sys.argv):
+            check_extras(override, LAUNCHER_EXTRAS[override])
         check_choices(sys.argv[1:], directory)
     except DopError as error:
         sys.exit(f"{name}: {error}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dop_search.app.cli.hydra_command import print_end, run_command
 from dop_search.app.config import SearchConfig, parse_config
+from dop_search.app.config.schema import StudyConfig
 from dop_search.utils.conf import CONFIG_NAME
 from dop_search.utils.progress import default_progress
 
 
 def main() -> None:
     """Entry point: one search, or with ``-m`` one per combination."""
+    if any(argument.lstrip("+~").startswith("hidden_states=") for argument in sys.argv[1:]):
+        sys.exit("dop-search: `hidden_states` is gone: set `memory` to auto or to the GiB that a search may fill")
     run_command("dop-search", CONFIG_NAME, run_search)
 
 
@@ -22,15 +26,20 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     """Validate the configuration, search, and print the summary and where everything lies.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
     config = parse_config(composed)
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
-    from dop_search.app.tracking.store import check_tracking, ui_command
+    from dop_search.app.tracking.connection import check_tracking, ui_command
 
+    if config.plan:
+        from dop_search.app.plan import show_plan
+
+        show_plan(config)
+        return
     check_tracking(config.tracking)
     if config.study is not None:
-        run_study_job(config)
+        run_study_job(config, config.study)
         return
     from dop_search.app.report import summary
     from dop_search.app.report.scores import score_summary
@@ -48,20 +57,21 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     )
 
 
-def run_study_job(config: SearchConfig) -> None:
+def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
     """Measure a study, and print its table and where everything lies.
 
     Raises:
-        DopError: for anything the user can mend.
+        DopError: for anything the user can fix.
     """
-    from dop_search.app.report.studies import study_table
-    from dop_search.app.study import run_study
-    from dop_search.app.tracking.store import ui_command
+    from dop_search.app.study_run import run_study
+    from dop_search.app.tracking.connection import ui_command
 
-    assert config.study is not None
-    table = study_table(run_study(config, default_progress()))
-    folder = os.path.relpath(config.study.folder)
-    print_end([] if table is None else [table], [f"Rows, figures: {folder}"], ui_command(config.tracking))
+    done = run_study(config, default_progress())
+    lines = [f"Rows, figures: {os.path.relpath(done.folder)}"]
+    if done.num_published:
+        rows = f"{done.num_published} of {len(done.data['rows'])} rows are the published ones"
+        lines.append(f"{rows}; `study.published=null study.folder=NEW` measures them again")
+    print_end([] if done.table is None else [done.table], lines, ui_command(config.tracking))
 
 
 if __name__ == "__main__":

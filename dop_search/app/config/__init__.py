@@ -2,9 +2,7 @@
 
 from dop_search.app.config.parse import parse_as, parse_config
 from dop_search.app.config.schema import (
-    BudgetConfig,
     DataConfig,
-    EvalConfig,
     EvalRunConfig,
     ModelConfig,
     SearchConfig,
@@ -23,9 +21,7 @@ from dop_search.app.config.solvers import (
 __all__ = [
     "AdditiveExactConfig",
     "AdditiveOptunaConfig",
-    "BudgetConfig",
     "DataConfig",
-    "EvalConfig",
     "EvalRunConfig",
     "ExactOptunaConfig",
     "ExhaustiveConfig",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Sequence
@@ -11,11 +10,14 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from dop_search.app.config.schema import SearchConfig
+from dop_search.app.config.schema import Imports, SearchConfig
+from dop_search.app.config.solvers import OWN
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.extensions import import_modules
+from dop_search.utils.registry import did_you_mean
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -30,21 +32,37 @@ def parse_config(config: DictConfig) -> SearchConfig:
 
 
 def parse_as(config: DictConfig, schema: type[Root]) -> Root:
-    """Validate a composed configuration of any command, see :func:`parse_config`."""
+    """Validate a composed configuration of any command, see :func:`parse_config`; imports what ``imports`` names."""
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from error
+    _import_first(tree)
+    return parse_section(tree, schema)
+
+
+def parse_section(values: Any, schema: type[Root], path: str = "") -> Root:
+    """Validate a section that was found at ``path``, see :func:`parse_config`."""
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_line(detail, tree, schema) for detail in error.errors(include_url=False)]
+        lines = [_line(detail, values, schema, path) for detail in error.errors(include_url=False)]
         count = "an error" if len(lines) == 1 else f"{len(lines)} errors"
         raise ConfigError("\n  ".join([f"the configuration has {count}:", *lines])) from error
 
 
-def _line(error: ErrorDetails, tree: Any, schema: type[BaseModel]) -> str:
+def _import_first(tree: Any) -> None:
+    """Import modules of one's own: what they register can be chosen, and has options."""
+    try:
+        names = TypeAdapter(Imports).validate_python(tree.get("imports", ()))
+    except ValidationError:
+        return  # told with all other errors
+    import_modules(names)
+
+
+def _line(error: ErrorDetails, tree: Any, schema: type[BaseModel], prefix: str) -> str:
     path, section = _walk(error["loc"], schema)
+    path = ".".join(filter(None, (prefix, path)))
     if path.startswith("budget[0]") and isinstance(tree, dict) and not isinstance(tree.get("budget"), list):
         path = path.replace("budget[0]", "budget", 1)
     given = error["input"]
@@ -67,8 +85,8 @@ def _line(error: ErrorDetails, tree: Any, schema: type[BaseModel]) -> str:
 
 
 def _suggest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    near = did_you_mean(name, names, count=2, cutoff=0.5)
+    return f"; {near.rstrip()}" if near else ""
 
 
 def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type | None]:
@@ -91,7 +109,8 @@ def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str
 def _tag(section: type) -> str | None:
     """What chooses this section among those of a union."""
     annotation = _fields(section).get("solver") or _fields(section).get("kind")
-    return str(typing.get_args(annotation)[0]) if annotation else None
+    names = typing.get_args(annotation)
+    return str(names[0]) if names else OWN if annotation else None
 
 
 def _fields(section: type) -> dict[str, Any]:

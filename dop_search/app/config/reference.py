@@ -36,6 +36,9 @@ _LAUNCHERS = {
 }
 """Of ``hydra/launcher``: Hydra and its plugin bring these."""
 
+_BY_NAME = ("Benchmark",)
+"""What is chosen by name, and has its own file in ``conf/``."""
+
 Schema = Mapping[str, Any]
 
 
@@ -44,8 +47,21 @@ def reference() -> str:
     search, evaluation = SearchConfig.model_json_schema(), EvalRunConfig.model_json_schema()
     lines = [_INTRODUCTION, "## Options of the groups", "", *_groups(config_dir())]
     lines += ["## Keys of `dop-search`", "", *_section("", search, search["$defs"])]
+    lines += ["## Options of the studies", "", *_studies()]
     lines += ["## Keys of `dop-eval`", "", *_table(evaluation, "see above")]
     return "\n".join(lines)
+
+
+def _studies() -> Iterator[str]:
+    """The question and the options of every study of the repository."""
+    from dop_search.app.study import find_study, study_names  # not before it is needed: imports torch
+
+    yield "`study.options` of each study in `experiments/`; its file in `conf/experiment/` sets all of them."
+    yield ""
+    for name in study_names():
+        study = find_study(name)
+        yield from (f"### `study.options` (study.name={name})", "", study.question, "")
+        yield from _table(study.model_json_schema())
 
 
 def _groups(folder: Path) -> Iterator[str]:
@@ -83,12 +99,14 @@ def _section(path: str, schema: Schema, defs: Schema) -> Iterator[str]:
         yield from (_summary(schema), "")
     yield from _table(schema)
     for name, field in schema["properties"].items():
-        mentioned = [defs[ref] for ref in _references(field)]
+        mentioned = [defs[ref] for ref in _references(field) if ref not in _BY_NAME]
         inner = f"{path}.{name}" if path else name
         inner += "[]" if "items" in field else ""
         for section in mentioned:
             tag = [f"{key}={value['const']}" for key, value in section["properties"].items() if "const" in value]
-            yield from _section(inner + (f" ({tag[0]})" if len(mentioned) > 1 else ""), section, defs)
+            yield from _section(
+                inner + (f" ({tag[0] if tag else 'any other'})" if len(mentioned) > 1 else ""), section, defs
+            )
 
 
 def _table(schema: Schema, section: str = "see below") -> Iterator[str]:
@@ -112,6 +130,8 @@ def _type(field: Schema) -> str:
     """The type in words, limits included."""
     if "const" in field or "enum" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum") or [field["const"]])
+    if set(_references(field)) & set(_BY_NAME):
+        return "list of (string or mapping)"
     if "$ref" in field or "oneOf" in field:
         return "section"
     if "anyOf" in field:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
+    PlainSerializer,
     PositiveInt,
     field_validator,
     model_validator,
@@ -18,6 +21,8 @@ from dop_search.app.config.section import Section
 from dop_search.app.config.solvers import AdditiveExactConfig, SolverConfig, Storage
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import Split
+from dop_search.evaluation.suites import NO_BENCHMARKS, Suite, find_benchmarks, load_suite, suite_fields
+from dop_search.strategy.cost import Budget
 
 
 def _dotted(name: str) -> str:
@@ -46,7 +51,9 @@ class ModelConfig(Section):
     device: str = "auto"
     """``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …"""
     device_map: str | None = None
-    """Spread the weights by accelerate, e.g. ``auto``; excludes ``device``."""
+    """Spread the weights over GPUs by accelerate, e.g. ``auto``; excludes ``device``."""
+    quantization: Literal["bnb4", "bnb8", "int8"] | None = None
+    """The decoder's weights in fewer bits: ``bnb4``, ``bnb8`` need bitsandbytes, ``int8`` needs torchao."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """``flash_attention_2`` needs flash-attn, a GPU and half precision; ``sdpa`` has the same kernels without it."""
     trust_remote_code: bool = False
@@ -139,90 +146,24 @@ class SpaceConfig(Section):
         return self
 
 
-class BudgetConfig(Section):
-    """What a strategy may cost at prefill; exactly one of the fields is given."""
-
-    flops_ratio: float | None = None
-    """Share of the full model's prefill FLOPs (text included), in (0, 1]."""
-    kv_ratio: float | None = None
-    """Share of the full model's KV-cache bytes, in (0, 1]."""
-    flops: Annotated[float, Field(gt=0.0)] | None = None
-    """Absolute prefill FLOPs per sample (1 MAC = 2 FLOPs)."""
-    kv_bytes: Annotated[float, Field(gt=0.0)] | None = None
-    """Absolute bytes of the KV cache per sample."""
-    latency_ratio: float | None = None
-    """Share of the full model's prefill time on this device, in (0, 1]; a table of layer times is measured first."""
-    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Absolute prefill milliseconds per sample on this device."""
-
-    @field_validator("flops_ratio", "kv_ratio", "latency_ratio")
-    @classmethod
-    def _is_ratio(cls, value: float | None) -> float | None:
-        if value is not None and not 0.0 < value <= 1.0:
-            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value <= 100.0 else ""
-            raise ValueError(f"`0 < ratio <= 1` must hold, but got {value:g}{hint}")
+def _suite(value: Any) -> Any:
+    """A mapping with its benchmarks: those that it names, or else those of the suite's file."""
+    if not isinstance(value, Mapping):
         return value
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> BudgetConfig:
-        given = self.model_dump(exclude_none=True)
-        if len(given) != 1:
-            raise ValueError(
-                f"a budget needs exactly one of {', '.join(type(self).model_fields)}, but got {given or 'none'}"
-            )
-        return self
-
-    @property
-    def name(self) -> str:
-        """The cost that is limited."""
-        return next(iter(self.model_dump(exclude_none=True)))
-
-    @property
-    def is_latency(self) -> bool:
-        """Whether it needs layer times of this device."""
-        return self.name.startswith("latency")
-
-    @property
-    def value(self) -> float:
-        """The limit, in the unit of :attr:`name`."""
-        return float(getattr(self, self.name))
-
-    @property
-    def plain(self) -> float | dict[str, float]:
-        """As in records: a number for a FLOPs ratio, ``{name: value}`` for anything else."""
-        return self.value if self.name == "flops_ratio" else {self.name: self.value}
+    fields = dict(value)
+    if not fields.get("benchmarks") and fields.get("name", NO_BENCHMARKS[0]) not in NO_BENCHMARKS:
+        fields.pop("benchmarks", None)
+        fields = suite_fields(str(fields["name"])) | fields
+    fields["benchmarks"] = find_benchmarks(fields.get("benchmarks") or ())
+    is_known = fields.keys() <= {field.name for field in dataclasses.fields(Suite)}
+    return Suite(**fields) if is_known else fields  # pydantic names keys near to an unknown one
 
 
-class EvalConfig(Section):
-    """How the found strategies are judged beyond KL."""
+BudgetConfig = Annotated[Budget, BeforeValidator(Budget.of)]
+"""A number is a FLOPs ratio; a mapping names another cost."""
 
-    name: str = Field(default="accuracy", min_length=1)
-    """``accuracy``: on ``data.num_test`` samples; ``none``; or a suite of benchmarks, e.g. ``pocket13``, ``dop13``."""
-    benchmarks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)] = ()
-    """Of a suite, by their names in ``conf/benchmarks.yaml``; none: those of the suite's file."""
-    source: Literal["hub", "rendered"] = "hub"
-    """Where the rows come from: the hub's data sets, or rendered in their schemas (no network)."""
-    judge: bool = True
-    """Whether a benchmark may ask its GPT judge."""
-    limit: PositiveInt | None = None
-    """Most samples per benchmark; ``null``: all."""
-    batch_size: PositiveInt = 16
-    """Samples per generation call."""
-    max_new_tokens: PositiveInt | None = None
-    """Longest answer, instead of what each benchmark says."""
-
-    @property
-    def is_suite(self) -> bool:
-        """Whether benchmarks are run."""
-        return self.name not in ("none", "accuracy")
-
-    @model_validator(mode="after")
-    def _benchmarks_have_a_name(self) -> EvalConfig:
-        if self.benchmarks and not self.is_suite:
-            raise ValueError(
-                f"`name={self.name}` runs no benchmarks, but got {list(self.benchmarks)}; set a suite's name"
-            )
-        return self
+SuiteConfig = Annotated[Suite, BeforeValidator(_suite), PlainSerializer(Suite.to_json)]
+"""How strategies are judged beyond KL."""
 
 
 class TrackingConfig(Section):
@@ -241,16 +182,25 @@ class TrackingConfig(Section):
 
 
 class StudyConfig(Section):
-    """A study instead of one search: a table of rows, see ``dop_search.studies``."""
+    """A study instead of one search: a table of rows, see ``experiments/README.md``."""
 
     name: str = Field(min_length=1)
     """``compare``, ``additive_vs_exact``, …: the files in ``conf/experiment`` that set it are the way to choose one."""
-    folder: str = Field(default="outputs/studies", min_length=1)
-    """Where ``result.json`` and the figures are; rows that are there are not measured again."""
+    folder: str | None = None
+    """Where ``result.json`` and the figures are written; rows that are there are not measured again. ``null``:
+    ``outputs/NAME``."""
+    published: str | None = None
+    """A folder of the repository, or any other, with a result to begin a new ``folder`` with: its rows are not measured
+    again where model, samples and options are the same. ``null``: every row is measured."""
     workers: PositiveInt = 1
     """Processes that share the rows; with more than one, each computes on ``num_threads`` threads, or on one."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the study can be told besides, e.g. which methods to compare."""
+    """The study's own options, see the studies below."""
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self.folder or f"outputs/{self.name}"
 
 
 class SearchConfig(Section):
@@ -261,43 +211,56 @@ class SearchConfig(Section):
     selector: SelectorConfig = SelectorConfig()
     space: SpaceConfig = SpaceConfig()
     budget: Annotated[tuple[BudgetConfig, ...], Field(strict=False)] = (
-        BudgetConfig(flops_ratio=0.5),
-        BudgetConfig(flops_ratio=0.3),
-        BudgetConfig(flops_ratio=0.15),
+        Budget(flops_ratio=0.5),
+        Budget(flops_ratio=0.3),
+        Budget(flops_ratio=0.15),
     )
     """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` or ``{latency_ratio: 0.3}`` limits another cost; a list searches
     each."""
     search: SolverConfig = AdditiveExactConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: SuiteConfig = Suite()
+    """How the found strategies are judged beyond KL."""
     study: StudyConfig | None = None
     """A table to measure instead of one search; ``null``: search."""
     tracking: TrackingConfig = TrackingConfig()
     batch_size: PositiveInt = 16
-    """Samples per generation call; scoring batches by what fits the device."""
-    hidden_states: Literal["keep", "offload", "recompute"] = "keep"
-    """The full model's hidden states while profiling: on the device (fastest), in CPU memory, or recomputed (least)."""
+    """Most samples per generation call."""
+    memory: Literal["auto"] | Annotated[float, Field(gt=0.0)] = "auto"
+    """GiB of the model's device that a search may fill, weights included; ``auto``: most of what is free. Samples are
+    batched and hidden states are kept by it; the numbers do not depend on it."""
+    plan: bool = False
+    """Print what the search would hold and compute, stage by stage, from configurations alone, and run nothing."""
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Teacher and divergences, keyed by content: the same command again continues where it stopped."""
     storage: Storage | None = None
-    """Where several processes share one search: a journal file, or a database URL such as
-    ``postgresql+psycopg://user@host/db``. ``null``: this process searches alone."""
+    """Where several processes share one search, also the study of ``exact_optuna``: a journal file, or a database URL
+    such as ``postgresql+psycopg://user@host/db``. ``null``: this process searches alone."""
     seed: NonNegativeInt = 0
     """Of the solvers' samplers and of the bootstrap."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; ``null``: torch's default."""
     imports: Imports = ()
-    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families or methods;
-    imported before anything is looked up by name."""
+    """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families, methods,
+    solvers or studies; imported before anything is looked up by name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key_for_memory(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "hidden_states" in values:
+            raise ValueError(
+                f"`hidden_states` is gone (got {values['hidden_states']!r}): `memory` decides where hidden states are "
+                "kept; set it to auto or to the GiB that a search may fill"
+            )
+        return values
 
     @field_validator("budget", mode="before")
     @classmethod
-    def _as_list_of_mappings(cls, value: Any) -> Any:
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        return [{"flops_ratio": x} if isinstance(x, (int, float, str, bool)) else x for x in items]
+    def _as_list_of_budgets(cls, value: Any) -> Any:
+        return list(value) if isinstance(value, (list, tuple)) else [value]
 
     @field_validator("budget", mode="after")
     @classmethod
-    def _all_different(cls, budgets: tuple[BudgetConfig, ...]) -> tuple[BudgetConfig, ...]:
+    def _all_different(cls, budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
         plain = [budget.plain for budget in budgets]
         if not plain:
             raise ValueError("at least one budget is needed, e.g. budget=0.3, but got []")
@@ -310,7 +273,8 @@ class EvalRunConfig(Section):
     """Everything that one ``dop-eval`` depends on."""
 
     model: ModelConfig = ModelConfig()
-    eval: EvalConfig = EvalConfig(name="pocket13", source="rendered", judge=False, max_new_tokens=16)
+    eval: SuiteConfig = Field(default_factory=lambda: load_suite("pocket13"))
+    """The benchmarks."""
     strategy: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Strategy files; a file or a list of files. None: the full model alone."""
     limit: PositiveInt | None = None
@@ -328,10 +292,11 @@ class EvalRunConfig(Section):
     """As with ``dop-search``."""
 
     @property
-    def suite(self) -> EvalConfig:
+    def suite(self) -> Suite:
         """``eval`` with ``limit`` and ``batch_size``."""
-        given = {"limit": self.limit, "batch_size": self.batch_size}
-        return self.eval.model_copy(update={name: value for name, value in given.items() if value is not None})
+        limit = self.eval.limit if self.limit is None else self.limit
+        batch_size = self.eval.batch_size if self.batch_size is None else self.batch_size
+        return dataclasses.replace(self.eval, limit=limit, batch_size=batch_size)
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -347,8 +312,8 @@ class EvalRunConfig(Section):
 
     @field_validator("eval", mode="after")
     @classmethod
-    def _is_suite(cls, value: EvalConfig) -> EvalConfig:
-        if not value.is_suite:
+    def _runs_benchmarks(cls, value: Suite) -> Suite:
+        if not value.benchmarks:
             raise ValueError(
                 f"dop-eval runs a suite of benchmarks, e.g. eval=pocket13 or eval=dop13, not {value.name!r}"
             )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Item = TypeVar("Item")
+
+Listed = Annotated[tuple[Item, ...], Field(strict=False)]
+"""A tuple that is written as a list: ``Listed[int]``."""
 
 
 class Section(BaseModel):

@@ -1,13 +1,37 @@
-"""What can be configured of the solvers: one section each, told apart by the key ``solver``."""
+"""What can be configured of the solvers, and what a search does with it: one section each, told apart by ``solver``.
+
+A solver of one's own needs no section: its options are its keyword arguments.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from dop_search.app.config.section import Section
+from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import did_you_mean
+
+if TYPE_CHECKING:  # importing the configuration imports no SciPy
+    from dop_search.search import MeasuredSolution, OnProgress, Problem
+    from dop_search.strategy.cost import Budget
 
 Criterion = Literal["kl", "root_kl"]
 """How candidates are ranked by their exact KL per sample, see ``dop_search.search.criteria``."""
@@ -28,7 +52,41 @@ Storage = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 """An Optuna storage: a journal file, or a database URL."""
 
 
-class AdditiveExactConfig(Section):
+@dataclass(frozen=True)
+class SearchPlace:
+    """What the trials of a search are kept under, beside its options.
+
+    Attributes:
+        teacher: fingerprint of the full model's answers.
+        shares: of the kept tokens per group.
+        averaging: of the KL over answer positions.
+        storage: that several processes share, if any.
+        cache_dir: where trials are kept otherwise.
+    """
+
+    teacher: str
+    shares: Sequence[float]
+    averaging: str
+    storage: str | None
+    cache_dir: Path
+
+
+class SolverSection(Section):
+    """A solver with its options."""
+
+    solver: str
+
+    def candidates(
+        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
+    ) -> list[MeasuredSolution]:
+        """The solver's solution, with its exact KL, and what it was compared with; the best first."""
+        from dop_search.search import solve, with_exact
+
+        options = self.model_dump(exclude={"solver"})
+        return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
+
+
+class AdditiveExactConfig(SolverSection):
     """The provable optimum of the additive surrogate, then the best few by exact KL."""
 
     solver: Literal["additive_exact"] = "additive_exact"
@@ -37,8 +95,16 @@ class AdditiveExactConfig(Section):
     criterion: Criterion = "kl"
     """Of the exact KL per sample: ``kl``, the mean, or ``root_kl``, the mean of the roots (few samples decide less)."""
 
+    def candidates(
+        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
+    ) -> list[MeasuredSolution]:
+        """See base class."""
+        from dop_search.search import rerank_all
 
-class AdditiveOptunaConfig(Section):
+        return rerank_all(problem, budget, self.num_rerank, criterion=self.criterion, on_progress=on_progress)
+
+
+class AdditiveOptunaConfig(SolverSection):
     """An Optuna sampler on the additive surrogate."""
 
     solver: Literal["additive_optuna"] = "additive_optuna"
@@ -53,8 +119,19 @@ class AdditiveOptunaConfig(Section):
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
+    def candidates(
+        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
+    ) -> list[MeasuredSolution]:
+        """See base class; the sampler's best is sorted among those of ``additive_exact``."""
+        from dop_search.search import rerank_all, solve, with_exact
 
-class ExactOptunaConfig(Section):
+        options = self.model_dump(include={"sampler", "num_trials", "seed"})
+        found = solve(self.solver, problem, budget, on_progress=on_progress, **options)
+        ranked = rerank_all(problem, budget, self.num_rerank, criterion=self.criterion, on_progress=on_progress)
+        return with_exact(problem, found, ranked, self.criterion)
+
+
+class ExactOptunaConfig(SolverSection):
     """An Optuna sampler on real validation runs, warm-started from the additive front."""
 
     solver: Literal["exact_optuna"] = "exact_optuna"
@@ -66,16 +143,33 @@ class ExactOptunaConfig(Section):
     """Points of the additive front that are tried first; 0: none."""
     pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
     """Stops a trial after part of the samples."""
-    storage: Storage | None = None
-    """``null``: the run's ``storage``, or else a journal file in ``cache_dir``; or an RDB URL such as
-    ``sqlite:///study.db``."""
     study_name: str | None = None
-    """Same name and storage: several processes work on one study. ``null``: from the fingerprints."""
+    """Same name and ``storage``: several processes work on one study. ``null``: from the fingerprints."""
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
+    def candidates(
+        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
+    ) -> list[MeasuredSolution]:
+        """See base class."""
+        from dop_search.search import solve, with_exact
 
-class ExhaustiveConfig(Section):
+        name = self.study_name or self._name(problem, place)
+        options = self.model_dump(exclude={"solver"}) | {
+            "storage": place.storage or str(place.cache_dir / f"study-{name}.journal"),
+            "study_name": f"{name}-{budget.name}-{budget.value:g}",
+        }
+        return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
+
+    def _name(self, problem: Problem, place: SearchPlace) -> str:
+        """A name of its own for everything that makes a study another one; more trials continue a study."""
+        options = self.model_dump(exclude={"num_trials", "study_name"})
+        others = [options, place.shares, place.averaging]
+        digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{place.teacher}-{problem.space.name}-{self.sampler}-{digest}"
+
+
+class ExhaustiveConfig(SolverSection):
     """Every strategy of a coarse grid by exact KL: ground truth for small spaces."""
 
     solver: Literal["exhaustive"] = "exhaustive"
@@ -85,8 +179,52 @@ class ExhaustiveConfig(Section):
     """A larger grid is an error, before anything runs."""
 
 
+class OwnSolverConfig(SolverSection):
+    """A solver that is registered by a module of ``imports``; its options are those of its function."""
+
+    model_config = ConfigDict(extra="allow")
+
+    solver: str
+    """Its name in ``dop_search.search.SOLVERS``."""
+
+    @field_validator("solver")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        from dop_search.search import SOLVERS
+
+        if value not in SOLVERS:
+            near = did_you_mean(value, SOLVERS)
+            raise ValueError(f"must be one of {', '.join(SOLVERS)}, but got {value!r}; {near}".rstrip("; "))
+        return value
+
+    @model_validator(mode="after")
+    def _has_the_options(self) -> OwnSolverConfig:
+        from dop_search.search.registry import check_solver_options
+
+        try:
+            check_solver_options(self.solver, self.model_extra or {})
+        except ConfigError as error:
+            raise ValueError(f"{error}; `search=own` brings no options of other solvers") from error
+        return self
+
+
+_SECTIONS = (AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig, ExhaustiveConfig)
+OWN = "own"
+"""The tag of all solvers without a section of their own."""
+
+
+def _section(value: Any) -> str:
+    """Which section a mapping, or a section, is: that of its solver, or the one for all others."""
+    name = str(value.get("solver") if isinstance(value, dict) else getattr(value, "solver", None))
+    return name if name in {section.model_fields["solver"].default for section in _SECTIONS} else OWN
+
+
 SolverConfig = Annotated[
-    AdditiveExactConfig | AdditiveOptunaConfig | ExactOptunaConfig | ExhaustiveConfig,
-    Field(discriminator="solver"),
+    Annotated[AdditiveExactConfig, Tag("additive_exact")]
+    | Annotated[AdditiveOptunaConfig, Tag("additive_optuna")]
+    | Annotated[ExactOptunaConfig, Tag("exact_optuna")]
+    | Annotated[ExhaustiveConfig, Tag("exhaustive")]
+    | Annotated[OwnSolverConfig, Tag(OWN)],
+    Discriminator(_section),
 ]
 """One of the solvers; the key ``solver`` says which."""

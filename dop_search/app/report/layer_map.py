@@ -57,7 +57,7 @@ def layer_map(record: Record) -> Figure:
         )
         for row, result in zip(grid, record.results, strict=True):
             draw_operations(row[0], result.strategy)
-            row[0].set_title(f"budget {result.budget_text}: {percent_text(result.flops_ratio)} % of the FLOPs")
+            row[0].set_title(f"budget {result.budget.text}: {percent_text(result.flops_ratio)} % of the FLOPs")
             _tokens(row[1], result.strategy, record.model.num_visual_tokens)
         grid[-1][0].set_xlabel("decoder layer")
         handles = [Patch(label=label, **style) for label, style in _CELLS.values()]

@@ -101,7 +101,7 @@ def _table(record: Record) -> str:
 def _rows(result: Result) -> str:
     policy, uniform = policy_text(result.strategy), result.uniform
     found = [
-        _cell([result.budget_text]),
+        _cell([result.budget.text]),
         _cell(["found"]),
         _cell(policy.attention, policy.attention_ratio),
         _cell(policy.mlp, policy.mlp_ratio),
@@ -146,7 +146,7 @@ def _scores(record: Record) -> list[str]:
                 f"<tr{' class=found' if row[0] == 'mean' else ''}>{''.join(_cell([text]) for text in row)}</tr>"
                 for row in score_rows(result.scores, result.relative_mean)
             )
-            title = f"Budget {escape(result.budget_text)}: {percent_text(result.flops_ratio)} % of the FLOPs"
+            title = f"Budget {escape(result.budget.text)}: {percent_text(result.flops_ratio)} % of the FLOPs"
             tables.append(
                 f"<h3>{title}</h3><div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
                 "</div>" + "".join(f"<p>{escape(line)}</p>" for line in against_uniform(result.scores))

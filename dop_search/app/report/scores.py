@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dop_search.app.eval_record import EvalRecord
-from dop_search.app.record import Record, RelativeMean, ScoreComparison
+from dop_search.app.record import EvalRecord, Record, RelativeMean, ScoreComparison
 from dop_search.app.report.style import FAINT, FOUND, UNIFORM, styled
 from dop_search.app.report.text import NONE, percent_text
 
@@ -71,7 +70,7 @@ def score_summary(record: Record) -> RenderableType | None:
     parts: list[RenderableType] = []
     for result in record.results:
         if result.scores:
-            title = f"budget {result.budget_text}: {percent_text(result.flops_ratio)} % of the FLOPs"
+            title = f"budget {result.budget.text}: {percent_text(result.flops_ratio)} % of the FLOPs"
             parts += [Text(title, style="bold"), _table(result.scores, result.relative_mean)]
             parts += [Text(line, style="dim") for line in against_uniform(result.scores)] + [Text("")]
     if not parts:
@@ -141,7 +140,7 @@ def relative_scores(record: Record) -> Figure:
                     axis.plot(at, heights, marker, color=color, linestyle="", label=label)
             axis.axvline(len(names) - 0.5, color=FAINT, linewidth=0.6)
             axis.set_ylabel("% of full")
-            axis.set_title(f"budget {result.budget_text}")
+            axis.set_title(f"budget {result.budget.text}")
         axes[-1].set_xticks(range(len(names) + 1), [*names, "mean"], rotation=40, ha="right")
         axes[0].legend(loc="lower left", ncols=2)
     return figure

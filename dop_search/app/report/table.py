@@ -27,7 +27,7 @@ def summary(record: Record) -> RenderableType:
 def _add_rows(table: Table, result: Result) -> None:
     policy, uniform = policy_text(result.strategy), result.uniform
     table.add_row(
-        Text(result.budget_text, style="bold"),
+        Text(result.budget.text, style="bold"),
         Text("found", style="bold"),
         ",".join(policy.attention),
         ",".join(policy.mlp),

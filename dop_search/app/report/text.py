@@ -94,18 +94,18 @@ def notes(record: Record) -> list[str]:
         f"{data.num_heldout} held-out samples.",
         f"D_A, D_P: exit depths of attention (q/kv where they differ) and MLP, of {record.model.num_layers} layers.",
         "n_v: visual tokens that enter the decoder; uniform: only fewer of them, same FLOPs.",
-        f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget_text}' for result in record.results)}.",
+        f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget.text}' for result in record.results)}.",
     ]
     if full is not None:
         lines.append(f"Accuracy of the full model on {data.num_test} test samples: {percent_text(full)} %.")
     if record.floor_ratio is not None:
         lines.append(f"The text tokens, never pruned, cost {percent_text(record.floor_ratio)} % of the FLOPs.")
     timed = [
-        f"{percent_text(item.latency_ratio)} % at {item.budget_text}" for item in record.results if item.latency_ratio
+        f"{percent_text(item.latency_ratio)} % at {item.budget.text}" for item in record.results if item.latency_ratio
     ]
     if timed:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
-    verdicts = ", ".join(f"{verdict(result)} at {result.budget_text}" for result in record.results)
+    verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}" for result in record.results)
     lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
     return lines
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 import math
 import re
 import time
@@ -9,9 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from dop_search.app.record import Provenance, Record, Result
-from dop_search.app.report.text import policy_text
-from dop_search.app.tracking.score_metrics import score_metrics
+from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison
+from dop_search.app.report.text import NONE, interval_text, kl_text, percent_text, policy_text
 from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
 
@@ -21,7 +22,7 @@ FULL_STEP = 10_000
 
 def result_params(result: Result) -> dict[str, str]:
     """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
-    return {"budget": result.budget_text, **strategy_params(result.strategy)}
+    return {"budget": result.budget.text, **strategy_params(result.strategy)}
 
 
 def strategy_params(strategy: Strategy) -> dict[str, str]:
@@ -96,12 +97,44 @@ def shared_params(record: Record) -> dict[str, str]:
     return params
 
 
+def run_name(record: Record, result: Result | None = None) -> str:
+    """Model, space, selector, budgets and seed: what tells the runs of a sweep apart in a table."""
+    budgets = ",".join(item.budget.text for item in ([result] if result else record.results))
+    return f"{record.model.name} {record.space.name}@{record.selector.name} {budgets} seed{record.data.seed}"
+
+
+def note(record: Record) -> str:
+    """The result as a Markdown table, which MLflow shows on top of a run."""
+    lines = [
+        "| budget | strategy | FLOPs % | KL (search) | KL (held-out) | uniform | accuracy % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for item in record.results:
+        cells = (
+            item.budget.text,
+            item.strategy.describe(),
+            percent_text(item.flops_ratio),
+            kl_text(item.kl_search),
+            f"{kl_text(item.kl_heldout)} ({interval_text(item.kl_heldout_ci95)})",
+            kl_text(item.uniform.kl_heldout) if item.uniform else NONE,
+            percent_text(item.accuracy_pruned),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shared_metrics(record: Record) -> dict[str, float]:
-    """Numbers of the search as a whole."""
+    """Numbers of the search as a whole; ``at 0.3/kl_heldout`` and the like per budget, ``best/…`` of the lowest KL."""
     metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
     metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
     if record.floor_ratio is not None:
         metrics["floor_ratio"] = record.floor_ratio
+    best = min(record.results, key=lambda item: item.kl_heldout)
+    for name, item in [("best", best), *((f"at {item.budget.text}", item) for item in record.results)]:
+        numbers = (item.kl_heldout, item.flops_ratio, item.accuracy_pruned)
+        for what, value in zip(("kl_heldout", "flops_ratio", "accuracy_pruned"), numbers, strict=True):
+            if value is not None:
+                metrics[metric_name(f"{name}/{what}")] = value
     return metrics
 
 
@@ -125,14 +158,15 @@ def search_tags(record: Record) -> dict[str, str]:
     """Facts to filter runs by."""
     result = {"kind": "search", "model_fingerprint": record.model.fingerprint}
     result |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
-    return result | provenance_tags(record.provenance)
+    return result | {"mlflow.note.content": note(record)} | provenance_tags(record.provenance)
 
 
 def provenance_tags(provenance: Provenance | None) -> dict[str, str]:
     """Where a run comes from, as tags."""
     if provenance is None:
         return {}
-    tags = {f"version.{name}": version for name, version in provenance.versions.items()}
+    tags = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "dop-search", "mlflow.source.type": "LOCAL"}
+    tags |= {f"version.{name}": version for name, version in provenance.versions.items()}
     if provenance.search_id is not None:
         tags["search_id"] = provenance.search_id
     if provenance.git_commit is not None:
@@ -147,6 +181,11 @@ def started_ms(provenance: Provenance | None) -> int:
     if provenance is None:
         return int(time.time() * 1000)
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
+
+
+def ended_ms(record: Record) -> int:
+    """When a search ended: what is logged later has its own times."""
+    return started_ms(record.provenance) + int(1000 * record.seconds)
 
 
 def metric_name(name: str) -> str:
@@ -166,3 +205,38 @@ def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, 
             if isinstance(number, (bool, int, float)) and math.isfinite(number):
                 metrics[metric_name(f"{name}/{inner}" if inner else name)] = float(number)
     return {name: value[:500] for name, value in params.items()}, metrics
+
+
+def strategy_key(strategy: Strategy) -> str:
+    """16 hex digits that name what a strategy computes."""
+    return hashlib.sha256(strategy.key().encode()).hexdigest()[:16]
+
+
+def score_metrics(scores: Mapping[str, ScoreComparison], mean: RelativeMean | None) -> dict[str, float]:
+    """``score/gqa``, ``relative/gqa``, ``relative/mean`` and the same of uniform reduction; stable names."""
+    values: dict[str, float | None] = {}
+    for name, item in scores.items():
+        values |= {
+            f"score/{name}": item.pruned,
+            f"score_full/{name}": item.full,
+            f"score_uniform/{name}": item.uniform,
+            f"relative/{name}": item.relative_pruned,
+            f"relative_uniform/{name}": item.relative_uniform,
+        }
+        if item.ci95 is not None:
+            values |= {f"difference_ci_low/{name}": item.ci95[0], f"difference_ci_high/{name}": item.ci95[1]}
+    if mean is not None:
+        values |= {"relative/mean": mean.pruned, "relative_uniform/mean": mean.uniform}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def score_columns(scores: Mapping[str, ScoreComparison]) -> dict[str, list[Any]]:
+    """The scores as a table, a row per benchmark; what was not measured is empty."""
+    columns: dict[str, list[Any]] = {"benchmark": list(scores)}
+    for field in ("full", "pruned", "uniform", "relative_pruned", "relative_uniform", "unit", "num_samples"):
+        columns[field] = [getattr(item, field) for item in scores.values()]
+    for name, field in (("difference", "ci95"), ("uniform_difference", "uniform_ci95")):
+        for side, end in enumerate(("low", "high")):
+            intervals = [getattr(item, field) for item in scores.values()]
+            columns[f"{name}_ci_{end}"] = [None if interval is None else interval[side] for interval in intervals]
+    return columns

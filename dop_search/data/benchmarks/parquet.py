@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -30,15 +29,6 @@ def benchmark_file(benchmark: str, folder: Path) -> Path:
 def rendered_version() -> str:
     """Names the rows: another name, other rows."""
     return f"rendered-{VERSION}-{SEED}-{NUM_ROWS}"
-
-
-def rows_fingerprint(rows: list[Row]) -> str:
-    """16 hex digits over all values and pixels."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps({k: v for k, v in row.items() if k != "image"}, sort_keys=True).encode())
-        digest.update(row["image"].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _write(rows: list[Row], path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from random import Random
 
 from PIL import Image
@@ -15,6 +14,7 @@ from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, LONG_FAMILY_BENC
 from dop_search.data.rendered.questions import FAMILY_ANSWERS, FAMILY_KINDS, ask
 from dop_search.data.rendered.scenes import SPLITS, Scene, Split, sample_scene
 from dop_search.data.samples import Sample
+from dop_search.utils.registry import unknown
 
 __all__ = ["FAMILIES", "LONG_FAMILIES", "RenderedQuestion", "derived_rng", "rendered_questions", "rendered_samples"]
 
@@ -65,9 +65,7 @@ def rendered_questions(
     chosen = FAMILIES if families is None else tuple(families)
     for family in chosen:
         if family not in _KNOWN:
-            near = get_close_matches(family, _KNOWN, n=2)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"families must be taken from {tuple(_KNOWN)}, but got {family!r}.{hint}")
+            raise ValueError(f"families: {unknown('family', family, _KNOWN)}")
     if not chosen:
         raise ValueError(f"families must name at least one of {FAMILIES}, or be None for all")
     return tuple(_question(split, seed, index, chosen[index % len(chosen)]) for index in range(num_samples))

@@ -66,11 +66,6 @@ class Prompt:
         """All videos, in order."""
         return [part for turn in self.turns for part in turn.parts if isinstance(part, Video)]
 
-    @property
-    def num_characters(self) -> int:
-        """Length of the text."""
-        return sum(len(part) for turn in self.turns for part in turn.parts if isinstance(part, str))
-
 
 def answer_prompts(
     loaded: LoadedModel,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dop_search.evaluation.suites import HubDataset, Suite
 from dop_search.models.loading import hub_is_reachable
 from dop_search.utils.errors import ConfigError, DataError
 
-__all__ = ["check_suite", "offline", "revisions_of"]
+__all__ = ["check_suite", "revisions_of"]
 
 
 def check_suite(suite: Suite) -> None:
@@ -70,28 +67,15 @@ def _newest(dataset: HubDataset, reachable: bool) -> str:
 
 
 def _cached_commit(dataset: HubDataset) -> str | None:
-    """The commit of a data set in the hub's cache: the pinned one, or what ``main`` was when it was last asked."""
+    """The commit of a data set in the hub's cache: the pinned one, what ``main`` was when it was last asked, or the
+    newest: a download of a pinned commit leaves no ``main``."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.path.replace('/', '--')}"
     if dataset.revision is not None:
         return dataset.revision if (folder / "snapshots" / dataset.revision).is_dir() else None
     reference = folder / "refs" / "main"
-    return reference.read_text().strip() if reference.is_file() else None
-
-
-@contextmanager
-def offline(wanted: bool) -> Iterator[None]:
-    """Within the context the hub's libraries read caches only, instead of asking a hub that does not answer."""
-    import datasets
-    from huggingface_hub import constants
-
-    modules: tuple[Any, ...] = (datasets.config, constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = wanted or module.HF_HUB_OFFLINE
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+    if reference.is_file():
+        return reference.read_text().strip()
+    snapshots = sorted((folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+    return snapshots[-1].name if snapshots else None

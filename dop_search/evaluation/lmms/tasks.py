@@ -3,7 +3,6 @@ the longest answer where the suite sets one and, without a judge, which of its m
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import numpy as np
 import yaml
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file
-from dop_search.data.tasks import task_fields
+from dop_search.data.tasks import task_fields, tasks_root
 from dop_search.evaluation.aggregates import make_aggregate
 from dop_search.evaluation.lmms import gqa
 from dop_search.evaluation.suites import Benchmark, Suite
-from dop_search.utils.errors import ConfigError, DopError
+from dop_search.utils.errors import ConfigError
 from dop_search.utils.files import write_text_atomic
 
-__all__ = ["keep_rows", "load_task", "scored_rows", "task_manager", "task_name", "tasks_root", "write_tasks"]
+__all__ = ["keep_rows", "load_task", "scored_rows", "task_manager", "task_name", "write_tasks"]
 
 _STATIC_METRICS = {
     "mmbench_en": {"gpt_eval_score": "dop_search.evaluation.lmms.values.static_mmbench_en"},
@@ -49,18 +48,6 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 _Dumper.add_representer(_Function, lambda dumper, name: dumper.represent_scalar("!function", str(name)))
-
-
-def tasks_root() -> Path:
-    """The folder of lmms-eval's own tasks, found without importing it.
-
-    Raises:
-        DopError: if lmms-eval is not installed.
-    """
-    found = importlib.util.find_spec("lmms_eval")
-    if found is None or found.origin is None:
-        raise DopError('scores need lmms-eval; install it with: pip install "dop-search[eval]"')
-    return Path(found.origin).parent / "tasks"
 
 
 def task_name(suite: Suite, benchmark: Benchmark) -> str:

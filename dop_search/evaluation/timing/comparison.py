@@ -13,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.statistics import Spread, paired_ratio, spread
 from dop_search.evaluation.timing.timing import Clock, Reading, read_generation
 from dop_search.evaluation.timing.variants import Variant
 from dop_search.models.adapter import ModelAdapter
 from dop_search.strategy.operations import TokenCounts
+from dop_search.utils.statistics import Spread, paired_ratio, spread
+from dop_search.utils.versioned import Format
 
-FORMAT = "dop_search.benchmark"
-VERSION = 1
+FORMAT = Format("a benchmark", "dop_search.benchmark", 1, "run dop-bench again")
 
 TIMES = ("vision_ms", "prefill_ms", "decode_ms", "first_token_ms", "end_to_end_ms")
 OVERHEAD_FACTOR, OVERHEAD_OFFSET = 1.10, 0.02
@@ -54,6 +54,16 @@ class Row:
         return None if values is None or references is None else paired_ratio(values, references)
 
     @property
+    def prefill(self) -> Spread:
+        """Median and spread of the prefill's milliseconds."""
+        return spread([reading.prefill_ms for reading in self.readings])
+
+    def prefill_ratio(self, full: Row) -> Spread:
+        """Median and spread of the prefill's time relative to the full model of the same round."""
+        ours, theirs = ([reading.prefill_ms for reading in row.readings] for row in (self, full))
+        return paired_ratio(ours, theirs)
+
+    @property
     def allowed_ratio(self) -> float | None:
         """The prefill time ratio that the project aims at; ``None`` for the full model."""
         if self.variant.kind == "full":
@@ -64,8 +74,7 @@ class Row:
 
     def passes(self, full: Row) -> bool | None:
         """Whether the median prefill ratio is within what is allowed."""
-        ratio = self.ratio(full, "prefill_ms")
-        return None if ratio is None or self.allowed_ratio is None else ratio.median <= self.allowed_ratio
+        return None if self.allowed_ratio is None else self.prefill_ratio(full).median <= self.allowed_ratio
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary, every reading included."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "what": self.what,
             "environment": dict(self.environment),
             "text_tokens": self.counts.text,

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.models.families import adapter_for
+from dop_search.utils.errors import DopError
 
 
 def evenly_spaced(num_visual: int, num_kept: int) -> np.ndarray:
@@ -27,9 +28,14 @@ def evenly_spaced(num_visual: int, num_kept: int) -> np.ndarray:
 
 
 def kept_columns(visual: Tensor, num_kept: int) -> Tensor:
-    """Columns of a prompt (``visual``: ``[batch, length]``, equal rows) that stay when few visual tokens do."""
+    """Columns of a prompt (``visual``: ``[batch, length]``, equal rows) that stay when few visual tokens do.
+
+    Raises:
+        DopError: if the rows differ.
+    """
     is_visual = visual[0].cpu().numpy()
-    assert bool((visual == visual[:1]).all()), "a batch of one prompt is expected"
+    if not bool((visual == visual[:1]).all()):
+        raise DopError("uniform reduction is timed on one prompt, but the rows of the batch differ; give equal rows")
     positions = np.flatnonzero(is_visual)
     keep = ~is_visual
     keep[positions[evenly_spaced(len(positions), num_kept)]] = True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from dop_search.models.published import published_models
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.registry import Registry
 
 Inputs = dict[str, Tensor]
 IMAGE_TOKEN_ID = 31
@@ -81,17 +82,21 @@ class Shape:
             **extra,
         }
 
+    def vision(self) -> dict[str, Any]:
+        """Keyword arguments of the configuration of a tower with one resolution."""
+        return {
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": self.vision_mlp,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_heads,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+        }
+
 
 def _llava(shape: Shape) -> PretrainedConfig:
     """CLIP tower, two-layer projector, Llama decoder; several tiles are several images of equal size."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=shape.vision_mlp,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_heads,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-    )
+    vision = CLIPVisionConfig(**shape.vision())
     text = LlamaConfig(**shape.text())
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID)
 
@@ -137,43 +142,26 @@ def _qwen_pixels(shape: Shape, batch: int) -> Inputs:
 
 def _internvl(shape: Shape) -> PretrainedConfig:
     """InternViT tiles after pixel shuffle (four patches a token), Qwen2 decoder."""
-    vision = InternVLVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=shape.vision_mlp,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_heads,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-    )
+    vision = InternVLVisionConfig(**shape.vision())
     return InternVLConfig(
         vision_config=vision.to_dict(), text_config=Qwen2Config(**shape.text()).to_dict(), image_token_id=IMAGE_TOKEN_ID
     )
 
 
-_LLAMA_7B: dict[str, Any] = {
-    "layers": 32,
-    "hidden": 4096,
-    "mlp": 11008,
-    "heads": 32,
-    "kv_heads": 32,
-    "vocabulary": 32064,
-}
-_LLAMA_13B: dict[str, Any] = {
-    "layers": 40,
-    "hidden": 5120,
-    "mlp": 13824,
-    "heads": 40,
-    "kv_heads": 40,
-    "vocabulary": 32064,
-}
-_QWEN2_7B: dict[str, Any] = {
-    "layers": 28,
-    "hidden": 3584,
-    "mlp": 18944,
-    "heads": 28,
-    "kv_heads": 4,
-    "vocabulary": 152064,
-}
+def _decoder(name_or_path: str) -> dict[str, Any]:
+    """Sizes of a published checkpoint's decoder."""
+    text = published_models()[name_or_path].text
+    return {
+        "layers": text["num_hidden_layers"],
+        "hidden": text["hidden_size"],
+        "mlp": text["intermediate_size"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "vocabulary": text["vocab_size"],
+    }
+
+
+_LLAMA_7B, _LLAMA_13B = _decoder("llava-hf/llava-1.5-7b-hf"), _decoder("llava-hf/llava-1.5-13b-hf")
 _CLIP_L: dict[str, Any] = {
     "vision_layers": 24,
     "vision_hidden": 1024,
@@ -187,73 +175,69 @@ _CLIP_L: dict[str, Any] = {
 _STUB: dict[str, Any] = {**_CLIP_L, "vision_layers": 2, "vision_hidden": 32, "vision_heads": 2, "vision_mlp": 32}
 _NEXT = "five tiles of 576 tokens, the 2,880 of the literature, as five images"
 
-SHAPES: Mapping[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        Shape("llava_1_5_7b", **_LLAMA_7B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-7B"),
-        Shape("llava_1_5_13b", **_LLAMA_13B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-13B"),
-        Shape("llava_next_7b", **_LLAMA_7B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-7B, {_NEXT}"),
-        Shape(
-            "llava_next_13b", **_LLAMA_13B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-13B, {_NEXT}"
-        ),
-        Shape(
-            "qwen2_5_vl_7b",
-            **_QWEN2_7B,
-            vision_layers=32,
-            vision_hidden=1280,
-            vision_heads=16,
-            vision_mlp=3420,
-            image_size=1008,
-            patch_size=14,
-            num_images=1,
-            num_visual=1296,
-            config=_qwen2_5_vl,
-            pixels=_qwen_pixels,
-            source="Qwen2.5-VL-7B, one image of 1008 x 1008 pixels",
-        ),
-        Shape(
-            "internvl3_8b",
-            **_QWEN2_7B,
-            vision_layers=24,
-            vision_hidden=1024,
-            vision_heads=16,
-            vision_mlp=4096,
-            image_size=448,
-            patch_size=14,
-            num_images=5,
-            num_visual=1280,
-            config=_internvl,
-            pixels=_llava_pixels,
-            source="InternVL3-8B, five tiles",
-        ),
-        Shape(
-            "small",
-            layers=8,
-            hidden=1024,
-            mlp=2752,
-            heads=8,
-            kv_heads=8,
-            vocabulary=32064,
-            num_images=5,
-            num_visual=2880,
-            **_STUB,
-            source="a Llama decoder of 8 layers x 1024 that a CPU can run; the vision tower is a stub",
-        ),
-        Shape(
-            "tiny",
-            layers=4,
-            hidden=64,
-            mlp=160,
-            heads=4,
-            kv_heads=4,
-            vocabulary=256,
-            num_images=2,
-            num_visual=200,
-            **{**_STUB, "image_size": 140},
-            source="made up, to try the command in seconds",
-        ),
-    )
-}
+_SHAPES = (
+    Shape("llava_1_5_7b", **_LLAMA_7B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-7B"),
+    Shape("llava_1_5_13b", **_LLAMA_13B, **_CLIP_L, num_images=1, num_visual=576, source="LLaVA-1.5-13B"),
+    Shape("llava_next_7b", **_LLAMA_7B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-7B, {_NEXT}"),
+    Shape("llava_next_13b", **_LLAMA_13B, **_CLIP_L, num_images=5, num_visual=2880, source=f"LLaVA-NeXT-13B, {_NEXT}"),
+    Shape(
+        "qwen2_5_vl_7b",
+        **_decoder("Qwen/Qwen2.5-VL-7B-Instruct"),
+        vision_layers=32,
+        vision_hidden=1280,
+        vision_heads=16,
+        vision_mlp=3420,
+        image_size=1008,
+        patch_size=14,
+        num_images=1,
+        num_visual=1296,
+        config=_qwen2_5_vl,
+        pixels=_qwen_pixels,
+        source="Qwen2.5-VL-7B, one image of 1008 x 1008 pixels",
+    ),
+    Shape(
+        "internvl3_8b",
+        **_decoder("OpenGVLab/InternVL3-8B-hf"),
+        vision_layers=24,
+        vision_hidden=1024,
+        vision_heads=16,
+        vision_mlp=4096,
+        image_size=448,
+        patch_size=14,
+        num_images=5,
+        num_visual=1280,
+        config=_internvl,
+        pixels=_llava_pixels,
+        source="InternVL3-8B, five tiles",
+    ),
+    Shape(
+        "small",
+        layers=8,
+        hidden=1024,
+        mlp=2752,
+        heads=8,
+        kv_heads=8,
+        vocabulary=32064,
+        num_images=5,
+        num_visual=2880,
+        **_STUB,
+        source="a Llama decoder of 8 layers x 1024 that a CPU can run; the vision tower is a stub",
+    ),
+    Shape(
+        "tiny",
+        layers=4,
+        hidden=64,
+        mlp=160,
+        heads=4,
+        kv_heads=4,
+        vocabulary=256,
+        num_images=2,
+        num_visual=200,
+        **{**_STUB, "image_size": 140},
+        source="made up, to try the command in seconds",
+    ),
+)
+SHAPES = Registry("shape", {shape.name: shape for shape in _SHAPES})
 """What ``--shape`` can be."""
 
 
@@ -263,11 +247,7 @@ def shape_named(name: str) -> Shape:
     Raises:
         ConfigError: if there is none of that name; names a near one.
     """
-    if name not in SHAPES:
-        near = get_close_matches(name, SHAPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown shape {name!r}; {hint}there are {', '.join(SHAPES)}")
-    return SHAPES[name]
+    return SHAPES.find(name)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
@@ -281,8 +261,9 @@ def random_model(
     """A model of any configuration with random weights, in evaluation mode."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    assert isinstance(model, PreTrainedModel)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
     return model.eval()
 
 
@@ -305,21 +286,3 @@ def prompt(shape: Shape, model: PreTrainedModel, num_text: int = 60, batch: int 
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-
-
-def shrunk(shape: Shape, layers: int = 3, hidden: int = 64, mlp: int = 96, vision_layers: int = 2) -> Shape:
-    """The same architecture and prompt at a small width, for trying it out."""
-    heads = 4
-    return replace(
-        shape,
-        layers=layers,
-        hidden=hidden,
-        mlp=mlp,
-        heads=heads,
-        kv_heads=max(1, heads * shape.kv_heads // shape.heads),
-        vocabulary=256,
-        vision_layers=vision_layers,
-        vision_hidden=32,
-        vision_heads=2,
-        vision_mlp=48,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dop_search.evaluation.timing.comparison import EMPTY_TOLERANCE, OVERHEAD_FACTOR, OVERHEAD_OFFSET, Comparison, Row
-from dop_search.evaluation.timing.statistics import Spread
+from dop_search.utils.statistics import Spread
 
 NONE = "n/a"
 
@@ -65,8 +65,7 @@ def name_of(row: Row) -> str:
 
 
 def _times(row: Row) -> list[str]:
-    prefill = row.spread("prefill_ms")
-    assert prefill is not None
+    prefill = row.prefill
     return [
         name_of(row),
         ms_text(row.spread("vision_ms")),
@@ -80,9 +79,7 @@ def _times(row: Row) -> list[str]:
 
 
 def _verdict(row: Row, full: Row) -> list[str]:
-    ratio, end_to_end = row.ratio(full, "prefill_ms"), row.ratio(full, "end_to_end_ms")
-    assert ratio is not None
-    assert row.allowed_ratio is not None
+    ratio, end_to_end = row.prefill_ratio(full), row.ratio(full, "end_to_end_ms")
     what = (
         row.variant.strategy.describe() if row.variant.strategy is not None else f"n_v={row.variant.num_visual_tokens}"
     )
@@ -91,7 +88,7 @@ def _verdict(row: Row, full: Row) -> list[str]:
         f"{row.variant.flops_ratio:.3f}",
         f"{ratio.median:.3f}",
         f"{ratio.ci95[0]:.3f}…{ratio.ci95[1]:.3f}",
-        f"{row.allowed_ratio:.3f}",
+        NONE if row.allowed_ratio is None else f"{row.allowed_ratio:.3f}",
         "pass" if row.passes(full) else "FAIL",
         NONE if end_to_end is None else f"{end_to_end.median:.3f}",
         what,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.pruning.ranking import selection_span
+from dop_search.utils.errors import DopError
 
 Clock = Literal["wall", "cpu"]
 
@@ -34,10 +36,10 @@ class PrefillTimer:
 
     device: torch.device
     clock: Clock = "wall"
-    first_call: tuple[float, float] | None = None
     kv_bytes: int | None = None
     _entered: float = 0.0
     _entries: int = 0
+    _first_call: tuple[float, float] | None = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the decoder."""
@@ -47,14 +49,24 @@ class PrefillTimer:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the decoder."""
-        if self.first_call is None:
-            self.first_call = (self._entered, now_ms(self.device, self.clock))
+        if self._first_call is None:
+            self._first_call = (self._entered, now_ms(self.device, self.clock))
             self.kv_bytes = cache_bytes(getattr(output, "past_key_values", None))
+
+    @property
+    def first_call(self) -> tuple[float, float]:
+        """When the first call began and ended, in milliseconds.
+
+        Raises:
+            DopError: if the decoder was not called.
+        """
+        if self._first_call is None:
+            raise DopError("the decoder did not run while it was timed; time a forward of the model itself")
+        return self._first_call
 
     @property
     def ms(self) -> float:
         """Milliseconds of the first call."""
-        assert self.first_call is not None, "the decoder did not run"
         return self.first_call[1] - self.first_call[0]
 
 
@@ -71,6 +83,21 @@ def prefill_timer(adapter: ModelAdapter, clock: Clock = "wall") -> Iterator[Pref
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def selection_timer(device: torch.device, clock: Clock = "wall") -> Iterator[list[float]]:
+    """Milliseconds of each call inside the context that ranks or merges visual tokens before the decoder."""
+    spent: list[float] = []
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        start = now_ms(device, clock)
+        yield
+        spent.append(now_ms(device, clock) - start)
+
+    with selection_span(timed):
+        yield spent
 
 
 class _TokenClock(StoppingCriteria):
@@ -127,7 +154,6 @@ def read_generation(
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
-    assert timer.first_call is not None
     steps = tuple(after - before for before, after in zip(tokens.times, tokens.times[1:], strict=False))
     return Reading(
         vision_ms=timer.first_call[0] - start,

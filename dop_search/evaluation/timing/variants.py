@@ -86,8 +86,7 @@ class Prompt:
     def of(cls, adapter: ModelAdapter, inputs: dict[str, Tensor]) -> Prompt:
         """Count the tokens of ``inputs``."""
         visual = adapter.visual_token_mask(inputs["input_ids"])
-        num_visual = int(visual[0].sum())
-        return cls(inputs, visual, TokenCounts(visual.shape[1] - num_visual, num_visual))
+        return cls(inputs, visual, TokenCounts.of_prompt(visual[0].cpu().numpy()))
 
 
 def make_variants(

@@ -1,9 +1,14 @@
-"""The bundled models: small LLaVA models trained by ``experiments/pocket/`` on rendered images."""
+"""The bundled models: small LLaVA models trained by ``experiments/pocket/`` on rendered images.
+
+The wheel has the default one, ``deep``; a clone and the source distribution have all.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, get_args
+
+from dop_search.utils.errors import DopError
 
 __all__ = ["POCKET_VARIANTS", "PocketVariant", "pocket_path"]
 
@@ -16,19 +21,18 @@ the two is planted and says nothing about large models (``experiments/pocket/REA
 by place in 81 to 90 tokens (question family ``describe_places``), the only one that gives long answers."""
 
 
-def pocket_path(variant: PocketVariant = "deep") -> Path:
+def pocket_path(variant: str = "deep") -> Path:
     """Directory of a bundled model, for ``from_pretrained``.
 
     Raises:
-        ValueError: an unknown variant.
-        FileNotFoundError: the package was installed without its assets.
+        DopError: an unknown variant, or one that is not here: an installed package has ``deep`` alone.
     """
     if variant not in POCKET_VARIANTS:
-        raise ValueError(f"variant must be one of {POCKET_VARIANTS}, but got {variant!r}")
+        raise DopError(f"variant must be one of {POCKET_VARIANTS}, but got {variant!r}")
     path = Path(__file__).parent / variant
     if not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{path} has no model.safetensors; reinstall dop-search with its package data, "
-            "or train the model with experiments/pocket/train.py"
+        raise DopError(
+            f"the pocket model {variant!r} is not in {str(path)!r}: an installed package has 'deep' alone, a clone of "
+            f"the repository has all; run the clone's command, or point to its dop_search/models/pocket/{variant}"
         )
     return path

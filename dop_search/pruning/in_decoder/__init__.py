@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,19 @@ from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageS
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
-from dop_search.pruning.in_decoder.sparsevlm import SparseVlmSelector
+from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
+from dop_search.utils.registry import Registry, did_you_mean
 
-STAGE_SELECTORS: dict[str, type[StageSelector]] = {
-    selector.name: selector
-    for selector in (FastVSelector, PyramidDropSelector, SparseVlmSelector, DartSelector, FitPruneSelector)
-}
+_SELECTORS: tuple[type[StageSelector], ...] = (
+    FastVSelector,
+    PyramidDropSelector,
+    SparseVlmSelector,
+    SparseVlm2Selector,
+    DartSelector,
+    FitPruneSelector,
+)
+STAGE_SELECTORS = Registry("in-decoder selector", {selector.name: selector for selector in _SELECTORS}, DopError)
 
 
 def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
@@ -26,11 +31,9 @@ def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
         DopError: on an unknown name or option.
     """
     if name not in STAGE_SELECTORS:
-        near = difflib.get_close_matches(name, STAGE_SELECTORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DopError(
             f"selector {name!r} cannot rank at `stages` inside the decoder; "
-            f"{', '.join(sorted(STAGE_SELECTORS))} can.{hint}"
+            f"{', '.join(sorted(STAGE_SELECTORS))} can. {did_you_mean(name, STAGE_SELECTORS)}".strip()
         )
     known = STAGE_SELECTORS[name].option_names()
     unknown = [option for option in options if option not in known]

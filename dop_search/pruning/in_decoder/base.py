@@ -34,6 +34,11 @@ class StageSample:
     text: Tensor
     candidates: Tensor
 
+    def text_after(self) -> Tensor:
+        """``[num_text]`` which text rows come after the first candidate; all of them if none does."""
+        after = self.text > self.candidates[0]
+        return after if bool(after.any()) else torch.ones_like(after)
+
     def normed(self, rows: Tensor | None = None) -> Tensor:
         """Normalised hidden states as the layer's projections see them."""
         hidden = self.hidden if rows is None else self.hidden.index_select(0, rows)
@@ -85,9 +90,13 @@ class StageSelector(ABC):
     """Ranks the visual tokens at the door of the layers ``stages``. A new criterion is one subclass in one file.
 
     The ranking of a sample depends on that sample alone.
+
+    Attributes:
+        version: raised whenever the same options rank otherwise than before, see ``dop_search.selectors.Selector``.
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     stages: tuple[int, ...]
 
     def begin(self, sample: StageSample) -> Any:

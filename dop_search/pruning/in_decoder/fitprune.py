@@ -1,7 +1,8 @@
 """FitPrune (arXiv 2409.10197), online part: rank by the attention received from visual and from text tokens.
 
-``self_i`` and ``cross_i`` are the attention that token ``i`` receives from the visual and from the text rows, mean over
-rows, maximum over heads; a token scores their product. Rows are worked off in chunks, so that no attention map exists.
+``self_i`` and ``cross_i`` are the attention that token ``i`` receives from the visual and from the text rows: of every
+pair the maximum over heads, then the mean over rows; a token scores their product. Rows are worked off in chunks, so
+that no attention map exists.
 
 Not reproduced: the published code reads the map that eager attention has made anyway. Here queries and keys are
 computed once more at each stage, which :meth:`FitPruneSelector.rank_flops` charges.
@@ -33,6 +34,7 @@ class FitPruneSelector(StageSelector):
     """Self attention times cross attention."""
 
     name = "fitprune"
+    version = 2
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
         """See base class."""
@@ -50,10 +52,10 @@ def received_attention(sample: StageSample) -> tuple[Tensor, Tensor]:
     result = []
     for rows in (sample.candidates, sample.text):
         parts = [
-            attention_probabilities(sample.layer.self_attn, sample.queries(part), keys, part)[
-                :, :, sample.candidates
-            ].sum(dim=1)
+            attention_probabilities(sample.layer.self_attn, sample.queries(part), keys, part)[:, :, sample.candidates]
+            .max(dim=0)
+            .values.sum(dim=0)
             for part in rows.split(CHUNK_ROWS)
         ]
-        result.append(torch.stack(parts).sum(dim=0).max(dim=0).values / max(1, len(rows)))
+        result.append(torch.stack(parts).sum(dim=0) / max(1, len(rows)))
     return result[0], result[1]

@@ -1,21 +1,25 @@
-"""SparseVLM (arXiv 2410.04417): rank visual tokens by the attention of relevant text, recycle some that leave.
+"""SparseVLM (arXiv 2410.04417): rank visual tokens by the attention of relevant text, in both published versions.
 
 Once, from the embeddings that enter the decoder: ``R = softmax over text(V Tᵀ)``, averaged over the visual tokens; the
 *raters* are the text tokens above the mean. Text is what follows the first visual token. At each stage a visual token
-scores the attention it receives from the raters, mean over raters and heads.
+scores the attention it receives from the raters.
 
-Recycling: of the tokens that would leave, the best 30 % are clustered by density peaks (``rho = exp(-mean squared
-distance to the k nearest)``, ``delta`` the distance to the nearest denser token, centres have the largest
-``rho * delta``) into ``n // 10 + 1`` clusters; each centre's slot goes on with the mean of its cluster, at the centre's
+Version 1 takes the mean over raters and heads, and recycles: of the tokens that would leave, the best 30 % and one more
+are clustered by density peaks (``rho = exp(-mean squared distance to the k nearest)`` with as many neighbours ``k`` as
+clusters, the token itself one of them; ``delta`` the distance to the nearest denser token; centres have the largest
+``rho * delta``) into ``n // 10 + 1`` clusters. Each centre's slot goes on with the mean of its cluster, at the centre's
 position. The group sizes of the strategy count recycled tokens as kept, see :func:`split_kept`.
 
-Not reproduced: the published code cuts after the layer whose attention it reads and renumbers positions; here the cut
-is before it (as its count of tokens says) and positions stay. The rank-based adaptive keep ratio of the paper's first
-version, which the published keep lists replaced.
+Version 2 (SparseVLM+) recycles nothing. It divides each attention by a bias, what the product of all-ones query and key
+would be after their rotation, and takes the mean over the 14 heads in which the raters look most at the image.
+
+Not reproduced: the published code cuts after the layer whose attention it reads, and merges that layer's outputs; here
+the cut is before it (as its count of tokens says). Version 1 renumbers positions, here they stay.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,53 +34,68 @@ from dop_search.pruning.in_decoder.base import (
     attention_rows_flops,
     best_first,
 )
+from dop_search.pruning.layer import rotate
 from dop_search.strategy.operations import ModelDims
 
 RECYCLED_SHARE = 0.3
 """Share of the leaving tokens that is clustered."""
 TOKENS_PER_CLUSTER = 10
-NUM_NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
-class SparseVlmSelector(StageSelector):
-    """Text-guided ranking, with or without recycling."""
+class _ByRaters(StageSelector):
+    """Ranks by the attention of the raters."""
 
-    name = "sparsevlm"
-    recycle: bool = True
+    version = 2
 
     def begin(self, sample: StageSample) -> Tensor:
         """The raters' weights over all text rows: ``[num_text]``, summing to 1."""
         visual, text = sample.hidden[sample.candidates].float(), sample.hidden[sample.text].float()
-        after = sample.text > sample.candidates[0]
-        if not bool(after.any()):
-            after = torch.ones_like(after)
+        after = sample.text_after()
         relevance = (visual @ text.T).masked_fill(~after, -torch.inf).softmax(dim=1).mean(dim=0)
         raters = after & (relevance > relevance[after].mean())
         if not bool(raters.any()):  # all equally relevant
             raters = after
         return raters / raters.sum()
 
+    @abstractmethod
+    def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
+        """``[num_candidates]`` attention received from the raters."""
+
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
         """See base class."""
+        return StageRanking(best_first(self.scores(sample, memory)))
+
+    def begin_flops(self, dims: ModelDims, num_text: int, num_visual: int) -> int:
+        """See base class."""
+        return 2 * dims.hidden_size * num_text * num_visual
+
+
+@dataclass(frozen=True)
+class SparseVlmSelector(_ByRaters):
+    """Version 1, with or without recycling."""
+
+    name = "sparsevlm"
+    recycle: bool = True
+
+    def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
+        """See base class."""
         received = sample.attention(sample.text).mean(dim=0)[:, sample.candidates]
-        order = best_first((memory[None] @ received)[0])
+        return (raters[None] @ received)[0]
+
+    def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
+        """See base class."""
+        order = best_first(self.scores(sample, memory))
         num_best, num_clustered = split_kept(len(order), num_kept) if self.recycle else (num_kept, 0)
         if num_kept == num_best:
             return StageRanking(order)
         clustered = torch.from_numpy(order[num_best : num_best + num_clustered].copy()).to(sample.hidden.device)
         states = sample.hidden[sample.candidates[clustered]]
-        centres, members = density_peaks(states.float(), num_kept - num_best)
-        sums = torch.zeros(len(centres), states.shape[1], device=states.device).index_add_(0, members, states.float())
-        means = sums / members.bincount(minlength=len(centres))[:, None]
+        centres, means = cluster_means(states.float(), num_kept - num_best)
         slots = clustered[centres].cpu().numpy()
         rest = order[num_best:]
         final = np.concatenate([order[:num_best], slots, rest[~np.isin(rest, slots)]])
         return StageRanking(final, merged=(clustered[centres], means.to(states.dtype)))
-
-    def begin_flops(self, dims: ModelDims, num_text: int, num_visual: int) -> int:
-        """See base class."""
-        return 2 * dims.hidden_size * num_text * num_visual
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
         """See base class."""
@@ -86,6 +105,45 @@ class SparseVlmSelector(StageSelector):
         return attention_rows_flops(dims, num_text, num_rows) + 2 * num_text * num_candidates + distances
 
 
+@dataclass(frozen=True)
+class SparseVlm2Selector(_ByRaters):
+    """Version 2.
+
+    Args:
+        num_heads: heads whose attention counts.
+    """
+
+    name = "sparsevlm_v2"
+    num_heads: int = 14
+
+    def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
+        """See base class."""
+        bias = rotation_bias(sample.cos[sample.text], sample.sin[sample.text], sample.cos, sample.sin)
+        received = (sample.attention(sample.text) / bias)[:, :, sample.candidates]
+        by_head = raters.to(received.dtype) @ received
+        best = by_head.sum(dim=1).topk(min(self.num_heads, len(by_head))).indices
+        return by_head[best].mean(dim=0)
+
+    def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
+        """See base class."""
+        bias = 2 * dims.head_dim * num_text * num_rows
+        means = 2 * dims.num_heads * num_text * num_candidates
+        return attention_rows_flops(dims, num_text, num_rows) + bias + means
+
+
+def rotation_bias(query_cos: Tensor, query_sin: Tensor, key_cos: Tensor, key_sin: Tensor) -> Tensor:
+    """``[queries, keys]``: the scaled product of an all-ones query and an all-ones key after their rotation.
+
+    Args:
+        query_cos, query_sin: ``[queries, head_dim]``; ``sin`` signed, as in :class:`StageSample`.
+        key_cos, key_sin: ``[keys, head_dim]``.
+    """
+    queries, keys = (
+        rotate(torch.ones_like(cos), cos, sin).float() for cos, sin in ((query_cos, query_sin), (key_cos, key_sin))
+    )
+    return queries @ keys.T / keys.shape[1] ** 0.5
+
+
 def split_kept(num_candidates: int, num_kept: int) -> tuple[int, int]:
     """How many tokens are kept by score and how many of the others are clustered, if ``num_kept`` slots go on.
 
@@ -93,18 +151,30 @@ def split_kept(num_candidates: int, num_kept: int) -> tuple[int, int]:
     """
     for best in range(num_kept, -1, -1):
         if with_recycled(num_candidates, best) <= num_kept:
-            return best, int(RECYCLED_SHARE * (num_candidates - best))
+            return best, num_recycled(num_candidates - best)
     return num_kept, 0
 
 
 def with_recycled(num_candidates: int, num_best: int) -> int:
     """Slots that go on when ``num_best`` tokens are kept by score: those, and one for each cluster."""
-    clustered = int(RECYCLED_SHARE * (num_candidates - num_best))
+    clustered = num_recycled(num_candidates - num_best)
     return num_best + (clustered // TOKENS_PER_CLUSTER + 1 if clustered else 0)
 
 
+def num_recycled(num_leaving: int) -> int:
+    """Of so many leaving tokens, those that are clustered."""
+    return int(RECYCLED_SHARE * num_leaving) + 1 if num_leaving else 0
+
+
+def cluster_means(states: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """The centres of ``states`` ``[n, width]`` and the means of their clusters ``[num_clusters, width]``."""
+    centres, members = density_peaks(states, num_clusters)
+    sums = torch.zeros(len(centres), states.shape[1], device=states.device).index_add_(0, members, states)
+    return centres, sums / members.bincount(minlength=len(centres))[:, None]
+
+
 def density_peaks(states: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """Cluster ``states`` ``[n, width]`` by density peaks (k nearest neighbours; Du et al. 2016).
+    """Cluster ``states`` ``[n, width]`` by density peaks with ``num_centres`` nearest neighbours (Du et al. 2016).
 
     Returns:
         The centres (``[num_centres]``, by decreasing score) and the cluster of every state (``[n]``).
@@ -112,8 +182,7 @@ def density_peaks(states: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
     squares = states.pow(2).sum(dim=1)
     squared = (squares[:, None] + squares[None, :] - 2 * (states @ states.T)).clamp_min(0.0) / states.shape[1]
     squared.fill_diagonal_(0.0)
-    neighbours = min(NUM_NEIGHBOURS, len(states))
-    density = (-squared.topk(neighbours, dim=1, largest=False).values.mean(dim=1)).exp()
+    density = (-squared.topk(num_centres, dim=1, largest=False).values.mean(dim=1)).exp()
     place = torch.arange(len(states), device=states.device)
     tied = (density[None, :] == density[:, None]) & (place[None, :] < place[:, None])
     denser = (density[None, :] > density[:, None]) | tied  # ties go to the earlier token, so one token is the densest

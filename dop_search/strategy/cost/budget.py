@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from dop_search.strategy.cost.model import CostKind, CostModel
 from dop_search.utils.errors import BudgetError
@@ -18,6 +20,14 @@ _KINDS: dict[str, CostKind] = {
 }
 _PER_UNIT = {"latency_ms": 1e6}
 """The cost model's units (here nanoseconds) in one unit of the budget, where they differ."""
+_SHORT = {
+    "flops_ratio": "",
+    "kv_ratio": "KV ",
+    "flops": "FLOPs ",
+    "kv_bytes": "KV bytes ",
+    "latency_ratio": "time ",
+    "latency_ms": "ms ",
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,8 @@ class Budget:
         kv_ratio: bytes of the KV cache relative to the full model, in (0, 1].
         flops: FLOPs per sample, mean over the validation set (1 MAC = 2 FLOPs, text included).
         kv_bytes: bytes of the KV cache per sample, mean over the validation set.
-        latency_ratio: predicted prefill time relative to the full model, in (0, 1]; needs a measured table.
-        latency_ms: predicted prefill milliseconds per sample, mean over the validation set; needs a measured table.
+        latency_ratio: predicted prefill time relative to the full model, in (0, 1]; from layer times of this device.
+        latency_ms: predicted prefill milliseconds per sample, mean over the validation set; from layer times as well.
 
     Raises:
         BudgetError: if not exactly one is given, or it is out of range.
@@ -52,9 +62,26 @@ class Budget:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BudgetError(f"`{self.name}` must be a number, but got ({self.name}={value!r})")
         if self.is_ratio and not 0.0 < value <= 1.0:
-            raise BudgetError(f"`0 < {self.name} <= 1` must hold, but got ({self.name}={value})")
+            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value <= 100.0 else ""
+            raise BudgetError(f"`0 < {self.name} <= 1` must hold, but got ({self.name}={value:g}){hint}")
         if not self.is_ratio and not 0.0 < value < float("inf"):
-            raise BudgetError(f"`0 < {self.name} < inf` must hold, but got ({self.name}={value})")
+            raise BudgetError(f"`0 < {self.name} < inf` must hold, but got ({self.name}={value:g})")
+        object.__setattr__(self, self.name, float(value))
+
+    @classmethod
+    def of(cls, plain: Budget | float | Mapping[str, Any]) -> Budget:
+        """Inverse of :attr:`plain`.
+
+        Raises:
+            BudgetError: if it is neither a number nor a mapping with one of the fields, or out of range.
+        """
+        if isinstance(plain, Budget):
+            return plain
+        given = plain if isinstance(plain, Mapping) else {"flops_ratio": plain}
+        unknown = sorted(set(given) - set(_KINDS))
+        if unknown:
+            raise BudgetError(f"a budget is one of {', '.join(_KINDS)}, but got {unknown[0]!r}")
+        return cls(**given)
 
     @property
     def name(self) -> str:
@@ -66,6 +93,16 @@ class Budget:
         """The number that is given, in the unit of :attr:`name`."""
         value: float = getattr(self, self.name)
         return value
+
+    @property
+    def plain(self) -> float | dict[str, float]:
+        """As in JSON: a number for a FLOPs ratio, ``{name: value}`` for anything else."""
+        return self.value if self.name == "flops_ratio" else {self.name: self.value}
+
+    @property
+    def text(self) -> str:
+        """For tables and file names, e.g. ``0.3`` or ``KV 0.3``."""
+        return f"{_SHORT[self.name]}{self.value:g}"
 
     @property
     def is_ratio(self) -> bool:

@@ -21,8 +21,3 @@ def strategy_kv_bytes(dims: ModelDims, strategy: Strategy, counts: TokenCounts, 
     check_num_layers(dims, strategy)
     per_token = kv_cache_coefficients(dims, bytes_per_element).kv
     return per_token * int(layer_counts(strategy, counts)[Module.KV].sum())
-
-
-def full_kv_bytes(dims: ModelDims, counts: TokenCounts, bytes_per_element: int = 2) -> int:
-    """Bytes of one sample's cache after prefill of the unpruned model."""
-    return kv_cache_coefficients(dims, bytes_per_element).kv * dims.num_layers * counts.total

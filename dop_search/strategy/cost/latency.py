@@ -13,7 +13,6 @@ denominator of ratios, was measured as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,9 @@ from numpy.typing import NDArray
 from dop_search.strategy.cost.prices import Counts, IntArray
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import CacheError, ConfigError
-from dop_search.utils.files import write_text_atomic
+from dop_search.utils.versioned import Format, write_json
 
-FORMAT = "dop_search.latency_table"
-VERSION = 1
+FORMAT = Format("a latency table", "dop_search.latency_table", 1, "measure it again")
 
 FloatArray = NDArray[np.float64]
 ENVIRONMENT = (
@@ -120,7 +118,7 @@ class LatencyTable:
 
     def full(self, total: Counts, num_layers: int) -> IntArray:
         """Nanoseconds of the unpruned decoder."""
-        assert num_layers == self.num_layers, (num_layers, self.num_layers)
+        self._check_layers(num_layers)
         return _nanoseconds(np.interp(total, self.lengths, self.full_ms))
 
     def _at(self, values: FloatArray, text: Counts, visual: Counts) -> FloatArray:
@@ -160,11 +158,7 @@ class LatencyTable:
         Raises:
             ConfigError: saying what was measured and what is asked for.
         """
-        if dims.num_layers != self.num_layers:
-            raise ConfigError(
-                f"the latency table was measured on a model of {self.num_layers} layers, but this one has "
-                f"{dims.num_layers}; measure it on this model"
-            )
+        self._check_layers(dims.num_layers)
         for what, grid, values in (
             ("text", self.text, [item.text for item in counts]),
             ("visual", self.visual, [item.visual for item in counts]),
@@ -175,6 +169,13 @@ class LatencyTable:
                     f"the latency table covers {grid[0]} to {grid[-1]} {what} tokens, but the samples have "
                     f"{min(values)} to {max(values)}; measure it again for these samples"
                 )
+
+    def _check_layers(self, num_layers: int) -> None:
+        if num_layers != self.num_layers:
+            raise ConfigError(
+                f"the latency table was measured on a model of {self.num_layers} layers, but this one has "
+                f"{num_layers}; measure it on this model"
+            )
 
     def check_environment(self, environment: Mapping[str, Any]) -> None:
         """Refuse a table of another model shape, device, dtype, attention backend or library version.
@@ -199,8 +200,7 @@ class LatencyTable:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp,
             "environment": dict(self.environment),
             "num_layers": self.num_layers,
             **{name: list(getattr(self, name)) for name in ("text", "visual", "shares", "lengths")},
@@ -214,8 +214,7 @@ class LatencyTable:
         Raises:
             CacheError: if it is no table of this version.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise CacheError(f"not a latency table of version {VERSION}; measure it again")
+        FORMAT.check(data)
         try:
             fields: dict[str, Any] = {name: tuple(data[name]) for name in ("text", "visual", "shares", "lengths")}
             fields |= {name: np.asarray(data[name], dtype=np.float64) for name in _ARRAYS}
@@ -225,7 +224,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, atomically."""
-        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        write_json(path, self.to_json(), indent=1)
 
     @classmethod
     def load(
@@ -242,10 +241,7 @@ class LatencyTable:
             CacheError: if the file is no table.
             ConfigError: if it was measured elsewhere.
         """
-        try:
-            table = cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CacheError(f"cannot read a latency table from {str(path)!r} ({error}); measure it again") from error
+        table = cls.from_json(FORMAT.read(path))
         if not any_environment:
             if environment is None:
                 raise ConfigError(

@@ -84,7 +84,11 @@ class CostModel:
         tokens = self._text + self._visual
         self.full_total = self._sum(self.prices.full(tokens, dims.num_layers))
         self._fixed_total = self._sum(self.prices.fixed(tokens))
-        assert self.full_total < 2**62, "the sum over samples must fit 64-bit integers"
+        if self.full_total >= 2**62:
+            raise DataError(
+                f"the cost of all {self.num_samples} samples together must fit 64-bit integers, but got "
+                f"{self.full_total:.3g}; give fewer samples"
+            )
 
     @property
     def unit(self) -> str:

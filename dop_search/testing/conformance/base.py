@@ -15,13 +15,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import Inputs, tiny_sample
+from dop_search.testing.inputs import Inputs, collate, tiny_sample
 from dop_search.testing.reference import text_positions, visual_positions
 from dop_search.testing.strategies import random_rankings
 
 BACKENDS = ("sdpa", "eager")
 TEXT_LENGTHS = ((3, 4), (5, 7))
 
+PROMPTS = {
+    "text_around": ((3, 4), (5, 7), 1),
+    "image_first": ((0, 4), (0, 2), 1),
+    "image_last": ((3, 0), (5, 0), 1),
+    "one_image_last": ((3, 4), (5, 0), 1),
+    "several_images": ((3, 4), (1, 2), 2),
+    "several_images_one_last": ((2, 0), (1, 3), 2),
+}
+"""Text tokens before and after the images of each of two samples, and images per sample."""
+
+prompt_kinds = pytest.mark.parametrize("kind", PROMPTS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 Models = Callable[[str], PreTrainedModel]
 
@@ -67,10 +78,16 @@ class ConformanceBase:
         raise NotImplementedError
 
     def make_sample(
-        self, model: PreTrainedModel, num_text_before: int, num_text_after: int, seed: int, image_shape: int = 0
+        self,
+        model: PreTrainedModel,
+        num_text_before: int,
+        num_text_after: int,
+        seed: int,
+        image_shape: int = 0,
+        num_images: int = 1,
     ) -> Inputs:
-        """One prompt with a batch dimension of 1: text, image, text."""
-        return tiny_sample(model, num_text_before, num_text_after, seed, image_shape=image_shape)
+        """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be none."""
+        return tiny_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -86,6 +103,16 @@ class ConformanceBase:
             for index, ((before, after), shape) in enumerate(zip(lengths, image_shapes, strict=True))
         ]
 
+    def prompts(self, model: PreTrainedModel, kind: str) -> Inputs:
+        """A left-padded batch of one of the :data:`PROMPTS`."""
+        first, second, num_images = PROMPTS[kind]
+        return collate(
+            [
+                self.make_sample(model, *lengths, seed=seed, num_images=num_images)
+                for seed, lengths in enumerate((first, second))
+            ]
+        )
+
     def rankings(self, model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> list[np.ndarray]:
         """A random permutation of the visual tokens of each sample."""
         return random_rankings(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist(), seed)
@@ -97,9 +124,8 @@ class ConformanceBase:
 
     @staticmethod
     def token_counts(model: PreTrainedModel, sample: Inputs) -> TokenCounts:
-        """Text and visual tokens of one unpadded sample."""
-        visual = int(visual_positions(model, sample["input_ids"]).sum())
-        return TokenCounts(text=sample["input_ids"].shape[1] - visual, visual=visual)
+        """Text and visual tokens of one unpadded sample; its last token counts as text."""
+        return TokenCounts.of_prompt(visual_positions(model, sample["input_ids"])[0].numpy())
 
 
 def generate(model: PreTrainedModel, **arguments: Any) -> Any:
@@ -115,6 +141,6 @@ def max_difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def max_text_difference(model: PreTrainedModel, inputs: Inputs, logits: Tensor, expected: Tensor) -> float:
-    """:func:`max_difference` over the text positions of ``inputs``; logits are ``[batch, position, vocabulary]``."""
+    """:func:`max_difference` where logits ``[batch, position, vocabulary]`` of a pruned model are defined."""
     text = text_positions(model, inputs)
     return max_difference(logits[text], expected[text])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -19,34 +20,27 @@ from dop_search.testing.conformance.base import (
     for_all,
     max_difference,
     max_text_difference,
+    prompt_kinds,
 )
-from dop_search.testing.inputs import Inputs, collate
+from dop_search.testing.inputs import Inputs, collate, pack_rows
 from dop_search.testing.reference import masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategies
+
+PACKED = ((3, 4), (0, 2), (2, 0))
+"""Text before and after the image of each sequence of a packed row."""
 
 
 class PrefillConformance(ConformanceBase):
     """Prefill with ``sdpa`` and ``eager`` attention, left-padded batches, any strategy."""
 
-    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> None:
-        """A pruned forward equals the masked reference on text logits."""
+    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> Tensor:
+        """A pruned forward equals the masked reference on text logits; returns the reference's logits."""
         rankings = self.rankings(model, inputs, seed)
         expected = masked_forward(model, inputs, strategy, rankings)
         with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
             logits = model(**inputs).logits
         assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
-
-    @backends
-    @pytest.mark.parametrize("corner", CORNERS)
-    def test_reference_is_not_the_full_model(self, models: Models, backend: str, corner: str) -> None:
-        """Each corner moves the logits far beyond the tolerance, so a runtime that skips nothing fails below."""
-        model = models(backend)
-        inputs = collate(self.samples(model))
-        strategy = corner_strategy(corner, self.num_layers(model))
-        with torch.no_grad():
-            full = model(**inputs).logits
-        masked = masked_forward(model, inputs, strategy, self.rankings(model, inputs))
-        assert max_text_difference(model, inputs, masked, full) > 500 * self.tolerance
+        return expected
 
     @backends
     @for_all(data=st.data())
@@ -76,9 +70,17 @@ class PrefillConformance(ConformanceBase):
     @backends
     @pytest.mark.parametrize("corner", CORNERS)
     def test_corners_equal_reference(self, models: Models, backend: str, corner: str) -> None:
-        """Left-padded batch, the corners of the space."""
+        """Left-padded batch, the corners of the space.
+
+        Each moves the logits far beyond the tolerance, so that a runtime that skips nothing fails.
+        """
         model = models(backend)
-        self.check_prefill(model, collate(self.samples(model)), corner_strategy(corner, self.num_layers(model)))
+        inputs = collate(self.samples(model))
+        strategy = corner_strategy(corner, self.num_layers(model))
+        expected = self.check_prefill(model, inputs, strategy)
+        with torch.no_grad():
+            full = model(**inputs).logits
+        assert max_text_difference(model, inputs, expected, full) > 500 * self.tolerance
 
     @backends
     @for_all(data=st.data(), seed=st.integers(0, 99))
@@ -99,13 +101,52 @@ class PrefillConformance(ConformanceBase):
         self.check_prefill(model, collate(self.samples(model, image_shapes=shapes)), strategy)
 
     @backends
-    @for_all(data=st.data())
-    def test_image_first_equals_reference(self, models: Models, backend: str, data: st.DataObject) -> None:
-        """Without text before the image a query may find no key at all: it receives nothing, not NaN."""
+    @prompt_kinds
+    def test_reference_with_nothing_pruned_is_the_model(self, models: Models, backend: str, kind: str) -> None:
+        """At every position of every kind of prompt: a reference that hides too much or too little is no oracle.
+
+        It would be none for a decoder whose attention is not causal, such as PaliGemma's over its prefix: there a
+        causal pruned model and a causal reference agree, and both are wrong.
+        """
         model = models(backend)
-        inputs = self.make_sample(model, num_text_before=0, num_text_after=4, seed=0)
+        inputs = self.prompts(model, kind)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        everything = Strategy.full(self.num_layers(model), selector="explicit")
+        logits = masked_forward(model, inputs, everything, self.rankings(model, inputs))
+        real = inputs["attention_mask"].bool()
+        difference = max_difference(logits[real], expected[real])
+        assert difference <= self.tolerance, f"the reference is not this model: logits differ by {difference:.2g}"
+
+    @backends
+    @prompt_kinds
+    @for_all(data=st.data(), seed=st.integers(0, 99))
+    def test_every_kind_of_prompt_equals_reference(
+        self, models: Models, backend: str, kind: str, data: st.DataObject, seed: int
+    ) -> None:
+        """Images at the start, where a query may find no key at all, at the end, and several of them."""
+        model = models(backend)
+        strategy = data.draw(dop_strategies(self.num_layers(model), max_visual_tokens=40))
+        self.check_prefill(model, self.prompts(model, kind), strategy, seed)
+
+    @for_all(data=st.data())
+    def test_packed_rows_equal_singles(self, models: Models, data: st.DataObject) -> None:
+        """Padding-free rows, told apart by positions that restart: each sequence as if it were alone."""
+        model = models("sdpa")
+        samples = [self.make_sample(model, *lengths, seed=seed) for seed, lengths in enumerate(PACKED)]
+        packed = pack_rows(model, samples)
+        starts = np.cumsum([0, *(sample["input_ids"].shape[1] for sample in samples)])
         strategy = data.draw(dop_strategies(self.num_layers(model)))
-        self.check_prefill(model, inputs, strategy)
+        rankings = self.rankings(model, collate(samples))
+        plain = Strategy.full(self.num_layers(model), selector="explicit")
+        for chosen in (plain, strategy):
+            with torch.no_grad(), dop.pruned(model, chosen, rankings=rankings):
+                together = model(**packed, use_cache=False).logits
+            for index, sample in enumerate(samples):
+                with torch.no_grad(), dop.pruned(model, chosen, rankings=rankings[index : index + 1]):
+                    alone = model(**sample).logits
+                part = together[:, starts[index] : starts[index + 1]]
+                assert max_text_difference(model, sample, part, alone) <= self.tolerance
 
     @pytest.mark.skipif(
         importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(),
@@ -125,19 +166,19 @@ class PrefillConformance(ConformanceBase):
             assert max_text_difference(model, inputs, logits.float(), reference.float()) <= 0.05
 
     @backends
-    @pytest.mark.parametrize("corner", CORNERS)
-    def test_text_only_prompt_is_untouched(self, models: Models, backend: str, corner: str) -> None:
+    def test_text_only_prompt_is_untouched(self, models: Models, backend: str) -> None:
         """Text tokens keep all their operations, so a prompt without an image has the full model's logits."""
         model = models(backend)
         input_ids = self.samples(model)[1]["input_ids"]
         text = input_ids[~visual_positions(model, input_ids)][None]
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-        strategy = corner_strategy(corner, self.num_layers(model))
         with torch.no_grad():
             expected = model(**inputs).logits
-            with dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
+        for corner in CORNERS:
+            strategy = corner_strategy(corner, self.num_layers(model))
+            with torch.no_grad(), dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
                 logits = model(**inputs).logits
-        assert max_difference(logits, expected) <= self.tolerance
+            assert max_difference(logits, expected) <= self.tolerance, corner
 
     @backends
     @for_all(data=st.data())

@@ -14,16 +14,21 @@ from dop_search.testing.conformance.base import ConformanceBase, Models, backend
 from dop_search.testing.measure import cache_lengths
 from dop_search.testing.strategies import dop_strategies
 
+NUM_AFTER = st.sampled_from([4, 0])
+NUM_IMAGES = st.sampled_from([1, 2])
+
 
 class SkippingConformance(ConformanceBase):
     """Cache lengths and counted FLOPs of one sample."""
 
     @backends
-    @for_all(data=st.data())
-    def test_cache_holds_only_kept_keys(self, models: Models, backend: str, data: st.DataObject) -> None:
+    @for_all(data=st.data(), num_after=NUM_AFTER, num_images=NUM_IMAGES)
+    def test_cache_holds_only_kept_keys(
+        self, models: Models, backend: str, data: st.DataObject, num_after: int, num_images: int
+    ) -> None:
         """Per layer: text, and the visual tokens whose group has ``kv`` there; in bytes what the cost model says."""
         model = models(backend)
-        sample = self.samples(model)[0]
+        sample = self.make_sample(model, 3, num_after, seed=0, num_images=num_images)
         strategy = data.draw(dop_strategies(self.num_layers(model)))
         counts = self.token_counts(model, sample)
         with torch.no_grad(), dop.pruned(model, strategy, rankings=self.rankings(model, sample)):
@@ -37,11 +42,13 @@ class SkippingConformance(ConformanceBase):
         priced = strategy_kv_bytes(adapter_for(model).dims, strategy, counts, model.dtype.itemsize)
         assert cache_bytes(cache) == priced
 
-    @for_all(data=st.data())
-    def test_counted_flops_equal_closed_form(self, models: Models, data: st.DataObject) -> None:
-        """To the last FLOP, over all decoder layers."""
+    @for_all(data=st.data(), num_after=NUM_AFTER, num_images=NUM_IMAGES)
+    def test_counted_flops_equal_closed_form(
+        self, models: Models, data: st.DataObject, num_after: int, num_images: int
+    ) -> None:
+        """To the last FLOP, over all decoder layers; a prompt's last token costs what text does."""
         model = models("eager")
-        sample = self.samples(model)[1]
+        sample = self.make_sample(model, 5, num_after, seed=1, num_images=num_images)
         # The empty strategy leaves the model untouched, dead operations included: it has no canonical price.
         strategy = data.draw(dop_strategies(self.num_layers(model)).filter(lambda drawn: not drawn.is_empty))
         with dop.pruned(model, strategy, rankings=self.rankings(model, sample)):

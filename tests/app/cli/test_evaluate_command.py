@@ -14,8 +14,8 @@ from support.score_records import example_evaluation
 
 from dop_search.app.cli.evaluate import main
 from dop_search.app.config import EvalRunConfig
-from dop_search.app.eval_record import SCORES_FILE, EvalRecord
 from dop_search.app.evaluate import read_strategies
+from dop_search.app.record import SCORES_FILE, EvalRecord
 from dop_search.strategy import Strategy
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import CacheError, ConfigError
@@ -74,7 +74,7 @@ def test_one_file_a_list_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
     ):
         assert run(argument, "tracking=none", "eval=dop13_static", "eval.benchmarks=[gqa,pope]") == 0
         assert pipeline.calls[-1].strategy == expected
-        assert pipeline.calls[-1].suite.benchmarks == ("gqa", "pope")
+        assert [item.name for item in pipeline.calls[-1].suite.benchmarks] == ["gqa", "pope"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_the_record_round_trips_and_names_what_is_wrong(tmp_path: Path) -> None:
     record = example_evaluation({"a": (Strategy.depthwise(12, 3, 8, 2, 72), 0.15, 0.9)})
     record.save(tmp_path / SCORES_FILE)
     assert EvalRecord.load(tmp_path) == record
-    with pytest.raises(CacheError, match="no scores at"):
+    with pytest.raises(CacheError, match="there is no record of dop-eval at"):
         EvalRecord.load(tmp_path / "nothing")
     data = json.loads((tmp_path / SCORES_FILE).read_text())
     (tmp_path / SCORES_FILE).write_text(json.dumps({**data, "version": 2}))

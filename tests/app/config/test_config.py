@@ -20,16 +20,17 @@ from omegaconf import OmegaConf
 from dop_search.app.cli.hydra_command import check_choices
 from dop_search.app.config import (
     AdditiveExactConfig,
-    BudgetConfig,
     ExactOptunaConfig,
     SearchConfig,
     parse_config,
 )
+from dop_search.strategy.cost import Budget
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
 
 GROUPS = ("model", "data", "selector", "space", "search", "eval", "tracking")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+NEEDED = {"data=jsonl": ("data.path=mine.jsonl",), "search=own": ("search.solver=rerank",)}
 EXPERIMENTS = sorted((config_dir() / "experiment").glob("*.yaml"))
 
 
@@ -62,7 +63,7 @@ def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_option_composes_and_round_trips(choice: str) -> None:
-    config = composed(choice, *(["data.path=mine.jsonl"] if choice == "data=jsonl" else []))
+    config = composed(choice, *NEEDED.get(choice, ()))
     assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
 
 
@@ -111,24 +112,21 @@ def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[obj
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (config_dir() / "search").glob("*.yaml")))
 def test_the_quick_experiment_takes_every_solver(option: str) -> None:
-    chosen = composed("experiment=smoke", f"search={option}")
-    assert chosen.search == composed(f"search={option}").search
+    given = [f"search={option}", *NEEDED.get(f"search={option}", ())]
+    assert composed("experiment=smoke", *given).search == composed(*given).search
 
 
 def test_a_storage_is_a_file_or_a_url_without_a_password() -> None:
     url = "postgresql+psycopg://user@host/db"
     assert composed(f"storage={url}").storage == url
-    assert composed("search=exact_optuna", "search.storage=some.journal").storage is None
-    for key in ("storage", "search.storage"):
-        message = error_of("search=exact_optuna", f"{key}=postgresql+psycopg://user:secret@host/db")
-        assert f"{key}: a password" in message
-        assert "PGPASSWORD" in message
-        assert "secret" not in message
+    message = error_of("search=exact_optuna", "storage=postgresql+psycopg://user:secret@host/db")
+    assert "storage: a password" in message
+    assert "PGPASSWORD" in message
+    assert "secret" not in message
 
 
-def test_budget_name_and_value() -> None:
-    budget = BudgetConfig(kv_ratio=0.25)
-    assert (budget.name, budget.value) == ("kv_ratio", 0.25)
+def test_the_budgets_of_a_configuration_are_those_of_the_library() -> None:
+    assert composed("budget={kv_ratio: 0.25}").budget == (Budget(kv_ratio=0.25),)
 
 
 def test_the_solver_key_chooses_the_section() -> None:
@@ -140,7 +138,7 @@ def test_the_solver_key_chooses_the_section() -> None:
 def test_all_errors_come_at_once_with_their_paths() -> None:
     message = error_of("budget=30", "data.num_samples=0", "data.answers=techer", "model.dtype=fp32", "+modle.x=1")
     assert message.startswith("the configuration has 5 errors:")
-    assert "budget.flops_ratio: `0 < ratio <= 1` must hold, but got 30; for 30 % write 0.3" in message
+    assert "budget: `0 < flops_ratio <= 1` must hold, but got (flops_ratio=30); for 30 % write 0.3" in message
     assert "data.num_samples: input should be greater than 0, but got 0" in message
     assert "data.answers: must be one of teacher, ground_truth, but got 'techer'; did you mean 'teacher'?" in message
     assert "model.dtype: must be one of auto, float32, bfloat16, float16, but got 'fp32'" in message
@@ -152,14 +150,22 @@ def test_all_errors_come_at_once_with_their_paths() -> None:
     [
         (["+search.num_rerrank=3"], "search.num_rerrank: unknown key; did you mean 'num_rerank'?"),
         (["+space.zzz=3"], "space.zzz: unknown key; the keys are name, shares,"),
-        (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, additive_optuna"),
+        (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, rerank, additive_optuna"),
         (["+search.num_trials=5"], "search.num_trials: unknown key"),  # of another solver
-        (["budget=[0.5,-1]"], "budget[1].flops_ratio: `0 < ratio <= 1` must hold, but got -1"),
-        (["budget=0"], "`0 < ratio <= 1` must hold, but got 0"),
+        (["budget=[0.5,-1]"], "budget[1]: `0 < flops_ratio <= 1` must hold, but got (flops_ratio=-1)"),
+        (["budget=0"], "budget: `0 < flops_ratio <= 1` must hold, but got (flops_ratio=0)"),
         (["budget=[0.3,0.3]"], "the budgets must differ, but got [0.3, 0.3]"),
         (["budget=[]"], "at least one budget is needed, e.g. budget=0.3"),
-        (["budget=all"], "budget.flops_ratio: input should be a valid number, but got 'all'"),
-        (["budget={kv_ratio: 0.2, flops: 3}"], "exactly one of flops_ratio, kv_ratio, flops, kv_bytes, latency_ratio"),
+        (["budget=all"], "budget: `flops_ratio` must be a number, but got (flops_ratio='all')"),
+        (["budget={kv_ratio: 0.2, flops: 3}"], "budget: exactly one of `flops_ratio`, `kv_ratio`, `flops`, `kv_bytes`"),
+        (["budget={kv_ratoi: 0.2}"], "budget: a budget is one of flops_ratio, kv_ratio, flops,"),
+        (["budget=true"], "budget: `flops_ratio` must be a number, but got (flops_ratio=True)"),
+        (["+eval.limt=3"], "eval.limt: unknown key; did you mean 'limit'?"),
+        (["eval=pocket13", "eval.limit=0"], "eval: suite 'pocket13': `limit >= 1` must hold, but got (limit=0)"),
+        (["eval=pocket13", "eval.judge=yes_please"], "eval: suite 'pocket13': `judge` must be true or false"),
+        (["eval=pocket13", "eval.benchmarks=[gqu]"], "eval: unknown benchmark 'gqu'. Did you mean 'gqa'?"),
+        (["eval=pocket13", "eval.benchmarks=gqa"], "eval: `benchmarks` must be a list, but got 'gqa'"),
+        (["eval.name=poket13"], "eval: unknown suite 'poket13'"),
         (["data=jsonl"], "data: `name=jsonl` needs a file; set data.path=FILE.jsonl"),
         (["data.seed=true"], "data.seed: input should be a valid integer, but got True"),
         (["space=dop_groups", "space.shares=[0.5,0.6]"], "`shares` must be positive and sum to 1, but got [0.5, 0.6]"),

@@ -9,6 +9,7 @@ import pytest
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.reference import FILE, reference
 from dop_search.app.config.schema import EvalRunConfig
+from dop_search.app.study import find_study, study_names
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.utils.conf import config_dir
 
@@ -33,6 +34,8 @@ def test_every_key_of_every_section_is_there_with_its_meaning() -> None:
         expected[f"### `data.sources[] (kind={kind})`"] = [field.name for field in dataclasses.fields(source)]
     expected["### `tracking`"] = list(type(SearchConfig().tracking).model_fields)
     expected["### `search (solver=exact_optuna)`"] = ["solver", "sampler", "num_trials", "num_warm_start", "pruner"]
+    for name in study_names():
+        expected[f"### `study.options` (study.name={name})"] = list(find_study(name).model_fields)
     for heading, keys in expected.items():
         found = rows(text, heading)
         assert list(found)[: len(keys)] == keys
@@ -48,6 +51,7 @@ def test_every_key_of_every_section_is_there_with_its_meaning() -> None:
         ("### `data.sources[] (kind=task)`", "split", ["string", "required"]),
         ("### `space`", "shares", ["list of numbers", "`[1.0]`"]),
         ("## Keys of `dop-search`", "model", ["section", ""]),
+        ("### `study.options` (study.name=selectors)", "space", ["`dop`, `dop_split`, `dop_groups`", "`dop_split`"]),
     ],
 )
 def test_types_and_defaults(heading: str, key: str, row: list[str]) -> None:

@@ -49,6 +49,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_figure_and_a_self_contained_page(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_the_command_writes_every_figure_and_a_self_contained_page(
         assert fact in text
 
 
+@pytest.mark.slow
 def test_the_same_record_gives_the_same_page() -> None:
     record = example_record()
     assert page(record, figures(record, example_curves())) == page(record, figures(record, example_curves()))
@@ -106,6 +108,7 @@ def test_foreign_curves_fail_with_a_message(tmp_path: Path, capsys: pytest.Captu
     assert CURVES_FILE in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reports_need_no_torch() -> None:
     code = (
         "import sys, dop_search.app.cli.report; sys.exit(any(m in sys.modules for m in ('torch', 'mlflow', 'hydra')))"

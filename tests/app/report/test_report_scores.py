@@ -78,6 +78,7 @@ def test_the_figure_shows_the_record(recwarn: pytest.WarningsRecorder) -> None:
     assert not [w for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning))]
 
 
+@pytest.mark.slow
 def test_the_page_and_the_command_show_scores_where_there_are_any(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

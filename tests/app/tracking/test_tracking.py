@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,9 @@ from support.records import example_curves, example_record
 
 from dop_search.app.config import TrackingConfig
 from dop_search.app.record import CURVES_FILE, RECORD_FILE
-from dop_search.app.tracking.store import (
-    check_tracking,
-    log_benchmark,
-    log_study,
-    result_metrics,
-    result_params,
-    ui_command,
-)
+from dop_search.app.tracking.connection import check_tracking, ui_command
+from dop_search.app.tracking.store import log_benchmark, log_study, result_metrics, result_params
+from dop_search.app.tracking.values import started_ms
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 
@@ -172,12 +165,13 @@ def test_a_bad_store_is_found_at_once_and_leaves_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "foreign.db"]
 
 
+@pytest.mark.slow
 def test_without_tracking_mlflow_is_never_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
         "from support.records import example_record; from dop_search.app.tracking.store import *;"
-        "import dop_search.app.tracking.store as t; c = TrackingConfig(backend='none'); t.check_tracking(c);"
-        f"assert t.log_search(c, example_record(), Path({str(tmp_path)!r})) is None;"
+        "import dop_search.app.tracking.connection as n; c = TrackingConfig(backend='none'); n.check_tracking(c);"
+        f"assert log_search(c, example_record(), Path({str(tmp_path)!r})) is None;"
         "sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=WITH_SUPPORT).returncode == 0
@@ -212,6 +206,7 @@ def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> N
     assert log_benchmark(TrackingConfig(backend="none"), data) is None
 
 
+@pytest.mark.slow
 def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,51 +236,58 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None
 
 
-def test_a_store_that_is_no_database_is_an_error_in_words(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("no database at all" * 100)
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(ConfigError, match=r"cannot be written: file is not a database; set another tracking.uri"):
-        check_tracking(config)
-
-
-def test_a_store_of_another_version_is_an_error_in_words(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
-        database.execute("INSERT INTO alembic_version VALUES ('from_the_future')")
-        database.commit()
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(ConfigError, match=r"refused the run: .*; the results are in .* all the same; set another"):
-        log_study(config, {"study": "s", "setup": {"model": "m"}, "rows": [], "summary": {}}, tmp_path)
-
-
-FIRST_USE = """
-import sys, time
-from pathlib import Path
-from dop_search.app.config import TrackingConfig
-from dop_search.app.tracking.store import log_study
-import mlflow
-folder = Path(sys.argv[1])
-(folder / sys.argv[2]).touch()
-while len(list(folder.glob("ready*"))) < 3:
-    time.sleep(0.01)
-row = {"method": sys.argv[2], "budget": 0.5}
-result = {"study": sys.argv[2], "setup": {"model": "m"}, "rows": [row], "summary": {}}
-assert log_study(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), result, folder)
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_end_together_all_log_to_a_new_store(tmp_path: Path) -> None:
-    """MLflow migrates a new database at first use and takes no lock: two of three failed."""
+def test_processes_that_end_together_on_a_new_store_all_log(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
+        "from support.records import example_record; from dop_search.app.tracking.store import log_search;"
+        "time.sleep(max(0.0, float(sys.argv[3]) - time.time()));"
+        "log_search(TrackingConfig(uri=sys.argv[1]), example_record(), Path(sys.argv[2]))"
+    )
+    uri, start = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", str(time.time() + 12)
+    command = [sys.executable, "-c", code, uri, str(tmp_path), start]
+    processes = [subprocess.Popen(command, env=WITH_SUPPORT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
     from mlflow.tracking import MlflowClient
 
-    names = [f"ready{number}" for number in range(3)]
-    started = [
-        subprocess.Popen([sys.executable, "-c", FIRST_USE, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
-        for name in names
-    ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], errors
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "dop-search"]
-    assert {run.data.params["study"] for run in client.search_runs([experiment])} == set(names)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(TrackingConfig().experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 3
+
+
+def test_a_store_that_is_away_at_the_end_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    from dop_search.app.cli.track import main
+    from dop_search.app.tracking import connection
+    from dop_search.app.tracking.store import log_search
+
+    def away(*_: object) -> str:
+        raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
+
+    record, config = example_record(), TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    record.save(tmp_path / RECORD_FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_experiment", away)
+        with pytest.raises(ConfigError, match=r"refused the run.*the results are in .*dop-track"):
+            log_search(config, record, tmp_path)
+    assert main([str(tmp_path), "--uri", config.uri]) == 0
+    identifier = capsys.readouterr().out.split("run ")[1].split()[0]
+    from mlflow.tracking import MlflowClient
+
+    run = MlflowClient(config.uri).get_run(identifier)
+    assert record.provenance is not None
+    assert run.info.start_time == started_ms(record.provenance)
+    assert run.info.end_time - run.info.start_time == pytest.approx(1000 * record.seconds, abs=1)
+    assert "| budget |" in run.data.tags["mlflow.note.content"]
+    assert str(record.data.seed) in run.info.run_name
+    assert run.data.metrics["best/kl_heldout"] == min(result.kl_heldout for result in record.results)
+
+
+def test_the_experiment_opens_on_its_runs(logged: Logged) -> None:
+    experiment = logged.client.get_experiment_by_name(TrackingConfig().experiment)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"

@@ -15,15 +15,15 @@ from support.records import example_record
 from support.score_records import FULL, example_evaluation, example_scores
 
 from dop_search.app.config import TrackingConfig
-from dop_search.app.tracking.score_metrics import score_columns, score_metrics, strategy_key
 from dop_search.app.tracking.store import log_evaluation
+from dop_search.app.tracking.values import score_columns, score_metrics, strategy_key
 
 LOG = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
 from dop_search.app.config import TrackingConfig
-from dop_search.app.eval_record import SCORES_FILE
+from dop_search.app.record import SCORES_FILE
 from dop_search.app.record import RECORD_FILE
 from dop_search.strategy import Strategy
 from support.records import example_record

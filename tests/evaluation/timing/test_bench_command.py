@@ -16,7 +16,6 @@ from dop_search.app.cli.bench import main
 from dop_search.evaluation.timing.comparison import Comparison, Row, compare
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.evaluation.timing.shapes import build, prompt, shape_named
-from dop_search.evaluation.timing.statistics import paired_ratio, spread
 from dop_search.evaluation.timing.text import comparison_text
 from dop_search.evaluation.timing.timing import Reading, read_generation
 from dop_search.evaluation.timing.variants import Prompt, Variant, make_variants, nearest
@@ -25,6 +24,7 @@ from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel, layer_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.utils.statistics import paired_ratio, spread
 
 BARE = """
 import sys
@@ -41,6 +41,7 @@ sys.exit(status)
 """The command where only what a pruned model needs is installed."""
 
 
+@pytest.mark.slow
 def test_on_a_bare_machine_it_times_everything_and_says_what(tmp_path: Path) -> None:
     strategy = tmp_path / "mine.json"
     Strategy.depthwise(4, 2, 3, 1, num_visual_tokens=50, selector="uniform_grid").save(strategy)
@@ -188,7 +189,7 @@ def test_reading_leaves_the_model_as_it_was() -> None:
         (["--ratio", "1.5"], "`0 < ratio <= 1` must hold, but got --ratio 1.5"),
         (["--rounds", "0"], "`--rounds >= 1` must hold, but got 0"),
         (["--shape", "tiny", "--weights", "pretrained"], "a --shape has no pretrained weights"),
-        (["--shape", "tiny", "--strategy", "nowhere.json"], "no strategy file at 'nowhere.json'"),
+        (["--shape", "tiny", "--strategy", "nowhere.json"], "there is no strategy at 'nowhere.json'"),
         (["--shape", "tiny", "--device", "gpu"], "`--device` must be auto, cpu or cuda[:index], but got 'gpu'"),
         (["--model", "./nowhere", "--weights", "random"], "cannot read the configuration of './nowhere'"),
         (["--shape", "tiny", "--table", "t.json"], "--table needs --validate-table"),

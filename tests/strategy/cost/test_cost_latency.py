@@ -167,5 +167,5 @@ def test_a_malformed_table_is_named(change: dict[str, Any], message: str) -> Non
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"cannot read a latency table from .*nowhere\.json"):
+    with pytest.raises(CacheError, match=r"there is no latency table at .*nowhere\.json"):
         LatencyTable.load(tmp_path / "nowhere.json", WHERE)

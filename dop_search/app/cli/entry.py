@@ -1,0 +1,46 @@
+"""Where the commands start: ``--version`` and a missing extra are answered without what the extra brings."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from dop_search import __version__
+from dop_search.utils.errors import MissingExtraError
+from dop_search.utils.extras import check_extras
+
+
+def search() -> None:
+    """``dop-search``, and ``python -m dop_search``."""
+    _start("dop-search", "search", extras=("search",))
+
+
+def evaluate() -> None:
+    """``dop-eval``."""
+    _start("dop-eval", "evaluate", extras=("search", "eval"))
+
+
+def report() -> None:
+    """``dop-report``."""
+    _start("dop-report", "report", extras=("search",))
+
+
+def track() -> None:
+    """``dop-track``."""
+    _start("dop-track", "track", extras=("search",))
+
+
+def bench() -> None:
+    """``dop-bench``."""
+    _start("dop-bench", "bench", extras=())
+
+
+def _start(command: str, module: str, extras: tuple[str, ...]) -> None:
+    if "--version" in sys.argv[1:]:
+        print(f"{command} {__version__}")
+        return
+    try:
+        check_extras(command, *extras)
+    except MissingExtraError as error:
+        sys.exit(str(error))
+    sys.exit(importlib.import_module(f"dop_search.app.cli.{module}").main())

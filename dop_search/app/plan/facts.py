@@ -1,0 +1,186 @@
+"""What a plan knows of a model and its prompts without weights: sizes from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+
+from dop_search.app.config.schema import DataConfig, ModelConfig
+from dop_search.data.samples import Sample
+from dop_search.data.validation import validation_set
+from dop_search.divergence.forecast import SampleSize
+from dop_search.divergence.memory import Footprint, num_patches, tower_bytes
+from dop_search.models.families import adapter_for
+from dop_search.models.loading import DTYPES
+from dop_search.models.pocket import pocket_path
+from dop_search.models.prompts import model_inputs
+from dop_search.models.published import published_models
+from dop_search.models.quantization import check_quantization, meta_model, packed_bytes
+from dop_search.utils.errors import DopError
+
+TEXT_BEFORE, TEXT_AFTER = 35, 25
+"""Text tokens of a prompt where no processor is at hand to count them: system prompt, question."""
+LARGE_IMAGE = (1008, 1008)
+LOCAL_DATA = ("pocket", "jsonl")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model by its sizes.
+
+    Attributes:
+        name: what the user asked for.
+        source: where the sizes are from.
+        footprint: what its activations take.
+        weight_bytes: of all weights, as they would be loaded.
+        decoder_bytes: of the decoder's layers among them.
+        linear_flops: of one token through the decoder's linear layers and ``lm_head``.
+        tower_flops: of one sample's images through the vision tower and projector.
+        tower_bytes: of activations for one sample's images.
+        prompts: sizes of the prompts, with the longest answer.
+        prompts_from: where those are from.
+        dtype: of the weights that are not quantised.
+    """
+
+    name: str
+    source: str
+    footprint: Footprint
+    weight_bytes: int
+    decoder_bytes: int
+    linear_flops: int
+    tower_flops: int
+    tower_bytes: int
+    prompts: tuple[SampleSize, ...]
+    prompts_from: str
+    dtype: torch.dtype
+
+
+def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> ModelFacts:
+    """Sizes of a model and of the prompts that it would be given.
+
+    Raises:
+        DopError: if the checkpoint is neither here nor one whose sizes are known.
+    """
+    folder = _folder(model.name_or_path)
+    config, source = _config(model, folder)
+    dtype = _dtype(model.dtype, config, device_type)
+    if model.quantization is not None:
+        check_quantization(model.quantization, config)
+    meta = meta_model(config, dtype)
+    adapter = adapter_for(meta)
+    element = dtype.itemsize
+    weights = {name: _bytes(part, model, element, name) for name, part in _parts(meta).items()}
+    prompts, patches, prompts_from = _prompts(model, data, folder, adapter.vision_tower, meta)
+    vision = meta.config.vision_config
+    tower = sum(p.numel() for name, part in _parts(meta).items() if name == "tower" for p in part.parameters())
+    footprint = Footprint(
+        adapter.dims,
+        element,
+        eager=model.attn_implementation == "eager",
+        masks=device_type != "cuda",
+        unpacked=Footprint.largest_weight(adapter.dims, element) if model.quantization else 0,
+        deepstack=len(getattr(vision, "deepstack_visual_indexes", ())) if adapter.has_deepstack else 0,
+    )
+    linear = sum(p.numel() for p in adapter.layers.parameters() if p.ndim == 2)  # type: ignore[attr-defined]
+    return ModelFacts(
+        name=model.name_or_path,
+        source=source,
+        footprint=footprint,
+        weight_bytes=sum(weights.values()),
+        decoder_bytes=weights["layers"],
+        linear_flops=2 * (linear + adapter.dims.hidden_size * adapter.dims.vocab_size),
+        tower_flops=2 * tower * patches,
+        tower_bytes=tower_bytes(meta.config, adapter.tower_width, patches, element),
+        prompts=prompts,
+        prompts_from=prompts_from,
+        dtype=dtype,
+    )
+
+
+def _folder(name_or_path: str) -> Path | None:
+    """Where a checkpoint is on this machine, if it is."""
+    kind, _, variant = name_or_path.partition("/")
+    if kind == "pocket":
+        return pocket_path(variant) if variant else pocket_path()
+    path = Path(name_or_path).expanduser()
+    return path if path.is_dir() else None
+
+
+def _config(model: ModelConfig, folder: Path | None) -> tuple[PretrainedConfig, str]:
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        source = model.name_or_path if folder is None else folder
+        config = AutoConfig.from_pretrained(source, local_files_only=True, **options)
+        return config, "the checkpoint's config.json"
+    except OSError as error:
+        published = published_models().get(model.name_or_path)
+        if published is None:
+            raise DopError(
+                f"the sizes of {model.name_or_path!r} are not known: there is no copy on this machine, and a plan asks "
+                f"no hub; set model.name_or_path to a local copy, or plan one of {', '.join(published_models())}"
+            ) from error
+    return published.config, "the published architecture"
+
+
+def _dtype(name: str, config: PretrainedConfig, device_type: str) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    own = getattr(config, "dtype", None)
+    return torch.float32 if device_type == "cpu" else own if isinstance(own, torch.dtype) else torch.bfloat16
+
+
+def _parts(meta: Any) -> dict[str, nn.Module]:
+    """The decoder's layers, what else belongs to the text, and the tower with the projector."""
+    language = meta.model.language_model
+    others = nn.ModuleList([module for name, module in language.named_children() if name != "layers"])
+    tower = nn.ModuleList([module for name, module in meta.model.named_children() if name != "language_model"])
+    return {"layers": language.layers, "text": nn.ModuleList([others, meta.lm_head]), "tower": tower}
+
+
+def _bytes(part: nn.Module, model: ModelConfig, element: int, name: str) -> int:
+    packed: dict[int, int] = {}
+    if name == "layers" and model.quantization is not None:
+        linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
+        packed = {id(linear.weight): packed_bytes(linear, model.quantization, element) for linear in linears}
+    tensors = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+    return sum(packed.get(key, tensor.nbytes) for key, tensor in tensors.items())
+
+
+def _prompts(
+    model: ModelConfig, data: DataConfig, folder: Path | None, tower: nn.Module, meta: Any
+) -> tuple[tuple[SampleSize, ...], int, str]:
+    """Sizes of prompts, patches of one sample's images, and where that is from."""
+    answer = data.max_new_tokens
+    count = data.sizes["search"]
+    published = published_models().get(model.name_or_path)
+    if folder is None and published is not None:
+        size = SampleSize(TEXT_BEFORE, TEXT_AFTER + answer - 1, published.num_visual_tokens, answer)
+        return (size,) * count, published.num_patches, f"{published.image}; {TEXT_BEFORE + TEXT_AFTER} text tokens"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    if data.name in LOCAL_DATA:
+        drawn = validation_set(data.name, count, data.seed, "search", path=data.path, families=data.families)
+        samples, where = drawn.samples, f"{count} samples of {data.name}"
+    else:
+        image = Image.new("RGB", LARGE_IMAGE)
+        samples = (Sample(id="plan", image=image, question="What is shown?", answers=(), family="plan"),)
+        where = f"an image of {LARGE_IMAGE[0]} x {LARGE_IMAGE[1]} pixels"
+    inputs = [model_inputs(processor, [sample], torch.device("cpu")) for sample in samples]
+    adapter = adapter_for(meta)
+    sizes = []
+    for item in inputs:
+        visual = adapter.visual_token_mask(item["input_ids"])[0]
+        prefix = int(visual.int().argmax())
+        text = len(visual) - int(visual.sum()) - prefix + answer - 1
+        sizes.append(SampleSize(prefix, text, int(visual.sum()), answer))
+    sizes = sizes if len(sizes) == count else sizes * count
+    return (
+        tuple(sizes),
+        max(num_patches(item["pixel_values"].numel(), meta.config.vision_config) for item in inputs),
+        where,
+    )

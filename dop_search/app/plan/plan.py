@@ -1,0 +1,318 @@
+"""The stages of a search with what each holds and computes, by the formulas that the search itself goes by."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dop_search.app.config import SearchConfig
+from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig
+from dop_search.app.plan.facts import ModelFacts, model_facts
+from dop_search.divergence.forecast import ChunkForecast, SampleSize, Work
+from dop_search.divergence.memory import (
+    Allowance,
+    available_bytes,
+    chunk_tokens,
+    cut,
+    host_bytes,
+    limit_bytes,
+)
+from dop_search.divergence.profiling import SAVE_EVERY, make_space
+from dop_search.search import CurveGrid
+from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import full_flops
+from dop_search.strategy.operations import TokenCounts
+from dop_search.utils.errors import DopError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a search.
+
+    Attributes:
+        name: what it does.
+        device_bytes: what is held on each device at the peak, by what it is.
+        host_bytes: the same in host memory.
+        num_layer_forwards: forwards of a decoder layer on a chunk of samples; an upper bound where ``at_most``.
+        flops: of all of them, and of the vision tower.
+        at_most: whether the strategies are not known yet.
+    """
+
+    name: str
+    device_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    num_layer_forwards: int = 0
+    flops: int = 0
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, and what there is.
+
+    Attributes:
+        facts: the model.
+        device: where it would run; ``is_here``: whether this machine has it.
+        num_devices: over which the weights are spread.
+        limit_bytes: of each device.
+        stages: in order.
+        needed_bytes: the least limit that would do.
+    """
+
+    facts: ModelFacts
+    device: torch.device
+    is_here: bool
+    num_devices: int
+    limit_bytes: int
+    stages: tuple[Stage, ...] = field(default=())
+    needed_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held on a device."""
+        return max(sum(stage.device_bytes.values()) for stage in self.stages)
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether everything fits."""
+        return self.peak_bytes <= self.limit_bytes
+
+
+def make_plan(config: SearchConfig) -> Plan:
+    """Plan a search by configurations alone.
+
+    Raises:
+        DopError: if the sizes of the model or of the device are not known.
+    """
+    device, is_here = _device(config)
+    facts = model_facts(config.model, config.data, device.type)
+    plan = Plan(facts, device, is_here, _num_devices(config), _limit(config, device, is_here))
+    return _Stages(config, plan).plan()
+
+
+def least_bytes(config: SearchConfig, limit: int) -> int:
+    """The least limit per device that a search needs: weights, and one sample at a time.
+
+    ``limit``: of each device, for how many devices a ``device_map`` has.
+    """
+    device, is_here = _device(config)
+    facts = model_facts(config.model, config.data, device.type)
+    return _Stages(config, Plan(facts, device, is_here, _num_devices(config), limit)).least_bytes()
+
+
+def _num_devices(config: SearchConfig) -> int:
+    return max(2, torch.cuda.device_count()) if config.model.device_map == "auto" else 1
+
+
+def _device(config: SearchConfig) -> tuple[torch.device, bool]:
+    has_cuda = torch.cuda.is_available()
+    if config.model.device == "auto" and config.model.device_map in (None, "auto"):
+        device = torch.device("cuda" if has_cuda or config.model.device_map else "cpu")
+    else:
+        device = torch.device(config.model.device_map or config.model.device)
+    return device, device.type == "cpu" or (device.type == "cuda" and has_cuda)
+
+
+def _limit(config: SearchConfig, device: torch.device, is_here: bool) -> int:
+    if config.memory != "auto":
+        return limit_bytes(config.memory, device.type)
+    if not is_here:
+        raise DopError(
+            f"there is no {device} on this machine to ask for its memory; set memory to its GiB, as in memory=24"
+        )
+    return available_bytes(device)
+
+
+class _Stages:
+    """Fills a plan."""
+
+    def __init__(self, config: SearchConfig, plan: Plan) -> None:
+        self.config, self.facts, self.base = config, plan.facts, plan
+        self.footprint, self.layers = plan.facts.footprint, plan.facts.footprint.dims.num_layers
+        self.on_cpu = plan.device.type == "cpu"
+        self.weights = -(-plan.facts.weight_bytes // plan.num_devices)
+        self.sizes = plan.facts.prompts
+        self.longest = max(self.sizes, key=lambda size: size.length)
+        self.heldout = self._repeated(config.data.num_heldout)
+        self.teacher = self._teacher_bytes(self.sizes)
+        self.free = plan.limit_bytes - self.weights - (self.teacher if self.on_cpu else 0)
+        one = self.footprint.chunk([self.longest.length], self.longest.answer)
+        self.one = max(one, self._generation_bytes(1))
+        self.allowance = Allowance.of(self.free, plan.device.type, host_bytes(), self.one)
+        self.kept_on = {"device": 0, "host": 0}
+
+    def plan(self) -> Plan:
+        """With all stages, and the least memory that would do."""
+        stages = [
+            Stage(
+                "load", self._device({}), {} if self.on_cpu else {"a shard of weights": min(self.weights, 5 * 10**9)}
+            ),
+            self._teacher(),
+            self._curves(),
+            self._candidates(),
+            self._confirmation(),
+        ]
+        if self.config.eval.name == "accuracy" and self.config.data.num_test:
+            stages.append(self._accuracy())
+        base = self.base
+        return Plan(
+            base.facts,
+            base.device,
+            base.is_here,
+            base.num_devices,
+            base.limit_bytes,
+            tuple(stages),
+            self.least_bytes(),
+        )
+
+    def least_bytes(self) -> int:
+        """Weights, the teacher where it is on the same device, and one sample at a time."""
+        both = self._teacher_bytes([*self.sizes, *self.heldout]) if self.on_cpu else 0
+        return self.one + self.weights + both
+
+    # -- what is held ---------------------------------------------------------------------------
+
+    def _device(self, others: dict[str, int], teachers: int = 0) -> dict[str, int]:
+        held = {"weights": self.weights, **others}
+        if self.on_cpu and teachers:
+            held["answers and embeddings"] = teachers
+        return {name: size for name, size in held.items() if size}
+
+    def _host(self, teachers: int) -> dict[str, int]:
+        if self.on_cpu:
+            return {}
+        held = {"answers and embeddings": teachers, "hidden states": self.kept_on["host"]}
+        return {name: size for name, size in held.items() if size}
+
+    def _repeated(self, count: int) -> list[SampleSize]:
+        return [self.sizes[index % len(self.sizes)] for index in range(count)]
+
+    def _teacher_bytes(self, sizes: Sequence[SampleSize]) -> int:
+        return sum(
+            self.footprint.states(size.length + self.footprint.deepstack * size.visual)
+            + 4 * size.answer * self.footprint.dims.vocab_size
+            for size in sizes
+        )
+
+    def _generation_bytes(self, batch: int) -> int:
+        prompt = self.longest.length - self.longest.answer + 1
+        return max(self.footprint.generation(batch, prompt, self.longest.answer), batch * self.facts.tower_bytes)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def _generate(self, count: int, repeats: int = 1) -> tuple[int, int, int]:
+        """Bytes, layer forwards and FLOPs of generating answers to so many prompts."""
+        answer = self.longest.answer
+        prompt = self.longest.length - answer + 1
+        together = self.footprint.generated_together(
+            self.free - self.kept_on["device"], prompt, answer, self.facts.tower_bytes
+        )
+        batch = min(self.config.batch_size, together, count)
+        forwards = math.ceil(count / batch) * answer * self.layers * repeats
+        counts = Counter(self._repeated(count))
+        prefill = sum(number * self._prefill_flops(size) for size, number in counts.items())
+        decode = count * (answer - 1) * self.facts.linear_flops
+        return self._generation_bytes(batch), forwards, repeats * (prefill + decode + count * self.facts.tower_flops)
+
+    def _prefill_flops(self, size: SampleSize) -> int:
+        text = size.prefix + size.text - size.answer + 1
+        return full_flops(self.footprint.dims, TokenCounts(text, size.visual))
+
+    def _teacher(self) -> Stage:
+        both = [*self.sizes, *self.heldout]
+        working, forwards, flops = self._generate(len(both))
+        if self.config.data.answers == "ground_truth":
+            working, forwards, flops = 0, 0, 0
+        observing = self.footprint.layer_of([self.longest.length]) + self.footprint.logits(self.longest.answer)
+        flops += sum(self._prefill_flops(size) for size in both) + len(both) * self.facts.tower_flops
+        held = self._teacher_bytes(both)
+        return Stage(
+            "full model's answers",
+            self._device({"keys, values, activations": max(working, observing, self.facts.tower_bytes)}, held),
+            self._host(held),
+            forwards + len(both) * self.layers,
+            flops,
+        )
+
+    def _curves(self) -> Stage:
+        strategies = self._curve_strategies()
+        calls = [strategies[start : start + SAVE_EVERY] for start in range(0, len(strategies), SAVE_EVERY)]
+        total, kept = Work(), {"device": 0, "host": 0, "nowhere": 0}
+        taken = dict(kept)
+        rooms = {"device": self.allowance.keep, "host": self.allowance.host}
+        known: dict[tuple[tuple[SampleSize, ...], bool], tuple[Work, int]] = {}
+        for chunk in self._chunks(self.sizes):
+            rows = sum(size.length for size in chunk)
+            needed = self.footprint.states(rows, self.layers)
+            place = next((p for p, room in rooms.items() if taken[p] + needed <= room), "nowhere")
+            past = min(size.prefix for size in chunk)
+            taken[place] += self.footprint.states(rows - past * len(chunk), self.layers)
+            key = (tuple(chunk), place != "nowhere")
+            if key not in known:
+                forecast = ChunkForecast(self.footprint, chunk, place != "nowhere")
+                work = Work()
+                for call in calls:
+                    work.add(forecast.call(call))
+                known[key] = work, forecast.kept_bytes
+            total.add(known[key][0])
+            kept[place] += known[key][1]
+        self.kept_on = {"device": kept["device"], "host": kept["host"]}
+        held = self._teacher_bytes([*self.sizes, *self.heldout])
+        return Stage(
+            f"curves: {len(strategies)} strategies",
+            self._device({"hidden states": kept["device"], "a chunk of samples": total.peak_bytes}, held),
+            self._host(held),
+            total.layers_computed + total.full_layers,
+            total.flops,
+        )
+
+    def _curve_strategies(self) -> list[Strategy]:
+        chosen = self.config.space
+        space = make_space(chosen.name, self.layers, max(size.visual for size in self.sizes), chosen.shares)
+        grid = CurveGrid.of(chosen.num_depth_levels, chosen.num_token_levels)
+        points = [space.single(p.name, level) for p in space.parameters for level in grid.for_parameter(p)]
+        return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
+
+    def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
+        lengths, answers = [size.length for size in sizes], [size.answer for size in sizes]
+        tokens = chunk_tokens(self.base.device.type)
+        chunks = cut(lengths, answers, self.footprint, self.allowance.work, tokens)
+        return [[sizes[index] for index in members] for members in chunks]
+
+    def _score(self, name: str, sizes: Sequence[SampleSize], num_strategies: Sequence[int]) -> Stage:
+        """Strategies that are not known yet, so many per budget."""
+        ratios = [budget.value if budget.is_ratio else 1.0 for budget in self.config.budget]
+        flops = sum(
+            int(ratio * count) * self._prefill_flops(size) if ratio * count >= 1 else 0
+            for ratio, count in zip(ratios, num_strategies, strict=True)
+            for size in sizes
+        )
+        chunks = self._chunks(sizes)
+        largest = max(chunks, key=lambda chunk: sum(size.length for size in chunk))
+        past = min(size.prefix for size in largest)
+        lengths = [size.length - past for size in largest]
+        working = self.footprint.chunk(lengths, sum(size.answer for size in largest), past)
+        held = self._teacher_bytes([*self.sizes, *self.heldout])
+        device = self._device({"hidden states": self.kept_on["device"], "a chunk of samples": working}, held)
+        return Stage(name, device, self._host(held), sum(num_strategies) * self.layers * len(chunks), flops, True)
+
+    def _candidates(self) -> Stage:
+        search = self.config.search
+        if isinstance(search, (AdditiveExactConfig, AdditiveOptunaConfig)):
+            number = search.num_rerank + 1
+        else:
+            number = search.num_trials if isinstance(search, ExactOptunaConfig) else 256
+        return self._score(f"candidates: {number} per budget", self.sizes, [number] * len(self.config.budget))
+
+    def _confirmation(self) -> Stage:
+        return self._score("held-out samples", self.heldout, [2] * len(self.config.budget))
+
+    def _accuracy(self) -> Stage:
+        working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
+        held = self._teacher_bytes([*self.sizes, *self.heldout])
+        device = self._device({"hidden states": self.kept_on["device"], "keys, values, activations": working}, held)
+        return Stage("accuracy", device, self._host(held), forwards, flops, True)

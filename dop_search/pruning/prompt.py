@@ -1,0 +1,121 @@
+"""What the call that runs in a thread has brought, and what a strategy makes of its prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from dop_search.pruning.layout import DROPPED, assign_groups, ranked_tokens
+from dop_search.pruning.packed import Packing
+from dop_search.pruning.ranking import RankingSource
+from dop_search.pruning.text_groups import TextGroups
+from dop_search.strategy import Strategy
+
+
+class Call(threading.local):
+    """What was seen of the call that runs in this thread; calls in other threads run at the same time.
+
+    Attributes:
+        input_ids: tokens of the decoder's next call, ``[batch, length]``, as far as they are known.
+        beside_embeds: ``input_ids`` that ``generate()`` was given beside ``inputs_embeds``, and does not pass on.
+        read: ``[batch, length]`` tokens whose logits a loss reads; ``None``: no labels.
+        prompt: the whole prompt, while ``generate()`` feeds it in chunks.
+    """
+
+    def __init__(self) -> None:
+        self.input_ids: Tensor | None = None
+        self.beside_embeds: Tensor | None = None
+        self.read: Tensor | None = None
+        self.prompt: Prompt | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one call of the decoder.
+
+    Attributes:
+        embeds: ``[batch, length, hidden_size]``.
+        input_ids: ``[batch, length]``.
+        visual: ``[batch, length]`` which tokens are visual.
+        rope: cosine and sine, each ``[batch or 1, length, head_dim]``; empty until they are needed.
+        valid: ``[batch, length]`` which tokens are real; ``None``: all.
+        read: ``[batch, length]`` whose logits a loss reads; ``None``: no labels.
+    """
+
+    embeds: Tensor
+    input_ids: Tensor
+    visual: Tensor
+    rope: tuple[Tensor, ...] = ()
+    valid: Tensor | None = None
+    read: Tensor | None = None
+
+    def unpacked(self, packing: Packing) -> Tokens:
+        """Each sequence of packed rows as a sample of its own."""
+        return Tokens(
+            packing.spread(self.embeds),
+            packing.spread(self.input_ids),
+            packing.spread(self.visual) & packing.valid,
+            tuple(packing.spread(part) for part in self.rope),
+            packing.valid,
+            None if self.read is None else packing.spread(self.read),
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens of a batch with what a strategy says about each.
+
+    Attributes:
+        embeds: ``[batch, length, hidden_size]`` what enters the decoder, merged features included.
+        groups: per sample ``[length]``, see :func:`dop_search.pruning.layout.assign_groups`; pads are ``DROPPED``.
+        num_ranked: visual tokens of each sample that the strategy decides about.
+        start: tokens that were fed before.
+    """
+
+    embeds: Tensor
+    groups: Sequence[np.ndarray]
+    num_ranked: list[int] = field(default_factory=list)
+    start: int = 0
+
+    def part(self, start: int, length: int) -> Prompt | None:
+        """The chunk of ``length`` tokens after ``start`` ones; ``None`` where the prompt does not cover it."""
+        first, end = start - self.start, start - self.start + length
+        if first < 0 or end > self.embeds.shape[1]:
+            return None
+        return Prompt(self.embeds[:, first:end], [group[first:end] for group in self.groups], self.num_ranked, start)
+
+
+def arrange(
+    tokens: Tokens, strategy: Strategy, rankings: RankingSource, text: TextGroups | None, start: int = 0
+) -> Prompt:
+    """Rank the visual tokens of a batch and cut them into the strategy's groups.
+
+    Args:
+        tokens: the decoder's input.
+        strategy: what runs.
+        rankings: ranks before the decoder; nothing is ranked for strategies with stages.
+        text: groups of text tokens.
+        start: tokens that were fed before.
+    """
+    is_visual = tokens.visual.cpu().numpy()
+    is_valid = np.ones_like(is_visual) if tokens.valid is None else tokens.valid.cpu().numpy()
+    ranked = ranked_tokens(is_visual, is_valid, None if tokens.read is None else tokens.read.cpu().numpy())
+    counts, embeds = is_visual.sum(axis=1).tolist(), tokens.embeds
+    orders = [np.arange(count) for count in counts]
+    if any(counts) and not (strategy.stages and rankings.rankings is None):
+        embeds = rankings.prepare(embeds, tokens.input_ids, tokens.visual, tokens.valid, strategy.num_kept)
+        orders = rankings.rank(counts)
+    rankings.forget()
+    groups = []
+    for row, order in enumerate(orders):
+        its = assign_groups(is_visual[row], order, strategy, ranked[row])
+        if text is not None:
+            place = np.flatnonzero(is_valid[row])
+            its[place] = text.assign(its[place], is_visual[row, place], len(strategy.groups))
+        its[~is_valid[row]] = DROPPED
+        groups.append(its)
+    return Prompt(embeds, groups, ranked.sum(axis=1).tolist(), start)

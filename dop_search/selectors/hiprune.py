@@ -1,0 +1,52 @@
+"""HiPrune: what the middle of the tower looks at with its neighbourhood, and what its end looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, descending, with_rest
+from dop_search.selectors.sharing import PerImageSelector
+from dop_search.utils.errors import DopError
+
+
+@dataclass(frozen=True)
+class HiPruneSelector(PerImageSelector):
+    """HiPrune (arXiv 2508.00553): anchors with buffers around them, then registers.
+
+    Of ``T`` tokens the ``round(alpha · T / 5)`` with the most attention in a middle layer are anchors; they come with
+    their four neighbours. The others are those with the most attention in the layer that feeds the projector. Attention
+    is the mean over heads and over all tokens that ask, a CLS token included.
+
+    As released, neighbours are the tokens one place and one row before and after: at the ends of a row they are in the
+    next one, at the ends of the image they are its first and last token.
+
+    Options:
+        alpha: share of the tokens that anchors and their neighbours would be, did they not overlap.
+
+    Not reproduced: renumbered positions; where anchors and neighbours are more than ``T`` tokens, anchors come first.
+    """
+
+    alpha: float = 0.1
+
+    name = "hiprune"
+    requires = frozenset({"global_attention", "middle_global_attention"})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise DopError(f"`0 <= alpha <= 1` must hold, but got {self.alpha}")
+
+    def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
+        """See base class."""
+        last = inputs.num_visual_tokens - 1
+        anchors = descending(inputs.tensor("middle_global_attention"))[: round(self.alpha * num_kept / 5)]
+        columns = inputs.image_grids[0][1]
+        near = np.concatenate([anchors + step for step in (-1, 1, -columns, columns)]).clip(0, last)
+        chosen = with_rest(anchors, np.unique(near))
+        return Selection(with_rest(chosen, descending(inputs.tensor("global_attention"))))
+
+    def selection_flops(self, sizes: SelectionSizes) -> int:
+        """All scores of two layers with their queries and keys."""
+        return 2 * attention_flops("received", sizes)

@@ -1,1 +1,0 @@
-"""Tables that answer a question about operation pruning, measured row by row and resumable."""

@@ -1,0 +1,76 @@
+"""Things by name: selectors, methods, model families, solvers, studies; and near names for whatever is misspelt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+from dop_search.utils.errors import ConfigError, DopError
+
+T = TypeVar("T")
+
+
+class Registry(MutableMapping[str, T], Generic[T]):
+    """Entries by name; a module of one's own adds to it, ``REGISTRY["mine"] = Mine``.
+
+    Args:
+        what: an entry is, as users call it.
+        entries: to begin with.
+        error: raised on an unknown name.
+    """
+
+    def __init__(self, what: str, entries: Mapping[str, T], error: type[DopError] = ConfigError) -> None:
+        self.what, self._error = what, error
+        self._entries = dict(entries)
+
+    def find(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            DopError: of the registry's kind, with a near name and all that there are.
+        """
+        if name not in self._entries:
+            raise self._error(unknown(self.what, name, self._entries))
+        return self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: T) -> None:
+        """Add an entry; what was defined in a notebook's cell may be defined again.
+
+        Raises:
+            ConfigError: if the name is taken.
+        """
+        known = self._entries.get(name, entry)
+        if known != entry and _origin(known) != _origin(entry):
+            raise ConfigError(f"there is a {self.what} {name!r} ({_origin(known)}); give yours another name")
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message on a name that selects nothing."""
+    names = list(known)
+    return f"unknown {what} {name!r}; {did_you_mean(name, names)}there are {', '.join(names) or 'none'}"
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """``did you mean 'a'? `` with up to ``count`` near names, to be followed by more; empty if none is near."""
+    near = get_close_matches(name, list(known), n=count, cutoff=cutoff)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def _origin(entry: object) -> str:
+    """Where an entry was defined; of a text, the text."""
+    kind = entry if hasattr(entry, "__qualname__") else type(entry)
+    return entry if isinstance(entry, str) else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,86 @@
+"""Text tokens as further groups: what do their operations cost in KL, and what do they free for the visual tokens?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dop_search.app.workbench import Workbench
+from dop_search.divergence import Teacher
+from dop_search.pruning import pruned
+from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_sizes
+from dop_search.strategy import Strategy
+from dop_search.strategy.cost.flops import full_flops
+from dop_search.strategy.operations import MODULES, ModelDims, TokenCounts
+from experiments.text_operations.extension import Depths, Extension, ExtensionStudy
+
+GROUPS = ("before", "after")
+
+
+class TextOperations(Extension):
+    """The prompt before its image, and behind it but its last token, each with three exit depths.
+
+    Args:
+        dims: sizes of the decoder.
+        teacher: has the prompts that FLOPs are counted on.
+    """
+
+    def __init__(self, dims: ModelDims, teacher: Teacher) -> None:
+        self.dims = dims
+        self.full: Mapping[str, int] = {f"{group}_{m.value}": dims.num_layers for group in GROUPS for m in MODULES}
+        self._prompts: dict[tuple[int, tuple[int, int]], int] = {}
+        for sample in teacher.samples:
+            visual = sample.encoded.visual[: sample.encoded.prompt_length].cpu().numpy()
+            key = (TokenCounts.of_prompt(visual).visual, text_sizes(visual))
+            self._prompts[key] = self._prompts.get(key, 0) + 1
+        self._full_flops = sum(
+            weight * full_flops(dims, TokenCounts(sum(sizes) + 1, visual))
+            for (visual, sizes), weight in self._prompts.items()
+        )
+
+    def groups(self, depths: Depths) -> TextGroups:
+        """The depths as the runtime takes them."""
+        before, after = (tuple(depths[f"{group}_{m.value}"] for m in MODULES) for group in GROUPS)
+        return TextGroups.depthwise(self.dims.num_layers, before, after)  # type: ignore[arg-type]
+
+    def ratio(self, strategy: Strategy, depths: Depths) -> float:
+        """See base class; dead operations of text in the last layer are left out of every strategy alike."""
+        text = self.groups(depths)
+        total = sum(
+            weight * text_groups_flops(self.dims, strategy, text, visual, sizes)
+            for (visual, sizes), weight in self._prompts.items()
+        )
+        return total / self._full_flops
+
+    def decoder_ratio(self, ratio: float) -> float:
+        """See base class."""
+        return ratio
+
+    def apply(self, model: PreTrainedModel, strategy: Strategy, depths: Depths) -> AbstractContextManager[Any]:
+        """See base class."""
+        return pruned(model, strategy, text=self.groups(depths))
+
+    def is_sensible(self, depths: Depths) -> bool:
+        """States are read until the token is last a key: no query or MLP behind that, nor in the last layer.
+
+        The last one before that is dead as well, but the levels are coarse.
+        """
+        full = self.dims.num_layers
+        for group in GROUPS:
+            q, kv, mlp = (depths[f"{group}_{m.value}"] for m in MODULES)
+            if (q, kv, mlp) != (full, full, full) and max(q, mlp) > min(kv, full - 1):
+                return False
+        return True
+
+
+class TextOperationsStudy(ExtensionStudy):
+    """Search exit depths of text tokens with those of the visual tokens; see ``extension.py``."""
+
+    question = "What do text tokens' operations cost in KL, and what does skipping some free for the visual tokens?"
+
+    def make_extension(self, bench: Workbench) -> TextOperations:
+        """See base class."""
+        return TextOperations(bench.loaded.adapter.dims, bench.teacher("search"))

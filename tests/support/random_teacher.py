@@ -1,0 +1,49 @@
+"""A teacher of a model with random weights, at the prompt of a published checkpoint: for memory, not for meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dop_search.divergence.encoding import encode, full_states
+from dop_search.divergence.forecast import SampleSize
+from dop_search.divergence.teacher import Teacher, TeacherSample
+from dop_search.evaluation.timing.shapes import Shape, build, prompt, shrunk
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.families import adapter_for
+from dop_search.selectors import make_selector
+
+ANSWER = tuple(range(100, 108))
+
+
+def random_model(
+    shape: Shape, *, layers: int, hidden: int, vocabulary: int = 1000, dtype=torch.float32, attention: str = "sdpa"
+) -> tuple[ModelAdapter, Shape]:
+    mlp = hidden * shape.mlp // shape.hidden
+    small = replace(shrunk(shape, layers=layers, hidden=hidden, mlp=mlp), vocabulary=vocabulary)
+    return adapter_for(build(small, torch.device("cpu"), dtype, attention)), small
+
+
+@torch.inference_mode()
+def random_teacher(adapter: ModelAdapter, shape: Shape, num_text: Sequence[int]) -> Teacher:
+    """One sample per entry of ``num_text``, half of the text before the image."""
+    samples = []
+    for index, count in enumerate(num_text):
+        encoded = encode(adapter, prompt(shape, adapter.model, num_text=count), ANSWER, make_selector("random"))
+        states = full_states(adapter, encoded)[encoded.prompt_length - 1 :]
+        log_probs = adapter.lm_head(states).float().log_softmax(dim=-1)
+        samples.append(TeacherSample(str(index), encoded, ANSWER, log_probs))
+    return Teacher(tuple(samples), "random", make_selector("random"))
+
+
+def sizes_of(teacher: Teacher) -> list[SampleSize]:
+    sizes = []
+    for sample in teacher.samples:
+        visual = sample.encoded.visual.numpy()
+        prefix = int(visual.argmax())
+        sizes.append(
+            SampleSize(prefix, len(visual) - int(visual.sum()) - prefix, int(visual.sum()), len(sample.answer_ids))
+        )
+    return sizes
