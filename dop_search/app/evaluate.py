@@ -19,6 +19,7 @@ from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.extensions import import_modules
+from dop_search.utils.files import check_writable
 from dop_search.utils.progress import Progress
 
 PACKAGES = ("dop-search", "torch", "transformers", "lmms-eval", "numpy")
@@ -38,6 +39,8 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     import_modules(config.imports)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    check_writable(Path(config.cache_dir), "cache_dir")
+    check_writable(run_dir, "hydra.run.dir")
     strategies = read_strategies(config.strategy)
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -328,7 +329,7 @@ def _load(record: type[AnyRecord], path: str | Path, name: str, format: Format) 
     file = Path(path) / name if Path(path).is_dir() else Path(path)
     data = format.read(file)
     try:
-        return record.model_validate(data)
+        return record.model_validate_json(json.dumps(data), strict=True)  # as JSON: its lists are tuples here
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)]
         raise CacheError("\n  ".join([f"{str(file)!r} is not {format.what}:", *lines])) from error

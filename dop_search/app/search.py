@@ -49,6 +49,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
+from dop_search.utils.files import check_writable
 from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.progress import Notify, Progress
 
@@ -69,6 +70,8 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     import_modules(config.imports)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    check_writable(Path(config.cache_dir), "cache_dir")
+    check_writable(run_dir, "hydra.run.dir")
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")

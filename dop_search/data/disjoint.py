@@ -62,6 +62,25 @@ def split_of(image: Image.Image, num_splits: int) -> int:
     return int.from_bytes(digest[:8], "little") % num_splits
 
 
+def joined(images: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each sample, the same for those that share an image, directly or by way of others.
+
+    Args:
+        images: per sample the names of its images; the name of a sample that shares none is its first image's.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for first, *others in images:
+        for other in others:
+            parent[root(other)] = root(first)
+    return [root(its[0]) for its in images]
+
+
 def _draw_one(
     pool: Pool, num_samples: int, seed: int, split: int, num_splits: int, families: Sequence[str] | None
 ) -> list[Sample]:

@@ -1,55 +1,63 @@
-"""Samples of the user's own: one JSON object a line with an image path, a question and, if it is known, its answer."""
+"""Samples of the user's own: a JSON object a line, or a file of conversations as LLaVA's and ShareGPT's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from PIL import Image, UnidentifiedImageError
-
-from dop_search.data.samples import Sample
+from dop_search.data.images import check_image, read_image
+from dop_search.data.samples import Sample, check_places, without_places
 from dop_search.utils.errors import DataError
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPELLINGS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+"""Key of a conversation → the keys of its turns."""
 
 
 @dataclass(frozen=True)
 class JsonlRow:
-    """A line whose image has been found but not decoded.
+    """A line whose images have been found but not decoded.
 
     Attributes:
         where: file and line, as errors name them.
-        id, question, answers, family: as in :class:`Sample`.
-        image: path of the image.
+        id, question, answers, family, system: as in :class:`Sample`.
+        images: paths of the images, one or more.
     """
 
     where: str
     id: str
-    image: Path
+    images: tuple[Path, ...]
     question: str
     answers: tuple[str, ...]
     family: str
+    system: str = ""
 
     def sample(self) -> Sample:
-        """The line with its image.
+        """The line with its images.
 
         Raises:
-            DataError: if the image cannot be decoded.
+            DataError: if an image cannot be decoded.
         """
-        try:
-            with Image.open(self.image) as image:
-                decoded = image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise _unreadable(self.image, self.where, error) from error
-        return Sample(self.id, decoded, self.question, self.answers, self.family)
+        image, *others = (read_image(path, self.where) for path in self.images)
+        return Sample(self.id, image, self.question, self.answers, self.family, tuple(others), self.system)
 
 
 def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
-    """Read ``{"image": …, "question": …, "answer": … | [...]?, "id": …?, "family": …?}`` lines.
+    """Read ``{"image": …, "question": …, "answer": … | [...]?, "system": …?, "id": …?, "family": …?}`` lines.
 
-    Image paths are relative to the file. An ``answer`` that is missing, ``null`` or blank is not known. Ids default to
-    the line number, the family to ``"all"``.
+    ``image`` is a path relative to the file, or a list of paths. With one image a ``<image>`` in the question is left
+    out, and the image comes first, as in LLaVA's training; of several images each may have its ``<image>`` in the
+    question, and they come first if none has. An ``answer`` that is missing, ``null`` or blank is not known. ``system``
+    is the system prompt. Ids default to the line number, the family to ``"all"``.
+
+    Instead of question, answer and system a line may have ``conversations`` (turns with ``from`` and ``value``, as in
+    LLaVA's files) or ``messages`` (``role`` and ``content``): the first question with its answer is taken. A file may
+    be one JSON list of such objects.
 
     Raises:
         DataError: naming the file, the line and what is wrong with it.
@@ -58,10 +66,18 @@ def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
     if not file.is_file():
         raise DataError(f"no validation file at {str(path)!r}; give data.path=FILE.jsonl")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at breaks inside a text
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
-    rows = [_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if text.lstrip().startswith("["):
+        items = _parsed(text, repr(str(file)))
+        rows = [_row(file, number, f"{str(file)!r} item {number}", item) for number, item in enumerate(items, start=1)]
+    else:
+        lines = text.split("\n")  # splitlines() would also cut at breaks inside a text
+        places = [(n, f"{str(file)!r} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+        rows = [_row(file, number, where, _parsed(line, where)) for number, where, line in places]
     if not rows:
         raise DataError(f"{str(path)!r} has no samples; each line needs image and question")
     first: dict[str, JsonlRow] = {}
@@ -76,52 +92,114 @@ def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
 
 def image_contents(rows: tuple[JsonlRow, ...]) -> dict[Path, str]:
     """A hash of each image file's bytes: copies of an image under several names are the same image."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {row.image for row in rows}}
+    paths = {path for row in rows for path in row.images}
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def _row(file: Path, number: int, line: str) -> JsonlRow:
-    where = f"{str(file)!r} line {number}"
+def _parsed(text: str, where: str) -> Any:
     try:
-        item: Any = json.loads(line)
-    except ValueError as error:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _row(file: Path, number: int, where: str, item: Any) -> JsonlRow:
     if not isinstance(item, dict):
         raise DataError(f"{where} must be an object, but got {item!r}")
-    missing = [name for name in ("image", "question") if item.get(name) in (None, "")]
+    fields = {**item, **_exchange(item, where)}
+    if "images" in fields:
+        if "image" in fields:
+            raise DataError(f"{where} has both `image` and `images`; leave one out")
+        fields["image"] = fields["images"]
+    missing = [name for name in ("image", "question") if fields.get(name) in (None, "", [])]
     if missing:
         raise DataError(f"{where} lacks {missing}; it has {sorted(item)}")
-    image = item["image"]
-    if not isinstance(image, str):
-        raise DataError(f"{where}: `image` must be the path of one image, but got {image!r}; a sample has one image")
+    images = _images(file, fields["image"], where)
+    question = _text(fields["question"], "question", where)
+    if len(images) == 1:
+        question = without_places(question)
+    check_places(question, len(images), where)
+    if not question.strip():
+        raise DataError(f"{where}: the question is blank")
     return JsonlRow(
         where=where,
-        id=str(_or(item.get("id"), f"{file.stem}/{number:06d}")),
-        image=_found(file.parent / image, where),
-        question=str(item["question"]),
-        answers=_answers(item.get("answer"), where),
-        family=str(_or(item.get("family"), "all")),
+        id=_name(fields.get("id"), "id", f"{file.stem}/{number:06d}", where),
+        images=images,
+        question=question,
+        answers=_answers(fields.get("answer"), where),
+        family=_name(fields.get("family"), "family", "all", where),
+        system=_text(fields.get("system") or "", "system", where),
     )
+
+
+def _exchange(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Question, answer and system prompt of a conversation; nothing if the line has none."""
+    key = next((key for key in _SPELLINGS if key in item), None)
+    if key is None:
+        return {}
+    if "question" in item:
+        raise DataError(f"{where} has both `question` and `{key}`; leave one out")
+    said, text = _SPELLINGS[key]
+    turns = item[key]
+    fields: dict[str, Any] = {}
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and {said, text} <= {*turn} for turn in turns):
+        raise DataError(f"{where}: `{key}` must list turns with `{said}` and `{text}`, but got {_short(turns)}")
+    for turn in turns:
+        role = _ROLES.get(turn[said]) if isinstance(turn[said], str) else None
+        if role is None:
+            raise DataError(f"{where}: `{said}` of a turn must be one of {list(_ROLES)}, but got {turn[said]!r}")
+        value = _text(turn[text], text, where)
+        if role == "user" and "question" not in fields:
+            fields["question"] = value
+        elif role == "assistant" and "question" in fields:
+            fields["answer"] = value
+            break
+        elif role == "system" and "question" not in fields:
+            fields["system"] = value
+        else:
+            raise DataError(f"{where}: `{key}` must begin with a question, a system prompt before it aside")
+    return fields
+
+
+def _images(file: Path, value: Any, where: str) -> tuple[Path, ...]:
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"{where}: `image` must be the path of an image, or a list of paths, but got {_short(value)}")
+    paths = tuple(file.parent / _text(name, "image", where) for name in names)
+    for path in paths:
+        check_image(path, where)
+    return paths
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `{name}` must be a text, but got {_short(value)}")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: `{name}` holds a NUL or half of a surrogate pair, which is no text: {_short(value)}")
+    return value
+
+
+def _name(value: Any, name: str, default: str, where: str) -> str:
+    if value is None:
+        return default
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return _text(str(value) if is_number else value, name, where)
 
 
 def _answers(value: Any, where: str) -> tuple[str, ...]:
     given = value if isinstance(value, list) else [value]
     for answer in given:
-        if not isinstance(answer, (str, int, float, type(None))):
-            raise DataError(f"{where}: `answer` must be a text, a number or a list of these, but got {value!r}")
-    return tuple(str(answer) for answer in given if answer is not None and str(answer).strip())
+        plain = isinstance(answer, (str, int, float, type(None))) and not isinstance(answer, bool)
+        if not plain or (isinstance(answer, float) and not math.isfinite(answer)):
+            raise DataError(f"{where}: `answer` must be a text, a number or a list of these, but got {_short(value)}")
+    texts = [_text(str(answer), "answer", where) for answer in given if answer is not None]
+    return tuple(text for text in texts if text.strip())
 
 
-def _or(value: Any, default: str) -> Any:
-    return default if value is None else value
-
-
-def _found(path: Path, where: str) -> Path:
-    try:
-        with Image.open(path):  # reads no more than the header
-            return path
-    except (OSError, UnidentifiedImageError) as error:
-        raise _unreadable(path, where, error) from error
-
-
-def _unreadable(path: Path, where: str, error: OSError) -> DataError:
-    return DataError(f"{where}: cannot read the image {str(path)!r} ({error}); fix or drop the line")
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dop_search.data.samples import Sample
+from dop_search.data.images import read_image
+from dop_search.data.samples import IMAGE_PLACE, Sample, without_places
 from dop_search.data.sources import DatasetSource, Origin, Source, TaskSource, origin
-from dop_search.data.tables import as_image, check_reachable, load_table, need_columns
+from dop_search.data.tables import check_reachable, load_table, need_columns
 from dop_search.data.tasks import scored_origin, task_fields, task_file, task_on
 from dop_search.utils.errors import DataError
 
@@ -118,8 +119,8 @@ class DatasetPool(Pool):
             ) from error
         return Sample(
             id=where,
-            image=as_image(doc[source.image], where),
-            question=question,
+            image=read_image(doc[source.image], where),
+            question=without_places(question),
             answers=accepted_answers(doc[source.answer], where),
             family=self.label if source.family is None else str(doc[source.family]),
         )
@@ -169,10 +170,10 @@ class TaskPool(Pool):
         visuals = self._task.doc_to_visual(doc) or []
         if len(visuals) != 1:
             raise DataError(f"{where}: a sample has exactly one image, but {self._source.task!r} gives {len(visuals)}")
-        question = str(self._task.doc_to_text(doc)).replace("<image>", "").strip()
+        question = str(self._task.doc_to_text(doc)).replace(IMAGE_PLACE, "").strip()
         return Sample(
             id=where,
-            image=as_image(visuals[0], where),
+            image=read_image(visuals[0], where),
             question=question,
             answers=accepted_answers(self._target(doc), where),
             family=self.label,

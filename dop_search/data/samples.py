@@ -11,22 +11,38 @@ from PIL import Image
 
 from dop_search.utils.errors import DataError
 
-__all__ = ["Sample", "ValidationSet", "alike_batches", "no_answer", "score_answer"]
+__all__ = [
+    "IMAGE_PLACE",
+    "Sample",
+    "ValidationSet",
+    "alike_batches",
+    "check_places",
+    "no_answer",
+    "score_answer",
+    "without_places",
+]
+
+IMAGE_PLACE = "<image>"
+"""In a question: where an image stands, in the order of the images; without it they stand in front."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with one question.
+    """A question about an image, or about several.
 
     Attributes:
         id: stable and unique, e.g. ``"pocket/search/0/000123"``.
         image: RGB image.
-        question: the user's text including the benchmark's format suffix, without the chat template.
+        question: the user's text including the benchmark's format suffix, without the chat template; ``<image>`` in it
+            says where an image stands.
         answers: accepted answers, the first is canonical; none if they are not known, which a search does not need.
         family: question family, e.g. ``"count"``.
+        more_images: RGB images after the first.
+        system: the system prompt; empty for none.
 
     Raises:
         ValueError: an image that is not RGB.
+        DataError: if the question has a place for some of the images and not for others.
     """
 
     id: str
@@ -34,13 +50,22 @@ class Sample:
     question: str
     answers: tuple[str, ...]
     family: str
+    more_images: tuple[Image.Image, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
-        if self.image.mode != "RGB":
-            raise ValueError(
-                f"sample images must be RGB, but {self.id!r} has mode {self.image.mode!r}; "
-                'convert it with image.convert("RGB")'
-            )
+        for image in self.images:
+            if image.mode != "RGB":
+                raise ValueError(
+                    f"sample images must be RGB, but {self.id!r} has mode {image.mode!r}; "
+                    'convert it with image.convert("RGB")'
+                )
+        check_places(self.question, len(self.images), f"the sample {self.id!r}")
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All images, in order."""
+        return (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)
@@ -80,16 +105,39 @@ class ValidationSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 over name, split, ids, questions, answers and image bytes."""
+        """16 hex digits of the SHA-256 over name, split, ids, questions, answers, image bytes and system prompts."""
         digest = hashlib.sha256()
         for part in (self.name, self.split):
             _update(digest, part.encode())
         for sample in self.samples:
             for text in (sample.id, sample.question, *sample.answers):
                 _update(digest, text.encode())
-            _update(digest, repr(sample.image.size).encode())
-            _update(digest, sample.image.tobytes())
+            for image in sample.images:
+                _update(digest, repr(image.size).encode())
+                _update(digest, image.tobytes())
+            if sample.system:
+                _update(digest, b"system")
+                _update(digest, sample.system.encode())
         return digest.hexdigest()[:16]
+
+
+def check_places(question: str, num_images: int, where: str) -> None:
+    """Refuse a question with places for some of its images.
+
+    Raises:
+        DataError: naming both counts.
+    """
+    places = question.count(IMAGE_PLACE)
+    if places not in (0, num_images):
+        raise DataError(
+            f"{where}: the question has {IMAGE_PLACE!r} {places} times, but {num_images} images; write it once per "
+            "image, where that stands, or leave it out: the images come first then"
+        )
+
+
+def without_places(question: str) -> str:
+    """The question about one image without its ``<image>``: the image comes first, as in LLaVA's training."""
+    return question.replace(IMAGE_PLACE, "").strip() if question.count(IMAGE_PLACE) == 1 else question
 
 
 def alike_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image, UnidentifiedImageError
 
 from dop_search.data.sources import LOCAL_BUILDERS, DataFiles, is_file
 from dop_search.utils.errors import DataError
@@ -126,26 +123,6 @@ def need_columns(table: Dataset, columns: Mapping[str, str | None], where: str) 
     missing = {field: column for field, column in columns.items() if column and column not in table.column_names}
     if missing:
         raise DataError(f"{where} has no columns for {missing}; it has {table.column_names}")
-
-
-def as_image(value: Any, where: str) -> Image.Image:
-    """An RGB image from what data sets hold: a decoded image, bytes, ``{"bytes", "path"}`` or a file's path.
-
-    Raises:
-        DataError: if it is none of these, or no image.
-    """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    try:
-        if isinstance(value, bytes):
-            value = Image.open(io.BytesIO(value))
-        elif isinstance(value, str):
-            value = Image.open(value)
-        if isinstance(value, Image.Image):
-            return value.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{where}: the image cannot be read ({error})") from error
-    raise DataError(f"{where}: an image is needed, but got {type(value).__name__}")
 
 
 def _is_saved(folder: Path) -> bool:

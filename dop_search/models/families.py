@@ -42,6 +42,14 @@ def check_model_type(model_type: str | None, name: str) -> None:
         )
 
 
+def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
+    """The adapter of a model type, see :func:`check_model_type`."""
+    check_model_type(model_type, name)
+    module, attribute = FAMILIES[str(model_type)].split(":")
+    found: type[ModelAdapter] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
     """The adapter of a model, or of what peft has wrapped.
 
@@ -56,12 +64,10 @@ def adapter_for(model: PreTrainedModel) -> ModelAdapter:
     if callable(unwrap):
         model = unwrap()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    check_model_type(model_type, name)
+    adapter = adapter_class(model_type, name)
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{name} is a base model without a language head; pass the ...ForConditionalGeneration model whose "
             "`model` it is"
         )
-    module, name = FAMILIES[str(model_type)].split(":")
-    adapter: type[ModelAdapter] = getattr(importlib.import_module(module), name)
     return adapter(model)

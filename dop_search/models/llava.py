@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,19 @@ class LlavaAdapter(ModelAdapter):
     """``LlavaForConditionalGeneration`` (arXiv 2310.03744)."""
 
     model_types = ("llava",)
+    vision_towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
+    """Kinds of towers whose patches are the visual tokens: as many for every image, or for every tile."""
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See base class: a tower decides how many visual tokens an image has, and where they stand."""
+        kind = getattr(config.vision_config, "model_type", None)
+        if kind not in cls.vision_towers:
+            what = " (Pixtral: images of any size, with a token at the end of each row)" if kind == "pixtral" else ""
+            raise UnsupportedModelError(
+                f"the vision tower {kind!r}{what} of a model of type {config.model_type!r} is not covered; covered are "
+                f"{', '.join(cls.vision_towers)}"
+            )
 
     @property
     def vision_tower(self) -> Any:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.families import adapter_for, check_model_type
-from dop_search.models.quantization import Quantization, quantization_config, stored
+from dop_search.models.checkpoint import check_folder, check_keys, check_processor, check_size, explained
+from dop_search.models.families import adapter_class, adapter_for
+from dop_search.models.fingerprint import settings_fingerprint, weights_fingerprint
+from dop_search.models.quantization import Quantization, quantization_config
 from dop_search.utils.errors import DopError, MissingExtraError, UnsupportedModelError
 from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How accelerate may spread weights; a device takes all of them."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -32,7 +36,7 @@ class LoadedModel:
         model: the Hugging Face model, in evaluation mode.
         processor: tokenizer, image processor and chat template.
         adapter: what the framework knows about the family.
-        weights_fingerprint: hash of architecture, dtype and a sample of every weight.
+        weights_fingerprint: hash of architecture, dtype and a sample of every weight and saved buffer.
     """
 
     name: str
@@ -43,34 +47,8 @@ class LoadedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that answers depend on, names caches: weights, configurations, processor, tokenizer."""
-        tokenizer = getattr(self.processor, "tokenizer", None)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        parts = {
-            "weights": self.weights_fingerprint,
-            "config": self.model.config.to_dict(),
-            "generation": None if self.model.generation_config is None else self.model.generation_config.to_dict(),
-            "processor": self.processor.to_dict(),
-            "chat_template": getattr(self.processor, "chat_template", None),
-            "tokenizer": type(tokenizer).__name__ if backend is None else json.loads(backend.to_str()),
-            "transformers": transformers.__version__,
-        }
-        return hashlib.sha256(json.dumps(_lasting(parts), sort_keys=True).encode()).hexdigest()[:16]
-
-
-_PASSING = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "tokenizer_file", "padding", "truncation"}
-)
-"""Keys that say where a file was, what wrote it, or how a tokenizer was last called."""
-
-
-def _lasting(value: Any) -> Any:
-    """Plain data that is the same for the same settings, wherever they were read from."""
-    if isinstance(value, Mapping):
-        return {str(key): _lasting(item) for key, item in value.items() if key not in _PASSING}
-    if isinstance(value, (list, tuple)):
-        return [_lasting(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        """Hash of everything that answers depend on, names caches."""
+        return settings_fingerprint(self.weights_fingerprint, self.model, self.processor)
 
 
 def load(
@@ -99,11 +77,12 @@ def load(
         trust_remote_code: run code that comes with a hub checkpoint; off unless asked for.
 
     Raises:
-        DopError: if the checkpoint cannot be found; says how to point to a local copy. If a package that
-            ``quantization`` needs is missing.
+        CheckpointError: if the checkpoint cannot be found, is damaged, or if its weights, configuration and processor
+            do not fit each other. Pickled weights are never read.
         MissingExtraError: ``device_map`` without accelerate.
+        DopError: if a package that ``quantization`` needs is missing.
         UnsupportedModelError: if transformers does not know the checkpoint's format, if no adapter covers the model's
-            class, or if its decoder is offloaded.
+            class or vision tower, or if its decoder is offloaded.
     """
     if dtype not in {"auto", *DTYPES}:
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
@@ -111,51 +90,65 @@ def load(
         raise MissingExtraError("`device_map` needs accelerate; install with: pip install accelerate")
     source = _source(name_or_path)
     target = _device(device)
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        _device(device_map, f"`device_map` must be one of {', '.join(DEVICE_MAPS)}, or a device")
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if target.type == "cpu" and device_map is None else "auto")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir() and not hub_is_reachable():
+    is_local = Path(source).is_dir()
+    num_stored = check_folder(Path(source), name_or_path) if is_local else None
+    if not is_local and not hub_is_reachable():
         options["local_files_only"] = True  # fail at once instead of retrying for minutes
-    try:
-        check_model_type(_model_type(source, options, name_or_path), repr(name_or_path))
+    with explained(name_or_path, is_local=is_local):
+        config = _config(source, options, name_or_path)
+        is_quantised = hasattr(config, "quantization_config")
+        if num_stored is not None and not is_quantised:
+            check_size(config, num_stored, name_or_path)
         processor = AutoProcessor.from_pretrained(source, **options)
         if quantization is not None:
-            config = AutoConfig.from_pretrained(source, **options)
             options["quantization_config"] = quantization_config(quantization, config, torch_dtype)
             device_map = device_map or {"": target}  # packed where they are loaded: they cannot all be moved
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **options
-        )
-    except OSError as error:
-        raise DopError(
-            f"cannot load {name_or_path!r}: {str(error).splitlines()[0]}\n"
-            "Without network access, point to a local copy: model.name_or_path=/path/to/checkpoint "
-            "(a folder with config.json, weights and the processor's files), or use the bundled one: model=pocket"
-        ) from error
-    if device_map is None:
-        model.to(target)
+        with _without_report():
+            loading: Any = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=torch_dtype,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are reported with all others
+                output_loading_info=True,
+                **options,
+            )
+        model, report = loading
+        check_keys(report, name_or_path, quantised=is_quantised or quantization is not None)
+        if device_map is None:
+            model.to(target)
     model.eval()
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = "left"
     adapter = adapter_for(model)
     adapter.check_decoder()
+    check_processor(processor, adapter, name_or_path)
+    processor.tokenizer.padding_side = "left"
     return LoadedModel(name_or_path, model, processor, adapter, weights_fingerprint(model))
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the architecture, the dtype and up to 64 evenly spaced values of every parameter."""
-    digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
-    for name, parameter in model.named_parameters():
-        for part, tensor in stored(name, parameter):  # scales are attributes of the parameter itself
-            flat = tensor.detach().reshape(-1)
-            values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-            digest.update(f"{part}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of keys that do not fit: :func:`check_keys` says it."""
+    logger = logging.getLogger("transformers.modeling_utils")
 
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
-def _model_type(source: str, options: dict[str, Any], name: str) -> str | None:
+    logger.addFilter(is_other)
     try:
-        model_type: str | None = AutoConfig.from_pretrained(source, **options).model_type
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _config(source: str, options: dict[str, Any], name: str) -> Any:
+    """The configuration of a model that an adapter covers."""
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
     except ValueError as error:
         raise UnsupportedModelError(
             f"transformers cannot tell the model of {name!r}: {str(error).splitlines()[0]}\n"
@@ -164,7 +157,8 @@ def _model_type(source: str, options: dict[str, Any], name: str) -> str | None:
             "llava-hf/llava-1.5-7b-hf, OpenGVLab/InternVL3-8B-hf), or convert it with the script in transformers' "
             "repository (src/transformers/models/FAMILY/convert_*.py)"
         ) from error
-    return model_type
+    adapter_class(config.model_type, repr(name)).check_config(config)
+    return config
 
 
 def _source(name_or_path: str) -> str:
@@ -196,10 +190,11 @@ def _folder(name: str) -> str:
     )
 
 
-def _device(device: str) -> torch.device:
+def _device(device: str, rule: str = "`device` must be auto, cpu or cuda[:index]") -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        torch.empty(0, device=device)
         return torch.device(device)
-    except RuntimeError as error:
-        raise DopError(f"`device` must be auto, cpu or cuda[:index], but got {device!r}") from error
+    except (RuntimeError, AssertionError) as error:  # not a device, not of this build of torch, or not in this machine
+        raise DopError(f"{rule} of this machine, but got {device!r} ({shorten(str(error), 80)})") from error

@@ -6,29 +6,74 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from dop_search.data.samples import Sample
+from dop_search.data.samples import IMAGE_PLACE, Sample
+from dop_search.utils.errors import DataError
 
 
-def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: int = 0) -> str:
-    """The user's turn as the checkpoint was trained to see it, up to where the answer starts."""
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
-    content += [{"type": "video"} for _ in range(num_videos)]
-    content.append({"type": "text", "text": question})
-    prompt: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: int = 0, system: str = "") -> str:
+    """The user's turn as the checkpoint was trained to see it, up to where the answer starts.
+
+    Args:
+        processor: has the chat template.
+        question: what is asked; each ``<image>`` in it is the place of an image, and they come first if there is none.
+        num_images, num_videos: how many go with it.
+        system: the system prompt; empty for none.
+
+    Raises:
+        DataError: if the question holds the model's own image token, or the chat template has no system prompt.
+    """
+    content: list[dict[str, str]] = [{"type": "video"} for _ in range(num_videos)]
+    before, *rest = question.split(IMAGE_PLACE) if question.count(IMAGE_PLACE) == num_images else [question]
+    if not rest:
+        content = [*({"type": "image"} for _ in range(num_images)), *content]
+    for index, text in enumerate((before, *rest)):
+        _check_text(processor, text)
+        content += [{"type": "image"}] if index else []
+        content += [{"type": "text", "text": text}] if text or not rest else []
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        _check_text(processor, system)
+        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
+    try:
+        prompt: str = processor.apply_chat_template(turns, add_generation_prompt=True)
+    except TemplateError as error:
+        if not system:
+            raise
+        raise DataError(f"the model's chat template takes no system prompt ({error}); leave `system` out") from error
+    if system not in prompt:
+        raise DataError("the model's chat template drops the system prompt; leave `system` out")
     return prompt
+
+
+def sample_prompt(processor: Any, sample: Sample) -> str:
+    """The prompt of a sample, see :func:`chat_prompt`; its errors name the sample."""
+    try:
+        return chat_prompt(processor, sample.question, len(sample.images), system=sample.system)
+    except DataError as error:
+        raise DataError(f"the sample {sample.id!r}: {error}") from error
 
 
 def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
     """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds."""
+    several = any(sample.more_images for sample in samples)
     batch = processor(
-        images=[sample.image for sample in samples],
-        text=[chat_prompt(processor, sample.question) for sample in samples],
+        images=[list(sample.images) if several else sample.image for sample in samples],
+        text=[sample_prompt(processor, sample) for sample in samples],
         padding=True,
         return_tensors="pt",
     )
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def _check_text(processor: Any, text: str) -> None:
+    """A text with the placeholder of an image would ask for one more image than there is."""
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in text:
+            raise DataError(f"the text holds {token!r}, this model's place of an image or a video; take it out")
 
 
 def with_answer(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError, ConfigError, DataError, NumericalError
+from dop_search.utils.files import cannot_write
 from dop_search.utils.versioned import Format
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -26,14 +29,20 @@ OnProgress: TypeAlias = Callable[[int, int, str], None]
 Report: TypeAlias = Callable[[int], None]
 """Called with the number of strategies still to be evaluated."""
 
-FORMAT = Format("an evaluation file", "dop_search.evaluations", 1, "delete it or choose another output directory")
+FORMAT = Format(
+    "an evaluation file",
+    "dop_search.evaluations",
+    1,
+    "delete that file, or set another cache_dir, and run again: only what it held is measured anew",
+)
 
 
 class EvaluationStore:
     """Remembers every per-sample divergence, so that no strategy is evaluated twice on a sample.
 
     Strategies are the same when their :meth:`Strategy.key` is. Results are appended to ``path`` as they come,
-    under a lock, so that several processes may share a file. A last line torn by a crash is dropped.
+    under a lock, so that several processes may share a file. A last line torn by a crash is dropped; each line has a
+    checksum (files of older versions have none and are read all the same).
 
     Args:
         evaluator: computes what is not known yet.
@@ -45,6 +54,7 @@ class EvaluationStore:
 
     Raises:
         CacheError: if the file is not an evaluation file, is corrupt, or belongs to another ``header``.
+        WriteError: if it cannot be written.
         DataError: without samples.
     """
 
@@ -71,7 +81,6 @@ class EvaluationStore:
         self._num_new_samples = 0
         self._offset = 0
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(self.path, [])
 
     @property
@@ -187,18 +196,22 @@ class EvaluationStore:
 
     def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            lines = list(records)
-            if self._read_new(file) == 0:
-                lines = [self._header, *lines]
-            if lines:
-                file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
-                self._offset = file.tell()
-            for record in records:
-                self._remember(record)
+        lines = [_sealed(record) for record in records]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if self._read_new(file) == 0:
+                    lines = [self._header, *lines]
+                if lines:
+                    file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._offset = file.tell()
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        for record in records:
+            self._remember(record)
 
     def _read_new(self, file: IO[bytes]) -> int:
         """Take in complete lines after the known offset, cut off a torn one; the file's length after that."""
@@ -231,10 +244,37 @@ class EvaluationStore:
 
     def _take_in(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
-            self._remember(record)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            self._remember(_checked(json.loads(line), self.num_samples))
+        except (ValueError, RecursionError) as error:
             raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
 
     def _error(self, problem: str) -> CacheError:
         return CacheError(f"{str(self.path)!r} {problem}; {FORMAT.remedy}")
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the checksum of its line."""
+    return {**record, "crc32": zlib.crc32(json.dumps(record).encode())}
+
+
+def _checked(line: Any, num_samples: int) -> dict[str, Any]:
+    """The record of a line.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not isinstance(line, dict):
+        raise ValueError("a record must be an object")
+    record = {name: value for name, value in line.items() if name != "crc32"}
+    if set(record) != {"key", "samples", "kl_nats"} or not isinstance(record["key"], str):
+        raise ValueError("a record has key, samples and kl_nats")
+    if "crc32" in line and line["crc32"] != zlib.crc32(json.dumps(record).encode()):
+        raise ValueError("its checksum is another")
+    values = record["kl_nats"]
+    if not isinstance(values, list) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
+        raise ValueError("kl_nats must be finite numbers")
+    samples = range(num_samples) if record["samples"] is None else record["samples"]
+    plain = isinstance(samples, range) or (isinstance(samples, list) and all(type(x) is int for x in samples))
+    if not plain or len(samples) != len(values) or not all(0 <= x < num_samples for x in samples):
+        raise ValueError(f"samples must be places within 0..{num_samples - 1}, one for each of kl_nats")
+    return record

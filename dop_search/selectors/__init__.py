@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from dop_search.selectors.avg_pool import AvgPoolSelector
 from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
@@ -58,14 +59,30 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     """The selector of that name.
 
     Raises:
-        DopError: on an unknown name or option, with near names.
+        DopError: on an unknown name or option, with near names, or an option of another type.
     """
     selector = SELECTORS.find(name)
     known = selector.option_names()
     unknown = [option for option in options or {} if option not in known]
     if unknown:
         raise DopError(f"selector {name!r} has no option {unknown}; it has {list(known)}")
+    hints = get_type_hints(selector)
+    for option, value in (options or {}).items():
+        kinds = get_args(hints[option]) or (hints[option],)
+        if set(kinds) <= _PLAIN and not any(_is(value, kind) for kind in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise DopError(f"option `{option}` of selector {name!r} must be {expected}, but got {value!r}")
     return selector(**(options or {}))
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a float too, and ``True`` is no number."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 __all__ = ["SELECTORS", "Selection", "SelectionSizes", "Selector", "SelectorInputs", "make_selector"]

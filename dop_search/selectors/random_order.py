@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.selectors.base import Selector, SelectorInputs
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,10 @@ class RandomSelector(Selector):
 
     name = "random"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise DopError(f"`seed >= 0` must hold, but got (seed={self.seed})")
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

@@ -18,6 +18,8 @@ from dop_search.utils.errors import StrategyError
 from dop_search.utils.versioned import Format, write_json
 
 FORMAT = Format("a strategy", "dop_search.strategy", 1, "update dop-search, or search again", error=StrategyError)
+MAX_LAYERS = 10_000
+"""More decoder layers than any model has: a number beyond is a mistake, and lists of so many would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Strategy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_layers", operator.index(self.num_layers))
-        if self.num_layers < 1:
-            raise StrategyError(f"`num_layers >= 1` must hold, but got (num_layers={self.num_layers})")
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise StrategyError(f"`1 <= num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={self.num_layers})")
         if not self.groups:
             raise StrategyError("a strategy needs at least one token group")
         if self.num_visual_tokens is not None:
@@ -155,7 +157,10 @@ class Strategy:
     @property
     def stages(self) -> tuple[int, ...]:
         """The layers at whose door the visual tokens are ranked; empty if they are ranked before the decoder."""
-        return tuple(self.selector_options.get("stages", ()))
+        stages = self.selector_options.get("stages", ())
+        if not isinstance(stages, (list, tuple)):
+            raise StrategyError(f"`stages` must be a list of layers, but got {stages!r}")
+        return tuple(stages)
 
     def ranked_until(self) -> tuple[int, ...]:
         """Per group the last stage that ranks it: its state is read there. 0 without stages."""
@@ -319,6 +324,8 @@ _OPTIONAL = {
 def _parse(data: Any) -> Strategy:
     FORMAT.check(data)
     _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
+    if data["num_layers"] > MAX_LAYERS:
+        raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
     groups = []
     for index, item in enumerate(data["groups"]):
         where = f"groups[{index}]"

@@ -25,8 +25,16 @@ class MemoryLimitError(DopError):
     """Something does not fit the memory of its device; the message says what would."""
 
 
+class CheckpointError(DopError):
+    """A checkpoint is missing, incomplete or damaged, or its files contradict each other."""
+
+
 class CacheError(DopError):
     """A cached file is corrupt or belongs to another model, data set or configuration."""
+
+
+class WriteError(CacheError):
+    """A file cannot be written: the disk is full or read-only."""
 
 
 class DataError(DopError):

@@ -1,27 +1,89 @@
-"""Atomic writes: a file is there in full or not at all."""
+"""Files that are there in full or not at all, and disks that are full or read-only: one sentence, and early."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dop_search.utils.errors import WriteError
+from dop_search.utils.processes import is_dead
+
+_TEMPORARY = re.compile(r"\..+~(?P<process>[^~]+:\d+)~\w+(\.\w+)?")
+"""Name of a temporary file: it says which process writes it."""
+_PROBE_BYTES = 1 << 20
+_FORGOTTEN_S = 24 * 3600.0
+
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step.
+
+    Raises:
+        WriteError: if the file cannot be written; nothing is left of it then.
+    """
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name}~{socket.gethostname()}:{os.getpid()}~"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def cannot_write(path: Path, error: OSError) -> WriteError:
+    """The error of a file that cannot be written: what is safe, and how to go on."""
+    return WriteError(
+        f"cannot write {str(path)!r}: {error.strerror or error}; what was saved before is whole. Free space, or choose "
+        "a folder that can be written, and run the same command again: with the same cache_dir it continues there"
+    )
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Find out before anything expensive whether a folder can be written; sweep what killed writers left there.
+
+    Args:
+        folder: made if it is not there.
+        key: what the user sets it by.
+
+    Raises:
+        WriteError: naming the key and the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+        sweep(folder)
+    except OSError as error:
+        raise WriteError(
+            f"{key}={str(folder)!r} cannot be written: {error.strerror or error}; free space, or set {key} to a folder "
+            "that can be written; nothing has been computed yet"
+        ) from error
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files of processes of this machine that are dead, and those of a day ago from elsewhere."""
+    for path in folder.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps, or its writer is done
+            if is_dead(found["process"]) or time.time() - path.stat().st_mtime > _FORGOTTEN_S:
+                path.unlink()

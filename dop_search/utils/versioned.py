@@ -51,7 +51,7 @@ class Format:
             raise self.error(f"there is no {self._noun} at {str(file)!r}; {self.remedy}") from error
         except OSError as error:
             raise self.error(f"cannot read {self.what} from {str(file)!r}: {error.strerror}; {self.remedy}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.error(f"{str(file)!r} is not a JSON file ({error}); {self.remedy}") from error
         return self.check(data, repr(str(file)))
 

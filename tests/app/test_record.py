@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.records import example_record
 
-from dop_search.app.record import RECORD_FILE, Record, Result
+from dop_search.app.record import RECORD_FILE, SCORES_FILE, EvalRecord, Record, Result
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import CacheError
@@ -98,3 +102,66 @@ def test_candidates_of_several_budgets_count_once() -> None:
     record = example_record()
     twice = record.model_copy(update={"candidates": record.results[0].candidates})
     assert len(twice.all_candidates()) == len(record.all_candidates()) == 48
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 10**12)
+    | st.floats()
+    | st.sampled_from(["", "0.5", "nan", "llava", 1e308, -1.0, [0.1, 0.2], {}]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "q"]), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+PLACES = list(places(example_record().to_json()))
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(place=st.sampled_from(PLACES), value=VALUES, delete=st.booleans())
+def test_any_record_is_read_as_it_stands_or_refused_in_words(
+    place: tuple[Any, ...], value: Any, delete: bool, tmp_path: Path
+) -> None:
+    data = example_record().to_json()
+    target: Any = data
+    for key in place[:-1]:
+        target = target[key]
+    if delete:
+        del target[place[-1]]
+    else:
+        target[place[-1]] = value
+    (tmp_path / RECORD_FILE).write_text(json.dumps(data))
+    try:
+        record = Record.load(tmp_path)
+    except CacheError as error:
+        message = str(error)
+    else:
+        kept: Any = record.to_json()
+        for key in place if not delete else ():
+            if key == "depth_ratios":
+                return  # for readers; computed from the depths
+            kept = kept[key]
+        assert delete or kept == value or (value in (None, {}) and not kept) or place[-1] == "share"
+        return
+    assert RECORD_FILE in message
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=40) | st.text(alphabet='[]{}",:01eN', max_size=40).map(str.encode))
+def test_any_bytes_are_refused_in_words(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / RECORD_FILE).write_bytes(content)
+    with pytest.raises(CacheError, match=RECORD_FILE):
+        Record.load(tmp_path)
+    (tmp_path / SCORES_FILE).write_bytes(content)
+    with pytest.raises(CacheError, match=SCORES_FILE):
+        EvalRecord.load(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -153,6 +154,9 @@ def test_model_arguments(dop, tmp_path):
     model = dop.simple.create_from_arg_string(text, {"batch_size": "1", "max_batch_size": None, "device": None})
     assert model.batch_size == 4
     assert (model.strategy.selector, model.strategy.groups) == ("uniform_grid", STRATEGY.groups)
+    assert dop.simple.create_from_arg_string(f"pretrained=pocket,delta={path}", {}).strategy == STRATEGY
+    with pytest.raises(DopError, match="`strategy` and `delta` are the same"):
+        dop.simple(loaded=dop.loaded, strategy=str(path), delta=str(path))
     with pytest.raises(DopError, match="needs a strategy"):
         dop.simple(loaded=dop.loaded, selector="random")
     with pytest.raises(DopError, match="`imports` names 'my_missing', which cannot be imported"):
@@ -232,6 +236,54 @@ def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, tmp_path
     logged = next(tmp_path.glob("out/**/*_samples_few_mme.jsonl")).read_text().splitlines()
     said = {entry["doc_id"]: entry["filtered_resps"] for entry in map(json.loads, logged)}
     assert said == {sample.doc_id: sample.prediction for sample in ours["mme"].samples}
+
+
+def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, tmp_path):
+    """As ``torchrun`` and ``accelerate launch`` start them; the results lie in a folder of the strategy's name."""
+    work_dir, suite = few_rows
+    STRATEGY.save(tmp_path / "strategy-0.3.json")
+    arguments = [
+        *("-m", "lmms_eval", "--model", "dop", "--batch_size", "4", "--include_path"),
+        *(str(work_dir / "tasks" / suite.name), "--tasks", "few_gqa,few_mme", "--log_samples"),
+        *("--model_args", "pretrained=pocket,delta=strategy-0.3.json,device=cpu"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    said, results = {}, {}
+    for number, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        command = [sys.executable, *launcher, *arguments, "--output_path", f"out{number}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+        files = list(tmp_path.glob(f"out{number}/strategy-0.3.json/*_results.json"))
+        assert len(files) == 1, done.stdout[-2000:] + done.stderr[-4000:]
+        results[number] = json.loads(files[0].read_text())["results"]
+        logged = (line for file in sorted(files[0].parent.glob("*.jsonl")) for line in file.read_text().splitlines())
+        said[number] = [(entry["doc_id"], entry["filtered_resps"]) for entry in map(json.loads, logged)]
+        shown = re.findall(r"Model Responding: 100%.*? (\d+)/(\d+) ", done.stderr)
+        assert set(shown) == {(str(12 // number),) * 2}, "the first process shows a bar of its own share"
+    assert sorted(said[1]) == sorted(said[2])
+    assert len(said[2]) == 12, "no row is answered by both"
+    assert results[1] == results[2]
+
+
+def test_a_suite_is_scored_by_one_process(pocket, few_rows, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DopError, match=r"scored by one process, but this is one of 2 .*lmms-eval --model dop"):
+        score_suite(pocket, few_rows[1], work_dir=tmp_path)
+
+
+def test_each_process_takes_a_gpu_of_its_own(dop, monkeypatch):
+    from dop_search.evaluation.lmms import model as wrapper
+
+    monkeypatch.setattr(wrapper.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(wrapper.torch.cuda, "device_count", lambda: 4)
+    assert wrapper._own_device("cuda") == "cuda"
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "7"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert [wrapper._own_device(name) for name in (None, "auto", "cuda", "cpu", "cuda:0")] == [
+        *("cuda:3", "cuda:3", "cuda:3", "cpu", "cuda:0")
+    ]
+    model = dop.simple(loaded=dop.loaded)
+    assert (model.rank, model.world_size) == (7, 8)
 
 
 def test_the_bundled_suite_names_what_it_is():

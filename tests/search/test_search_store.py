@@ -107,7 +107,9 @@ def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
 def test_foreign_and_corrupt_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "evaluations.jsonl"
     EvaluationStore(EXACT, 6, path, HEADER).evaluate(STRATEGIES[:2])
-    with pytest.raises(CacheError, match=r"belongs to another search \(data: file 'd-1', now 'd-2'\).*delete it"):
+    with pytest.raises(
+        CacheError, match=r"belongs to another search \(data: file 'd-1', now 'd-2'\).*delete that file"
+    ):
         EvaluationStore(EXACT, 6, path, {**HEADER, "data": "d-2"})
     with pytest.raises(CacheError, match="num_samples: file 6, now 7"):
         EvaluationStore(EXACT, 7, path, HEADER)
@@ -203,3 +205,63 @@ def test_a_killed_profile_continues_without_repeating_a_run(tmp_path: Path) -> N
     again = evaluated[len(evaluated) - new :]
     assert not finished & set(again)
     assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "straight.parquet").read_bytes()
+
+
+# -- checksums ------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_of_a_line_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    """Those that leave a line JSON, and numbers in it, included; ``1e-05`` and ``1E-05`` are the same number."""
+    path = tmp_path / "evaluations.jsonl"
+    EvaluationStore(EXACT, 6, path, HEADER).evaluate(STRATEGIES[:2])
+    whole, messages = path.read_bytes(), []
+    start = whole.index(b"\n") + 1
+    for place in range(start, len(whole) - 1):
+        for bit in range(8):
+            byte = whole[place] ^ (1 << bit)
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            try:
+                store = EvaluationStore(None, 6, path, HEADER)
+            except CacheError as error:
+                messages.append(str(error))
+            else:
+                np.testing.assert_array_equal(store.evaluate(STRATEGIES[:2]), EXACT(STRATEGIES[:2], None))
+    assert len(messages) > 7.9 * (len(whole) - start - 1)
+    assert all("is corrupt at byte" in text and "delete that file, or set another" in text for text in messages)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    EvaluationStore(EXACT, 6, path, HEADER).evaluate(STRATEGIES[:2])
+    header, *lines = (json.loads(line) for line in path.read_text().splitlines())
+    old = [{name: line[name] for name in ("key", "samples", "kl_nats")} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
+    evaluator, calls = counted(EXACT)
+    store = EvaluationStore(evaluator, 6, path, HEADER)
+    np.testing.assert_array_equal(store.evaluate(STRATEGIES[:2]), EXACT(STRATEGIES[:2], None))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl_nats": 0.5},
+        {"kl_nats": [0.5]},
+        {"kl_nats": [0.5, 0.1, 0.2, 0.3, 0.4, float("nan")]},
+        {"kl_nats": ["a"] * 6},
+        {"samples": [0, 1, 2, 3, 4, -1]},
+        {"samples": [0, 1, 2, 3, 4, 6]},
+        {"samples": 0},
+        {"key": 1},
+        {"more": 1},
+    ],
+)
+def test_a_line_without_a_checksum_is_not_believed_blindly(tmp_path: Path, change: dict) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    EvaluationStore(EXACT, 6, path, HEADER).evaluate(STRATEGIES[:1])
+    header, line = path.read_text().splitlines()
+    record = json.loads(line)
+    del record["crc32"]
+    path.write_text(f"{header}\n{json.dumps({**record, **change})}\n")
+    with pytest.raises(CacheError, match="corrupt at byte"):
+        EvaluationStore(EXACT, 6, path, HEADER)

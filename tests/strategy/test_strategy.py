@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dop_search.selectors import SELECTORS, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import (
     MODULES,
@@ -24,7 +25,7 @@ from dop_search.strategy.operations import (
 )
 from dop_search.strategy.policy import GroupPolicy
 from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategies
-from dop_search.utils.errors import StrategyError
+from dop_search.utils.errors import DopError, StrategyError
 
 NUM_LAYERS = 5
 PROPERTY = settings(max_examples=100, derandomize=True, database=None, deadline=None)
@@ -273,7 +274,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_layers": 0, "q": 0, "kv": 0, "mlp": 0}, r"num_layers >= 1.*num_layers=0"),
+        ({"num_layers": 0, "q": 0, "kv": 0, "mlp": 0}, r"1 <= num_layers <= 10000.*num_layers=0"),
         ({"num_layers": 4, "q": 5, "kv": 0, "mlp": 0}, r"q=5, num_layers=4"),
         ({"num_layers": 4, "q": 0, "kv": -1, "mlp": 0}, r"kv=-1"),
         ({"num_layers": 4, "q": 0, "kv": 0, "mlp": [1.5]}, r"mlp=1.5"),
@@ -318,3 +319,74 @@ def test_numpy_integers_are_plain_in_the_file(tmp_path: Path) -> None:
     strategy = Strategy(np.int64(4), (policy,), np.int32(5))  # type: ignore[arg-type]
     strategy.save(tmp_path / "strategy.json")
     assert Strategy.load(tmp_path / "strategy.json") == strategy
+
+
+# -- any file --------------------------------------------------------------------------------------------------------
+
+FIELDS = [*valid_json(), *(f"groups.{name}" for name in ("q", "kv", "mlp", "share")), "selector_options.stages", "x"]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 6)
+    | st.sampled_from([10**9, 10**30, -(10**9), 0.5, 1.0, float("nan"), float("inf"), 1e308, "", "0", "cls_attention"])
+    | st.floats(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["q", "stages", "a"]), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
+def test_any_file_is_a_strategy_or_refused_in_words(changes: dict[str, Any], tmp_path: Path) -> None:
+    data = valid_json()
+    for name, value in sorted(changes.items(), key=lambda change: "." not in change[0]):
+        section, _, key = name.rpartition(".")
+        target = data if not section else data["groups"][0] if section == "groups" else data[section]
+        target[key] = value
+    path = tmp_path / "fuzz.json"
+    path.write_text(json.dumps(data))
+    try:
+        strategy = Strategy.load(path)
+    except StrategyError as error:
+        message = str(error)
+    else:
+        Strategy.load(path).save(path)
+        assert Strategy.load(path) == strategy
+        assert strategy.to_array().shape == (len(data["groups"]), data["num_layers"], 3)
+        assert all(isinstance(text, str) for text in (strategy.key(), strategy.describe()))
+        assert not {"x", "groups.x"} & set(changes), "an unknown field is no strategy"
+        return
+    assert "fuzz.json" in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("[" * 20_000, r"is not a JSON file .maximum recursion depth"),
+        (json.dumps({**valid_json(), "num_layers": 10**9}), r"num_layers <= 10000.*1000000000"),
+        (
+            json.dumps({**valid_json(), "selector_options": {"stages": 5}}),
+            r"`stages` must be a list of layers, but got 5",
+        ),
+        (json.dumps({**valid_json(), "selector_options": {"stages": ["a"]}}), r"`stages` must be increasing layers"),
+        (json.dumps({**valid_json(), "selector_options": {"stages": [[1]]}}), r"`stages` must be increasing layers"),
+    ],
+)
+def test_hostile_files_are_refused_at_once(content: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "hostile.json").write_text(content)
+    with pytest.raises(StrategyError, match=match):
+        Strategy.load(tmp_path / "hostile.json")
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_an_option_of_a_selector_has_its_type(name: str) -> None:
+    for option in SELECTORS[name].option_names():
+        for value in ([1], {}, object(), float("nan")):
+            with pytest.raises(DopError, match=rf"option `{option}` of selector '{name}' must be .*, but got"):
+                make_selector(name, {option: value})
+    with pytest.raises(DopError, match=r"`seed >= 0` must hold, but got \(seed=-1\)"):
+        make_selector("random", {"seed": -1})

@@ -30,6 +30,7 @@ from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
+from dop_search.utils.files import check_writable
 from dop_search.utils.versioned import Format, write_json
 
 VALIDATION = Format("a latency validation", "dop_search.latency_validation", 1, "run dop-bench again")
@@ -148,6 +149,8 @@ def run(options: argparse.Namespace) -> Comparison:
     _check(options)
     if options.mlflow is not None:
         check_extras("--mlflow", "search")
+    if options.out is not None:
+        check_writable(options.out.parent, "--out")
     import_modules(options.imports)
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):

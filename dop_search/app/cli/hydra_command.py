@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
 from dop_search.utils.conf import config_dir
-from dop_search.utils.errors import DopError
+from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extras import check_extras
+from dop_search.utils.files import cannot_write
 
 log = logging.getLogger(__name__)
 
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""A disk that is full or read-only."""
 LAUNCHER_EXTRAS = {"hydra/launcher=slurm": "slurm", "hydra/launcher=ray_gpu": "ray"}
 """Overrides that Hydra cannot compose without an extra of this package."""
 
@@ -34,6 +40,7 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
         directory = config_dir()
         for override in LAUNCHER_EXTRAS.keys() & set(sys.argv):
             check_extras(override, LAUNCHER_EXTRAS[override])
+        check_choices(sys.argv[1:], directory)
     except DopError as error:
         sys.exit(f"{name}: {error}")
 
@@ -44,12 +51,37 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 log.error("%s", error)  # Hydra runs the rest of the sweep and reports only the first error, at the end
             raise CompactHydraException(f"{name}: {error}") from error
+        except OSError as error:  # of a library that writes by itself
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise CompactHydraException(f"{name}: {cannot_write(Path(error.filename or '.'), error)}") from error
 
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(task)()
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def check_choices(arguments: Sequence[str], directory: Path) -> None:
+    """Refuse ``model=null`` and the like, which end in a traceback of Hydra's or choose nothing without a word.
+
+    Raises:
+        ConfigError: naming the group and its options.
+    """
+    groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in directory.iterdir()}
+    for argument in arguments:
+        group = argument.partition("=")[0]
+        if "=" not in argument or not groups.get(group):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # Hydra says itself what is wrong
+        if not override.is_sweep_override() and not isinstance(override.value(), (str, QuotedString)):
+            raise ConfigError(
+                f"{argument!r} must choose one of {', '.join(groups[group])}; a key of the group is set by {group}.KEY="
+            )
 
 
 def print_end(tables: list[object], lines: list[str], ui_command: str | None) -> None:

@@ -6,14 +6,18 @@ Unlike lmms-eval's own wrappers it never turns a crash into an empty answer: an 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
+from tqdm import tqdm
 
+from dop_search.data.images import read_image
 from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
@@ -30,11 +34,15 @@ _SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 
 
 class DopLmms(lmms):  # type: ignore[misc]
-    """``lmms-eval --model dop --model_args pretrained=pocket,strategy=strategy.json,batch_size=16``.
+    """``lmms-eval --model dop --model_args pretrained=pocket,delta=strategy.json,batch_size=16``.
+
+    Under ``accelerate launch`` or ``torchrun`` each process has the whole model, on its own GPU where there are some,
+    and answers its share of the rows; lmms-eval gathers the results.
 
     Args:
         pretrained: as in :func:`dop_search.load`.
         strategy: a file by ``Strategy.save``, or a strategy; nothing: the full model.
+        delta: the same, by the name after which lmms-eval names the folder of its results.
         selector: another ranking of the visual tokens than the strategy's own.
         dtype: see :func:`dop_search.load`.
         device: see :func:`dop_search.load`.
@@ -47,7 +55,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         trust_remote_code: see :func:`dop_search.load`.
         imports: modules of your own that register selectors or model families; several are parted by ``:``.
         loaded: a model that is loaded already, instead of ``pretrained``.
-        on_progress: called with (done, total) prompts.
+        on_progress: called with (done, total) prompts; nothing: the first process shows a bar.
     """
 
     is_simple = True
@@ -67,6 +75,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         revision: str | None = None,
         trust_remote_code: bool = False,
         imports: str = "",
+        delta: str | None = None,
         *,
         loaded: LoadedModel | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -74,7 +83,12 @@ class DopLmms(lmms):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise DopError(f"`batch_size` must be a positive number, but got {batch_size!r}")
+        self._rank = int(os.environ.get("RANK", "0"))  # as lmms-eval deals the rows out
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         import_modules([name for name in imports.split(":") if name])
+        if strategy is not None and delta is not None:
+            raise DopError(f"`strategy` and `delta` are the same, but got {strategy!r} and {delta!r}; give one of them")
+        strategy = delta if strategy is None else strategy
         chosen = Strategy.load(strategy) if isinstance(strategy, str) else strategy
         if selector is not None:
             if chosen is None:
@@ -89,7 +103,7 @@ class DopLmms(lmms):  # type: ignore[misc]
             str(pretrained),
             revision=revision,
             dtype=dtype,
-            device=device or "auto",
+            device=_own_device(device),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
@@ -111,15 +125,17 @@ class DopLmms(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One answer per request, in order; see :func:`answer_prompts`."""
-        return answer_prompts(
-            self.loaded,
-            [lambda request=request: self._prompt(request.args) for request in requests],  # type: ignore[misc]
-            self.strategy,
-            lengths=[self._length(request.args) for request in requests],
-            batch_size=self.batch_size,
-            num_frames=self._num_frames,
-            on_progress=self.on_progress,
-        )
+        hidden = self.on_progress is not None or self.rank > 0
+        with tqdm(total=len(requests), desc="Model Responding", disable=hidden) as bar:
+            return answer_prompts(
+                self.loaded,
+                [lambda request=request: self._prompt(request.args) for request in requests],  # type: ignore[misc]
+                self.strategy,
+                lengths=[self._length(request.args) for request in requests],
+                batch_size=self.batch_size,
+                num_frames=self._num_frames,
+                on_progress=self.on_progress or (lambda done, total: bar.update(done - bar.n)),
+            )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: none of the benchmarks here is scored by it."""
@@ -161,6 +177,13 @@ class DopChatLmms(DopLmms):
         return Prompt(turns, self._generation(options))
 
 
+def _own_device(device: str | None) -> str:
+    """One of several processes on a machine takes a GPU of its own where none is named."""
+    if device in (None, "auto", "cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return device or "auto"
+
+
 def _content(content: Any) -> Part:
     if content.type == "text":
         return str(content.text)
@@ -172,12 +195,11 @@ def _media(item: Any, video: bool = False, kind: str = "image") -> Part:
     if kind == "audio":
         raise DataError("the model `dop` takes text, images and videos, but the task gave audio")
     if isinstance(item, Image.Image):
-        return item.convert("RGB")
+        return read_image(item, "an image of the task")
     if isinstance(item, str):
         if video or not item.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp")):
             return Video(item)
-        with Image.open(item) as image:
-            return image.convert("RGB")
+        return read_image(item, "an image of the task")
     if isinstance(item, dict) and isinstance(item.get("path") or item.get("url"), str):
         return Video(item.get("path") or item["url"])
     if video and isinstance(item, (list, tuple)):

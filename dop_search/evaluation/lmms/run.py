@@ -35,8 +35,13 @@ def run_benchmark(model: lmms, suite: Suite, benchmark: Benchmark, manager: Any)
 
     Raises:
         DataError: if a video is missing.
-        DopError: if our score of the samples differs from lmms-eval's own.
+        DopError: if our score of the samples differs from lmms-eval's own, or in one of several processes.
     """
+    if model.world_size > 1:
+        raise DopError(
+            f"a suite is scored by one process, but this is one of {model.world_size} (WORLD_SIZE is set); start it "
+            "without torchrun or accelerate launch, or let lmms-eval itself share the rows: lmms-eval --model dop"
+        )
     task = load_task(suite, benchmark, manager)
     rows = scored_rows(benchmark, task.eval_docs_no_media, suite.limit)
     keep_rows(task, task.config.test_split or task.config.validation_split, rows)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from dop_search.app.cli.hydra_command import check_choices
 from dop_search.app.config import (
     AdditiveExactConfig,
     ExactOptunaConfig,
@@ -198,3 +204,63 @@ def test_a_missing_config_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     packaged.mkdir(parents=True)
     (packaged / "config.yaml").touch()
     assert config_dir() == packaged
+
+
+# -- any configuration ----------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 10**12)
+    | st.floats()
+    | st.sampled_from(["", "0.5", "auto", "pocket", "none", "${x}", "???", "foo", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "name"]), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+DEFAULTS = SearchConfig().model_dump(mode="json") | {"study": {"name": "compare"}, "storage": "a.journal"}
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(place=st.sampled_from(sorted(places(DEFAULTS))), value=VALUES)
+def test_any_configuration_is_taken_as_it_stands_or_refused_in_words(place: tuple[str, ...], value: Any) -> None:
+    tree = copy.deepcopy(DEFAULTS)
+    target: Any = tree
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    try:
+        config = parse_config(OmegaConf.create(tree))
+    except ConfigError as error:
+        message = str(error)
+    else:
+        kept: Any = config.model_dump(mode="json")
+        for key in place:
+            kept = kept[key]
+        if place[0] == "budget":
+            kept = [item["flops_ratio"] for item in kept]
+            value = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            kept = {name: kept[name] for name in value}
+        assert kept == value or ([kept] == [[value]]), "an import may stand without a list"
+        return
+    assert place[0] in message or "cannot be resolved" in message
+
+
+@pytest.mark.parametrize("argument", ["model=null", "data=1", "model=1.5", "data=[]", "space=true", "eval={}"])
+def test_a_group_takes_the_name_of_an_option_and_nothing_else(argument: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(repr(argument))} must choose one of .*{argument.split('=')[0]}.KEY="
+    ):
+        check_choices([argument], config_dir())
+    check_choices(
+        ["model=pocket", "space=dop,uniform", "budget={kv_ratio: 0.3}", "budget=null", "data=[", "--help"], config_dir()
+    )

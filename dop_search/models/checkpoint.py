@@ -1,0 +1,274 @@
+"""Checkpoints that are incomplete, damaged or at odds with themselves: found out before anything is computed with them.
+
+transformers draws missing weights at random and says so in a log line only; here that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.families import FAMILIES
+from dop_search.models.prompts import chat_prompt
+from dop_search.models.quantization import meta_model
+from dop_search.utils.errors import CheckpointError, DopError
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SETTINGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LFS = b"version https://git-lfs.github.com/spec/"
+_LFS_MAX_BYTES = 1024
+
+_NEVER_READ = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|(^|\.)vision_(tower|model)\.(.+\.)?head\.")
+"""Left-over weights that mean nothing: what old versions saved and is computed today, and SigLIP's pooling head."""
+_QUANTISATION_STATE = re.compile(
+    r"\.(g_idx|qzeros|scales|SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\.\w+|\w*_scale(_inv)?|"
+    r"\w*zero_point|weight_shape)$"
+)
+"""What quantisers save beside packed weights, and their newer versions do without."""
+
+_DEPTHS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "depth"})
+_NUM_SHOWN = 3
+
+_DAMAGED = (
+    "a file is missing, damaged or of another checkpoint: download or copy config.json, weights, tokenizer and "
+    "processor files again"
+)
+_NOT_FOUND = (
+    "without network access, point to a local copy: model.name_or_path=/path/to/checkpoint (a folder with config.json, "
+    "weights and the processor's files), or use the bundled one: model=pocket"
+)
+
+
+@contextmanager
+def explained(name: str, *, is_local: bool = True) -> Iterator[None]:
+    """Turn whatever a library raises on the files of the checkpoint ``name`` into one sentence with a remedy.
+
+    Raises:
+        CheckpointError: instead of anything that is no :class:`DopError`.
+    """
+    try:
+        yield
+    except DopError:
+        raise
+    except ImportError as error:
+        remedy = "install it (a quantised checkpoint needs the package of its quantiser), or take another checkpoint"
+        raise _unusable(name, f"it needs a package that is not installed ({first_line(error)})", remedy) from error
+    except torch.OutOfMemoryError as error:
+        remedy = "set dtype=bfloat16, another device, or device_map=auto"
+        raise _unusable(name, f"it does not fit the device ({first_line(error)})", remedy) from error
+    except OSError as error:
+        remedy = _DAMAGED if is_local else _NOT_FOUND
+        raise _unusable(name, first_line(error), remedy) from error
+    except Exception as error:  # readers of JSON, tokenizers, templates and weights raise anything on damaged files
+        raise _unusable(name, first_line(error), _DAMAGED) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message (two where it ends in a colon), with the error's kind if that is not known well."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
+    return text if text and isinstance(error, (OSError, ImportError)) else f"{type(error).__name__}: {text}"
+
+
+def check_folder(folder: Path, name: str) -> int | None:
+    """Look at the files of a local checkpoint; reads headers only, and executes nothing.
+
+    Returns:
+        How many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
+
+    Raises:
+        CheckpointError: naming the file and the remedy.
+    """
+    pointers = sorted(path.name for path in folder.iterdir() if _is_lfs_pointer(path))
+    if pointers:
+        problem = f"in {str(folder)!r} are git-LFS pointers instead of files ({_some(pointers)})"
+        raise _unusable(name, problem, "run `git lfs pull` there, or download the files")
+    config = _config(folder, name)
+    if config.get("model_type") not in FAMILIES:
+        return None
+    for file in _SETTINGS:
+        if (folder / file).is_file():
+            _read_json(folder / file, name)
+    sizes = [size for path in _weight_files(folder, name) for size in _sizes(path, name)]
+    for key, depth in _depths(config):
+        if depth > len(sizes):
+            problem = f"config.json says {key}={depth}, but only {len(sizes)} tensors are stored"
+            raise _unusable(name, problem, "set it right")
+    return sum(sizes)
+
+
+def check_size(config: Any, num_stored: int, name: str) -> None:
+    """Refuse a configuration of a far larger model than is stored, before memory is taken for what is missing.
+
+    Raises:
+        CheckpointError: naming both sizes.
+    """
+    expected = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    if expected > 2 * num_stored:
+        problem = f"config.json describes a model of {expected:,} weights, but only {num_stored:,} are stored"
+        raise _unusable(name, problem, "set it right, or download the weights again")
+
+
+def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: bool) -> None:
+    """Refuse a model whose weights were not exactly those of its checkpoint.
+
+    Args:
+        report: of ``from_pretrained(output_loading_info=True)``; tied weights are not missing there.
+        name: what the user calls the checkpoint.
+        quantised: whether the checkpoint is.
+
+    Raises:
+        CheckpointError: listing weights that are missing, left over, or of another shape.
+    """
+    unexpected = [key for key in report["unexpected_keys"] if not _NEVER_READ.search(key)]
+    if quantised:
+        unexpected = [key for key in unexpected if not _QUANTISATION_STATE.search(key)]
+    shapes = [f"{key} (stored {list(a)}, expected {list(b)})" for key, a, b in report["mismatched_keys"]]
+    found = [
+        f"{len(keys)} {what}: {_some(keys)}"
+        for keys, what in (
+            (sorted(report["missing_keys"], key=_natural), "are missing"),
+            (sorted(unexpected, key=_natural), "are left over"),
+            (sorted(shapes, key=_natural), "have another shape"),
+        )
+        if keys
+    ]
+    if found:
+        raise CheckpointError(
+            f"cannot load {name!r}: its weights do not fit its config.json: {'; '.join(found)}. Missing ones would be "
+            "random numbers. Set config.json right (num_hidden_layers and the like), download the weights again, or "
+            "save the model anew by transformers' save_pretrained()"
+        )
+
+
+def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
+    """Let the processor prepare one prompt with one image, as every search does.
+
+    Raises:
+        CheckpointError: if a part is missing or broken, or its tokens are not the model's.
+    """
+    parts = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
+    if parts:
+        problem = f"its processor ({type(processor).__name__}) has no {' and no '.join(parts)}"
+        files = "processor_config.json (or preprocessor_config.json), tokenizer.json, tokenizer_config.json"
+        raise _unusable(name, problem, f"add {files}")
+    if not getattr(processor, "chat_template", None):
+        raise _unusable(name, "it has no chat template", "add chat_template.jinja of the original checkpoint")
+    if processor.tokenizer.pad_token_id is None:
+        raise _unusable(name, "its tokenizer has no padding token", "set pad_token in tokenizer_config.json")
+    with explained(name):
+        prompt = chat_prompt(processor, "What is this?")
+        image = Image.new("RGB", (64, 64), (128, 128, 128))
+        batch = processor(images=[image], text=[prompt], padding=True, return_tensors="pt")
+        ids = batch["input_ids"]
+        largest, rows = int(ids.max()), adapter.dims.vocab_size
+        is_visual = adapter.visual_token_mask(ids)
+    if not bool(is_visual.any()):
+        remedy = "take processor, tokenizer and chat template of the checkpoint that the weights are from"
+        raise _unusable(name, f"its processor puts no image token of the model into a prompt ({prompt!r})", remedy)
+    if largest >= rows:
+        remedy = "take the tokenizer of the checkpoint that the weights are from"
+        raise _unusable(name, f"its tokenizer gives token {largest}, but the model has {rows} tokens", remedy)
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            remedy = "load the base model, merge the adapter (merge_and_unload) and save that by save_pretrained()"
+            raise _unusable(name, f"{str(folder)!r} holds a peft adapter, not a model", remedy)
+        return {}
+    return _read_json(path, name)
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        weights = _read_json(folder / _INDEX, name).get("weight_map")
+        if not isinstance(weights, dict) or not weights or not all(isinstance(file, str) for file in weights.values()):
+            raise _unusable(name, f"{_INDEX} has no `weight_map` of files", "download it again")
+        files = sorted({folder / file for file in weights.values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            problem = f"of {len(files)} files of weights {len(missing)} are missing: {_some(missing)}"
+            raise _unusable(name, problem, "download them")
+        return files
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickled:
+        raise _unusable(
+            name,
+            f"its weights are pickled ({_some(pickled)}), and reading those can run code",
+            "convert them to safetensors where you trust them: load with transformers, then save_pretrained()",
+        )
+    raise _unusable(name, f"{str(folder)!r} has no weights ({_WEIGHTS} or {_INDEX})", "add them")
+
+
+def _sizes(path: Path, name: str) -> list[int]:
+    """Numbers in each tensor of a file."""
+    if path.stat().st_size == 0:
+        raise _unusable(name, f"{path.name} is empty", "download it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [math.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unusable(name, f"{path.name} is truncated or damaged ({error})", "download it again") from error
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(name, f"{path.name} is not JSON ({first_line(error)})", "download it again") from error
+    if not isinstance(data, dict):
+        raise _unusable(name, f"{path.name} must be a JSON object, but is {type(data).__name__}", "download it again")
+    return data
+
+
+def _depths(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Numbers of layers that a configuration names: building so many modules can take forever."""
+    for key, value in config.items():
+        if key in _DEPTHS and isinstance(value, int):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _depths(value)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size > _LFS_MAX_BYTES:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def _unusable(name: str, problem: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"cannot load {name!r}: {problem}; {remedy}")
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:_NUM_SHOWN]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
