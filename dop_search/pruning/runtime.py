@@ -273,7 +273,7 @@ class PrunedDecoder(Attached):
                     appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
                 state.valid[index] = appended[held]
             state.lengths[index] += length
-        return packed.view_as(hidden)
+        return packed.view(hidden.shape)
 
     # -- bookkeeping ------------------------------------------------------------------------------
 

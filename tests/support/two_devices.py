@@ -50,7 +50,8 @@ class Devices(TorchDispatchMode):
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
     asked = kwargs.get("device")
-    places = {tensor.device for tensor in tensors if tensor.ndim or isinstance(tensor, Placed)}
+    # Numbers may come from the CPU, and `torch.tensor([], device=…)`, with which caches begin, cannot be watched.
+    places = {tensor.device for tensor in tensors if (tensor.ndim and tensor.numel()) or isinstance(tensor, Placed)}
     if func not in MOVES and len(places) > 1:
         raise RuntimeError(f"expected all tensors to be on the same device, but {func} got {places}")
     target = asked if asked is not None else next(iter(places), torch.device("cpu"))
