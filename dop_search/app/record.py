@@ -252,7 +252,7 @@ class Record(Part):
     timings: dict[str, Seconds] = {}
     """Seconds per stage."""
     scores: Annotated[SuiteInfo | None, BeforeValidator(lambda value: value or None)] = None
-    """The benchmarks behind the results' scores; ``None`` if no suite ran."""
+    """The benchmarks of the results' scores; ``None`` if no suite ran."""
     provenance: Provenance | None = None
 
     def all_candidates(self) -> list[Candidate]:

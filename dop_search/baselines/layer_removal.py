@@ -77,7 +77,7 @@ def layers_removed(
 ) -> Iterator[PreTrainedModel]:
     """Within the context ``model`` lacks some decoder layers; on exit, also by an exception, it is what it was.
 
-    Vision features that a decoder adds behind its first layers are then added behind the first that are left.
+    Vision features that a decoder adds after its first layers are then added after the first that are left.
 
     Args:
         model: a supported model, not pruned.

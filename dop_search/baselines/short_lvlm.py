@@ -1,7 +1,7 @@
 """Short-LVLM (Ma et al., ACM MM 2025): whole layers are removed for all tokens, least influential first.
 
 Which layers are redundant is measured on important tokens, not on all: here the influence of a layer is ``sum_i w_i
-(1 - cos(x_i, y_i))`` of a token's states before and behind it, with ``w_i`` the attention probability that the last
+(1 - cos(x_i, y_i))`` of a token's states before and after it, with ``w_i`` the attention probability that the last
 prompt token pays token ``i`` in that layer (mean over heads), averaged over the samples. Optionally the gap that the
 missing layers leave is bridged by a low-rank map of the final states: a ridge regression from the short model's
 states to the full model's on validation samples.

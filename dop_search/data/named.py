@@ -1,4 +1,4 @@
-"""The sources behind a name: the ``sources`` of ``conf/data/NAME.yaml``, for use without Hydra."""
+"""The sources of a name: the ``sources`` of ``conf/data/NAME.yaml``, for use without Hydra."""
 
 from __future__ import annotations
 

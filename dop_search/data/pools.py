@@ -212,7 +212,7 @@ def accepted_answers(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _task_data(source: TaskSource) -> dict[str, Any]:
-    """The data set behind a task's source: its own where the source names none."""
+    """The data set of a task's source: its own where the source names none."""
     file = task_file(source.task)
     fields = task_fields(file)
     own = fields.get("dataset_kwargs") or {}

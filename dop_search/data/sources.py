@@ -142,7 +142,7 @@ class Origin:
 
 
 def origin(path: str, name: str | None, split: str, data_files: DataFiles | None, base: Path | None = None) -> Origin:
-    """The data behind a data set's path, configuration and split; relative files are taken from ``base``."""
+    """The data of a data set's path, configuration and split; relative files are taken from ``base``."""
     files: frozenset[str] = frozenset()
     if path in LOCAL_BUILDERS and data_files is not None:
         chosen = data_files.get(split, ()) if isinstance(data_files, Mapping) else data_files

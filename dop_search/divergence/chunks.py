@@ -137,7 +137,7 @@ class PackedChunk:
 
     def layout(self, strategy: Strategy) -> ChunkLayout:
         """Layout for the strategy's kept tokens and groups, its rotary embeddings, the rows that enter it (``None``:
-        all), and what is added to visual tokens behind the first layers.
+        all), and what is added to visual tokens after the first layers.
         """
         groups = [
             assign_groups(

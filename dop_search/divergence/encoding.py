@@ -28,7 +28,7 @@ class EncodedSample:
         visual: ``[length]`` boolean.
         prompt_length: tokens of the prompt; the answer's first token is predicted at ``prompt_length - 1``.
         ranking: visual tokens, best first.
-        deepstack: per decoder layer from the first on ``[num_visual, hidden_size]``, added to the visual tokens behind
+        deepstack: per decoder layer from the first on ``[num_visual, hidden_size]``, added to the visual tokens after
             that layer; empty in most families.
         chooser: for selectors whose choice depends on the number of kept tokens; ``None``: the head of ``ranking``.
     """

@@ -1,4 +1,4 @@
-"""What a score is: one number per benchmark with the samples behind it, and comparisons of two models."""
+"""What a score is: one number per benchmark with the samples it comes from, and comparisons of two models."""
 
 from __future__ import annotations
 

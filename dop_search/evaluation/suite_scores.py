@@ -174,7 +174,7 @@ class _Run:
 
         report = None
         if self.on_progress is not None:
-            tell = before.aloud(self.on_progress)
+            tell = before.with_output(self.on_progress)
             report = lambda done, total: tell(done, total, benchmark.title)  # noqa: E731
         model = DopLmms(
             loaded=self.loaded, strategy=self.strategy, batch_size=self.suite.batch_size, on_progress=report

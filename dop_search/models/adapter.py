@@ -39,7 +39,7 @@ class ModelAdapter(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     has_deepstack: ClassVar[bool] = False
-    """Whether the decoder adds vision features behind its first layers, see :meth:`pop_deepstack`."""
+    """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
     decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS
     """Classes of decoder layers (or their bases, by name) that compute what pruned layers compute."""
 
@@ -171,7 +171,7 @@ class ModelAdapter(ABC):
         return cos, sin
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Take the features that the decoder adds to its visual tokens behind its first layers out of its arguments.
+        """Take the features that the decoder adds to its visual tokens after its first layers out of its arguments.
 
         Returns:
             One tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the order

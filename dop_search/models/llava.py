@@ -44,7 +44,7 @@ class LlavaAdapter(ModelAdapter):
 
     @property
     def tower_view(self) -> TowerView:
-        """See base class; the any-resolution families pack their tiles behind the projector.
+        """See base class; the any-resolution families pack their tiles after the projector.
 
         LLaVA-NeXT leaves out padding and adds newlines, so that its other tokens are projections of single patches;
         LLaVA-OneVision resizes large images there.

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: a base view of the image and any-resolution tiles, unpadded, with a newline token behind every row."""
+"""LLaVA-NeXT: a base view of the image and any-resolution tiles, unpadded, with a newline token after every row."""
 
 from __future__ import annotations
 

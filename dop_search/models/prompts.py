@@ -77,7 +77,7 @@ def _check_text(processor: Any, text: str) -> None:
 
 
 def with_answer(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
-    """The inputs of an unpadded prompt with text tokens ``answer`` (``[1, new]``) behind it."""
+    """The inputs of an unpadded prompt with text tokens ``answer`` (``[1, new]``) after it."""
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
     extended = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inputs:  # Qwen: 0 is text

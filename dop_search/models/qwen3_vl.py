@@ -1,4 +1,4 @@
-"""Qwen3-VL: as Qwen2-VL, with vision features of several depths added behind the first decoder layers (deepstack)."""
+"""Qwen3-VL: as Qwen2-VL, with vision features of several depths added after the first decoder layers (deepstack)."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
 
 
 def check_embeds(input_ids: Tensor) -> None:
-    """Refuse a prompt of embeddings in which nothing can be told apart.
+    """Refuse a prompt of embeddings in which nothing can be distinguished.
 
     Raises:
         DopError: saying where the tokens can be given.

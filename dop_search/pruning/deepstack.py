@@ -1,4 +1,4 @@
-"""Vision features that some decoders add to their visual tokens behind the first layers, on packed rows."""
+"""Vision features that some decoders add to their visual tokens after the first layers, on packed rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Deepstack:
         self._indices: dict[tuple[Groups, torch.device], tuple[Tensor, Tensor]] = {}
 
     def add(self, hidden: Tensor, layer: int, alive: Groups) -> Tensor:
-        """What the decoder adds behind ``layer``; ``hidden`` holds the rows of the text and of ``alive``."""
+        """What the decoder adds after ``layer``; ``hidden`` holds the rows of the text and of ``alive``."""
         if layer >= len(self.features):
             return hidden
         key, layout = (alive, hidden.device), self.layout.on(hidden.device)

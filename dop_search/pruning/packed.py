@@ -1,4 +1,4 @@
-"""Packed (padding-free) rows: several sequences in one row, told apart by positions that restart.
+"""Packed (padding-free) rows: several sequences in one row, separated by positions that restart.
 
 transformers builds a block-diagonal mask for them where it is given neither a mask nor a cache. A pruned model takes
 each sequence as a sample of its own, which is the same and needs no mask.

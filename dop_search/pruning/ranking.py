@@ -310,14 +310,14 @@ def check_model(adapter: ModelAdapter, selector: Selector) -> None:
     if selector.merges and adapter.has_deepstack:
         raise UnsupportedModelError(
             f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "
-            "features behind its first layers as well, which would stay unmerged; use selector=divprune, "
+            "features after its first layers as well, which would stay unmerged; use selector=divprune, "
             "cdpruner_llm, received_attention, uniform_grid or random"
         )
     if selector.merges and "features" in selector.needs() and adapter.tower_view.project is None:
         raise UnsupportedModelError(
             f"{selector.name!r} merges patches in front of the projector, but visual tokens of "
             f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
-            "selectors that merge behind the projector are avg_pool and trim_llm"
+            "selectors that merge after the projector are avg_pool and trim_llm"
         )
 
 

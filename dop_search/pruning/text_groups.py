@@ -29,7 +29,7 @@ class TextGroups:
     Attributes:
         num_layers: decoder layers.
         before: the prompt before its first visual token.
-        after: the prompt behind it, but its last token.
+        after: the prompt after it, but its last token.
     """
 
     num_layers: int

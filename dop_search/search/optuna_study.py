@@ -76,7 +76,7 @@ def uses_constraints(sampler: str) -> bool:
 class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
     """A lock that the operating system releases when its process dies, so that a crash blocks nobody.
 
-    Whoever gets it cuts off a last line that a crash has torn, so that nothing is written behind it.
+    Whoever gets it cuts off a last line that a crash has torn, so that nothing is written after it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Token groups that are told apart inside the decoder: which of them a ranking between two layers may still mix.
+"""Token groups that are distinguished inside the decoder: which of them a ranking between two layers may still mix.
 
 A *stage* is a decoder layer at whose door the visual tokens are ranked from the decoder's own state. Until then all
 groups are treated alike, since nobody knows which token belongs to which. Pure Python.

@@ -316,7 +316,7 @@ def _gaps(bench: Workbench, results: ResultFile, spaces: Sequence[str]) -> list[
 
 MAPPED = "dop"
 FLOOR_NATS = 1e-4
-"""Smaller divergences share one colour: they are less than the samples can tell apart."""
+"""Smaller divergences share one colour: they are less than the samples can resolve."""
 LABELS = {
     "additive": "additive",
     "rerank": "+ re-ranking",

@@ -1,4 +1,4 @@
-"""Which measure of a strategy on the search samples foretells its held-out KL and its accuracy.
+"""Which measure of a strategy on the search samples predicts its held-out KL and its accuracy.
 
 Measured on the same strategies, ranked by each objective, and compared with what they do on new samples: by Spearman's
 rank correlation, and by the strategy that each objective would choose within a budget.
@@ -163,7 +163,7 @@ class Objective(Study):
                 left.plot(values, y, color=look.color, marker=look.marker, linestyle="", label=f"with {label}")
             left.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
             left.set_xlabel("Spearman, mean over budgets (bars: 95 % of resamples)")
-            left.set_title("What foretells new samples")
+            left.set_title("What predicts new samples")
             for index, budget in enumerate(summary[names[0]]["chosen"]):
                 look = LOOKS[2 + index % 4]
                 values = [summary[name]["chosen"][budget]["kl_heldout"] for name in names]
@@ -234,7 +234,7 @@ def _families(bench: Workbench) -> np.ndarray:
 def summarize(
     budgets: np.ndarray, search: np.ndarray, heldout: np.ndarray, wrong: np.ndarray, families: np.ndarray
 ) -> dict[str, Any]:
-    """What each objective foretells.
+    """What each objective predicts.
 
     Args:
         budgets: of each strategy ``[strategies]``.
@@ -298,7 +298,7 @@ def _correlations(
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """0 where one side is constant, as an objective that tells nothing apart foretells nothing."""
+    """0 where one side is constant, as an objective that distinguishes nothing predicts nothing."""
     return 0.0 if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 else spearman(a.tolist(), b.tolist())
 
 

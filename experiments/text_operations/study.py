@@ -21,7 +21,7 @@ GROUPS = ("before", "after")
 
 
 class TextOperations(Extension):
-    """The prompt before its image, and behind it but its last token, each with three exit depths.
+    """The prompt before its image, and after it but its last token, each with three exit depths.
 
     Args:
         dims: sizes of the decoder.
@@ -64,7 +64,7 @@ class TextOperations(Extension):
         return pruned(model, strategy, text=self.groups(depths))
 
     def is_sensible(self, depths: Depths) -> bool:
-        """States are read until the token is last a key: no query or MLP behind that, nor in the last layer.
+        """States are read until the token is last a key: no query or MLP after that, nor in the last layer.
 
         The last one before that is dead as well, but the levels are coarse.
         """

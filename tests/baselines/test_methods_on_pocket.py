@@ -173,7 +173,7 @@ def test_layer_influence_written_out(pocket, teacher) -> None:
     sample = teacher.samples[0].encoded
     found = layer_influence(pocket.adapter, sample)
     maps, states = eager_maps(pocket, sample)
-    for layer in range(LAYERS - 1):  # transformers' last hidden state is behind the final norm
+    for layer in range(LAYERS - 1):  # transformers' last hidden state is after the final norm
         weight = maps[layer].mean(dim=0)[-1]
         change = 1 - torch.cosine_similarity(states[layer], states[layer + 1], dim=1)
         assert float(found[layer]) == pytest.approx(float((weight * change).sum()), rel=2e-3, abs=1e-5)

@@ -30,7 +30,7 @@ def test_lists_by_position_and_a_rerun_that_measures_nothing(run_small_study: St
         assert all(late <= early for early, late in pairwise([1.0, *same]))
         assert same[-1] >= row["generated"]["same"]
         assert row["generated"]["right_full"] >= 0.5
-    assert rows["kv", 1.0]["strategy_text"].startswith("q≤9 kv≤10 mlp≤9")  # behind the last key nothing matters
+    assert rows["kv", 1.0]["strategy_text"].startswith("q≤9 kv≤10 mlp≤9")  # after the last key nothing matters
     full = result["summary"]["full"]
     assert full["longest"] >= 12
     assert full["num_answers"] == 4
@@ -55,7 +55,7 @@ def test_answers_of_64_tokens_and_more(run_small_study: StudyRunner) -> None:
 
 
 def test_the_first_other_token() -> None:
-    assert first_other_token([5, 6, 7, 0], [5, 6, 7]) == float("inf")  # padding behind the end
+    assert first_other_token([5, 6, 7, 0], [5, 6, 7]) == float("inf")  # padding after the end
     assert first_other_token([5, 9, 7], [5, 6, 7]) == 1
     assert first_other_token([5, 6], [5, 6, 7]) == 2
 

@@ -60,7 +60,7 @@ def test_a_perfect_objective_correlates_fully_and_noise_does_not() -> None:
     assert summary["kl"]["accuracy"]["spearman"] > 0.9
     assert abs(summary["reverse_kl"]["kl"]["spearman"]) < 0.6
     assert summary["reverse_kl"]["kl"]["minus_kl_ci95"][1] < 0.0
-    assert summary["js"]["kl"]["spearman"] == 0.0, "a constant objective foretells nothing"
+    assert summary["js"]["kl"]["spearman"] == 0.0, "a constant objective predicts nothing"
     assert summary["kl"]["chosen"]["0.3"]["kl_heldout"] == pytest.approx(0.1, abs=0.01)
 
 

@@ -81,7 +81,7 @@ def test_newline_tokens_get_the_mean_of_their_row():
     adapter.vision_watch.remove()
     newline = (features - model.model.image_newline).abs().amax(dim=-1) < 1e-6
     values = torch.rand(sum(adapter.tiles_per_image(adapter.vision_watch.current())), 16, 1)
-    tokens, start = adapter.to_token_order(values)[:, 0], 16  # behind the base view of the first image
+    tokens, start = adapter.to_token_order(values)[:, 0], 16  # after the base view of the first image
     for end in newline.nonzero()[:2, 0].tolist():
         assert tokens[end] == pytest.approx(tokens[start:end].mean().item())
         start = end + 1

@@ -71,7 +71,7 @@ class TestQwen2_5VL(Family):
 
 
 class TestQwen3VL(Family):
-    """Deepstack: features that enter behind decoder layers 0 and 1."""
+    """Deepstack: features that enter after decoder layers 0 and 1."""
 
     __test__ = True
     model_type = "qwen3_vl"

@@ -58,7 +58,7 @@ def text_closed(masks: OperationMasks, visual: Tensor, attended: Tensor, case: s
 
 
 def extended(masks: OperationMasks, count: int) -> OperationMasks:
-    """The same with tokens behind the prompt, which run everything."""
+    """The same with tokens after the prompt, which run everything."""
     return OperationMasks(*(torch.nn.functional.pad(m, (0, count), value=True) for m in (masks.q, masks.kv, masks.mlp)))
 
 

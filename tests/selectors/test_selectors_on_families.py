@@ -143,7 +143,7 @@ def test_a_prompt_without_image_in_the_batch(name):
 
 
 def test_refusals_say_why_and_what_works():
-    with pytest.raises(UnsupportedModelError, match=r"Qwen3VL.*behind its first layers.*divprune"):
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3VL.*after its first layers.*divprune"):
         RankingSource(adapter_for(model_of("qwen3_vl")), make_selector("avg_pool"))
     with pytest.raises(UnsupportedModelError, match=r"LlavaOnevision.*single patches.*avg_pool and trim_llm"):
         RankingSource(adapter_for(model_of("llava_onevision")), make_selector("visionzip"))

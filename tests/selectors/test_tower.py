@@ -83,7 +83,7 @@ def test_a_tower_without_cls_token_says_what_works():
 
 
 def test_the_projector_works_token_by_token(pocket, pixels):
-    """So that features merged behind the tower can be projected alone."""
+    """So that features merged after the tower can be projected alone."""
     view = pocket.adapter.tower_view
     with torch.inference_mode():
         features = eager(view.module, pixels).hidden_states[pocket.model.config.vision_feature_layer][:, 1:]

@@ -100,9 +100,11 @@ def parser() -> argparse.ArgumentParser:
     against.add_argument("--selector", default="uniform_grid", metavar="NAME", help="of the built-in shapes")
     against.add_argument("--compile", action="store_true", help="the pruned layers of ours through torch.compile")
     how = result.add_argument_group("how")
-    how.add_argument("--rounds", type=int, default=9, metavar="N", help="readings per variant (9)")
+    how.add_argument("--rounds", type=int, default=9, metavar="N", help="measurements per variant (9)")
     how.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before that which do not count (1)")
-    how.add_argument("--passes", type=int, metavar="N", help="generations per reading, the last counts (CPU 1, GPU 2)")
+    how.add_argument(
+        "--passes", type=int, metavar="N", help="generations per measurement, the last counts (CPU 1, GPU 2)"
+    )
     how.add_argument(
         "--clock",
         choices=["wall", "cpu"],
@@ -123,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         help="instead of the comparison: predict N random strategies by a table and measure them (24)",
     )
     output = result.add_argument_group("where it goes")
-    output.add_argument("--out", type=Path, metavar="FILE", help="all readings as JSON")
+    output.add_argument("--out", type=Path, metavar="FILE", help="all measurements as JSON")
     output.add_argument("--mlflow", metavar="URI", help="log to this MLflow store, e.g. sqlite:///mlflow.db")
     output.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return result

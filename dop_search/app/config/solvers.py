@@ -1,4 +1,4 @@
-"""What can be configured of the solvers, and what a search does with it: one section each, told apart by ``solver``.
+"""What can be configured of the solvers, and what a search does with it: one section each, distinguished by ``solver``.
 
 A solver of one's own needs no section: its options are its keyword arguments.
 """

@@ -34,7 +34,7 @@ class Silenced:
     def __init__(self, stdout: IO[str], stderr: IO[str]) -> None:
         self._stdout, self._stderr = stdout, stderr
 
-    def aloud(self, callback: Callable[..., None]) -> Callable[..., None]:
+    def with_output(self, callback: Callable[..., None]) -> Callable[..., None]:
         """``callback`` with the streams of before, so that what it prints is seen."""
 
         def call(*args: object) -> None:

@@ -33,7 +33,7 @@ OnProgress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A variant with its readings, one per round."""
+    """A variant with its measurements, one per round."""
 
     variant: Variant
     readings: tuple[Reading, ...]
@@ -103,7 +103,7 @@ class Comparison:
         return self.rows[0]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary, every reading included."""
+        """A JSON-ready dictionary, every measurement included."""
         return {
             **FORMAT.stamp,
             "what": self.what,
@@ -153,7 +153,7 @@ def compare(
         adapter: its adapter.
         inputs: the prompt.
         variants: what to compare.
-        rounds: readings per variant.
+        rounds: measurements per variant.
         warmup: rounds before that which do not count.
         passes: generations per visit of a variant, of which the last counts; 2 or more: in the steady state.
         num_tokens: generated tokens.

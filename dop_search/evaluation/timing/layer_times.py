@@ -37,7 +37,7 @@ NUM_LENGTHS = 5
 NUM_LAYERS = 6
 """Layers of the copy that is timed."""
 SHORT_MS = 300.0
-"""Readings below this are taken twice, and the second counts."""
+"""Measurements below this are taken twice, and the second counts."""
 LONG_MS, LONG_ROUNDS = 1000.0, 3
 """Points that take longer than this need no more rounds than this."""
 
@@ -70,7 +70,7 @@ def measure_table(
         model: a supported model, on the device and with the attention backend that it will run with.
         counts: text and visual tokens of each sample.
         shares: shares of the visual tokens to measure between none and all; for spaces with token groups ``SHARES``.
-        rounds: readings per point, of which the median counts; points are visited in turn.
+        rounds: measurements per point, of which the median counts; points are visited in turn.
         clock: wall clock, or the time that this process computed.
         seed: of the order.
         on_progress: called with (done, total, what).
@@ -202,7 +202,7 @@ def _strategy(layers: int, q: Any, kv: Any, mlp: Any, tokens: int, **fields: Any
 def _time(
     jobs: Sequence[_Job], rounds: int, clock: Clock, seed: int, on_progress: OnProgress | None
 ) -> dict[Key, list[float]]:
-    """Readings of every job, in another order every round."""
+    """Measurements of every job, in another order every round."""
     order = np.random.default_rng(seed)
     readings: dict[Key, list[float]] = {job.key: [] for job in jobs}
     warmup = 1 if jobs[0].model.device.type == "cuda" else 0

@@ -38,7 +38,7 @@ class DecodingConformance(ConformanceBase):
     def test_generate_equals_reference(
         self, models: Models, backend: str, data: st.DataObject, padded: bool, sample: bool
     ) -> None:
-        """The logits behind every token, and the tokens themselves where nothing is drawn at random."""
+        """The logits after every token, and the tokens themselves where nothing is drawn at random."""
         model = models(backend)
         inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
         strategy = data.draw(dop_strategies(self.num_layers(model)))

@@ -131,7 +131,7 @@ class PrefillConformance(ConformanceBase):
 
     @for_all(data=st.data())
     def test_packed_rows_equal_singles(self, models: Models, data: st.DataObject) -> None:
-        """Padding-free rows, told apart by positions that restart: each sequence as if it were alone."""
+        """Padding-free rows, separated by positions that restart: each sequence as if it were alone."""
         model = models("sdpa")
         samples = [self.make_sample(model, *lengths, seed=seed) for seed, lengths in enumerate(PACKED)]
         packed = pack_rows(model, samples)
