@@ -31,7 +31,7 @@ DOCUMENTS = sorted(
 )
 RUNNABLE = [
     pytest.param("dop_search/README.md", marks=pytest.mark.slow),
-    *(f"dop_search/{folder}/README.md" for folder in ("selectors", "search", "baselines", "evaluation")),
+    *(f"dop_search/{folder}/README.md" for folder in ("selectors", "search", "pruning", "baselines", "evaluation")),
     "experiments/README.md",
 ]
 

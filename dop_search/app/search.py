@@ -50,8 +50,8 @@ from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
 from dop_search.utils.files import check_writable
+from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.progress import Notify, Progress
-from dop_search.utils.statistics import bootstrap_ci95
 
 MAX_FRONT_POINTS = 200
 
@@ -192,9 +192,9 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         kv_ratio=cache.ratio(strategy),
         kl_additive=best.kl_additive,
         kl_search=float(search[0].mean()),
-        kl_search_ci95=bootstrap_ci95(search[0], config.seed),
+        kl_search_ci95=mean_ci95(search[0], config.seed),
         kl_heldout=float(heldout[0].mean()),
-        kl_heldout_ci95=bootstrap_ci95(heldout[0], config.seed),
+        kl_heldout_ci95=mean_ci95(heldout[0], config.seed),
         accuracy_full=accuracies[0],
         accuracy_pruned=accuracies[1],
         uniform=None
@@ -204,14 +204,14 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
             flops_ratio=flops.ratio(uniform),
             kv_ratio=cache.ratio(uniform),
             kl_heldout=float(heldout[1].mean()),
-            kl_heldout_ci95=bootstrap_ci95(heldout[1], config.seed),
+            kl_heldout_ci95=mean_ci95(heldout[1], config.seed),
             kl_search=float(search[1].mean()),
             accuracy=accuracies[2],
             latency_ratio=None if times is None else times.ratio(uniform),
         ),
         latency_ratio=None if times is None else times.ratio(strategy),
         latency_ms=None if times is None else times.absolute(strategy) / 1e6,
-        kl_heldout_difference_ci95=None if uniform is None else bootstrap_ci95(heldout[0] - heldout[1], config.seed),
+        kl_heldout_difference_ci95=None if uniform is None else mean_ci95(heldout[0] - heldout[1], config.seed),
         num_validation_runs=profile.curves.num_validation_runs + best.num_validation_runs,
         seconds=time.perf_counter() - start,
         candidates=[_candidate(item, flops, uniform) for item in ranked],

@@ -32,7 +32,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(adapter_for(model).fingerprint.encode())
     for name, parameter in model.named_parameters():
-        for part, tensor in stored(name, parameter.detach()):
+        for part, tensor in stored(name, parameter):  # scales are attributes of the parameter itself
             digest.update(f"{part}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(_values(tensor).float().numpy().tobytes())
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -80,6 +80,11 @@ class VisionWatch(Attached):
         """Tokens of the call whose images were encoded last, ``[batch, length]``."""
         return self._seen.input_ids
 
+    @property
+    def encoding(self) -> bool:
+        """Whether images are being encoded in this thread; checkpointed layers run again in the backward pass."""
+        return self._seen.busy
+
     def forget(self) -> None:
         """What this thread has encoded so far is of no further use."""
         self._seen.reset()
@@ -250,8 +255,11 @@ class TowerCapture(Attached):
         """What this thread has computed so far is of no further use."""
         self._local.values = {}
 
+    @torch.no_grad()
     def _tower_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = self.read(module, args, kwargs).detach()
+        if not self.watch.encoding:
+            return
+        values = self.read(module, args, kwargs)
         of_tokens = self.adapter.to_token_order(values if values.ndim == 3 else values[..., None])
         self._local.values[self.watch.current().modality] = of_tokens if values.ndim == 3 else of_tokens[:, 0]
 

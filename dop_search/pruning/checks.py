@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dop_search.models.adapter import UNKNOWN_TOKEN
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -86,3 +87,27 @@ def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
             "a pruned model needs the two-dimensional attention mask of the tokenizer, but got "
             f"{type(attention_mask).__name__} (static caches and custom masks are not supported)"
         )
+
+
+def check_embeds(input_ids: Tensor) -> None:
+    """Refuse a prompt of embeddings in which nothing can be told apart.
+
+    Raises:
+        DopError: saying where the tokens can be given.
+    """
+    if bool((input_ids == UNKNOWN_TOKEN).any()):
+        raise DopError(
+            "a pruned model finds visual tokens in `inputs_embeds` by the embedding of their placeholder, and there is "
+            "none; if image features stand there already, or there is only text, give `input_ids` beside them to "
+            "`generate()`"
+        )
+
+
+def check_labels(visual: Tensor, read: Tensor | None) -> None:
+    """Refuse a loss on visual tokens.
+
+    Raises:
+        DopError: if a visual token is to predict another.
+    """
+    if read is not None and bool((visual[:, :-1] & visual[:, 1:] & read[:, :-1]).any()):
+        raise DopError("`labels` must be -100 at visual tokens: a pruned model defines no logits that predict them")

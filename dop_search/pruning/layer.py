@@ -146,6 +146,19 @@ def extend_layer(
     return parts.finish(layer, hidden, context, None, None, None)
 
 
+def is_checkpointed(layer: Any) -> bool:
+    """Whether transformers would compute the layer again in the backward pass instead of keeping what is in it."""
+    return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+
+
+def checkpointed(layer: Any, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """``compute(hidden)``, under the layer's gradient checkpointing where that is on."""
+    if not is_checkpointed(layer):
+        return compute(hidden)
+    result: Tensor = layer._gradient_checkpointing_func(compute, hidden)
+    return result
+
+
 class Side(NamedTuple):
     """One side of an attention call.
 

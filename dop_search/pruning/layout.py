@@ -172,9 +172,8 @@ class Layout:
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = Layout(
-                self.sample, self.group, self.num_samples, device, self.read, self.num_past
-            )
+            there = Layout(self.sample, self.group, self.num_samples, device, self.read, self.num_past)
+            return self._elsewhere.setdefault(device, there)
         return self._elsewhere[device]
 
     def rows(self, groups: Groups, read_only: bool = False) -> np.ndarray:

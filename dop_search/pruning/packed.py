@@ -38,8 +38,9 @@ class Packing:
 
     def gather(self, spread: Tensor) -> Tensor:
         """``[sequences, longest, ...]`` back to ``[batch, length, ...]``."""
+        index, valid = self.index.to(spread.device), self.valid.to(spread.device)
         flat = spread.new_zeros(self.shape[0] * self.shape[1], *spread.shape[2:])
-        return flat.index_copy(0, self.index[self.valid], spread[self.valid]).unflatten(0, self.shape)
+        return flat.index_copy(0, index[valid], spread[valid]).unflatten(0, self.shape)
 
 
 def find_packing(

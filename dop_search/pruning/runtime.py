@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,12 +13,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
+from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
 from dop_search.pruning.cache import CacheState, append_valid, open_state
-from dop_search.pruning.checks import UncalledModules, check_arguments, check_outputs
+from dop_search.pruning.checks import UncalledModules, check_arguments, check_embeds, check_labels, check_outputs
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, Side, device_of, extend_layer, run_layer
+from dop_search.pruning.layer import (
+    EAGER_PARTS,
+    LayerParts,
+    Side,
+    checkpointed,
+    device_of,
+    extend_layer,
+    is_checkpointed,
+    run_layer,
+)
 from dop_search.pruning.layout import AttentionPlan, LayoutCache
 from dop_search.pruning.packed import find_packing
 from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
@@ -284,43 +293,6 @@ class PrunedDecoder(Attached):
         if past is not None or plan.key_valid is not None:
             state.valid[index] = append_valid(past, length, plan.key_valid, plan.num_samples, plan.num_keys, device)
         state.lengths[index] += plan.num_keys
-
-
-def is_checkpointed(layer: Any) -> bool:
-    """Whether transformers would compute the layer again in the backward pass instead of keeping what is in it."""
-    return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
-
-
-def checkpointed(layer: Any, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """``compute(hidden)``, under the layer's gradient checkpointing where that is on."""
-    if not is_checkpointed(layer):
-        return compute(hidden)
-    result: Tensor = layer._gradient_checkpointing_func(compute, hidden)
-    return result
-
-
-def check_embeds(input_ids: Tensor) -> None:
-    """Refuse a prompt of embeddings in which nothing can be told apart.
-
-    Raises:
-        DopError: saying where the tokens can be given.
-    """
-    if bool((input_ids == UNKNOWN_TOKEN).any()):
-        raise DopError(
-            "a pruned model finds visual tokens in `inputs_embeds` by the embedding of their placeholder, and there is "
-            "none; if image features stand there already, or there is only text, give `input_ids` beside them to "
-            "`generate()`"
-        )
-
-
-def check_labels(visual: Tensor, read: Tensor | None) -> None:
-    """Refuse a loss on visual tokens.
-
-    Raises:
-        DopError: if a visual token is to predict another.
-    """
-    if read is not None and bool((visual[:, :-1] & visual[:, 1:] & read[:, :-1]).any()):
-        raise DopError("`labels` must be -100 at visual tokens: a pruned model defines no logits that predict them")
 
 
 def explicit_rankings(rankings: Sequence[Any] | None) -> list[np.ndarray] | None:

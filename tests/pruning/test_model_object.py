@@ -17,7 +17,8 @@ from dop_search.testing.conformance.base import max_text_difference
 from dop_search.testing.inputs import collate, tiny_inputs, tiny_sample
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.models import tiny_model
-from dop_search.testing.reference import visual_token_ids
+from dop_search.testing.reference import masked_forward, visual_positions, visual_token_ids
+from dop_search.testing.strategies import corner_strategy, random_rankings
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 LAYERS = 4
@@ -277,6 +278,18 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(family, use
     assert kept[True, True] / kept[True, False] < 1.2 * kept[False, True] / kept[False, False] < 0.6
 
 
+def test_a_tower_that_runs_again_in_the_backward_pass_ranks_nothing():
+    model, inputs = tiny_model("llava").train(), tiny_inputs(model_of("llava"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with dop.pruned(model, strategy("cls_attention")):
+        gradients, _ = backward(model, inputs)
+    model.gradient_checkpointing_disable()
+    with dop.pruned(model, strategy("cls_attention")):
+        expected, _ = backward(model, inputs)
+    for gradient, same in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, same)
+
+
 # -- wrappers ------------------------------------------------------------------------------------------------------
 
 
@@ -315,3 +328,56 @@ def test_lora_trains_through_a_pruned_model():
         logits = merged(**inputs).logits
     with torch.no_grad(), dop.pruned(model_of("llava"), strategy()):
         assert max_text_difference(merged, inputs, logits, model_of("llava")(**inputs).logits) < 2e-5
+
+
+def test_distributed_data_parallel_trains_a_pruned_module(tmp_path):
+    """In a group of one process: the gradients are those without the wrapper."""
+    model, inputs = tiny_model("llava"), tiny_inputs(model_of("llava"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        with pytest.raises(UnsupportedModelError, match="DistributedDataParallel is a wrapper"):
+            dop.prune_(wrapped, strategy())
+        with dop.pruned(wrapped.module, strategy()):
+            gradients, _ = backward(wrapped, inputs)
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = tiny_model("llava")
+    with dop.pruned(plain, strategy()):
+        expected, _ = backward(plain, inputs)
+    for gradient, same in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, same)
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights alone are quantised, as bitsandbytes, GPTQ and AWQ do; there is no `weight` to reach for."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("packed", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, rows):
+        return torch.nn.functional.linear(rows, self.packed * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_quantised_projections_are_called_as_they_are(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model)
+    plain = model(**inputs).logits
+    for layer in model.model.language_model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(block, name, Int8Linear(linear))
+    rankings = random_rankings(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist(), 0)
+    chosen = corner_strategy("layer_sets", LAYERS)
+    expected = masked_forward(model, inputs, chosen, rankings)
+    with torch.no_grad(), dop.pruned(model, chosen, rankings):
+        logits = model(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert max_text_difference(model, inputs, logits, expected) < 2e-5
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert max_text_difference(model, inputs, model(**inputs).logits, plain) > 1e-3

@@ -10,7 +10,7 @@ import torch
 from dop_search.divergence.encoding import encode, full_states
 from dop_search.divergence.forecast import SampleSize
 from dop_search.divergence.teacher import Teacher, TeacherSample
-from dop_search.evaluation.timing.shapes import Shape, build, prompt, shrunk
+from dop_search.evaluation.timing.shapes import Shape, build, prompt
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.selectors import make_selector
@@ -21,8 +21,21 @@ ANSWER = tuple(range(100, 108))
 def random_model(
     shape: Shape, *, layers: int, hidden: int, vocabulary: int = 1000, dtype=torch.float32, attention: str = "sdpa"
 ) -> tuple[ModelAdapter, Shape]:
-    mlp = hidden * shape.mlp // shape.hidden
-    small = replace(shrunk(shape, layers=layers, hidden=hidden, mlp=mlp), vocabulary=vocabulary)
+    """The architecture and the prompt of ``shape`` at a small width."""
+    heads = 4
+    small = replace(
+        shape,
+        layers=layers,
+        hidden=hidden,
+        mlp=hidden * shape.mlp // shape.hidden,
+        heads=heads,
+        kv_heads=max(1, heads * shape.kv_heads // shape.heads),
+        vocabulary=vocabulary,
+        vision_layers=2,
+        vision_hidden=32,
+        vision_heads=2,
+        vision_mlp=48,
+    )
     return adapter_for(build(small, torch.device("cpu"), dtype, attention)), small
 
 
