@@ -150,7 +150,8 @@ def test_every_study_is_listed_with_its_question() -> None:
 
 @pytest.mark.slow
 def test_the_sample_study_runs(tmp_path: Path, registries_kept: None) -> None:
-    exec("\n".join(blocks("experiments/README.md", "python")), {"__name__": "readme"})
+    code = "\n".join(blocks("experiments/README.md", "python"))
+    exec(compile(code, "<readme>", "exec", dont_inherit=True), {"__name__": "readme"})
     few = ("data.num_samples=2", "data.num_heldout=3", "tracking=none", f"cache_dir={tmp_path / 'cache'}")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

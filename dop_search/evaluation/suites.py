@@ -150,7 +150,7 @@ def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any] | Benchma
 
 def find_benchmarks(items: Sequence[str | Mapping[str, Any] | Benchmark]) -> tuple[Benchmark, ...]:
     """Benchmarks by name, or from mappings, see :func:`make_suite`."""
-    if isinstance(items, (str, Mapping)):
+    if not isinstance(items, (list, tuple)):
         raise ConfigError(f"`benchmarks` must be a list, but got {items!r}")
     return tuple(item if isinstance(item, Benchmark) else _benchmark(item) for item in items)
 
@@ -177,6 +177,8 @@ def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
         if item not in _catalogue():
             raise ConfigError(unknown("benchmark", item, _catalogue()))
         return _catalogue()[item]
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"a benchmark is a name or a mapping, but got {item!r}")
     fields = dict(item)
     return _parse(str(fields.pop("name", "")), fields)
 

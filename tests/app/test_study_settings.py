@@ -102,8 +102,9 @@ def test_every_study_has_an_experiment_that_writes_to_outputs() -> None:
 
 def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  # type: ignore[no-untyped-def]
     config = study_config("split_attention", tmp_path, "budget=[{kv_ratio: 0.3}]")
+    bench = Workbench(config, pocket, SilentProgress())
     with pytest.raises(ConfigError, match="kv_ratio"):
-        Workbench(config, pocket, SilentProgress())
+        bench.budgets  # noqa: B018
 
 
 @pytest.mark.parametrize("experiment", [name for name in STUDY_EXPERIMENTS if name != "claims"])

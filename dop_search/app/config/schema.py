@@ -154,7 +154,7 @@ def _suite(value: Any) -> Any:
     if not fields.get("benchmarks") and fields.get("name", NO_BENCHMARKS[0]) not in NO_BENCHMARKS:
         fields.pop("benchmarks", None)
         fields = suite_fields(str(fields["name"])) | fields
-    fields["benchmarks"] = find_benchmarks(fields.get("benchmarks") or ())
+    fields["benchmarks"] = find_benchmarks(fields.get("benchmarks", ()))
     is_known = fields.keys() <= {field.name for field in dataclasses.fields(Suite)}
     return Suite(**fields) if is_known else fields  # pydantic names keys near to an unknown one
 

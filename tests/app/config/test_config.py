@@ -163,7 +163,7 @@ def test_all_errors_come_at_once_with_their_paths() -> None:
         (["+eval.limt=3"], "eval.limt: unknown key; did you mean 'limit'?"),
         (["eval=pocket13", "eval.limit=0"], "eval: suite 'pocket13': `limit >= 1` must hold, but got (limit=0)"),
         (["eval=pocket13", "eval.judge=yes_please"], "eval: suite 'pocket13': `judge` must be true or false"),
-        (["eval=pocket13", "eval.benchmarks=[gqu]"], "eval: unknown benchmark 'gqu'. Did you mean 'gqa'?"),
+        (["eval=pocket13", "eval.benchmarks=[gqu]"], "eval: unknown benchmark 'gqu'; did you mean 'gqa'?"),
         (["eval=pocket13", "eval.benchmarks=gqa"], "eval: `benchmarks` must be a list, but got 'gqa'"),
         (["eval.name=poket13"], "eval: unknown suite 'poket13'"),
         (["data=jsonl"], "data: `name=jsonl` needs a file; set data.path=FILE.jsonl"),
