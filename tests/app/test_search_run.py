@@ -142,7 +142,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible(finished, tmp_path):
     with pytest.raises(BudgetError, match=r"0\.01.*smallest") as caught:
         run(small(path, budget=[0.01]), tmp_path / "out", SilentProgress())
     assert 0.01 < caught.value.smallest_feasible < 0.3
-    assert not (tmp_path / "out").exists(), "nothing half-written"
+    assert not list((tmp_path / "out").iterdir()), "nothing half-written"
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_a_corrupt_cache_is_named(finished, tmp_path):
         copy = tmp_path / "cache" / file.name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text("garbage\n" + file.read_text())
-    with pytest.raises(CacheError, match=r"evaluations-.*not an evaluation file.*delete it"):
+    with pytest.raises(CacheError, match=r"evaluations-.*not an evaluation file.*delete that file"):
         run(small(tmp_path), tmp_path / "out", SilentProgress())
 
 
