@@ -145,7 +145,7 @@ def test_commands_compose_and_validate(command: str, tmp_path: Path, module_of_o
 def test_every_study_is_listed_with_its_question() -> None:
     text = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
     for name in study_names():
-        assert f"| [{name}]({name}/README.md) | {find_study(name).question} |\n" in text
+        assert f"- [{name}]({name}/README.md):\n  {find_study(name).question}\n" in text
 
 
 @pytest.mark.slow

@@ -246,9 +246,6 @@ def _with_interactions(measured: _Measured, mean: Mean, only_strongest: bool) ->
     return estimates
 
 
-# -- rows ------------------------------------------------------------------------------------------
-
-
 def _describe_grid(measured: _Measured) -> Row:
     """All points of the grid and how well the sum ranks them."""
     grid, space = measured.grid, measured.space

@@ -30,8 +30,13 @@ class Claims(Study):
     question = "What do the records of this project say to the paper's claims?"
     reads = ()
 
-    experiments: str = "experiments"
-    """The folder with the results of the other experiments."""
+    experiments: str | None = None
+    """The folder with the results of the other experiments; ``null``: that of this repository."""
+
+    @property
+    def folder(self) -> Path:
+        """The same as a path."""
+        return Path(__file__).parents[1] if self.experiments is None else Path(self.experiments)
 
     def settings(self, config: SearchConfig) -> dict[str, Any]:
         """Nothing: other results are read, anew every time."""
@@ -43,11 +48,11 @@ class Claims(Study):
 
     def row(self, bench: Workbench, claim: str) -> Row:
         """See base class."""
-        return next(row for row in collect(Path(self.experiments)) if row["claim"] == claim)
+        return next(row for row in collect(self.folder) if row["claim"] == claim)
 
     def measure(self, bench: Workbench, results: ResultFile) -> None:
         """See base class."""
-        for row in collect(Path(self.experiments)):
+        for row in collect(self.folder):
             results.add({"claim": row["claim"]}, row)
         results.sort(self.keys(bench))
 
