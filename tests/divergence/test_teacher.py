@@ -117,7 +117,7 @@ def test_an_annotated_answer_follows_the_prompt_as_it_ends(few_samples, monkeypa
         asked.append(text)
         return {"input_ids": [ord(character) for character in text]}
 
-    monkeypatch.setattr(teacher_module, "chat_prompt", lambda processor, question: question + end)
+    monkeypatch.setattr(teacher_module, "sample_prompt", lambda processor, sample: sample.question + end)
     loaded = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenize))
     ids = teacher_module.annotated_ids(loaded, sample)
     assert "".join(map(chr, ids)) == space + sample.answers[0]
