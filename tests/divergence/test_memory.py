@@ -60,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("make", [curve_strategies, random_strategies], ids=["curves", "random"])
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_is_what_is_counted_and_measured(case, make):
-    """Layer forwards to the last one; peak memory, as torch's allocator reports it, within 15 per cent (eager: 20 above)."""
+    """Layer forwards to the last one; peak memory, as torch's allocator reports it, within 15 per cent (eager: 20)."""
     name, attention, num_text, dtype, keep_states = CASES[case]
     adapter, shape = random_model(SHAPES[name], layers=LAYERS, hidden=128, dtype=dtype, attention=attention)
     teacher = random_teacher(adapter, shape, num_text)
