@@ -41,7 +41,7 @@ def mean_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = NUM_RESAMPL
         studentized.append((means[varied] - mean) / errors[varied])
     low, high = np.percentile(np.concatenate(studentized), (2.5, 97.5))
     lowest = 0.0 if data.min() >= 0.0 else -np.inf  # no mean of such values is below 0
-    return max(mean - float(high) * error, lowest), mean - float(low) * error
+    return float(max(mean - float(high) * error, lowest)), float(mean - float(low) * error)
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0, num_resamples: int = 9999) -> float:
