@@ -54,7 +54,11 @@ def one_node_slurm(folder: Path, num_cpus: int = 2, memory_mb: int = 4000) -> It
         for command in commands:
             stack.enter_context(_running(command, environment, folder))
         _wait_until_idle(environment, folder)
-        yield environment
+        try:
+            yield environment
+        finally:  # jobs outlive the daemons
+            everyone = ["scancel", "--user=root"]
+            subprocess.run(everyone, env={**os.environ, **environment}, check=False, capture_output=True)
 
 
 @contextmanager
