@@ -6,9 +6,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
+from dop_search.app.begin import begin
 from dop_search.app.config import EvalRunConfig
 from dop_search.app.provenance import model_info, provenance
 from dop_search.app.record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
@@ -19,7 +19,6 @@ from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.files import check_writable
 from dop_search.utils.progress import Progress
 
 PACKAGES = ("dop-search", "torch", "transformers", "lmms-eval", "numpy")
@@ -37,10 +36,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    check_writable(Path(config.cache_dir), "cache_dir")
-    check_writable(run_dir, "hydra.run.dir")
+    begin(config, run_dir, "hydra.run.dir")
     strategies = read_strategies(config.strategy)
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from dop_search.app.begin import begin
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.solvers import SearchPlace
 from dop_search.app.provenance import model_info, provenance
@@ -49,7 +50,6 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
-from dop_search.utils.files import check_writable
 from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.progress import Notify, Progress
 
@@ -68,10 +68,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    check_writable(Path(config.cache_dir), "cache_dir")
-    check_writable(run_dir, "hydra.run.dir")
+    begin(config, run_dir, "hydra.run.dir")
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from dop_search.app.begin import begin
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.schema import StudyConfig
 from dop_search.app.report.style import save_figure
@@ -26,7 +26,6 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.utils.conf import config_dir
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.files import check_writable
 from dop_search.utils.progress import Progress, SilentProgress
 
 
@@ -89,10 +88,7 @@ def draw_study(study: Study | type[Study], result: Result, folder: Path) -> list
 
 
 def _measure(study: Study, config: SearchConfig, progress: Progress) -> ResultFile:
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    check_writable(Path(config.cache_dir), "cache_dir")
-    check_writable(Path(study_config(config).path), "study.folder")
+    begin(config, Path(study_config(config).path), "study.folder")
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

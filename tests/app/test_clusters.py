@@ -45,6 +45,7 @@ def sweep(folder: Path, environment: dict[str, str], *overrides: str) -> tuple[l
     return [Record.load(path) for path in sorted(folder.glob("sweep/**/record.json"))], len(parents)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of a Slurm of one's own need root")
 @pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())} (Slurm, munge)")
 def test_slurm_without_gpus_runs_a_first_sweep_and_loses_no_run(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
