@@ -36,8 +36,8 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
-    begin(config, run_dir, "hydra.run.dir")
     strategies = read_strategies(config.strategy)
+    begin(config, run_dir, "hydra.run.dir")
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())

@@ -178,6 +178,8 @@ class Result(Part):
     kl_search_ci95: Interval | None = None
     kl_heldout: float
     kl_heldout_ci95: Interval | None = None
+    num_dominant: Count | None = None
+    """Held-out samples that carry 90 % of the mean KL; ``None`` in records that do not say."""
     accuracy_full: float | None = None
     """``None``: not evaluated (``eval=none``)."""
     accuracy_pruned: float | None = None

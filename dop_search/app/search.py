@@ -50,7 +50,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
-from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.intervals import mean_ci95, num_dominant
 from dop_search.utils.progress import Notify, Progress
 
 MAX_FRONT_POINTS = 200
@@ -68,7 +68,6 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
-    begin(config, run_dir, "hydra.run.dir")
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")
@@ -77,6 +76,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
         from dop_search.search.optuna_study import open_storage
 
         open_storage(config.storage)  # and a database that cannot be opened
+    begin(config, run_dir, "hydra.run.dir")
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())
@@ -192,6 +192,7 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         kl_search_ci95=mean_ci95(search[0], config.seed),
         kl_heldout=float(heldout[0].mean()),
         kl_heldout_ci95=mean_ci95(heldout[0], config.seed),
+        num_dominant=num_dominant(heldout[0]),
         accuracy_full=accuracies[0],
         accuracy_pruned=accuracies[1],
         uniform=None

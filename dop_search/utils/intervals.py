@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 NUM_RESAMPLES = 2000
+MIN_RESAMPLED = 20
+"""From so many samples on intervals are by bootstrap."""
 MIN_DOMINANT = 8
 """With fewer samples than these carrying a mean (:func:`num_dominant`), its interval is likely to be too narrow."""
 
@@ -22,26 +24,37 @@ MIN_DOMINANT = 8
 def mean_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> tuple[float, float] | None:
     """95 % bootstrap-t interval of the mean of ``values`` (``[num_samples]``); ``None`` below two samples.
 
-    For a paired comparison pass the differences per sample. Equal values give an interval of width 0.
+    For a paired comparison pass the differences per sample. Below :data:`MIN_RESAMPLED` samples it is Student's, as
+    resamples that miss the few large values have almost no spread. No limit is outside the range of the values, from
+    :data:`MIN_RESAMPLED` on, and none is below 0 where no value is. Equal values give an interval of width 0.
     """
     data = np.asarray(values, dtype=np.float64)
     num = len(data)
     if num < 2:
         return None
-    mean, error = float(data.mean()), float(data.std(ddof=1)) / np.sqrt(num)
+    mean, error = float(data.mean()), float(data.std(ddof=1)) / float(np.sqrt(num))
     if error == 0.0:
         return mean, mean
-    rng = np.random.default_rng(seed)
-    studentized = []
+    lowest, highest = (0.0 if data.min() >= 0.0 else -np.inf), np.inf
+    if num < MIN_RESAMPLED:
+        low, high = stats.t.ppf((0.025, 0.975), num - 1)
+    else:
+        low, high = np.percentile(_studentized(data, mean, seed, num_resamples), (2.5, 97.5))
+        lowest, highest = data.min(), data.max()
+    return float(max(mean - high * error, lowest)), float(min(mean - low * error, highest))
+
+
+def _studentized(data: NDArray[np.float64], mean: float, seed: int, num_resamples: int) -> NDArray[np.float64]:
+    """``(mean of a resample - mean) / its standard error``, of the resamples that have one."""
+    rng, num = np.random.default_rng(seed), len(data)
+    found = []
     block = max(1, 2_000_000 // num)
     for start in range(0, num_resamples, block):
         drawn = data[rng.integers(0, num, (min(block, num_resamples - start), num))]
         means, errors = drawn.mean(axis=1), drawn.std(axis=1, ddof=1) / np.sqrt(num)
         varied = errors > 0.0
-        studentized.append((means[varied] - mean) / errors[varied])
-    low, high = np.percentile(np.concatenate(studentized), (2.5, 97.5))
-    lowest = 0.0 if data.min() >= 0.0 else -np.inf  # no mean of such values is below 0
-    return float(max(mean - float(high) * error, lowest)), float(mean - float(low) * error)
+        found.append((means[varied] - mean) / errors[varied])
+    return np.concatenate(found)
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0, num_resamples: int = 9999) -> float:

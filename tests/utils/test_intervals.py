@@ -64,6 +64,17 @@ def test_a_normal_sample_gets_the_interval_of_student() -> None:
 def test_few_or_equal_values() -> None:
     assert mean_ci95([1.0]) is None
     assert mean_ci95([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    few = [0.9, 1.4, 1.1, 0.2]
+    assert mean_ci95(few) == pytest.approx(stats.t.interval(0.95, 3, np.mean(few), stats.sem(few)))
+
+
+def test_no_limit_is_outside_of_what_was_seen_however_few_values_are_large() -> None:
+    rng = np.random.default_rng(4)
+    for num in (30, 200):
+        values = np.append(rng.uniform(1e-9, 1e-8, num - 1), 3.0)
+        interval = mean_ci95(values)
+        assert interval is not None
+        assert 0.0 <= interval[0] <= values.mean() <= interval[1] <= 3.0
 
 
 def test_sign_flips_are_all_flips_where_they_are_few() -> None:

@@ -8,6 +8,7 @@ from dop_search.app.record import Record, Result
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import Module
 from dop_search.strategy.policy import GroupPolicy
+from dop_search.utils.intervals import MIN_DOMINANT
 
 NONE = "–"
 
@@ -107,6 +108,13 @@ def notes(record: Record) -> list[str]:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
     verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}" for result in record.results)
     lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
+    few = [
+        f"{item.num_dominant} at {item.budget.text}"
+        for item in record.results
+        if item.num_dominant is not None and item.num_dominant < MIN_DOMINANT
+    ]
+    if few:
+        lines.append(f"So few samples carry 90 % of a KL that its interval is uncertain: {', '.join(few)}.")
     return lines
 
 

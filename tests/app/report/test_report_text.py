@@ -76,6 +76,17 @@ def test_the_table_fits_80_columns_uncut_and_says_it_all() -> None:
     assert "95.1 %" in text  # the full model
 
 
+def test_a_mean_that_few_samples_carry_is_called_uncertain() -> None:
+    record = example_record()
+    first, *others = record.results
+    for count, expected in ((2, "interval is uncertain: 2 at"), (40, "")):
+        said = "\n".join(
+            notes(record.model_copy(update={"results": [first.model_copy(update={"num_dominant": count}), *others]}))
+        )
+        assert ("uncertain" in said) == bool(expected)
+        assert expected in said
+
+
 def test_nothing_measured_is_a_dash_not_a_number() -> None:
     record = example_record()
     bare = record.results[0].model_copy(update={"accuracy_full": None, "accuracy_pruned": None, "uniform": None})

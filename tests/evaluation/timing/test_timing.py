@@ -26,6 +26,7 @@ class Sleepy(ClsAttentionSelector):
 
 
 def test_the_selections_own_time_is_seen_and_is_part_of_the_prefill(pocket, few_samples, monkeypatch):
+    monkeypatch.delitem(SELECTORS, "cls_attention")  # a name that is taken cannot be given
     monkeypatch.setitem(SELECTORS, "cls_attention", Sleepy)
     inputs = model_inputs(pocket.processor, few_samples.samples[:2], pocket.adapter.device)
     strategy = Strategy.full(12, num_visual_tokens=20, selector="cls_attention")
