@@ -92,6 +92,17 @@ def test_the_sample_suite_is_a_suite(tmp_path: Path) -> None:
     assert suite.benchmarks == sample["suite"].benchmarks
 
 
+def test_lines_of_markdown_fit_a_screen() -> None:
+    """Tables cannot be broken, all else has at most 120 characters."""
+    too_long = [
+        f"{document}:{number}"
+        for document in DOCUMENTS
+        for number, line in enumerate((ROOT / document).read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 120 and not line.lstrip().startswith("|")
+    ]
+    assert not too_long
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_links_lead_somewhere(document: Path) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
