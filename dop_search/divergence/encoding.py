@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dop_search.divergence.memory import to_device
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.prompts import with_answer
+from dop_search.models.prompts import image_tokens_checked, with_answer
 from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import Selector
@@ -125,7 +125,8 @@ def encode(
     source = RankingSource(adapter, selector)
     text_model.forward = _intercept
     try:
-        adapter.multimodal(**extended)
+        with image_tokens_checked():
+            adapter.multimodal(**extended)
     except _DecoderReached as reached:
         kwargs = reached.kwargs
     finally:

@@ -29,7 +29,7 @@ from dop_search.divergence.memory import (
 )
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
-from dop_search.models.prompts import model_inputs, sample_prompt
+from dop_search.models.prompts import image_tokens_checked, model_inputs, sample_prompt
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
 from dop_search.selectors import Selector
 from dop_search.utils.errors import CacheError, MemoryLimitError, NumericalError
@@ -197,15 +197,16 @@ def generate_ids(
 def _generate(loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
     pad = loaded.processor.tokenizer.pad_token_id
     model: Any = loaded.model
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
+    with image_tokens_checked():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+        )
     rows: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return rows
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from dop_search.data.samples import IMAGE_PLACE, Sample
-from dop_search.utils.errors import DataError
+from dop_search.utils.errors import CheckpointError, DataError
 
 
 def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: int = 0, system: str = "") -> str:
@@ -66,6 +67,25 @@ def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device
         return_tensors="pt",
     )
     return {name: value.to(device) for name, value in batch.items()}
+
+
+@contextmanager
+def image_tokens_checked() -> Iterator[None]:
+    """Around a forward with images: transformers' complaint about their number of tokens as an error of ours.
+
+    Raises:
+        CheckpointError: if the processor makes room for other visual tokens than the vision tower gives.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "do not match" not in str(error):
+            raise
+        raise CheckpointError(
+            f"the checkpoint's processor does not fit its vision tower ({error}); compare patch_size, "
+            "vision_feature_select_strategy, num_additional_image_tokens or image_seq_length in processor_config.json "
+            "with config.json"
+        ) from error
 
 
 def _check_text(processor: Any, text: str) -> None:

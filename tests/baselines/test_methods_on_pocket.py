@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence
+from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence, plain_outcome
 from dop_search.baselines.fitprune import measured_counts, prune_layer_by_layer, received_sums
 from dop_search.baselines.layer_removal import layers_removed
 from dop_search.baselines.short_lvlm import bridge, final_states, layer_influence, removal_order
 from dop_search.baselines.shortv import layer_contributions
 from dop_search.baselines.vtw import withdrawal_layer
-from dop_search.divergence import DivergenceEngine, Teacher
+from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
 from dop_search.evaluation import answer_questions
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError
 
@@ -67,6 +68,23 @@ def test_plain_divergence_equals_the_engine(pocket, few_samples, teacher) -> Non
     assert scores[1].max() > 0.01
     with pytest.raises(DopError, match="same order"):
         plain_divergence(pocket, few_samples.samples[::-1], teacher, strategies[0])
+
+
+def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(pocket, few_samples, monkeypatch) -> None:
+    """A caption follows the image; the engine, cached continuation and ``generate`` all read the image's last token."""
+    template = "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}USER: <image>"
+    template += "{% endif %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(pocket.processor, "chat_template", template)
+    samples = few_samples.samples[:2]
+    teacher = make_teacher(
+        pocket, replace(few_samples, samples=samples), make_selector("cls_attention"), max_new_tokens=4, batch_size=2
+    )
+    assert bool(teacher.samples[0].encoded.visual[teacher.samples[0].encoded.prompt_length - 1])
+    strategy = Strategy.depthwise(LAYERS, 6, 8, 4, num_visual_tokens=20)
+    expected = DivergenceEngine(pocket.adapter, teacher).evaluate([strategy])[0]
+    assert expected.max() > 0.01
+    outcome = plain_outcome(pocket, samples, teacher, strategy, batch_size=2)
+    np.testing.assert_allclose(outcome.divergence, expected, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["sparsevlm", "short_lvlm_repair"])

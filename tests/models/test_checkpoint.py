@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dop_search as dop
+from dop_search.divergence import make_teacher
+from dop_search.evaluation import answer_questions
 from dop_search.models import FAMILIES
 from dop_search.models.fingerprint import weights_fingerprint
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
+from dop_search.selectors import make_selector
 from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import tiny_processor
 from dop_search.utils.errors import CheckpointError, DopError, UnsupportedModelError
@@ -181,6 +185,18 @@ def test_a_damaged_file_is_one_sentence(file, content, match, pocket_copy):
     else:
         (pocket_copy / file).write_text(content)
     refused(pocket_copy, match)
+
+
+def test_a_processor_of_another_tower_is_named(pocket_copy, few_samples):
+    """Its image is 16 times as many tokens as the tower makes of it."""
+    path = pocket_copy / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": 3}))
+    loaded = dop.load(str(pocket_copy))
+    samples = replace(few_samples, samples=few_samples.samples[:1])
+    with pytest.raises(CheckpointError, match="patch_size"):
+        make_teacher(loaded, samples, make_selector("cls_attention"))
+    with pytest.raises(CheckpointError, match="patch_size"):
+        answer_questions(loaded, samples.samples)
 
 
 def test_truncated_weights_are_refused(pocket_copy):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
+from dop_search.models.prompts import image_tokens_checked
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError
@@ -123,12 +124,13 @@ def _generate(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | 
     generation = prompts[0].generation
     inputs = _inputs(loaded, prompts, num_frames)
     model: Any = loaded.model
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=generation.max_new_tokens,
-        pad_token_id=loaded.processor.tokenizer.pad_token_id,
-        **dict(generation.options),
-    )
+    with image_tokens_checked():
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=generation.max_new_tokens,
+            pad_token_id=loaded.processor.tokenizer.pad_token_id,
+            **dict(generation.options),
+        )
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = loaded.processor.batch_decode(new, skip_special_tokens=True)
     return [_cut(text, generation.until).strip() for text in texts]
