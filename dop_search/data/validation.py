@@ -111,7 +111,7 @@ def file_rows(
     contents = image_contents(rows)
     split_of: dict[str, Split] = {}
     parts: dict[Split, list[JsonlRow]] = {split: [] for split in SPLITS}
-    groups = joined([[contents[path] for path in row.images] for row in rows])
+    groups = joined([[contents[path] for path in row.images] or [row.passage] for row in rows])
     for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
         split = split_of.setdefault(groups[index], SPLITS[len(split_of) % len(SPLITS)])

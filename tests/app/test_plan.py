@@ -6,7 +6,6 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
-from support.peak_memory import peak_memory
 
 from dop_search.app.config import SearchConfig, parse_config
 from dop_search.app.plan import Plan, make_plan, show_plan
@@ -20,6 +19,7 @@ from dop_search.models.published import published_models
 from dop_search.models.quantization import meta_model
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
+from dop_search.testing.peak_memory import peak_memory
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import DopError, MemoryLimitError
 

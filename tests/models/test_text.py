@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_samples_and_models_that_do_not_go_together_are_refused(tmp_path):
     for question in ("What?", "<context>a", "a</context>", "<context>a<context>b</context>"):
         with pytest.raises(DataError, match="begins and ends once"):
             sample(question)
+
+
+def test_a_file_of_passages_is_cut_by_passage(tmp_path):
+    rows = [{"context": f"Passage {n // 2}.", "question": f"Question {n}?"} for n in range(12)]
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    sets = [dop.validation_set("jsonl", 4, 0, split, path=path) for split in ("search", "heldout", "test")]
+    seen = [{its.content for its in data} for data in sets]
+    assert [len(contents) for contents in seen] == [2, 2, 2]
+    assert not seen[0] & seen[1]
+    assert sets[0].samples[0].question.startswith("<context>\nPassage ")
+    path.write_text('{"context": "a </context> b", "question": "What?"}')
+    with pytest.raises(DataError, match=r"line 1.*begins and ends once"):
+        dop.validation_set("jsonl", 1, path=path)
 
 
 def test_splits_of_passages_share_none():
