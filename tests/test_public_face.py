@@ -133,13 +133,11 @@ def test_a_strategy_for_another_model_is_refused_with_the_remedy(pocket):
 
 
 def test_an_unsupported_model_is_refused_with_the_list():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
     with (
-        pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*'llama'.*llava"),
+        pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*'gpt2'.*llava"),
         dop.pruned(model, dop.Strategy.full(1)),
     ):
         pass

@@ -256,6 +256,10 @@ class Workbench:
             right[changed] = correct_answers(self._generate(method, asked), asked)
         return right
 
+    def is_annotated(self, split: Split) -> bool:
+        """Whether every sample of a split has an answer to compare with."""
+        return self.config.data.sizes[split] > 0 and all(sample.answers for sample in self.data(split))
+
     def correct(
         self, method: Strategy | FittedMethod | None = None, split: Split = "test", notify: Notify | None = None
     ) -> np.ndarray:

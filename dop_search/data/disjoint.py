@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from dop_search.data.pools import Pool
 from dop_search.data.samples import Sample
@@ -56,9 +55,9 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return sizes
 
 
-def split_of(image: Image.Image, num_splits: int) -> int:
-    """The split that an image's content belongs to."""
-    digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+def split_of(content: bytes, num_splits: int) -> int:
+    """The split that a sample with this content (its image, its passage) belongs to."""
+    digest = hashlib.sha256(content).digest()
     return int.from_bytes(digest[:8], "little") % num_splits
 
 
@@ -87,7 +86,7 @@ def _draw_one(
     found: list[Sample] = []
     for row in np.random.default_rng(seed).permutation(len(pool)):
         sample = pool.sample(int(row))
-        if (families is None or sample.family in families) and split_of(sample.image, num_splits) == split:
+        if (families is None or sample.family in families) and split_of(sample.content, num_splits) == split:
             found.append(sample)
             if len(found) == num_samples:
                 return found

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dop_search.data.images import check_image, read_image
-from dop_search.data.samples import Sample, check_places, without_places
+from dop_search.data.samples import (
+    CONTEXT_END,
+    CONTEXT_START,
+    Sample,
+    check_context,
+    check_places,
+    with_context,
+    without_places,
+)
 from dop_search.utils.errors import DataError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -26,7 +34,7 @@ class JsonlRow:
     Attributes:
         where: file and line, as errors name them.
         id, question, answers, family, system: as in :class:`Sample`.
-        images: paths of the images, one or more.
+        images: paths of the images; none where the question has a ``<context>``.
     """
 
     where: str
@@ -43,12 +51,20 @@ class JsonlRow:
         Raises:
             DataError: if an image cannot be decoded.
         """
-        image, *others = (read_image(path, self.where) for path in self.images)
-        return Sample(self.id, image, self.question, self.answers, self.family, tuple(others), self.system)
+        images = [read_image(path, self.where) for path in self.images]
+        first, others = (images[0], tuple(images[1:])) if images else (None, ())
+        return Sample(self.id, first, self.question, self.answers, self.family, others, self.system)
+
+    @property
+    def passage(self) -> str:
+        """What stands in the question's context, which tells apart samples without images."""
+        return self.question.partition(CONTEXT_START)[2].partition(CONTEXT_END)[0]
 
 
 def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
     """Read ``{"image": …, "question": …, "answer": … | [...]?, "system": …?, "id": …?, "family": …?}`` lines.
+
+    For models that read text alone ``context``, a passage of text, takes the place of ``image``.
 
     ``image`` is a path relative to the file, or a list of paths. With one image a ``<image>`` in the question is left
     out, and the image comes first, as in LLaVA's training; of several images each may have its ``<image>`` in the
@@ -115,11 +131,17 @@ def _row(file: Path, number: int, where: str, item: Any) -> JsonlRow:
         if "image" in fields:
             raise DataError(f"{where} has both `image` and `images`; leave one out")
         fields["image"] = fields["images"]
-    missing = [name for name in ("image", "question") if fields.get(name) in (None, "", [])]
+    about = "context" if "context" in fields and "image" not in fields else "image"
+    missing = [name for name in (about, "question") if fields.get(name) in (None, "", [])]
     if missing:
         raise DataError(f"{where} lacks {missing}; it has {sorted(item)}")
-    images = _images(file, fields["image"], where)
     question = _text(fields["question"], "question", where)
+    images: tuple[Path, ...] = ()
+    if about == "image":
+        images = _images(file, fields["image"], where)
+    else:
+        question = with_context(_text(fields["context"], "context", where), question)
+        check_context(question, where)
     if len(images) == 1:
         question = without_places(question)
     check_places(question, len(images), where)

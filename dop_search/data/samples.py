@@ -12,6 +12,8 @@ from PIL import Image
 from dop_search.utils.errors import DataError
 
 __all__ = [
+    "CONTEXT_END",
+    "CONTEXT_START",
     "IMAGE_PLACE",
     "Sample",
     "ValidationSet",
@@ -19,20 +21,24 @@ __all__ = [
     "check_places",
     "no_answer",
     "score_answer",
+    "with_context",
     "without_places",
 ]
 
 IMAGE_PLACE = "<image>"
 """In a question: where an image stands, in the order of the images; without it they stand in front."""
 
+CONTEXT_START, CONTEXT_END = "<context>", "</context>"
+"""In a question for a model that reads text alone: around the passage whose operations are skipped."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about an image, or about several.
+    """A question about an image, about several, or about a passage of text.
 
     Attributes:
         id: stable and unique, e.g. ``"pocket/search/0/000123"``.
-        image: RGB image.
+        image: RGB image; ``None`` where the question is about a ``<context>`` in it.
         question: the user's text including the benchmark's format suffix, without the chat template; ``<image>`` in it
             says where an image stands.
         answers: accepted answers, the first is canonical; none if they are not known, which a search does not need.
@@ -42,11 +48,12 @@ class Sample:
 
     Raises:
         ValueError: an image that is not RGB.
-        DataError: if the question has a place for some of the images and not for others.
+        DataError: if the question has a place for some of the images and not for others, or there is neither an image
+            nor a context.
     """
 
     id: str
-    image: Image.Image
+    image: Image.Image | None
     question: str
     answers: tuple[str, ...]
     family: str
@@ -60,12 +67,22 @@ class Sample:
                     f"sample images must be RGB, but {self.id!r} has mode {image.mode!r}; "
                     'convert it with image.convert("RGB")'
                 )
-        check_places(self.question, len(self.images), f"the sample {self.id!r}")
+        where = f"the sample {self.id!r}"
+        check_places(self.question, len(self.images), where)
+        if self.image is None:
+            check_context(self.question, where)
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
         """All images, in order."""
-        return (self.image, *self.more_images)
+        return (*(() if self.image is None else (self.image,)), *self.more_images)
+
+    @property
+    def content(self) -> bytes:
+        """What samples of different splits must not share: the (first) image, or the passage."""
+        if self.image is not None:
+            return repr(self.image.size).encode() + self.image.tobytes()
+        return self.question.partition(CONTEXT_START)[2].partition(CONTEXT_END)[0].encode()
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,26 @@ def check_places(question: str, num_images: int, where: str) -> None:
             f"{where}: the question has {IMAGE_PLACE!r} {places} times, but {num_images} images; write it once per "
             "image, where that stands, or leave it out: the images come first then"
         )
+
+
+def check_context(question: str, where: str) -> None:
+    """Refuse a question without a context, or with one that does not end before the next begins.
+
+    Raises:
+        DataError: saying how one is marked.
+    """
+    parts = question.split(CONTEXT_START)
+    ends = [part.count(CONTEXT_END) for part in parts]
+    if len(parts) == 1 or ends[0] or any(count != 1 for count in ends[1:]):
+        raise DataError(
+            f"{where}: a question without an image needs a context, written {CONTEXT_START}…{CONTEXT_END}, and each "
+            f"begins and ends once; the question has {len(parts) - 1} beginnings and {sum(ends)} ends"
+        )
+
+
+def with_context(passage: str, question: str) -> str:
+    """A question about a passage, as models that read text alone are asked."""
+    return f"{CONTEXT_START}\n{passage}\n{CONTEXT_END}\n{question}"
 
 
 def without_places(question: str) -> str:

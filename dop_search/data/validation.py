@@ -11,6 +11,7 @@ import numpy as np
 from dop_search.data.disjoint import draw, joined
 from dop_search.data.jsonl import JsonlRow, image_contents, read_jsonl
 from dop_search.data.named import known_names, named_sources
+from dop_search.data.passages import passage_samples
 from dop_search.data.pools import open_pool
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
 from dop_search.data.samples import Sample, ValidationSet
@@ -24,7 +25,8 @@ SIZE_KEYS: Mapping[Split, str] = {
     "heldout": "data.num_heldout",
     "test": "data.num_test",
 }
-SOURCES = ("pocket", "jsonl")
+OWN = ("pocket", "passages", "jsonl")
+"""Data that need neither a hub nor a data set."""
 
 
 def validation_set(
@@ -39,8 +41,9 @@ def validation_set(
     """Samples of one split; the splits of one seed share no sample.
 
     Args:
-        name: ``"pocket"`` (rendered by this project), ``"jsonl"`` (a file, see ``dop_search.data.jsonl``), a file in
-            ``conf/data`` with ``sources`` (``"gqa"``, ``"textvqa"``, ``"mixed"``, …), or any name with ``sources``.
+        name: ``"pocket"`` (rendered by this project), ``"passages"`` (text, for models without images), ``"jsonl"`` (a
+            file, see ``dop_search.data.jsonl``), a file in ``conf/data`` with ``sources`` (``"gqa"``, ``"textvqa"``,
+            ``"mixed"``, …), or any name with ``sources``.
         num_samples: how many.
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
@@ -64,6 +67,8 @@ def validation_set(
         if unknown:
             raise DataError(f"the rendered data has no families {unknown}; it has {list(known)}")
         return ValidationSet(name, split, seed, rendered_samples(split, num_samples, seed, families))
+    if name == "passages":
+        return ValidationSet(name, split, seed, passage_samples(SPLITS.index(split), num_samples, seed, families))
     if path is None:
         raise DataError("a jsonl validation set needs `path`; set data.path=FILE.jsonl")
     rows = file_rows(path, {split: num_samples}, seed, families)[split]
@@ -76,11 +81,11 @@ def sources_of(name: str, sources: Sequence[Source] | None = None) -> tuple[Sour
     Raises:
         DataError: on an unknown name without ``sources``.
     """
-    if sources or name in SOURCES:
+    if sources or name in OWN:
         return tuple(sources or ())
     known = named_sources(name)
     if known is None:
-        raise DataError(f"unknown validation set {name!r}; there are {', '.join((*SOURCES, *known_names()))}")
+        raise DataError(f"unknown validation set {name!r}; there are {', '.join((*OWN, *known_names()))}")
     return known
 
 
@@ -106,7 +111,7 @@ def file_rows(
     contents = image_contents(rows)
     split_of: dict[str, Split] = {}
     parts: dict[Split, list[JsonlRow]] = {split: [] for split in SPLITS}
-    groups = joined([[contents[path] for path in row.images] for row in rows])
+    groups = joined([[contents[path] for path in row.images] or [row.passage] for row in rows])
     for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
         split = split_of.setdefault(groups[index], SPLITS[len(split_of) % len(SPLITS)])

@@ -135,13 +135,16 @@ def encode(
             del text_model.__dict__["forward"]
         else:
             text_model.forward = previous
-    visual = adapter.visual_token_mask(ids)
+    prompt_length = inputs["input_ids"].shape[1]
+    prompt = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
+    visual = adapter.visual_token_mask(ids) & prompt
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
     deepstack = adapter.pop_deepstack(kwargs)
-    embeds, prompt_length = kwargs["inputs_embeds"], inputs["input_ids"].shape[1]
-    prompt = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:  # of a model that reads text alone the decoder is called with tokens
+        embeds = text_model.embed_tokens(ids)
     source.prepare(embeds, ids, visual, prompt)
     chooser = None
     if selector.chooses_per_count and bool(visual.any()):

@@ -171,9 +171,10 @@ def generate_ids(
     """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
     length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
-    footprint, vision = Footprint.of(loaded.adapter), loaded.model.config.vision_config
-    patches = num_patches(inputs["pixel_values"].numel() // len(batch), vision) if "pixel_values" in inputs else 0
-    tower = tower_bytes(loaded.model.config, loaded.adapter.tower_width, patches, footprint.element)
+    footprint, tower, config = Footprint.of(loaded.adapter), 0, loaded.model.config
+    if "pixel_values" in inputs:
+        patches = num_patches(inputs["pixel_values"].numel() // len(batch), config.vision_config)
+        tower = tower_bytes(config, loaded.adapter.tower_width, patches, footprint.element)
     together = footprint.generated_together(free, length, max_new_tokens, tower)
     if len(batch) <= together:
         try:

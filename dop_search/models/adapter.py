@@ -38,6 +38,10 @@ class ModelAdapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    has_tower: ClassVar[bool] = True
+    """Whether there is a vision tower for selectors to look at."""
+    input_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
     """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
     decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from dop_search.data.samples import with_context
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.families import FAMILIES
+from dop_search.models.families import is_known
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.quantization import meta_model
 from dop_search.utils.errors import CheckpointError, DopError
@@ -102,7 +103,7 @@ def check_folder(folder: Path, name: str) -> int | None:
         problem = f"in {str(folder)!r} are git-LFS pointers instead of files ({_some(pointers)})"
         raise _unusable(name, problem, "run `git lfs pull` there, or download the files")
     config = _config(folder, name)
-    if config.get("model_type") not in FAMILIES:
+    if not is_known(config.get("model_type")):
         return None
     for file in _SETTINGS:
         if (folder / file).is_file():
@@ -160,30 +161,34 @@ def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: b
 
 
 def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
-    """Let the processor prepare one prompt with one image, as every search does.
+    """Let the processor prepare one prompt with one image, or one context, as every search does.
 
     Raises:
         CheckpointError: if a part is missing or broken, or its tokens are not the model's.
     """
-    parts = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
+    needed = ("tokenizer", "image_processor") if adapter.has_tower else ("tokenizer",)
+    parts = [part for part in needed if getattr(processor, part, None) is None]
     if parts:
         problem = f"its processor ({type(processor).__name__}) has no {' and no '.join(parts)}"
         files = "processor_config.json (or preprocessor_config.json), tokenizer.json, tokenizer_config.json"
         raise _unusable(name, problem, f"add {files}")
     if not getattr(processor, "chat_template", None):
         raise _unusable(name, "it has no chat template", "add chat_template.jinja of the original checkpoint")
+    images = int(adapter.has_tower)
     if processor.tokenizer.pad_token_id is None:
         raise _unusable(name, "its tokenizer has no padding token", "set pad_token in tokenizer_config.json")
     with explained(name):
-        prompt = chat_prompt(processor, "What is this?")
+        question = "What is this?"
+        prompt = chat_prompt(processor, question if adapter.has_tower else with_context("A text.", question), images)
         image = Image.new("RGB", (64, 64), (128, 128, 128))
-        batch = processor(images=[image], text=[prompt], padding=True, return_tensors="pt")
+        batch = processor(images=[image] * images, text=[prompt], padding=True, return_tensors="pt")
         ids = batch["input_ids"]
         largest, rows = int(ids.max()), adapter.dims.vocab_size
         is_visual = adapter.visual_token_mask(ids)
     if not bool(is_visual.any()):
+        what = "image token" if images else "context"
         remedy = "take processor, tokenizer and chat template of the checkpoint that the weights are from"
-        raise _unusable(name, f"its processor puts no image token of the model into a prompt ({prompt!r})", remedy)
+        raise _unusable(name, f"its processor puts no {what} of the model into a prompt ({prompt!r})", remedy)
     if largest >= rows:
         remedy = "take the tokenizer of the checkpoint that the weights are from"
         raise _unusable(name, f"its tokenizer gives token {largest}, but the model has {rows} tokens", remedy)

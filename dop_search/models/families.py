@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.utils.errors import UnsupportedModelError
@@ -26,6 +27,19 @@ FAMILIES = Registry(
 )
 """``model_type`` of the configuration → adapter class. An entry needs a class in tests/pruning/test_conformance.py."""
 
+TEXT_MODELS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "dop_search.models.text:TextAdapter")
+"""Decoders without a vision tower, by ``model_type``: what is pruned is the context of their prompts."""
+
+
+def is_known(model_type: object) -> bool:
+    """Whether an adapter covers a model type."""
+    return model_type in FAMILIES or model_type in TEXT_MODELS
+
+
+def auto_class(model_type: str) -> Any:
+    """The class of transformers that builds and loads models of a type."""
+    return AutoModelForCausalLM if model_type in TEXT_MODELS else AutoModelForImageTextToText
+
 
 def check_model_type(model_type: str | None, name: str) -> None:
     """Refuse a model type without an adapter; ``name`` is what the user knows it by.
@@ -33,19 +47,20 @@ def check_model_type(model_type: str | None, name: str) -> None:
     Raises:
         UnsupportedModelError: listing the supported families.
     """
-    if model_type not in FAMILIES:
+    if not is_known(model_type):
         near = did_you_mean(str(model_type), FAMILIES)
         raise UnsupportedModelError(
             f"no adapter for {name} (model_type {model_type!r}); {near}supported model types: "
-            f"{', '.join(sorted(FAMILIES))}. A new family is one subclass of ModelAdapter: "
-            'see "Add a model family" in dop_search/models/README.md'
+            f"{', '.join(sorted(FAMILIES))}, and for text alone {', '.join(sorted(TEXT_MODELS))}. A new family is one "
+            'subclass of ModelAdapter: see "Add a model family" in dop_search/models/README.md'
         )
 
 
 def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
     """The adapter of a model type, see :func:`check_model_type`."""
     check_model_type(model_type, name)
-    module, attribute = FAMILIES[str(model_type)].split(":")
+    entry = TEXT_MODELS.get(str(model_type)) or FAMILIES[str(model_type)]
+    module, attribute = entry.split(":")
     found: type[ModelAdapter] = getattr(importlib.import_module(module), attribute)
     return found
 

@@ -17,8 +17,9 @@ class LlavaAdapter(ModelAdapter):
     """``LlavaForConditionalGeneration`` (arXiv 2310.03744)."""
 
     model_types = ("llava",)
-    vision_towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
+    vision_towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model", "dinov2")
     """Kinds of towers whose patches are the visual tokens: as many for every image, or for every tile."""
+    towers_with_cls: ClassVar[tuple[str, ...]] = ("clip_vision_model", "dinov2")
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -92,7 +93,7 @@ class LlavaAdapter(ModelAdapter):
     def cls_attention_module(self) -> Any:
         """See base class."""
         tower = self.model.config.vision_config.model_type
-        if tower != "clip_vision_model":
+        if tower not in self.towers_with_cls:
             self.refuse_cls_attention(f"its vision tower {tower!r} has no CLS token")
         return self.received_attention_module()
 
@@ -105,8 +106,10 @@ class LlavaAdapter(ModelAdapter):
                 f"attention of the vision tower is captured in the layer that feeds the projector, but this model has "
                 f"vision_feature_layer={feature_layer}; use selector=uniform_grid or selector=random"
             )
-        layers = self.vision_tower.encoder.layers
-        return layers[feature_layer if feature_layer < 0 else feature_layer - 1].self_attn
+        encoder = self.vision_tower.encoder
+        is_dino = self.model.config.vision_config.model_type == "dinov2"
+        layer = (encoder.layer if is_dino else encoder.layers)[feature_layer - (feature_layer > 0)]
+        return layer.attention if is_dino else layer.self_attn
 
     def _grids_of_one_image(self) -> Grids:
         side = self.patches_per_side

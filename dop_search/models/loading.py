@@ -12,13 +12,15 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.checkpoint import check_folder, check_keys, check_processor, check_size, explained
-from dop_search.models.families import adapter_class, adapter_for
+from dop_search.models.families import TEXT_MODELS, adapter_class, adapter_for, auto_class
 from dop_search.models.fingerprint import settings_fingerprint, weights_fingerprint
 from dop_search.models.quantization import Quantization, quantization_config
+from dop_search.models.text import MARKERS_KEY
+from dop_search.models.text_processor import TextProcessor
 from dop_search.utils.errors import DopError, MissingExtraError, UnsupportedModelError
 from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
@@ -65,7 +67,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), a hub id or a local folder.
+        name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), ``"smollm2"`` (from a
+            package), a hub id or a local folder.
         revision: branch, tag or commit of a hub checkpoint; pin a commit for results that you publish.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
             (half precision is slow there).
@@ -103,12 +106,12 @@ def load(
         is_quantised = hasattr(config, "quantization_config")
         if num_stored is not None and not is_quantised:
             check_size(config, num_stored, name_or_path)
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = load_processor(source, config, **options)
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, config, torch_dtype)
             device_map = device_map or {"": target}  # packed where they are loaded: they cannot all be moved
         with _without_report():
-            loading: Any = AutoModelForImageTextToText.from_pretrained(
+            loading: Any = auto_class(config.model_type).from_pretrained(
                 source,
                 dtype=torch_dtype,
                 device_map=device_map,
@@ -123,11 +126,20 @@ def load(
         if device_map is None:
             model.to(target)
     model.eval()
+    if isinstance(processor, TextProcessor):
+        setattr(model.config, MARKERS_KEY, processor.markers)
     adapter = adapter_for(model)
     adapter.check_decoder()
     check_processor(processor, adapter, name_or_path)
     processor.tokenizer.padding_side = "left"
     return LoadedModel(name_or_path, model, processor, adapter, weights_fingerprint(model))
+
+
+def load_processor(source: str | Path, config: Any, **options: Any) -> Any:
+    """The processor of a checkpoint; for models that read text alone their tokenizer, as one."""
+    if config.model_type in TEXT_MODELS:
+        return TextProcessor(AutoTokenizer.from_pretrained(source, **options))
+    return AutoProcessor.from_pretrained(source, **options)
 
 
 @contextmanager
@@ -163,6 +175,10 @@ def _config(source: str, options: dict[str, Any], name: str) -> Any:
 
 def _source(name_or_path: str) -> str:
     name, _, variant = name_or_path.partition("/")
+    if name_or_path == "smollm2":
+        from dop_search.models.smollm2 import smollm2_path
+
+        return str(smollm2_path())
     if name != "pocket":
         return _folder(name_or_path) if _is_path(name_or_path) else name_or_path
     from dop_search.models.pocket import POCKET_VARIANTS, pocket_path

@@ -60,9 +60,12 @@ def sample_prompt(processor: Any, sample: Sample) -> str:
 def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
     """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds."""
     several = any(sample.more_images for sample in samples)
+    texts = [sample_prompt(processor, sample) for sample in samples]
+    if hasattr(processor, "image_processor") and (bare := next((s.id for s in samples if s.image is None), None)):
+        raise DataError(f"the model reads images, but the sample {bare!r} has none; use data=pocket, or data=jsonl")
     batch = processor(
         images=[list(sample.images) if several else sample.image for sample in samples],
-        text=[sample_prompt(processor, sample) for sample in samples],
+        text=texts,
         padding=True,
         return_tensors="pt",
     )

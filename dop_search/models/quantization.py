@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
 
+from dop_search.models.families import auto_class
 from dop_search.utils.errors import DopError
 
 Quantization = Literal["bnb4", "bnb8", "int8"]
@@ -73,13 +74,16 @@ def check_quantization(quantization: str, config: PretrainedConfig) -> None:
 def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """The model without weights: sizes and names of everything, and no memory."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        return auto_class(config.model_type).from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def kept_modules(config: PretrainedConfig) -> list[str]:
     """Names of the modules that stay as they are: all but the decoder."""
     inner = meta_model(config).model
-    return [*(f"model.{name}" for name, _ in inner.named_children() if name != "language_model"), "lm_head"]
+    return [
+        *(f"model.{name}" for name, _ in inner.named_children() if name not in ("language_model", "layers")),
+        "lm_head",
+    ]
 
 
 def stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -279,7 +279,7 @@ class TowerCapture(Attached):
 def cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The CLS row of a ViT attention from its input, head-mean: one row of scores, with any backend."""
     query, key = _vit_heads(attention, args, kwargs, queries=slice(0, 1))
-    scores = (query @ key.transpose(2, 3)).squeeze(2) * attention.scale
+    scores = (query @ key.transpose(2, 3)).squeeze(2) * _scale(attention)
     return scores.float().softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
@@ -292,13 +292,13 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return _received_packed(attention, args, kwargs)
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
     first = 1 if _has_cls(attention) else 0
-    return _mean_received(query[:, :, first:], key, attention.scale)[:, first:]
+    return _mean_received(query[:, :, first:], key, _scale(attention))[:, first:]
 
 
 def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """As :func:`received_attention`, with a CLS token among those that ask."""
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
-    return _mean_received(query, key, attention.scale)[:, 1 if _has_cls(attention) else 0 :]
+    return _mean_received(query, key, _scale(attention))[:, 1 if _has_cls(attention) else 0 :]
 
 
 def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -311,13 +311,17 @@ def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _has_cls(attention: Any) -> bool:
-    return attention.config.model_type in ("clip_vision_model", "internvl_vision")
+    return attention.config.model_type in ("clip_vision_model", "dinov2", "internvl_vision")
+
+
+def _scale(attention: Any) -> float:
+    return float(attention.scale if hasattr(attention, "scale") else attention.scaling)
 
 
 def _vit_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], queries: slice) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[batch, heads, length, head_dim]`` of a CLIP, SigLIP or InternVL attention."""
+    """Queries and keys ``[batch, heads, length, head_dim]`` of a CLIP, SigLIP, DINOv2 or InternVL attention."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    shape = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
+    shape = (hidden.shape[0], -1, attention.q_proj.out_features // attention.head_dim, attention.head_dim)
     query, key = attention.q_proj(hidden[:, queries]), attention.k_proj(hidden)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TOWER_FIELDS
 from dop_search.models.tower import TowerCapture, VisionWatch
+from dop_search.pruning.asking import attention_from_text, text_read_with_image
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
@@ -93,7 +94,7 @@ class RankingSource(Attached):
         check_model(adapter, self.selector)
         self.selector.prepare(adapter.tower_view.width if "patch_states" in self.needs else None)
         try:
-            for name in sorted(self.needs & CAPTURED):
+            for name in sorted(self.captured_fields):
                 self.handles.append(adapter.capture(name, partial(self._capture, name)))
             self.handles.append(adapter.vision_watch.open())
             if self.selector.changes_tower:
@@ -101,6 +102,11 @@ class RankingSource(Attached):
         except DopError:
             self.close()
             raise
+
+    @property
+    def captured_fields(self) -> frozenset[str]:
+        """What the selector needs of the vision tower."""
+        return self.needs & CAPTURED - self.adapter.input_fields
 
     @property
     def captured(self) -> dict[str, Tensor]:
@@ -250,6 +256,9 @@ class RankingSource(Attached):
             inputs = replace(inputs, embeds=embeds[visual].detach())
         if "text_embeds" in self.needs:
             inputs = replace(inputs, text_embeds=embeds[text].detach())
+        if "received_attention" in self.needs & self.adapter.input_fields:
+            asked = attention_from_text(self.adapter, embeds, visual, valid)
+            inputs = replace(inputs, received_attention=asked)
         if "text" in self.needs:
             inputs = replace(inputs, text=self.adapter.decode_text(input_ids[text]))
         return inputs
@@ -266,7 +275,7 @@ class RankingSource(Attached):
         values = {name: value.reshape(len(value), -1) for name, value in self.captured.items()}
         if self._patch is not None:
             values |= {name: value.flatten(0, 1) for name, value in self._patch.run.values.items()}
-        missing = self.needs & CAPTURED - set(values)
+        missing = self.captured_fields - set(values)
         if missing:
             names = ", ".join(f"`{name}`" for name in sorted(missing))
             raise DopError(
@@ -293,20 +302,18 @@ def _squeeze(name: str, values: Tensor) -> Tensor:
     return values[:, 0] if name.endswith("attention") or name == "tower_sizes" else values
 
 
-def text_read_with_image(visual: Tensor, valid: Tensor | None) -> Tensor:
-    """``[length]``: the real text tokens after the last visual one; if there are none, all real text tokens."""
-    text = ~visual if valid is None else ~visual & valid
-    seen = visual.flip(0).cumsum(0).flip(0) > 0
-    after = text & ~seen
-    return after if bool(after.any()) else text
-
-
 def check_model(adapter: ModelAdapter, selector: Selector) -> None:
     """Refuse a selector whose result would not be what it says on this family.
 
     Raises:
         UnsupportedModelError: naming selectors that work.
     """
+    seen = selector.needs() & CAPTURED - adapter.input_fields
+    if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
+        raise UnsupportedModelError(
+            f"{selector.name!r} works on images, but {type(adapter.model).__name__} reads text alone; use selector="
+            "received_attention, divprune, divprune_lazy, cdpruner_llm, uniform_grid or random"
+        )
     if selector.merges and adapter.has_deepstack:
         raise UnsupportedModelError(
             f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "

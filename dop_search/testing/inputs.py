@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dop_search.models.text import MARKERS_KEY
 from dop_search.testing.models import (
     ANYRES_TILE_SIZE,
     IMAGE_TOKEN_ID,
     NUM_SPECIAL_TOKENS,
     PAD_TOKEN_ID,
 )
+from dop_search.testing.reference import decoder_of
 from dop_search.utils.errors import UnsupportedModelError
 
 Inputs = dict[str, Tensor]
@@ -26,6 +28,7 @@ _LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_i
 _QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
 _ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
 _INTERNVL_TILES = (2, 1, 2)
+_CONTEXT_LENGTHS = (14, 16, 20)
 NUM_IMAGE_SHAPES = 3
 """Image shapes that :func:`tiny_sample` knows; families of fixed resolution ignore the choice."""
 
@@ -51,6 +54,10 @@ def tiny_sample(
         UnsupportedModelError: if the family is not one of the tiny models.
     """
     generator = torch.Generator().manual_seed(seed)
+    blocks = [num_text_before, *[2] * (num_images - 1), num_text_after]
+    vocabulary = model.config.get_text_config().vocab_size
+    if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
+        return _context_sample(blocks, _CONTEXT_LENGTHS[image_shape % NUM_IMAGE_SHAPES], markers, vocabulary, generator)
     vision = _vision_inputs(model, num_images, image_shape % NUM_IMAGE_SHAPES, generator)
     multimodal: Any = model  # `get_image_features` is declared by the families, not by PreTrainedModel
     with torch.no_grad():
@@ -58,8 +65,6 @@ def tiny_sample(
     # InternVL returns one entry per tile; its tiles of one image follow each other without a separator.
     per_entry = [len(feature) for feature in features]
     entries_per_image = len(per_entry) // num_images
-    blocks = [num_text_before, *[2] * (num_images - 1), num_text_after]
-    vocabulary = model.config.get_text_config().vocab_size
     pieces: list[Tensor] = []
     for index, length in enumerate(blocks):
         pieces.append(torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator))
@@ -71,6 +76,21 @@ def tiny_sample(
     if "image_grid_thw" in vision:
         sample["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN_ID).int()
     return sample
+
+
+def _context_sample(
+    blocks: Sequence[int], count: int, markers: Sequence[Sequence[int]], vocabulary: int, generator: torch.Generator
+) -> Inputs:
+    """Text with contexts of ``count`` tokens in the place of images; the markers are text as well."""
+    opening, closing = (torch.tensor(marker) for marker in markers)
+    pieces: list[Tensor] = []
+    for index, length in enumerate(blocks):
+        pieces.append(torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator))
+        if index + 1 < len(blocks):
+            inside = torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (count,), generator=generator)
+            pieces += [opening, inside, closing]
+    input_ids = torch.cat(pieces)[None]
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def collate(samples: Sequence[Inputs]) -> Inputs:
@@ -96,11 +116,12 @@ def pack_rows(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
     positions: list[Tensor] = []
 
     def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        length = kwargs["inputs_embeds"].shape[1]
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        length = tokens.shape[1]
         text, given = torch.arange(length)[None], kwargs.get("position_ids")
         positions.append(text if given is None or given.ndim == 2 else torch.cat([text[None], given[-3:]]))
 
-    hook = model.get_submodule("model.language_model").register_forward_pre_hook(see, with_kwargs=True)
+    hook = decoder_of(model).register_forward_pre_hook(see, with_kwargs=True)
     try:
         for sample in samples:
             with torch.no_grad():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
+    AutoConfig,
     CLIPVisionConfig,
     InternVLConfig,
     InternVLVisionConfig,
@@ -31,6 +31,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from dop_search.models.families import TEXT_MODELS, auto_class
+from dop_search.models.text import MARKERS_KEY
 from dop_search.utils.errors import UnsupportedModelError
 
 PAD_TOKEN_ID = 0
@@ -185,6 +187,18 @@ def _internvl(sizes: TinySizes) -> PretrainedConfig:
     )
 
 
+def _text(model_type: str) -> Callable[[TinySizes], PretrainedConfig]:
+    """A decoder alone; the opening marker is one token, the closing one is two."""
+
+    def config(sizes: TinySizes) -> PretrainedConfig:
+        return AutoConfig.for_model(
+            model_type, **sizes.text(), head_dim=sizes.hidden_size // sizes.num_attention_heads, sliding_window=None,
+            **{MARKERS_KEY: [[VISION_START_TOKEN_ID], [VISION_END_TOKEN_ID, IMAGE_TOKEN_ID]]},
+        )  # fmt: skip
+
+    return config
+
+
 TINY_CONFIGS: dict[str, Callable[[TinySizes], PretrainedConfig]] = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -193,6 +207,7 @@ TINY_CONFIGS: dict[str, Callable[[TinySizes], PretrainedConfig]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
+    **{model_type: _text(model_type) for model_type in TEXT_MODELS},
 }
 """Config builder of each family, by ``model_type``."""
 
@@ -226,7 +241,7 @@ def tiny_model(
     sizes = TinySizes(num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads)
     config = TINY_CONFIGS[model_type](sizes)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+        model = auto_class(model_type).from_config(config, attn_implementation=attn_implementation, dtype=dtype)
     randomize_(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD_TOKEN_ID

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import MODULES, Module
 from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
@@ -41,11 +42,14 @@ class OperationMasks:
 
 
 def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The placeholder token ids that the model replaces by visual features (image, and video where it has one).
+    """The placeholder token ids that the model replaces by visual features (image, and video where it has one); of a
+    model that reads text alone those of its markers.
 
     Raises:
         UnsupportedModelError: if the config names no image token.
     """
+    if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
+        return tuple(token for marker in markers for token in marker)
     names = ("image_token_id", "video_token_id")
     ids = tuple(token for name in names if (token := getattr(model.config, name, None)) is not None)
     if not ids:
@@ -54,8 +58,30 @@ def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Boolean ``[batch, position]``: where the visual tokens stand."""
+    """Boolean ``[batch, position]``: where the visual tokens stand, or what stands between markers."""
+    if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
+        return torch.tensor([_between(row, *markers) for row in input_ids.tolist()], device=input_ids.device)
     return torch.isin(input_ids, torch.tensor(visual_token_ids(model), device=input_ids.device))
+
+
+def _between(row: list[int], opening: list[int], closing: list[int]) -> list[bool]:
+    """Token by token: what comes after an opening marker and before the closing one."""
+    inside, place = [False] * len(row), 0
+    while place < len(row):
+        if row[place : place + len(opening)] == opening:
+            first = place = place + len(opening)
+            while place < len(row) and row[place : place + len(closing)] != closing:
+                place += 1
+            if place < len(row):
+                inside[first:place] = [True] * (place - first)
+        place += 1
+    return inside
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder, which is all of ``model.model`` where there is no vision tower."""
+    inner = model.get_submodule("model")
+    return getattr(inner, "language_model", inner)
 
 
 def text_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -191,7 +217,7 @@ def _attended(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    decoder = model.get_submodule("model.language_model")
+    decoder = decoder_of(model)
     if "forward" in vars(decoder):
         raise DopError("the model is pruned; the reference needs the plain model, so leave `pruned(...)` first")
     backend = model.config.get_text_config()._attn_implementation

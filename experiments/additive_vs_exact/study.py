@@ -283,7 +283,7 @@ def _measure(bench: Workbench, strategy: Strategy, method: str, values: Row) -> 
         "kl_heldout_median": float(np.median(heldout)),
         "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
     }
-    if method in SCORED:
+    if method in SCORED and bench.is_annotated("test"):
         values["accuracy"] = float(bench.correct(strategy).mean())
     return values, heldout
 

@@ -15,6 +15,7 @@ from PIL import Image
 from dop_search.data.disjoint import shares, split_of
 from dop_search.data.named import known_names, named_sources, parse_source
 from dop_search.data.pools import check_sources, open_pool, refuse_overlap, source_origin
+from dop_search.data.samples import Sample
 from dop_search.data.sources import DatasetSource, ImageTable, TaskSource, origin
 from dop_search.data.tables import load_table
 from dop_search.data.tasks import scored_origin, task_file
@@ -95,7 +96,7 @@ def test_splits_share_no_image_whatever_seed_and_size(gqa: Path) -> None:
 
 
 def test_a_pool_that_is_too_small_says_how_many_there_are(gqa: Path) -> None:
-    mine = sum(split_of(picture(i), 3) == 0 for i in range(60))
+    mine = sum(split_of(Sample("", picture(i), "", (), "").content, 3) == 0 for i in range(60))
     with pytest.raises(
         DataError, match=rf"'gqa' has 120 samples, of which {2 * mine} are for this split.*119 are asked"
     ):

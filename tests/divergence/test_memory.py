@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.peak_memory import peak_memory
 from support.random_teacher import random_model, random_teacher, sizes_of
 
 from dop_search.divergence import DivergenceEngine, make_teacher
@@ -23,6 +22,7 @@ from dop_search.pruning.layer import run_layer
 from dop_search.search import CurveGrid, Space
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.testing.peak_memory import peak_memory
 from dop_search.utils.errors import ConfigError, MemoryLimitError
 
 LAYERS = 8

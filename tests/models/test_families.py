@@ -144,11 +144,11 @@ def test_selectors_that_need_a_cls_token_are_refused(family):
 
 
 def test_other_models_are_refused_with_a_guide():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*internvl, llava, .*qwen3_vl.*README\.md"):
-        adapter_for(LlamaForCausalLM(config))
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*internvl, llava, .*qwen3_vl.*README\.md"):
+        adapter_for(GPT2LMHeadModel(config))
 
 
 def test_an_offloaded_decoder_is_refused():

@@ -84,6 +84,14 @@ class TestInternVL(Family):
     model_type = "internvl"
 
 
+class TestContexts(Family):
+    """A decoder that reads text alone: passages between markers in the place of images."""
+
+    __test__ = True
+    model_type = "llama"
+    test_painted_patches_are_found_at_their_tokens = None  # type: ignore[assignment]  # nothing is painted
+
+
 FAMILY_TESTS: dict[str, type[Family]] = {
     test.model_type: test
     for test in (

@@ -20,7 +20,7 @@ from pydantic import (
 from dop_search.app.config.section import Section
 from dop_search.app.config.solvers import AdditiveExactConfig, SolverConfig, Storage
 from dop_search.data.sources import DatasetSource, TaskSource
-from dop_search.data.validation import Split
+from dop_search.data.validation import OWN, Split
 from dop_search.evaluation.suites import NO_BENCHMARKS, Suite, find_benchmarks, load_suite, suite_fields
 from dop_search.strategy.cost import Budget
 
@@ -43,7 +43,7 @@ class ModelConfig(Section):
     """Which model to prune and how to load it."""
 
     name_or_path: str = Field(default="pocket", min_length=1)
-    """``pocket`` (bundled), a local directory in HF format, or a hub id."""
+    """``pocket`` (bundled), ``smollm2`` (extra ``smollm2``), a local directory in HF format, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint; pin a commit for results that you publish."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -77,7 +77,8 @@ class DataConfig(Section):
     """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
 
     name: str = Field(default="pocket", min_length=1)
-    """``pocket`` (rendered by this project), ``jsonl`` (a file of your own), or any name with ``sources``."""
+    """``pocket`` (rendered by this project), ``passages`` (text, for ``smollm2`` and the like), ``jsonl`` (a file of
+    your own), or any name with ``sources``."""
     path: str | None = None
     """The file of ``name=jsonl``; every third image belongs to the same of the three sets."""
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
@@ -108,7 +109,7 @@ class DataConfig(Section):
     def _file_given(self) -> DataConfig:
         if self.name == "jsonl" and self.path is None:
             raise ValueError("`name=jsonl` needs a file; set data.path=FILE.jsonl")
-        if self.sources and self.name in ("pocket", "jsonl"):
+        if self.sources and self.name in OWN:
             raise ValueError(f"`sources` need a `name` of their own, but got (name={self.name!r}); set data.name=MINE")
         return self
 

@@ -9,25 +9,29 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dop_search.app.config.schema import DataConfig, ModelConfig
-from dop_search.data.samples import Sample
-from dop_search.data.validation import validation_set
+from dop_search.data.samples import Sample, with_context
+from dop_search.data.validation import OWN, validation_set
 from dop_search.divergence.forecast import SampleSize
 from dop_search.divergence.memory import Footprint, num_patches, tower_bytes
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
-from dop_search.models.loading import DTYPES
+from dop_search.models.loading import DTYPES, load_processor
 from dop_search.models.pocket import pocket_path
 from dop_search.models.prompts import model_inputs
 from dop_search.models.published import published_models
 from dop_search.models.quantization import check_quantization, meta_model, packed_bytes
+from dop_search.models.smollm2 import smollm2_path
+from dop_search.models.text import MARKERS_KEY
+from dop_search.models.text_processor import TextProcessor
 from dop_search.utils.errors import DopError
 
 TEXT_BEFORE, TEXT_AFTER = 35, 25
 """Text tokens of a prompt where no processor is at hand to count them: system prompt, question."""
 LARGE_IMAGE = (1008, 1008)
-LOCAL_DATA = ("pocket", "jsonl")
+LONG_PASSAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
     meta = meta_model(config, dtype)
     adapter = adapter_for(meta)
     element = dtype.itemsize
-    weights = {name: _bytes(part, model, element, name) for name, part in _parts(meta).items()}
-    prompts, patches, prompts_from = _prompts(model, data, folder, adapter.vision_tower, meta)
-    vision = meta.config.vision_config
-    tower = sum(p.numel() for name, part in _parts(meta).items() if name == "tower" for p in part.parameters())
+    parts = _parts(meta, adapter)
+    weights = {name: _bytes(part, model, element, name) for name, part in parts.items()}
+    prompts, patches, prompts_from = _prompts(model, data, folder, adapter)
+    vision = getattr(meta.config, "vision_config", None)
+    tower = sum(p.numel() for p in parts["tower"].parameters())
     footprint = Footprint(
         adapter.dims,
         element,
@@ -96,7 +101,7 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
         decoder_bytes=weights["layers"],
         linear_flops=2 * (linear + adapter.dims.hidden_size * adapter.dims.vocab_size),
         tower_flops=2 * tower * patches,
-        tower_bytes=tower_bytes(meta.config, adapter.tower_width, patches, element),
+        tower_bytes=tower_bytes(meta.config, adapter.tower_width, patches, element) if adapter.has_tower else 0,
         prompts=prompts,
         prompts_from=prompts_from,
         dtype=dtype,
@@ -108,6 +113,8 @@ def _folder(name_or_path: str) -> Path | None:
     kind, _, variant = name_or_path.partition("/")
     if kind == "pocket":
         return pocket_path(variant) if variant else pocket_path()
+    if name_or_path == "smollm2":
+        return smollm2_path()
     path = Path(name_or_path).expanduser()
     return path if path.is_dir() else None
 
@@ -135,11 +142,12 @@ def _dtype(name: str, config: PretrainedConfig, device_type: str) -> torch.dtype
     return torch.float32 if device_type == "cpu" else own if isinstance(own, torch.dtype) else torch.bfloat16
 
 
-def _parts(meta: Any) -> dict[str, nn.Module]:
+def _parts(meta: Any, adapter: ModelAdapter) -> dict[str, nn.Module]:
     """The decoder's layers, what else belongs to the text, and the tower with the projector."""
-    language = meta.model.language_model
+    language = adapter.text_model
     others = nn.ModuleList([module for name, module in language.named_children() if name != "layers"])
-    tower = nn.ModuleList([module for name, module in meta.model.named_children() if name != "language_model"])
+    around = meta.model.named_children() if adapter.has_tower else ()
+    tower = nn.ModuleList([module for name, module in around if name != "language_model"])
     return {"layers": language.layers, "text": nn.ModuleList([others, meta.lm_head]), "tower": tower}
 
 
@@ -153,7 +161,7 @@ def _bytes(part: nn.Module, model: ModelConfig, element: int, name: str) -> int:
 
 
 def _prompts(
-    model: ModelConfig, data: DataConfig, folder: Path | None, tower: nn.Module, meta: Any
+    model: ModelConfig, data: DataConfig, folder: Path | None, adapter: ModelAdapter
 ) -> tuple[tuple[SampleSize, ...], int, str]:
     """Sizes of prompts, patches of one sample's images, and where that is from."""
     answer = data.max_new_tokens
@@ -162,16 +170,21 @@ def _prompts(
     if folder is None and published is not None:
         size = SampleSize(TEXT_BEFORE, TEXT_AFTER + answer - 1, published.num_visual_tokens, answer)
         return (size,) * count, published.num_patches, f"{published.image}; {TEXT_BEFORE + TEXT_AFTER} text tokens"
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    if data.name in LOCAL_DATA:
+    config: Any = adapter.model.config
+    processor = load_processor(folder or model.name_or_path, config, trust_remote_code=model.trust_remote_code)
+    if isinstance(processor, TextProcessor):
+        setattr(config, MARKERS_KEY, processor.markers)
+    if data.name in OWN:
         drawn = validation_set(data.name, count, data.seed, "search", path=data.path, families=data.families)
         samples, where = drawn.samples, f"{count} samples of {data.name}"
+    elif not adapter.has_tower:
+        samples = (Sample("plan", None, with_context("word " * LONG_PASSAGE, "What is said?"), (), "plan"),)
+        where = f"a passage of {LONG_PASSAGE} words"
     else:
         image = Image.new("RGB", LARGE_IMAGE)
         samples = (Sample(id="plan", image=image, question="What is shown?", answers=(), family="plan"),)
         where = f"an image of {LARGE_IMAGE[0]} x {LARGE_IMAGE[1]} pixels"
     inputs = [model_inputs(processor, [sample], torch.device("cpu")) for sample in samples]
-    adapter = adapter_for(meta)
     sizes = []
     for item in inputs:
         visual = adapter.visual_token_mask(item["input_ids"])[0]
@@ -181,6 +194,8 @@ def _prompts(
     sizes = sizes if len(sizes) == count else sizes * count
     return (
         tuple(sizes),
-        max(num_patches(item["pixel_values"].numel(), meta.config.vision_config) for item in inputs),
+        max(num_patches(item["pixel_values"].numel(), config.vision_config) for item in inputs)
+        if adapter.has_tower
+        else 0,
         where,
     )

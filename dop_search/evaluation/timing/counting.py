@@ -31,7 +31,8 @@ def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Fl
     with FlopCounterMode(display=False, custom_mapping=prices) as counter, torch.no_grad():
         model(**inputs)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    decoder = f"{type(model).__name__}.model.language_model"
+    where = "model.language_model" if hasattr(model.get_submodule("model"), "language_model") else "model"
+    decoder = f"{type(model).__name__}.{where}"
     if not by_module.get(decoder):
         raise ValueError(f"nothing was counted under {decoder!r}; counted modules: {sorted(by_module)}")
     return int(by_module[decoder] - by_module.get(f"{decoder}.rotary_emb", 0))

@@ -16,6 +16,7 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
+    """Its ``num_bytes`` are known when the context has been left."""
     peak, live = Peak(), 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield peak
