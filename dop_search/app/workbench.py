@@ -238,6 +238,7 @@ class Workbench:
             ranker.name,
             {name: getattr(ranker, name) for name in ranker.option_names()},
             evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
+            samples=self.data("search").samples,
         )
 
     # -- methods as they run --------------------------------------------------------------------

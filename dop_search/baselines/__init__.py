@@ -9,6 +9,7 @@ from dop_search.baselines.fastv import FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
 from dop_search.baselines.pyramiddrop import PyramidDrop
+from dop_search.baselines.resize import InputResize
 from dop_search.baselines.short_lvlm import ShortLvlm
 from dop_search.baselines.shortv import ShortV
 from dop_search.baselines.skip_vision import SkipVision
@@ -19,6 +20,7 @@ from dop_search.selectors import SELECTORS
 from dop_search.utils.registry import Registry
 
 _PUBLISHED: tuple[Method, ...] = (
+    InputResize(),
     FastV(),
     PyramidDrop(),
     SparseVlm(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
 from dop_search.baselines.pricing import Pricing
+from dop_search.data.samples import Sample
 from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.profiling import token_counts
 from dop_search.models.loading import LoadedModel
@@ -34,6 +35,7 @@ class FitContext:
         evaluate_at_prompt: as ``evaluate``, but the mean KL(pruned ‖ full) at the last token of the prompt, which some
             methods choose by (:mod:`dop_search.baselines.at_prompt`).
         loaded, teacher: model and validation samples; only methods that look at the model's states need them.
+        samples: the teacher's samples with their images; only methods that resize images need them.
         selector, selector_options: ranking before the decoder, for methods that need one and bring none. ``evaluate``
             must rank by the same.
         memo: what methods keep between budgets, such as a search's trajectory.
@@ -45,6 +47,7 @@ class FitContext:
     evaluate_at_prompt: Evaluate | None = None
     loaded: LoadedModel | None = None
     teacher: Teacher | None = None
+    samples: tuple[Sample, ...] | None = None
     selector: str = "cls_attention"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -57,10 +60,12 @@ class FitContext:
         selector: str = "cls_attention",
         selector_options: Mapping[str, Any] | None = None,
         evaluate: Evaluate | None = None,
+        samples: Sequence[Sample] | None = None,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
-        ``evaluate``: scores on these samples, where they are kept; measured each time if not given.
+        ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
+        teacher's, for methods that resize their images.
         """
         if evaluate is None:
             engine = DivergenceEngine(loaded.adapter, teacher)
@@ -75,6 +80,7 @@ class FitContext:
             evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
             loaded=loaded,
             teacher=teacher,
+            samples=None if samples is None else tuple(samples),
             selector=selector,
             selector_options=dict(selector_options or {}),
         )
@@ -131,6 +137,18 @@ class FitContext:
             raise DopError(f"{method} looks at the model's states: make the context with FitContext.from_teacher(...)")
         return self.loaded, self.teacher
 
+    def needs_samples(self, method: str) -> tuple[LoadedModel, tuple[Sample, ...]]:
+        """Model and samples.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.loaded is None or self.samples is None:
+            raise DopError(
+                f"{method} reads the images: make the context with FitContext.from_teacher(..., samples=data.samples)"
+            )
+        return self.loaded, self.samples
+
 
 @dataclass(frozen=True)
 class FittedMethod:
@@ -144,6 +162,7 @@ class FittedMethod:
         notes: what a reader of a table should know, such as a deviation from the published setting.
         strategy: what runs, for methods that a strategy expresses.
         runtime: makes the context manager of the others.
+        processor: from the model's processor to the one that prompts must come from, for methods that resize images.
     """
 
     method: str
@@ -153,6 +172,7 @@ class FittedMethod:
     notes: tuple[str, ...] = ()
     strategy: Strategy | None = None
     runtime: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = field(default=None, compare=False)
+    processor: Callable[[Any], Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (self.runtime is None):
@@ -170,6 +190,10 @@ class FittedMethod:
         if self.strategy is None:
             raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
         return self.strategy
+
+    def reading(self, loaded: LoadedModel) -> LoadedModel:
+        """``loaded`` with the processor that prompts for this method must come from: its own for most."""
+        return loaded if self.processor is None else replace(loaded, processor=self.processor(loaded.processor))
 
     @contextmanager
     def apply(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from torch import Tensor
 from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
 from dop_search.divergence import Memory, Teacher, kl_divergence
+from dop_search.divergence.encoding import encode
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.evaluation.accuracy import generate_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError, NumericalError
 
@@ -32,6 +34,11 @@ Runnable = Strategy | FittedMethod
 def applied(loaded: LoadedModel, method: Runnable) -> AbstractContextManager[Any]:
     """The context in which the model runs by a strategy or a fitted method."""
     return method.apply(loaded.model) if isinstance(method, FittedMethod) else pruned(loaded.model, method)
+
+
+def reading(loaded: LoadedModel, method: Runnable) -> LoadedModel:
+    """The model with the processor that prompts must come from, which some methods change."""
+    return method.reading(loaded) if isinstance(method, FittedMethod) else loaded
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,13 @@ def plain_outcome(
     if [sample.id for sample in samples] != [known.id for known in teacher.samples]:
         raise DopError("`samples` must be those that the teacher was made from, in the same order")
     result = Outcome(np.zeros(len(samples)), np.zeros(len(samples), dtype=np.bool_))
-    done = 0
+    done, own = 0, reading(loaded, method)
     with applied(loaded, method):
         for batch in alike_batches(samples, batch_size):
-            part = [teacher.samples[index] for index in batch]
-            scores, same = _score_batch(loaded, [samples[index] for index in batch], part)
+            part, asked = [teacher.samples[index] for index in batch], [samples[index] for index in batch]
+            if own is not loaded:
+                part = [_read_anew(own, sample, item) for sample, item in zip(asked, part, strict=True)]
+            scores, same = _score_batch(own, asked, part)
             result.divergence[batch], result.same_answer[batch] = scores, same
             done += len(batch)
             if on_progress is not None:
@@ -94,6 +103,13 @@ def plain_divergence(
 ) -> np.ndarray:
     """The divergence of :func:`plain_outcome`, in nats ``[num_samples]``."""
     return plain_outcome(loaded, samples, teacher, method, **options).divergence
+
+
+def _read_anew(loaded: LoadedModel, sample: Sample, known: TeacherSample) -> TeacherSample:
+    """What the full model said, beside another prompt of the same sample."""
+    inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
+    encoded = encode(loaded.adapter, inputs, known.answer_ids, make_selector("uniform_grid"))
+    return replace(known, encoded=encoded)
 
 
 @torch.inference_mode()
@@ -160,4 +176,4 @@ def plain_answers(
 ) -> list[str]:
     """Greedy answers through ``generate()``, one per sample; for ``memory`` see ``make_teacher``."""
     with applied(loaded, method):
-        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress, memory)
+        return generate_answers(reading(loaded, method), samples, batch_size, max_new_tokens, on_progress, memory)

@@ -71,6 +71,7 @@ def fit(
         ranker.name,
         {name: getattr(ranker, name) for name in ranker.option_names()},
         evaluate=lambda strategies: store.evaluate(strategies, on_progress=on_progress).mean(axis=1),
+        samples=data.samples,
     )
     return chosen.fit(context, flops_ratio)
 

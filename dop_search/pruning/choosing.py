@@ -116,7 +116,8 @@ def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None)
     if tower.grid is None:
         raise UnsupportedModelError(
             f"{selector.name!r} changes what the vision tower computes and needs images of one size, but "
-            f"{type(adapter.model).__name__} takes any; use avg_pool or another selector"
+            f"{type(adapter.model).__name__} takes any; use avg_pool or another selector, "
+            "or the method `resize`, which has the processor make smaller images"
         )
     if num_kept is None or not 0 < num_kept < tower.grid[0] * tower.grid[1]:
         return None

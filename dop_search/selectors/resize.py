@@ -29,8 +29,8 @@ class ResizeSelector(Selector):
     tokens repeat features of their patch, so that the cost is that of ``T`` tokens. Bicubic with anti-aliasing, on the
     pixels that the processor made: an image that the processor had scaled up is not read again from its file.
 
-    Not reproduced: dynamic-resolution models (Qwen) resize in their processor (``max_pixels``); here the tower must
-    have a fixed grid. One image per sample.
+    Here the tower must have a fixed grid, and a sample one image. Other models resize in their processor, as the method
+    ``resize`` does (:mod:`dop_search.baselines.resize`).
     """
 
     name = "resize"

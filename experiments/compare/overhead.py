@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dop_search.baselines import FittedMethod
-from dop_search.baselines.evaluate import Runnable, applied
+from dop_search.baselines.evaluate import Runnable, applied, reading
 from dop_search.data.samples import Sample
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.evaluation.timing.timing import Clock, prefill_timer, selection_timer
@@ -53,10 +53,10 @@ def prefill_times(
     """
     adapter = loaded.adapter
     clock: Clock = "cpu" if adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
-    inputs = model_inputs(loaded.processor, samples, adapter.device)
     full = Strategy.full(adapter.dims.num_layers)
 
     def read(runnable: Runnable) -> tuple[float, float]:
+        inputs = model_inputs(reading(loaded, runnable).processor, samples, adapter.device)
         with ExitStack() as stack:
             stack.enter_context(applied(loaded, runnable))
             timer = stack.enter_context(prefill_timer(adapter, clock))
