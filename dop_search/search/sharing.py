@@ -5,28 +5,34 @@ Everything goes through the storage: a file on one machine or NFS, or a database
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dop_search.utils.processes import is_dead as process_is_dead
-from dop_search.utils.processes import this_process
+from dop_search.utils.processes import hold, is_abandoned
 
 HEARTBEAT_S = 10.0
 """How often a worker says that it is alive."""
 GRACE_S = 60.0
-"""How long a worker on another machine may be silent before its work is given to others."""
+"""How long a worker may be silent, of which nothing else is known, before its work is given to others."""
 
 
 class Worker:
     """This process among those that share a study; while entered, it counts up an attribute of the study.
+
+    Its name is its own: host and process number are there for the reader, the rest is random. On this machine it holds
+    a file of that name, by which others that see the file know at once when its process has ended.
 
     Args:
         study: where the workers can see each other.
@@ -35,7 +41,7 @@ class Worker:
     """
 
     def __init__(self, study: optuna.Study, heartbeat_s: float = HEARTBEAT_S, grace_s: float = GRACE_S) -> None:
-        self.name = f"{this_process()}:{uuid.uuid4().hex[:8]}"
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:16]}"
         self._study, self._heartbeat_s, self._grace_s = study, heartbeat_s, grace_s
         self._count = 0  # never starts again: others tell by it that time has passed
         self._seen: dict[str, tuple[object, float]] = {}
@@ -44,6 +50,10 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._stop.clear()
+        sign = _sign_of_life(self.name)
+        with suppress(OSError):  # no folder for it: the heartbeat alone, then
+            self._running.callback(sign.unlink, missing_ok=True)
+            self._running.enter_context(hold(sign))
         self._beat()
         thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
         thread.start()
@@ -64,10 +74,10 @@ class Worker:
             self._beat()
 
     def is_dead(self, name: str) -> bool:
-        """Whether a worker has stopped, has no process any more (on this host), or was silent for too long."""
+        """Whether a worker has stopped, has left its file on this machine, or was silent for too long."""
         if name == self.name:
             return False
-        if process_is_dead(name.rpartition(":")[0]):
+        if is_abandoned(_sign_of_life(name)):
             return True
         attributes = self._study.user_attrs
         beat = attributes.get(_alive(name))
@@ -164,3 +174,7 @@ def end_trial(study: optuna.Study, number: int, value: float | None = None) -> b
 
 def _alive(worker: str) -> str:
     return f"alive {worker}"
+
+
+def _sign_of_life(worker: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"dop-search-worker-{worker.rpartition(':')[2]}"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dop_search.utils.errors import WriteError
-from dop_search.utils.processes import is_dead
+from dop_search.utils.processes import hold, is_abandoned
 
-_TEMPORARY = re.compile(r"\..+~(?P<process>[^~]+:\d+)~\w+(\.\w+)?")
-"""Name of a temporary file: it says which process writes it."""
+_TEMPORARY = re.compile(r"\..+~(?P<host>[^~]+):\d+~\w+(\.\w+)?")
+"""Name of a temporary file: it says which process writes it, and that holds it."""
 _PROBE_BYTES = 1 << 20
 _FORGOTTEN_S = 24 * 3600.0
 
@@ -32,12 +32,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
-        try:
+        with contextlib.ExitStack() as held:
+            held.callback(temporary.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system without locks
+                held.enter_context(hold(temporary))
             write(temporary)
             temporary.chmod(0o644)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -79,11 +80,12 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files of processes of this machine that are dead, and those of a day ago from elsewhere."""
+    """Delete temporary files whose writers on this machine are dead, and those of a day ago from elsewhere."""
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
         if found is None:
             continue
         with contextlib.suppress(FileNotFoundError):  # another process sweeps, or its writer is done
-            if is_dead(found["process"]) or time.time() - path.stat().st_mtime > _FORGOTTEN_S:
+            is_dead = found["host"] == socket.gethostname() and is_abandoned(path)
+            if is_dead or time.time() - path.stat().st_mtime > _FORGOTTEN_S:
                 path.unlink()

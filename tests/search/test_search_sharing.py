@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -206,19 +208,48 @@ def test_a_silent_worker_of_another_host_is_dead_and_a_beating_one_is_not(monkey
     far.__exit__()
 
 
-def test_a_worker_that_left_or_has_no_process_is_dead_at_once() -> None:
+def test_a_worker_that_left_or_was_killed_is_dead_at_once() -> None:
     study = optuna.create_study()
     one, two = Worker(study), Worker(study)
     with one:
         assert not two.is_dead(one.name)
     assert two.is_dead(one.name)
+
+    def live(pipe: Connection) -> None:
+        with Worker(optuna.create_study()) as worker:
+            pipe.send(worker.name)
+            time.sleep(60)
+
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=live, args=(theirs,))
+    child.start()
+    name = ours.recv()
+    assert not two.is_dead(name)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert two.is_dead(name)
+    (Path(tempfile.gettempdir()) / f"dop-search-worker-{name.split(':')[2]}").unlink()
+
+
+def test_containers_with_one_hostname_do_not_take_each_other_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other's process number is nobody's here, or this very process's."""
     child = FORK.Process(target=lambda: None)
     child.start()
     child.join()
-    host = one.name.split(":")[0]
-    assert two.is_dead(f"{host}:{child.pid}:cafe")
-    assert not two.is_dead(f"{host}:{os.getpid()}:cafe")
-    assert not two.is_dead("elsewhere:1:cafe"), "not known to be dead before it was silent for a while"
+    for number in (child.pid, os.getpid()):
+        study = optuna.create_study()
+        near = Worker(study, grace_s=0.2)
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+        far = Worker(study, heartbeat_s=0.02)
+        assert far.name != near.name
+        with far:
+            monkeypatch.undo()
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                assert not near.is_dead(far.name)
+                time.sleep(0.02)
 
 
 def test_once_is_done_by_one_and_again_after_an_error() -> None:
