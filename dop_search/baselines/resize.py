@@ -31,7 +31,7 @@ from dop_search.strategy.operations import TokenCounts
 class InputResize(UniformReduction):
     """Solved for the processor's limit, or for the number of tokens where every image has the same size."""
 
-    name: str = "resize"
+    name: str = "resize"  # type: ignore[misc]
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
