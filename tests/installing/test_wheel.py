@@ -27,6 +27,7 @@ SMALL = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0", "num_threads=1"),
     *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "hydra.run.dir=run"),
 )
+GROWTH = ("", "[testing]", "[search]", "[search,eval]")
 PRUNED = """
 import json, sys
 from PIL import Image
@@ -111,19 +112,25 @@ def distributions(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
-    """Makes the environment of some extras, once."""
+    """The environment with some extras: one that grows, as importing fresh packages costs most of the time.
+
+    The tests stand in the order of ``GROWTH``.
+    """
     (wheel,) = distributions.glob("*.whl")
-    made: dict[str, Environment] = {}
+    folder = tmp_path_factory.mktemp("environment")
+    made: list[str] = []
 
     def make(extras: str) -> Environment:
-        if extras not in made:
-            folder = tmp_path_factory.mktemp("environment")
+        if not made:
             uv("venv", "--quiet", "--python", sys.executable, "venv", cwd=folder)
+        if extras not in made:
+            assert all(GROWTH.index(other) < GROWTH.index(extras) for other in made)
             pins = ROOT / ".ci" / "constraints.txt"
             named = f"dop-search{extras} @ {wheel.as_uri()}"
             uv("pip", "install", "--quiet", "--python", "venv", "--constraints", pins, named, cwd=folder)
-            made[extras] = Environment(folder / "venv" / ("Scripts" if os.name == "nt" else "bin"), folder)
-        return made[extras]
+            made.append(extras)
+        assert made[-1] == extras
+        return Environment(folder / "venv" / ("Scripts" if os.name == "nt" else "bin"), folder)
 
     return make
 
@@ -148,11 +155,14 @@ def test_the_wheel_holds_the_package_with_one_model(tree: Path, distributions: P
     assert found == package | configuration
 
 
-@pytest.mark.parametrize("extras", ["", "[search]"])
-def test_every_command_says_our_version(environment: Callable[[str], Environment], extras: str) -> None:
+def check_versions(environment: Environment) -> None:
     for command in COMMANDS:
-        assert environment(extras).run(command, "--version").stdout == f"{command} {__version__}\n"
-    assert environment(extras).run("python", "-m", "dop_search", "--version").stdout == f"dop-search {__version__}\n"
+        assert environment.run(command, "--version").stdout == f"{command} {__version__}\n"
+    assert environment.run("python", "-m", "dop_search", "--version").stdout == f"dop-search {__version__}\n"
+
+
+def test_without_extras_every_command_says_our_version(environment: Callable[[str], Environment]) -> None:
+    check_versions(environment(""))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +204,21 @@ def test_without_extras_what_a_model_lacks_is_said(environment: Callable[[str], 
     assert "MissingExtraError: `device_map` needs accelerate" in spread.stderr
 
 
+def test_the_test_kit_comes_with_its_extra(environment: Callable[[str], Environment]) -> None:
+    """All of it can be imported, and some of the conformance suite runs on a model."""
+    kit = environment("[testing]")
+    modules = sorted(path.stem for path in (ROOT / "dop_search" / "testing").glob("*.py") if path.stem != "__init__")
+    imported = kit.run("python", "-c", "; ".join(f"import dop_search.testing.{name}" for name in modules))
+    assert imported.returncode == 0, imported.stderr
+    (kit.work / "test_mine.py").write_text(CONFORMANCE)
+    done = kit.run("python", "-m", "pytest", "-q", "-k", "restored or full_model", "test_mine.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_with_search_every_command_says_our_version(environment: Callable[[str], Environment]) -> None:
+    check_versions(environment("[search]"))
+
+
 def test_with_search_the_main_job_runs_and_is_drawn(environment: Callable[[str], Environment]) -> None:
     done = environment("[search]").run("python", "-m", "dop_search", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -226,14 +251,3 @@ def test_with_eval_a_benchmark_is_scored(environment: Callable[[str], Environmen
     assert done.returncode == 0, done.stderr
     scores = json.loads((environment("[search,eval]").work / "scored" / "scores.json").read_text())
     assert scores["num_samples"] == {"gqa": 2}
-
-
-def test_the_test_kit_comes_with_its_extra(environment: Callable[[str], Environment]) -> None:
-    """All of it can be imported, and some of the conformance suite runs on a model."""
-    kit = environment("[testing]")
-    modules = sorted(path.stem for path in (ROOT / "dop_search" / "testing").glob("*.py") if path.stem != "__init__")
-    imported = kit.run("python", "-c", "; ".join(f"import dop_search.testing.{name}" for name in modules))
-    assert imported.returncode == 0, imported.stderr
-    (kit.work / "test_mine.py").write_text(CONFORMANCE)
-    done = kit.run("python", "-m", "pytest", "-q", "-k", "restored or full_model", "test_mine.py")
-    assert done.returncode == 0, done.stdout + done.stderr
