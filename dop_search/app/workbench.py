@@ -236,7 +236,7 @@ class Workbench:
             self.loaded,
             self.teacher("search", ranker),
             ranker.name,
-            {name: getattr(ranker, name) for name in ranker.option_names()},
+            ranker.options(),
             evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
             samples=self.data("search").samples,
         )

@@ -69,7 +69,7 @@ def fit(
         loaded,
         teacher,
         ranker.name,
-        {name: getattr(ranker, name) for name in ranker.option_names()},
+        ranker.options(),
         evaluate=lambda strategies: store.evaluate(strategies, on_progress=on_progress).mean(axis=1),
         samples=data.samples,
     )

@@ -292,7 +292,7 @@ def profile(
         min_visual_tokens=fewest,
         strategy_fields={
             "selector": ranker.name,
-            "selector_options": {name: getattr(ranker, name) for name in ranker.option_names()},
+            "selector_options": ranker.options(),
             "model_fingerprint": loaded.adapter.fingerprint,
         },
     )

@@ -207,6 +207,10 @@ class Selector(ABC):
         """Names of the options."""
         return tuple(item.name for item in fields(cls))
 
+    def options(self) -> dict[str, Any]:
+        """Values of the options, as :func:`make_selector` takes them."""
+        return {name: getattr(self, name) for name in self.option_names()}
+
     @property
     def chooses_per_count(self) -> bool:
         """Whether the choice has to be made again for every number of kept tokens."""

@@ -23,7 +23,7 @@ from dop_search.evaluation.timing.validation import (
     validate_table,
     validation_text,
 )
-from dop_search.evaluation.timing.variants import FAMILIES, Prompt, make_variants
+from dop_search.evaluation.timing.variants import DEPTH_RATIOS, Prompt, make_variants
 from dop_search.models.families import adapter_for
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         help="FLOPs ratios for the built-in shapes of strategy and the baselines (default: 0.5 0.3 0.14)",
     )
     against.add_argument(
-        "--family", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), help="built-in shapes (all)"
+        "--depths", nargs="+", default=list(DEPTH_RATIOS), choices=list(DEPTH_RATIOS), help="built-in shapes (all)"
     )
     against.add_argument("--selector", default="uniform_grid", metavar="NAME", help="of the built-in shapes")
     against.add_argument("--compile", action="store_true", help="the pruned layers of ours through torch.compile")
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> Comparison:
         given,
         strategies,
         ratios,
-        families=options.family,
+        depths=options.depths,
         selector=options.selector,
         compile=options.compile,
     )

@@ -20,7 +20,7 @@ from dop_search.strategy.operations import ModelDims, TokenCounts
 
 Kind = Literal["full", "empty", "strategy", "bound", "hooks"]
 
-FAMILIES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+DEPTH_RATIOS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
         "uniform": (1.0, 1.0, 1.0),
         "tied": (0.75, 0.75, 0.5),
@@ -95,7 +95,7 @@ def make_variants(
     prompt: Prompt,
     strategies: Mapping[str, Strategy],
     ratios: Sequence[float],
-    families: Sequence[str] = tuple(FAMILIES),
+    depths: Sequence[str] = tuple(DEPTH_RATIOS),
     selector: str = "uniform_grid",
     compile: bool = False,
 ) -> tuple[list[Variant], list[str]]:
@@ -116,12 +116,10 @@ def make_variants(
     missing: list[str] = []
     for ratio in ratios:
         candidates = [_bound(model, prompt, dims, ratio), _hooks(model, prompt, dims, ratio)]
-        for family in families:
-            found = fit(FAMILIES[family], ratio, cost, counts.visual, selector)
-            ours = None if found is None else _ours(family, model, found, cost, ratio, compile=compile)
-            candidates.append(
-                ours or f"{family} at {ratio:g}: the text alone costs {cost.floor_ratio:.3f} of the FLOPs"
-            )
+        for name in depths:
+            found = fit(DEPTH_RATIOS[name], ratio, cost, counts.visual, selector)
+            ours = None if found is None else _ours(name, model, found, cost, ratio, compile=compile)
+            candidates.append(ours or f"{name} at {ratio:g}: the text alone costs {cost.floor_ratio:.3f} of the FLOPs")
         for item in candidates:
             if isinstance(item, str):
                 missing.append(item)

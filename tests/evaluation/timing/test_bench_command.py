@@ -93,7 +93,7 @@ def test_what_cannot_reach_its_flops_is_said() -> None:
     model = build(shape, torch.device("cpu"), torch.float32)
     adapter = adapter_for(model)
     given = Prompt.of(adapter, prompt(shape, model, 12))
-    variants, missing = make_variants(model, adapter, given, {}, [0.3, 0.01], families=["uniform"])
+    variants, missing = make_variants(model, adapter, given, {}, [0.3, 0.01], depths=["uniform"])
     assert [variant.name for variant in variants[2:]] == ["reduced before the decoder", "uniform"]
     assert len(missing) == 4
     assert any(
