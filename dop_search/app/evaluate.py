@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from dop_search.app.begin import begin
-from dop_search.app.config import EvalRunConfig
+from dop_search.app.config import EvalRunConfig, SearchConfig
+from dop_search.app.data_checks import check_data
 from dop_search.app.provenance import model_info, provenance
 from dop_search.app.record import FULL_FOLDER, SAMPLES_FOLDER, SCORES_FILE, EvalRecord, StrategyScores
+from dop_search.app.results import plain
 from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge, compare
 from dop_search.app.tracking.store import log_evaluation
+from dop_search.app.workbench import Workbench
+from dop_search.baselines import FittedMethod, parse_method
 from dop_search.models.fast_linear import fast_linear
-from dop_search.models.loading import load
+from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.progress import Progress
 
+METHODS_FOLDER = "methods"
 PACKAGES = ("dop-search", "torch", "transformers", "lmms-eval", "numpy")
 
 
 def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRecord:
-    """Score the full model and every strategy of ``config`` on its suite.
+    """Score the full model, every strategy of ``config`` and every method, fitted on search samples, on its suite.
 
     Writes ``scores.json`` and per-sample outputs to ``run_dir``, and logs to MLflow. Every finished benchmark is kept
     in ``config.cache_dir`` by the content of model, strategy and benchmark: a killed run continues, and the full
@@ -37,30 +45,28 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
     strategies = read_strategies(config.strategy)
+    for name in config.method:
+        parse_method(name)  # a misspelt name is an error before loading
+    if config.method:
+        check_data(config.data, config.suite, ("search",), ())
     begin(config, run_dir, "hydra.run.dir")
     with progress.task(f"load {config.model.name_or_path}"):
         transformers_logging.disable_progress_bar()
         loaded = load(**config.model.model_dump())
     judge = SuiteJudge(loaded, config.suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
     with fast_linear(loaded.model):
+        judged = [_Judged.of_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]
+        judged += _fit(config, loaded, run_dir, progress)
         full = judge.scores(None)
         full.save(run_dir / SAMPLES_FOLDER / FULL_FOLDER)
         items = []
-        for (name, strategy), file in zip(strategies.items(), config.strategy, strict=True):
-            pruned = judge.scores(strategy)
-            pruned.save(run_dir / SAMPLES_FOLDER / name)
+        for item in judged:
+            pruned = judge.scores(item.runs)
+            pruned.save(run_dir / SAMPLES_FOLDER / item.name)
             scores, mean = compare(full, pruned, seed=config.seed)
-            ratio = strategy.provenance.get("flops_ratio")
-            items.append(
-                StrategyScores(
-                    name=name,
-                    file=file,
-                    strategy=strategy,
-                    flops_ratio=ratio if isinstance(ratio, float) else None,
-                    scores=scores,
-                    relative_mean=mean,
-                )
-            )
+            fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+            del fields["runs"]
+            items.append(StrategyScores(**fields, scores=scores, relative_mean=mean))
     record = EvalRecord(
         model=model_info(loaded),
         suite=judge.info(),
@@ -76,6 +82,45 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
         with progress.task("log to MLflow"):
             log_evaluation(config.tracking, record, run_dir)
     return record
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What is scored, and what the record says of it, see :class:`StrategyScores`."""
+
+    name: str
+    file: str
+    runs: Strategy | FittedMethod
+    strategy: Strategy | None
+    flops_ratio: float | None
+    method: dict[str, Any] | None = None
+
+    @classmethod
+    def of_file(cls, named: tuple[str, Strategy], file: str) -> _Judged:
+        name, strategy = named
+        ratio = strategy.provenance.get("flops_ratio")
+        return cls(name, file, strategy, strategy, ratio if isinstance(ratio, float) else None)
+
+    @classmethod
+    def of_method(cls, name: str, fitted: FittedMethod, run_dir: Path) -> _Judged:
+        path = run_dir / METHODS_FOLDER / f"{name}.json"
+        if fitted.strategy is not None:
+            fitted.save(path)
+        file = "" if fitted.strategy is None else str(path)
+        return cls(name, file, fitted, fitted.strategy, fitted.flops_ratio, plain(fitted.facts))
+
+
+def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Progress) -> list[_Judged]:
+    """Every method at every ratio, fitted on the search samples; what a strategy expresses is saved."""
+    if not config.method:
+        return []
+    shared = {name: getattr(config, name) for name in ("model", "data", "selector", "cache_dir", "seed", "num_threads")}
+    bench = Workbench(SearchConfig(**shared), loaded, progress)
+    return [
+        _Judged.of_method(f"{name}-{ratio:g}", bench.fit(name, ratio), run_dir)
+        for name in config.method
+        for ratio in config.flops_ratio
+    ]
 
 
 def read_strategies(files: tuple[str, ...]) -> dict[str, Strategy]:

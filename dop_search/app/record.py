@@ -287,11 +287,19 @@ class StrategyScores(Part):
     name: str
     """Unique in the record; also the folder of its per-sample outputs."""
     file: str
-    strategy: StrategyField
+    """Where the strategy was read from, or where that of a fitted method is; empty if no strategy expresses it."""
+    strategy: StrategyField | None
+    method: dict[str, Any] | None = None
+    """What was fitted, with its hyperparameters."""
     flops_ratio: Ratio | None = None
     """As the search that made the strategy measured it on its samples; ``None`` if the file doesn't say."""
     scores: dict[str, ScoreComparison]
     relative_mean: RelativeMean
+
+    @property
+    def description(self) -> str:
+        """What runs, in a line."""
+        return f"{(self.method or {}).get('method')}" if self.strategy is None else self.strategy.describe()
 
 
 class EvalRecord(Part):

@@ -132,7 +132,7 @@ class ResultFile:
         measure: Callable[..., Mapping[str, Any] | tuple[Mapping[str, Any], np.ndarray]],
         notify: Notify,
         what: str,
-        group: str | None = None,
+        group: Sequence[str] = (),
     ) -> list[Row]:
         """One row per key, in order; what is there is not measured again.
 
@@ -146,7 +146,7 @@ class ResultFile:
             measure: measures one.
             notify: told how far it is.
             what: named to the user.
-            group: the part of the key whose rows one process should measure, as they share work; default: none do.
+            group: the parts of the key whose rows one process should measure, as they share work; default: none do.
         """
         mine: set[str] = set()
         while True:
@@ -326,5 +326,5 @@ def _place(claim: str) -> int:
     return int.from_bytes(hashlib.sha256(claim.encode()).digest()[:7], "big")
 
 
-def _claim(key: Key, group: str | None) -> str:
-    return _name(key) if group is None else f"{group}={json.dumps(plain(key[group]))}"
+def _claim(key: Key, group: Sequence[str]) -> str:
+    return _name({name: key[name] for name in group or key})

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dop_search.app.record import RelativeMean, Result, ScoreComparison, SuiteInfo
 from dop_search.evaluation import Suite, SuiteScores, difference_ci95, relative, relative_mean
+from dop_search.evaluation.runnable import Runnable, strategy_of
 from dop_search.models.loading import LoadedModel
-from dop_search.strategy import Strategy
 from dop_search.utils.progress import Progress, watch
 
 EVALUATION_FOLDER = "evaluation"
@@ -35,22 +35,23 @@ class SuiteJudge:
     _scores: dict[str, SuiteScores] = field(default_factory=dict)
     _revisions: dict[str, str] | None = None
 
-    def scores(self, strategy: Strategy | None) -> SuiteScores:
-        """The scores of a strategy; ``None``: of the full model."""
+    def scores(self, method: Runnable | None) -> SuiteScores:
+        """The scores of a strategy or a fitted method; ``None``: of the full model."""
         from dop_search.evaluation.lmms.hub import check_suite, revisions_of
         from dop_search.evaluation.suite_scores import score_suite
 
         if self._revisions is None:  # all strategies are judged on the same data, whatever is uploaded meanwhile
             check_suite(self.suite)
             self._revisions = revisions_of(self.suite)
-        key = "" if strategy is None else strategy.key()
+        method = strategy_of(method)
+        key = "" if method is None else method.key()
         if key not in self._scores:
-            name = "full model" if strategy is None else strategy.describe()
+            name = "full model" if method is None else method.describe()
             with watch(self.progress, f"{self.suite.name}, {name}: ") as notify:
                 self._scores[key] = score_suite(
                     self.loaded,
                     self.suite,
-                    strategy,
+                    method,
                     work_dir=self.work_dir,
                     on_progress=notify,
                     revisions=self._revisions,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from dop_search.app.begin import begin
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.solvers import SearchPlace
+from dop_search.app.data_checks import check_data
 from dop_search.app.provenance import model_info, provenance
 from dop_search.app.record import (
     CURVES_FILE,
@@ -32,7 +36,8 @@ from dop_search.app.record import (
 from dop_search.app.report import write_report
 from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge
 from dop_search.app.tracking.store import log_search
-from dop_search.app.workbench import Workbench, check_data
+from dop_search.app.workbench import Workbench
+from dop_search.baselines.space_search import without_selection
 from dop_search.data.validation import Split, sources_of
 from dop_search.divergence.profiling import MeasuredProfile, make_space
 from dop_search.evaluation.timing.layer_times import SHARES, table_for
@@ -41,6 +46,7 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.search import (
     MeasuredSolution,
+    Option,
     Problem,
     pareto_front,
     uniform_assignment,
@@ -159,6 +165,9 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         ranked = _candidates(bench, profile, problem, budget, notify)
     best = ranked[0]
+    if best.strategy.selector != config.selector.name:  # uniform reduction by the same selector
+        profile = replace(bench.profile(selector=best.strategy.selector), latency=profile.latency)
+        problem = profile.problem(budget)
     uniform = _uniform_strategy(problem, budget)
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with bench.stage("confirm"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
@@ -210,7 +219,7 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         latency_ratio=None if times is None else times.ratio(strategy),
         latency_ms=None if times is None else times.absolute(strategy) / 1e6,
         kl_heldout_difference_ci95=None if uniform is None else mean_ci95(heldout[0] - heldout[1], config.seed),
-        num_validation_runs=profile.curves.num_validation_runs + best.num_validation_runs,
+        num_validation_runs=bench.num_curve_runs + best.num_validation_runs,
         seconds=time.perf_counter() - start,
         candidates=[_candidate(item, flops, uniform) for item in ranked],
     )
@@ -236,8 +245,21 @@ def _candidates(
         averaging=bench.config.data.averaging,
         storage=bench.config.storage,
         cache_dir=bench.cache,
+        options=partial(_options, bench, budget),
     )
     return bench.config.search.candidates(problem, budget, place, notify)
+
+
+def _options(bench: Workbench, budget: Budget, spaces: Sequence[str], selectors: Sequence[str]) -> list[Option]:
+    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes."""
+    options: list[Option] = []
+    for space, selector in itertools.product(spaces or (None,), selectors or (None,)):
+        profile, left = bench.profile(space, selector), budget
+        if budget.kind == "flops":
+            left = without_selection(bench.context(selector).pricing, profile, budget.resolve(profile.prices("flops")))
+        problem = profile.problem(left)
+        options.append(Option(bench.selector(selector).name, problem.space.name, problem, left))
+    return options
 
 
 def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:
@@ -278,7 +300,7 @@ def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], p
         floor_ratio=problem.cost_model.floor_ratio,
         front=_front_points(problem),
         uniform_front=_front_points(Problem(uniform, problem.cost_model, profile.curves.surrogate(uniform))),
-        num_validation_runs=profile.store.num_validation_runs,
+        num_validation_runs=bench.num_search_runs,
         timings=bench.timings,
         provenance=provenance,
     )

@@ -24,8 +24,10 @@ from dop_search.app.config import SearchConfig
 from dop_search.app.config.parse import parse_section
 from dop_search.app.config.schema import StudyConfig
 from dop_search.app.config.section import Section
+from dop_search.app.data_checks import check_data
 from dop_search.app.results import ResultFile, Row
-from dop_search.app.workbench import Workbench, check_data, flops_ratios
+from dop_search.app.workbench import Workbench, flops_ratios
+from dop_search.baselines import FittedMethod
 from dop_search.data.validation import Split
 from dop_search.selectors import make_selector
 from dop_search.utils.conf import config_dir
@@ -37,12 +39,13 @@ Result = Mapping[str, Any]
 Measured = Row | tuple[Row, np.ndarray]
 """The values of a row, or these and an array per sample."""
 
+STRATEGIES_FOLDER = "strategies"
 EXPERIMENTS = "experiments"
 """The folder of a checkout, and the package, with a folder per study."""
 
 UNUSED = {
     "search": "the study's own searches are told by study.options",
-    "eval": "what a study judges strategies by is part of it",
+    "eval": "what a study judges strategies by is part of it; scores on benchmarks: experiment=main_table",
     "storage": "processes share the rows by study.folder: raise study.workers, or start the same command again",
 }
 """Keys that only a search reads, and what studies have in their place."""
@@ -56,7 +59,8 @@ class Study(Section, ABC):
         rows: what they are, for the progress display.
         reads: the samples that are measured on.
         judges: the samples whose answers are compared with the annotation.
-        group: the part of a key whose rows one process should measure, as they share work.
+        group: the parts of a key whose rows one process should measure, as they share work.
+        uses: keys of :data:`UNUSED` that this study reads all the same.
         adds_rows: options that say which rows there are, and change none: with more of them a study goes on.
     """
 
@@ -64,7 +68,8 @@ class Study(Section, ABC):
     rows: ClassVar[str] = "rows"
     reads: ClassVar[tuple[Split, ...]] = ("search", "heldout")
     judges: ClassVar[Split | None] = None
-    group: ClassVar[str | None] = None
+    group: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[frozenset[str]] = frozenset()
     adds_rows: ClassVar[frozenset[str]] = frozenset()
 
     # -- what there is to measure ---------------------------------------------------------------
@@ -114,6 +119,11 @@ class Study(Section, ABC):
     @staticmethod
     def figures(result: Result) -> dict[str, Figure]:
         """Figures by name, drawn from ``result.json`` alone."""
+        return {}
+
+    @staticmethod
+    def texts(result: Result) -> dict[str, str]:
+        """Other files by name, written from ``result.json`` alone."""
         return {}
 
     @staticmethod
@@ -173,6 +183,12 @@ def study_config(config: SearchConfig) -> StudyConfig:
     return config.study
 
 
+def save_strategy(config: SearchConfig, name: str, fitted: FittedMethod) -> None:
+    """Keep the strategy of a row as ``strategies/NAME.json`` of the study's folder, if one expresses the method."""
+    if fitted.strategy is not None:
+        fitted.save(Path(study_config(config).path) / STRATEGIES_FOLDER / f"{name}.json")
+
+
 def check_study(study: Study, config: SearchConfig) -> None:
     """Refuse, before a model is loaded, what a study does not read, and what it cannot do.
 
@@ -183,6 +199,8 @@ def check_study(study: Study, config: SearchConfig) -> None:
     name = study_config(config).name
     values, usual = (item.model_dump(mode="json", include=set(UNUSED)) for item in (config, SearchConfig()))
     for key, instead in UNUSED.items():
+        if key in study.uses:
+            continue
         given = _difference(key, values[key], usual[key])
         if given is not None:
             raise ConfigError(f"study {name!r} has no use for `{key}`, but got {given}; leave it out: {instead}")

@@ -26,6 +26,7 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import load
 from dop_search.utils.conf import config_dir
 from dop_search.utils.extensions import import_modules
+from dop_search.utils.files import write_text_atomic
 from dop_search.utils.progress import Progress, SilentProgress
 
 
@@ -75,7 +76,7 @@ def run_study(config: SearchConfig, progress: Progress) -> StudyRun:
 
 
 def draw_study(study: Study | type[Study], result: Result, folder: Path) -> list[Path]:
-    """Write a study's figures as PNG into its folder; a study without rows has none.
+    """Write a study's figures as PNG, and its other files, into its folder; a study without rows has none.
 
     Returns:
         The files written.
@@ -84,6 +85,9 @@ def draw_study(study: Study | type[Study], result: Result, folder: Path) -> list
     for name, figure in study.figures(result).items() if result["rows"] else ():
         paths.append(folder / f"{name}.png")
         save_figure(figure, paths[-1])
+    for name, text in study.texts(result).items() if result["rows"] else ():
+        paths.append(folder / name)
+        write_text_atomic(paths[-1], text)
     return paths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from dop_search.app.config import DataConfig, SearchConfig, SpaceConfig
-from dop_search.baselines import FitContext, FittedMethod, Outcome, plain_answers, plain_outcome
-from dop_search.data.pools import check_sources, refuse_overlap
-from dop_search.data.samples import Sample, ValidationSet, no_answer
-from dop_search.data.sources import origin
-from dop_search.data.validation import Split, file_rows, sources_of, validation_set
+from dop_search.baselines import FitContext, FittedMethod, Method, Outcome, parse_method, plain_answers, plain_outcome
+from dop_search.data.samples import Sample, ValidationSet
+from dop_search.data.validation import Split, validation_set
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
-from dop_search.divergence.profiling import MeasuredProfile, evaluation_store, profile
-from dop_search.evaluation import Suite, correct_answers
+from dop_search.divergence.profiling import MeasuredProfile, default_shares, evaluation_store, profile
+from dop_search.evaluation import correct_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.search import CurveGrid, EvaluationStore
 from dop_search.selectors import Selector, make_selector
@@ -47,6 +46,7 @@ class Workbench:
         self._teachers: dict[Any, Teacher] = {}
         self._stores: dict[Any, EvaluationStore] = {}
         self._profiles: dict[Any, MeasuredProfile] = {}
+        self._contexts: dict[Selector, FitContext] = {}
         self._answers: dict[str, list[str]] = {}
 
     @property
@@ -203,7 +203,7 @@ class Workbench:
         """
         chosen = self.config.space
         if space is not None:
-            chosen = SpaceConfig.model_validate({"name": space, "shares": tuple(shares or _shares(space))})
+            chosen = SpaceConfig.model_validate({"name": space, "shares": tuple(shares or default_shares(space))})
         ranker = self.selector(selector)
         key = (chosen, split, ranker, _frozen(changes))
         if key not in self._profiles:
@@ -228,6 +228,16 @@ class Workbench:
                 )
         return self._profiles[key]
 
+    @property
+    def num_curve_runs(self) -> int:
+        """Passes over the search samples for the curves of all profiles."""
+        return sum(profile.curves.num_validation_runs for profile in self._profiles.values())
+
+    @property
+    def num_search_runs(self) -> int:
+        """Passes over the search samples for everything that was evaluated on them."""
+        return sum(profile.store.num_validation_runs for profile in self._profiles.values())
+
     def context(self, selector: str | Selector | None = None) -> FitContext:
         """What published methods are fitted with; divergences come from the store of the search samples."""
         ranker = self.selector(selector)
@@ -239,7 +249,25 @@ class Workbench:
             ranker.options(),
             evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
             samples=self.data("search").samples,
+            profile=lambda space, other: self.profile(space, other or ranker),
+            store=lambda other: self.store("search", other),
         )
+
+    def fit(self, method: str | Method, flops_ratio: float, selector: str | Selector | None = None) -> FittedMethod:
+        """A method by name, also ``NAME@SELECTOR``, or any other, solved on the search samples for a FLOPs ratio.
+
+        ``selector``: for methods that rank by one; default: the one after the ``@``, or else the configured one.
+
+        Raises:
+            BudgetError: if the method cannot be so cheap.
+            DopError: on an unknown method, or one that this model cannot have.
+        """
+        chosen, own = parse_method(method) if isinstance(method, str) else (method, None)
+        ranker = self.selector(selector or own)
+        if ranker not in self._contexts:
+            self._contexts[ranker] = self.context(ranker)
+        with self.watch(f"{method if isinstance(method, str) else method.name} at {flops_ratio:g}: ") as notify:
+            return chosen.fit(replace(self._contexts[ranker], on_progress=notify), flops_ratio)
 
     # -- methods as they run --------------------------------------------------------------------
 
@@ -327,10 +355,6 @@ class Workbench:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
 
-def _shares(space: str) -> tuple[float, ...]:
-    return (0.25, 0.75) if space == "dop_groups" else (1.0,)
-
-
 def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in changes.items()))
 
@@ -351,37 +375,3 @@ def flops_ratios(config: SearchConfig) -> list[float]:
                 "give ratios, as in budget=[0.3,0.15]"
             )
     return [budget.value for budget in config.budget]
-
-
-def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged: Sequence[Split] = ("test",)) -> None:
-    """Find out before a model is loaded whether the samples can be had, and that no benchmark scores them.
-
-    Args:
-        config: which samples.
-        suite: the benchmarks that judge, if any.
-        splits: those that are needed.
-        judged: splits whose answers are compared with the annotation.
-
-    Raises:
-        DataError: saying what to do.
-    """
-    refuse_scored_data(config, suite)
-    check_sources(sources_of(config.name, config.sources))
-    if config.name != "jsonl" or config.path is None:
-        return
-    sizes = {split: config.sizes[split] for split in splits}
-    for split, rows in file_rows(config.path, sizes, config.seed, config.families).items():
-        for row in rows:
-            if not row.answers and (split in judged or config.answers == "ground_truth"):
-                raise no_answer(row.where)
-
-
-def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
-    """Refuse a search on what the suite scores.
-
-    Raises:
-        DataError: naming the source, the benchmark and the split.
-    """
-    if suite.benchmarks and suite.source == "hub":
-        scored = {b.name: origin(b.dataset.path, b.dataset.name, b.dataset.split, None) for b in suite.benchmarks}
-        refuse_overlap(sources_of(config.name, config.sources), scored)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,12 +19,15 @@ from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
 from dop_search.baselines.pricing import Pricing
 from dop_search.data.samples import Sample
 from dop_search.divergence import DivergenceEngine, Teacher
-from dop_search.divergence.profiling import token_counts
+from dop_search.divergence.profiling import MeasuredProfile, OnProgress, token_counts
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
+from dop_search.search import EvaluationStore
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
+
+ProfileOf = Callable[[str, str | None], MeasuredProfile]
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,11 @@ class FitContext:
         loaded, teacher: model and validation samples; only methods that look at the model's states need them.
         samples: the teacher's samples with their images; only methods that resize images need them.
         selector, selector_options: ranking before the decoder, for methods that need one and bring none. ``evaluate``
-            must rank by the same.
+            and ``profile`` must rank by the same.
+        profile: the divergence curves of a space and a selector by their names, ``None``: the context's selector; for
+            our own searches.
+        store: exact divergences of strategies by another selector, for methods that compare selectors.
+        on_progress: called with (done, total, what) by methods that measure for long.
         memo: what methods keep between budgets, such as a search's trajectory.
     """
 
@@ -50,6 +60,9 @@ class FitContext:
     samples: tuple[Sample, ...] | None = None
     selector: str = "cls_attention"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
+    profile: ProfileOf | None = None
+    store: Callable[[str], EvaluationStore] | None = None
+    on_progress: OnProgress | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -61,11 +74,13 @@ class FitContext:
         selector_options: Mapping[str, Any] | None = None,
         evaluate: Evaluate | None = None,
         samples: Sequence[Sample] | None = None,
+        profile: ProfileOf | None = None,
+        store: Callable[[str], EvaluationStore] | None = None,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
         ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
-        teacher's, for methods that resize their images.
+        teacher's, for methods that resize their images. ``profile``, ``store``: see the class.
         """
         if evaluate is None:
             engine = DivergenceEngine(loaded.adapter, teacher)
@@ -83,6 +98,8 @@ class FitContext:
             samples=None if samples is None else tuple(samples),
             selector=selector,
             selector_options=dict(selector_options or {}),
+            profile=profile,
+            store=store,
         )
 
     @property
@@ -127,6 +144,26 @@ class FitContext:
             raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
         return self.evaluate_at_prompt
 
+    def needs_profile(self, space: str, selector: str | None = None) -> MeasuredProfile:
+        """The divergence curves of a space, with the context's selector or another.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.profile is None:
+            raise DopError(f"{space} is searched on measured curves: use dop_search.fit(...), or give `profile`")
+        return self.profile(space, selector)
+
+    def needs_store(self, method: str, selector: str) -> EvaluationStore:
+        """Exact divergences by another selector.
+
+        Raises:
+            DopError: if the context has none.
+        """
+        if self.store is None:
+            raise DopError(f"{method} measures with every selector: use dop_search.fit(...), or give `store`")
+        return self.store(selector)
+
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
         """Model and teacher.
 
@@ -161,7 +198,7 @@ class FittedMethod:
         hyperparameters: what was solved, chosen or measured.
         notes: what a reader of a table should know, such as a deviation from the published setting.
         strategy: what runs, for methods that a strategy expresses.
-        runtime: makes the context manager of the others.
+        runtime: makes the context manager of the others, which ``method`` and ``hyperparameters`` determine.
         processor: from the model's processor to the one that prompts must come from, for methods that resize images.
     """
 
@@ -180,6 +217,37 @@ class FittedMethod:
                 f"a fitted method has either a strategy or a runtime, but {self.method!r} got "
                 f"(strategy={self.strategy!r}, runtime={self.runtime!r})"
             )
+
+    def key(self) -> str:
+        """A name for what runs: the strategy's, or a hash of the method and its hyperparameters."""
+        if self.strategy is not None:
+            return self.strategy.key()
+        text = json.dumps([self.method, dict(self.hyperparameters)], sort_keys=True)
+        return f"{self.method}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def describe(self) -> str:
+        """What runs, in a line."""
+        return f"{self.method} at {self.flops_ratio:.3f}" if self.strategy is None else self.strategy.describe()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything but what runs, JSON-ready; also the provenance of a saved strategy."""
+        return {
+            "method": self.method,
+            "target_ratio": self.target_ratio,
+            "flops_ratio": self.flops_ratio,
+            "hyperparameters": dict(self.hyperparameters),
+            "notes": list(self.notes),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the strategy as a file, with the facts as its provenance.
+
+        Raises:
+            DopError: if no strategy expresses the method; it is fitted again instead.
+        """
+        strategy = self.needs_strategy()
+        replace(strategy, provenance={**strategy.provenance, **self.facts}).save(path)
 
     def needs_strategy(self) -> Strategy:
         """``strategy``.
@@ -203,9 +271,15 @@ class FittedMethod:
 
 
 class Method(ABC):
-    """A published method. A new one is one subclass in one file, listed in ``BASELINES``."""
+    """A published method. A new one is one subclass in one file, listed in ``BASELINES``.
+
+    Attributes:
+        name: of the method.
+        uses_selector: whether it ranks by the context's selector, so that ``NAME@SELECTOR`` is another method.
+    """
 
     name: ClassVar[str]
+    uses_selector: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dop_search.baselines import baseline
+from dop_search.baselines import parse_method
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import Teacher, make_teacher
-from dop_search.divergence.profiling import OnProgress, evaluation_store
+from dop_search.divergence.profiling import (
+    MeasuredProfile,
+    OnProgress,
+    default_shares,
+    evaluation_store,
+    profile,
+)
 from dop_search.models.loading import LoadedModel
 from dop_search.selectors import Selector, make_selector
 from dop_search.utils.errors import ConfigError
@@ -21,7 +28,7 @@ def fit(
     data: ValidationSet,
     *,
     flops_ratio: float,
-    selector: str | Selector = "cls_attention",
+    selector: str | Selector | None = None,
     teacher: Teacher | None = None,
     max_new_tokens: int = 16,
     batch_size: int = 16,
@@ -31,12 +38,14 @@ def fit(
     """Solve a published method for a share of the full model's FLOPs; ``with fitted.apply(model):`` runs it.
 
     Args:
-        method: a name of ``dop_search.baselines.BASELINES`` (a selector's name is uniform reduction by it), or a
-            method of one's own.
+        method: a name of ``dop_search.baselines.BASELINES`` (a selector's name is uniform reduction by it), one of our
+            searches (``dop``, ``dop_split``, ``dop_groups``), ``uniform``, ``full``, any of these that use a selector
+            as ``NAME@SELECTOR``, or a method of one's own.
         loaded: the model.
         data: validation samples: what FLOPs are counted on and what methods that measure, measure on.
         flops_ratio: prefill FLOPs relative to the full model, text included, in (0, 1].
-        selector: ranks the visual tokens before the decoder, for methods that need a ranking and bring none.
+        selector: ranks the visual tokens before the decoder, for methods that need a ranking and bring none; default:
+            the one after the ``@``, or else ``cls_attention``.
         teacher: the full model's answers, if they are at hand; ranked by ``selector``.
         max_new_tokens: longest answer of the full model.
         batch_size: samples per generation call.
@@ -47,8 +56,11 @@ def fit(
         BudgetError: if the method cannot be so cheap; names the smallest feasible ratio.
         DopError: on an unknown method, or a teacher of another selector.
     """
-    chosen = baseline(method) if isinstance(method, str) else method
-    ranker = make_selector(selector) if isinstance(selector, str) else selector
+    chosen, own = parse_method(method) if isinstance(method, str) else (method, None)
+    if own is not None and selector is not None:
+        raise ConfigError(f"`selector` is given twice, by {method!r} and by {selector!r}; leave one of them out")
+    named = selector or own or "cls_attention"
+    ranker = make_selector(named) if isinstance(named, str) else named
     cache = None if cache_dir is None else Path(cache_dir)
     if teacher is None:
         teacher = make_teacher(
@@ -72,9 +84,43 @@ def fit(
         ranker.options(),
         evaluate=lambda strategies: store.evaluate(strategies, on_progress=on_progress).mean(axis=1),
         samples=data.samples,
+        profile=partial(_profile, loaded, data, teacher, cache, on_progress),
+        store=lambda other: evaluation_store(loaded, _ranked(loaded, data, teacher, cache, other), cache_dir=cache),
     )
-    return chosen.fit(context, flops_ratio)
+    return chosen.fit(replace(context, on_progress=on_progress), flops_ratio)
 
 
 def _answers(on_progress: OnProgress, done: int, total: int) -> None:
     on_progress(done, total, "the full model's answers")
+
+
+def _profile(
+    loaded: LoadedModel,
+    data: ValidationSet,
+    teacher: Teacher,
+    cache_dir: Path | None,
+    on_progress: OnProgress | None,
+    space: str,
+    selector: str | None,
+) -> MeasuredProfile:
+    """The curves of a space, by the teacher's selector or another."""
+    if selector is not None:
+        teacher = _ranked(loaded, data, teacher, cache_dir, selector)
+    return profile(
+        loaded,
+        data,
+        teacher.selector,
+        space=space,
+        shares=default_shares(space),
+        teacher=teacher,
+        cache_dir=cache_dir,
+        on_progress=on_progress,
+    )
+
+
+def _ranked(
+    loaded: LoadedModel, data: ValidationSet, teacher: Teacher, cache_dir: Path | None, selector: str
+) -> Teacher:
+    """The same answers with the visual tokens ranked by another selector."""
+    answers = [sample.answer_ids for sample in teacher.samples]
+    return make_teacher(loaded, data, make_selector(selector), cache_dir=cache_dir, answer_ids=answers)

@@ -21,6 +21,7 @@ class Gsop(Method):
     name = "gsop"
     free_nats: float = 1e-3
     stride_nats: float = 0.02
+    uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""

@@ -7,6 +7,7 @@ on a shallower model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ class LowRankRepair:
     def rank(self) -> int:
         """Width of the bottleneck."""
         return self.down.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what it adds."""
+        values = torch.cat([part.flatten() for part in (self.down, self.up, self.bias)])
+        return hashlib.sha256(values.double().cpu().numpy().tobytes()).hexdigest()[:16]
 
     def flops(self, dims: ModelDims, counts: TokenCounts, num_visual: int) -> int:
         """FLOPs on all rows of one sample's prefill."""

@@ -46,6 +46,7 @@ class ShortLvlm(Method):
     name: str = "short_lvlm"  # type: ignore[misc]
     repair_rank: int = 0
     order: tuple[int, ...] | None = None
+    uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
@@ -72,6 +73,8 @@ class ShortLvlm(Method):
                 "removed_layers": list(removed),
                 "num_visual_tokens": kept,
                 "repair_rank": self.repair_rank,
+                "repair": None if repair is None else repair.digest,
+                **context.ranked(),
             },
             notes=(*notes, *context.pricing.distance_note(achieved, flops_ratio)),
             runtime=lambda model: layers_removed(model, removed, repair=repair, **entering),

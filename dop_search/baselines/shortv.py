@@ -40,6 +40,7 @@ class ShortV(Method):
     """
 
     name = "shortv"
+    uses_selector = True
     order: tuple[int, ...] | None = None
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:

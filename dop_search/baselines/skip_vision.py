@@ -26,6 +26,7 @@ class SkipVision(Method):
     """Solved for the number of tokens with an MLP, then for the number of tokens."""
 
     name = "skip_vision"
+    uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
@@ -55,3 +55,27 @@ class UniformReduction(Method):
         facts = {"num_visual_tokens": kept, "last_token_leaves_at": depth}
         note = f"one token is a larger step than the tolerance: token {kept} of {kept} leaves at layer {depth}"
         return self.fitted(context, flops_ratio, leaving(depth, kept), facts, [note])
+
+
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Uniform reduction by the context's selector."""
+
+    name = "uniform"
+    uses_selector = True
+
+    def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
+        """See base class."""
+        chosen = UniformReduction(context.selector, dict(context.selector_options))
+        return replace(chosen.fit(context, flops_ratio), method=self.name)
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """The full model, whatever it may cost."""
+
+    name = "full"
+
+    def fit(self, context: FitContext, flops_ratio: float = 1.0) -> FittedMethod:
+        """See base class."""
+        return self.fitted(context, 1.0, Strategy.full(context.num_layers), {})

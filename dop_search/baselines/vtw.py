@@ -24,6 +24,7 @@ class Vtw(Method):
     """Solved for ``K`` and the number of tokens that enter."""
 
     name = "vtw"
+    uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""

@@ -160,6 +160,11 @@ class MeasuredProfile(Profile):
         return self._sign(ranked[0], budget)
 
 
+def default_shares(space: str) -> tuple[float, ...]:
+    """Share of the kept tokens per group, where nobody says: a quarter and the rest for ``dop_groups`` (GSOP's)."""
+    return (0.25, 0.75) if space == "dop_groups" else (1.0,)
+
+
 def make_space(
     name: str,
     num_layers: int,

@@ -12,6 +12,7 @@ from typing import Any
 from dop_search.evaluation.lmms.hub import check_suite, revisions_of
 from dop_search.evaluation.lmms.quiet import Silenced, silenced
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
+from dop_search.evaluation.runnable import Runnable, strategy_of
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
 from dop_search.evaluation.suites import Benchmark, Suite, load_suite
 from dop_search.models.loading import LoadedModel
@@ -32,7 +33,7 @@ JUDGE_SETTINGS = ("MODEL_VERSION", "API_TYPE", "OPENAI_API_URL", "AZURE_ENDPOINT
 def score_suite(
     loaded: LoadedModel,
     suite: Suite | str,
-    strategy: Strategy | None = None,
+    strategy: Runnable | None = None,
     *,
     work_dir: str | Path,
     limit: int | None = None,
@@ -50,7 +51,7 @@ def score_suite(
     Args:
         loaded: the model.
         suite: a suite, its name, or its YAML file.
-        strategy: what runs; ``None``: the full model.
+        strategy: what runs, also a fitted method; ``None``: the full model.
         work_dir: generated tasks, rendered rows, scores and the log.
         limit: most samples per benchmark instead of the suite's; see :func:`scored_rows`.
         batch_size: samples per generation call instead of the suite's.
@@ -69,7 +70,7 @@ def score_suite(
         chosen = dataclasses.replace(chosen, limit=limit)
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
-    run = _Run(loaded, chosen, _without_emptiness(strategy), Path(work_dir), on_progress)
+    run = _Run(loaded, chosen, strategy_of(strategy), Path(work_dir), on_progress)
     scores, marks = run.all(resume, revisions)
     return SuiteScores(
         suite=chosen.name,
@@ -81,11 +82,6 @@ def score_suite(
     )
 
 
-def _without_emptiness(strategy: Strategy | None) -> Strategy | None:
-    """The strategy that skips nothing is the full model."""
-    return None if strategy is None or strategy.is_empty else strategy
-
-
 class _Run:
     """One call of :func:`score_suite`."""
 
@@ -93,7 +89,7 @@ class _Run:
         self,
         loaded: LoadedModel,
         suite: Suite,
-        strategy: Strategy | None,
+        strategy: Runnable | None,
         work_dir: Path,
         on_progress: OnProgress | None,
     ) -> None:
@@ -129,7 +125,7 @@ class _Run:
         suite = self.suite
         return fingerprint(
             model,
-            None if self.strategy is None else [self.strategy.key(), ranking_version(self.strategy)],
+            self._method_mark(),
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
             {name: os.environ.get(name) for name in JUDGE_SETTINGS} if suite.judge and benchmark.judge else None,
@@ -139,6 +135,12 @@ class _Run:
             suite.max_new_tokens,
             [version(name).split("+")[0] for name in ("lmms-eval", "torch", "transformers")],
         )
+
+    def _method_mark(self) -> list[str | int] | None:
+        if self.strategy is None:
+            return None
+        version = [ranking_version(self.strategy)] if isinstance(self.strategy, Strategy) else []
+        return [self.strategy.key(), *version]
 
     def _folder(self, mark: str) -> Path:
         return self.work_dir / "scores" / mark

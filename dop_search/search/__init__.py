@@ -5,7 +5,8 @@ from dop_search.search.candidates import Candidate, best_candidates
 from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
 from dop_search.search.curves import Curve, CurveGrid, Curves
 from dop_search.search.exhaustive import EvaluatedGrid, evaluate_grid, exhaustive
-from dop_search.search.optuna_solvers import additive_optuna, exact_optuna
+from dop_search.search.joint import Option, exact_optuna, joint_search
+from dop_search.search.optuna_solvers import additive_optuna
 from dop_search.search.registry import SOLVERS, solve
 from dop_search.search.rerank import best_first, rerank, rerank_all, with_exact
 from dop_search.search.solution import MeasuredSolution, Problem, Solution, uniform_assignment, uniform_strategy
@@ -27,6 +28,7 @@ __all__ = [
     "Front",
     "MeasuredSolution",
     "OnProgress",
+    "Option",
     "Parameter",
     "Problem",
     "Solution",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate_grid",
     "exact_optuna",
     "exhaustive",
+    "joint_search",
     "pareto_front",
     "rerank",
     "rerank_all",

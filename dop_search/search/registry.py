@@ -8,7 +8,8 @@ from typing import Any
 
 from dop_search.search.additive_exact import additive_exact
 from dop_search.search.exhaustive import exhaustive
-from dop_search.search.optuna_solvers import additive_optuna, exact_optuna
+from dop_search.search.joint import exact_optuna
+from dop_search.search.optuna_solvers import additive_optuna
 from dop_search.search.rerank import rerank
 from dop_search.search.solution import Problem, Solution
 from dop_search.strategy.cost.budget import Budget

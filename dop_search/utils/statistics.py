@@ -1,4 +1,4 @@
-"""Every bootstrap of this project, and rank correlation.
+"""Bootstraps of medians, ratios and scores, and rank correlation; of means: :mod:`dop_search.utils.intervals`.
 
 SciPy is imported by the functions that use it: ``dop-bench`` runs where there is none.
 """
@@ -13,22 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _DRAWS_AT_ONCE = 20_000_000
-
-
-def bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = 2000) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of ``values`` (``[num_samples]``); ``None`` below two samples.
-
-    For a paired comparison pass the differences per sample.
-    """
-    from scipy import stats
-
-    data = np.asarray(values, dtype=np.float64)
-    if len(data) < 2:
-        return None
-    interval = stats.bootstrap(
-        (data,), np.mean, n_resamples=num_resamples, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -43,7 +43,8 @@ from dop_search.search import (
 )
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
-from dop_search.utils.statistics import bootstrap_ci95, spearman
+from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.statistics import spearman
 
 METHODS = ("additive", "rerank", "reanchored", "pair", "pairs", "exact")
 SCORED = ("additive", "exact")
@@ -92,7 +93,7 @@ class AdditiveVsExact(Study):
     rows = "additive and exact optima"
     reads = ("search", "heldout", "test")
     judges = "test"
-    group = "space"
+    group = ("space",)
 
     grids: dict[str, Listed[int]] = GRIDS
     """Per space (one group of tokens) the numbers of levels of each depth and of the visual tokens."""
@@ -281,7 +282,7 @@ def _measure(bench: Workbench, strategy: Strategy, method: str, values: Row) -> 
     values |= {
         "kl_heldout": float(heldout.mean()),
         "kl_heldout_median": float(np.median(heldout)),
-        "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+        "kl_ci95": mean_ci95(heldout, bench.config.seed),
     }
     if method in SCORED and bench.is_annotated("test"):
         values["accuracy"] = float(bench.correct(strategy).mean())
@@ -302,7 +303,7 @@ def _gaps(bench: Workbench, results: ResultFile, spaces: Sequence[str]) -> list[
                 **key,
                 "kl_search": row["kl_search"] - other["kl_search"],
                 "kl_heldout": float((mine - theirs).mean()),
-                "kl_heldout_ci95": bootstrap_ci95(mine - theirs, bench.config.seed),
+                "kl_heldout_ci95": mean_ci95(mine - theirs, bench.config.seed),
             }
         )
     return gaps

@@ -1,10 +1,11 @@
 """Every method at the same FLOPs: held-out KL, accuracy and time, one row per method and budget.
 
 Ours are named by their space (``dop``: the paper's, ``dop_split``, ``dop_groups``), ``SPACE@SELECTOR`` over another
-selector than the configured one, and ``dop_search``: of all of these the one with the least KL on the search samples.
-``uniform_search`` is the same choice among all uniform reductions, so that choosing a selector is no advantage of ours
-alone. ``gsop@SELECTOR`` is GSOP over another selector. All rows use up their budget to within 1 %, ours too. On samples
-without annotated answers ``relative_mean`` is the share of the full model's answers that stay, token by token.
+selector than the configured one, and ``dop_search``, one study over selectors and spaces. ``uniform_search`` is the
+uniform reduction with the least KL on the search samples, so that choosing a selector is no advantage of ours alone.
+``gsop@SELECTOR`` is GSOP over another selector. All rows use up their budget to within 1 %, ours too. What a
+strategy expresses is saved, ``strategies/METHOD-BUDGET.json``, for ``dop-eval strategy=…``. On samples without annotated
+answers ``relative_mean`` is the share of the full model's answers that stay, token by token.
 """
 
 from __future__ import annotations
@@ -16,24 +17,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import NonNegativeInt, PositiveInt, PrivateAttr, field_validator
+from pydantic import NonNegativeInt, field_validator
 from rich.table import Table
 
 from dop_search.app.config.section import Listed
 from dop_search.app.report.style import FAINT, LOOKS, SMALLEST_KL, Look, styled
 from dop_search.app.results import FAILED, ResultFile, Row
-from dop_search.app.space_search import SPACES, search_space
-from dop_search.app.study import Measured, Result, Study
+from dop_search.app.study import Measured, Result, Study, save_strategy
 from dop_search.app.workbench import Workbench
-from dop_search.baselines import BASELINES, FitContext, FittedMethod, baseline
+from dop_search.baselines import BASELINES, OWN, FittedMethod, parse_method
 from dop_search.evaluation.accuracy import relative_family_mean
-from dop_search.selectors import SELECTORS
-from dop_search.utils.errors import ConfigError
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from experiments.compare.overhead import counted_over_closed_form, prefill_times
-
-CHOICES = {"dop_search": SPACES, "uniform_search": tuple(SELECTORS)}
-"""Rows that are the best of others on the search samples, and the others' names (before an ``@``)."""
 
 TIMED_SAMPLES = 4
 """Prompts of the batch whose prefill is timed."""
@@ -45,29 +40,25 @@ class Compare(Study):
     question = "What does every method lose at the same FLOPs?"
     rows = "methods at equal FLOPs"
     judges = "heldout"
-    group = "method"
+    group = ("method",)
     adds_rows = frozenset({"methods"})
 
     methods: Listed[str] = ()
-    """Names; none: ``dop``, ``dop_split`` and every published method."""
-    num_candidates: PositiveInt = 16
-    """That exact KL chooses among in each of our searches."""
+    """Names; none: our searches and every published method."""
     num_timing_rounds: NonNegativeInt = 3
     """Paired measurements of the prefill per row; 0: no times."""
-
-    _contexts: dict[str, FitContext] = PrivateAttr(default_factory=dict)
 
     @field_validator("methods")
     @classmethod
     def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            _check(name)
+            parse_method(name)
         return value
 
     @property
     def names(self) -> list[str]:
         """The methods of this run."""
-        return list(self.methods) or [*SPACES[:2], *BASELINES]
+        return list(self.methods) or [*OWN, *BASELINES]
 
     def keys(self, bench: Workbench) -> list[dict[str, Any]]:
         """See base class."""
@@ -75,27 +66,19 @@ class Compare(Study):
 
     def row(self, bench: Workbench, method: str, budget: float) -> Measured:
         """See base class."""
-        name, _, selector = method.partition("@")
-        if selector not in self._contexts:
-            self._contexts[selector] = bench.context(selector or None)
-        context = self._contexts[selector]
-        if name in SPACES:
-            fitted = search_space(bench, context, method, name, selector, budget, self.num_candidates, use_up=True)
-        else:
-            fitted = baseline(name).fit(context, budget)
+        fitted = bench.fit(method, budget)
+        save_strategy(bench.config, f"{method}-{budget:g}", fitted)
         return _measure(bench, fitted, self.num_timing_rounds)
 
     def measure(self, bench: Workbench, results: ResultFile) -> None:
-        """See base class; rows that are the best of others are chosen among all that were ever measured."""
+        """See base class; summarizes all rows that were ever measured."""
         if not results.data["summary"]:
             known = bench.is_annotated("heldout")
             results.summarize({"full": {"accuracy": float(bench.correct(None, "heldout").mean())} if known else {}})
         with bench.watch() as notify:
             results.measure(self.keys(bench), partial(self.row, bench), notify, self.rows, group=self.group)
-        measured = (row["method"] for row in results.rows if row["method"] not in CHOICES)
-        every = list(dict.fromkeys([*self.names, *measured]))
-        _choose(results, every, results.budgets)
-        results.sort([{"method": name, "budget": budget} for name in (*CHOICES, *every) for budget in results.budgets])
+        every = list(dict.fromkeys([*self.names, *(row["method"] for row in results.rows)]))
+        results.sort([{"method": name, "budget": budget} for name in every for budget in results.budgets])
         results.summarize({"full": results.data["summary"]["full"], **summarize(results, results.budgets)})
 
     @staticmethod
@@ -131,17 +114,6 @@ class Compare(Study):
         return made
 
 
-def _check(name: str) -> None:
-    method, _, selector = name.partition("@")
-    if method not in (*SPACES, *BASELINES, *SELECTORS) or (selector and selector not in SELECTORS):
-        raise ConfigError(
-            f"unknown method {name!r}; there are {', '.join((*SPACES, *BASELINES))}, and any search over a selector, "
-            "such as dop_split@divprune"
-        )
-    if selector and method not in (*SPACES, "gsop"):
-        raise ConfigError(f"{method!r} has no selector to choose, but got {name!r}; it goes with {SPACES} and gsop")
-
-
 # -- one row ---------------------------------------------------------------------------------------
 
 
@@ -152,7 +124,8 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
         "flops_ratio": fitted.flops_ratio,
         "counted_over_closed_form": counted_over_closed_form(bench.loaded, bench.data("heldout").samples[0], fitted),
         "kl_heldout": float(outcome.divergence.mean()),
-        "kl_ci95": bootstrap_ci95(outcome.divergence, bench.config.seed),
+        "kl_ci95": mean_ci95(outcome.divergence, bench.config.seed),
+        "num_dominant": num_dominant(outcome.divergence),
         "same_answers": float(outcome.same_answer.mean()),
         "relative_mean": 100.0 * float(outcome.same_answer.mean()),
     }
@@ -160,32 +133,11 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
         right = bench.correct_after(fitted, outcome)
         values["accuracy"] = float(right.mean())
         values["relative_mean"] = relative_family_mean(right, bench.correct(None, "heldout"), families)
-    if fitted.method in SELECTORS:
-        values["kl_search"] = float(bench.outcome(fitted, "search").divergence.mean())
-    elif fitted.method.partition("@")[0] in SPACES:  # measured while it was searched for
-        values["kl_search"] = float(bench.divergence([fitted.needs_strategy()], "search").mean())
     if num_rounds:
         values |= prefill_times(bench.loaded, bench.data("heldout").samples[:TIMED_SAMPLES], fitted, num_rounds)
     values["hyperparameters"] = dict(fitted.hyperparameters)
     values["notes"] = list(fitted.notes)
     return values, outcome.divergence
-
-
-def _choose(results: ResultFile, names: Sequence[str], budgets: Sequence[float]) -> None:
-    """Add the rows that are another row, chosen by its KL on the search samples among all that were ever measured."""
-    for choice, among in CHOICES.items():
-        for budget in budgets:
-            keys = [{"method": name, "budget": budget} for name in names if name.partition("@")[0] in among]
-            rows = [row for key in keys if (row := results.find(key)) is not None and "kl_search" in row]
-            if rows:
-                best = min(rows, key=lambda row: row["kl_search"])
-                samples = results.per_sample({"method": best["method"], "budget": budget})
-                values = {name: value for name, value in best.items() if name not in ("method", "budget")}
-                values["hyperparameters"] = {"chosen": best["method"], **best["hyperparameters"]}
-                key = {"method": choice, "budget": budget}
-                old = results.find(key)
-                if old is None or old["hyperparameters"] != values["hyperparameters"]:
-                    results.add(key, values, samples)
 
 
 # -- all rows --------------------------------------------------------------------------------------
@@ -194,10 +146,11 @@ def _choose(results: ResultFile, names: Sequence[str], budgets: Sequence[float])
 def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "dop_search") -> dict[str, Any]:
     """Paired differences to ``reference`` and mean ranks.
 
-    ``differences``: per budget and method the 95 % bootstrap interval of KL(method) − KL(reference) over the same
-    held-out samples. ``mean_rank``: by held-out KL, over the budgets at which at least half of the methods were
-    measured, of the methods measured at all of them; a method that cannot reach a budget ranks last there, one whose
-    measurement failed has no rank, ties share the mean of their ranks.
+    ``differences``: per budget and method the mean of KL(method) − KL(reference) over the same held-out samples, its
+    95 % interval, the samples that carry 90 % of it, and the p-value by sign flips, adjusted by Holm over the table.
+    ``mean_rank``: by held-out KL, over the budgets at which at least half of the methods were measured, of the methods
+    measured at all of them; a method that cannot reach a budget ranks last there, one whose measurement failed has no
+    rank, ties share the mean of their ranks.
     """
     differences: dict[str, dict[str, Any]] = {}
     ranks: dict[str, list[float]] = {}
@@ -210,17 +163,29 @@ def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "d
         for row in its:
             theirs = results.per_sample({"method": row["method"], "budget": budget})
             if ours is not None and theirs is not None and row["method"] != reference:
-                between[row["method"]] = bootstrap_ci95(theirs - ours)
+                between[row["method"]] = _difference(theirs - ours)
         differences[f"{budget:g}"] = between
         values = [row.get("kl_heldout", np.inf) for row in its]
         for row, value in zip(its, values, strict=True) if budget in ranked else ():
             below, equal = sum(v < value for v in values), sum(v == value for v in values)
             ranks.setdefault(row["method"], []).append(below + (equal + 1) / 2)
+    every = [item for between in differences.values() for item in between.values()]
+    for item, p_value in zip(every, holm([item["p"] for item in every]), strict=True):
+        item["p"] = p_value
     mean_rank = {name: float(np.mean(item)) for name, item in ranks.items() if len(item) == len(ranked)}
     return {
         "reference": reference,
         "differences": differences,
         "mean_rank": dict(sorted(mean_rank.items(), key=lambda item: item[1])),
+    }
+
+
+def _difference(values: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": float(values.mean()),
+        "ci95": mean_ci95(values),
+        "num_dominant": num_dominant(values),
+        "p": sign_flip_p(values),
     }
 
 

@@ -29,7 +29,8 @@ from dop_search.search import Problem, rerank_all
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.strategy.operations import MODULES
-from dop_search.utils.statistics import bootstrap_ci95, spearman
+from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.statistics import spearman
 
 ABLATIONS = ("single", "from_end", "from_start")
 MAX_PAIRS = 500
@@ -96,7 +97,7 @@ def _ablation(bench: Workbench, kind: str, name: str) -> Row:
         "layers": layers,
         "dead": [layer for layer in layers if layer not in alive],
         "kl_search": mean,
-        "kl_search_ci95": [bootstrap_ci95(item, bench.config.seed) for item in values],
+        "kl_search_ci95": [mean_ci95(item, bench.config.seed) for item in values],
         "kl_search_median": np.median(values, axis=1),
         "share_moved": (values > 1e-3).mean(axis=1),
         "spearman_with_depth": spearman(alive, mean[alive].tolist()),
@@ -179,10 +180,10 @@ def _search(bench: Workbench, name: str, budget: float, num_runs: int) -> tuple[
         "flops_ratio": bench.profile("dop_split").problem().cost_model.ratio(strategy),
         "num_validation_runs": used,
         "kl_search": float(search.mean()),
-        "kl_search_ci95": bootstrap_ci95(search, bench.config.seed),
+        "kl_search_ci95": mean_ci95(search, bench.config.seed),
         "kl_heldout": float(heldout.mean()),
         "kl_heldout_median": float(np.median(heldout)),
-        "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+        "kl_ci95": mean_ci95(heldout, bench.config.seed),
         "best_so_far": [float(f"{value:.4g}") for value in path],
     }, heldout
 
@@ -267,7 +268,7 @@ def _differences(bench: Workbench, results: ResultFile, reference: str = "exit")
                     "budget": budget,
                     "kl_search": row["kl_search"] - other["kl_search"],
                     "kl_heldout": float((mine - theirs).mean()),
-                    "kl_heldout_ci95": bootstrap_ci95(mine - theirs, bench.config.seed),
+                    "kl_heldout_ci95": mean_ci95(mine - theirs, bench.config.seed),
                 }
             )
     return found

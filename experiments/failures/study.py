@@ -29,7 +29,7 @@ from dop_search.search.rerank import rerank
 from dop_search.search.solution import uniform_strategy
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 METHODS = ("found", "uniform")
 MAX_SIDE_PX = 128
@@ -63,7 +63,7 @@ class Failures(Study):
             "num_full_right": int(full.sum()),
             "num_lost": int(lost.sum()),
             "num_gained": int((right & ~full).sum()),
-            "lost_ratio_ci95": bootstrap_ci95(lost[full], bench.config.seed),
+            "lost_ratio_ci95": mean_ci95(lost[full], bench.config.seed),
             "asked": _count(samples, full),
             "lost": _count(samples, lost),
         }
@@ -102,7 +102,7 @@ def _differences(results: ResultFile, budgets: Sequence[float], seed: int) -> di
     for budget in budgets:
         found, uniform = (results.per_sample({"budget": budget, "method": method}) for method in METHODS)
         if found is not None and uniform is not None:
-            intervals[f"{budget:g}"] = bootstrap_ci95(found - uniform, seed)
+            intervals[f"{budget:g}"] = mean_ci95(found - uniform, seed)
     return intervals
 
 

@@ -36,7 +36,7 @@ from dop_search.search import rerank_all, uniform_strategy
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import DataError
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 FOUND, FOUND_LONG, UNIFORM = "found", "found_long", "uniform"
 Cut = Literal["kv", "q", "mlp"]
@@ -80,7 +80,7 @@ class LongAnswers(Study):
         means = np.array([item.mean() for item in values])
         ratio = bench.profile().problem(Budget(flops_ratio=1.0)).cost_model.ratio(chosen)
         facts = {"strategy_text": chosen.describe(), "flops_ratio": ratio, "kl_heldout": float(means.mean())}
-        its = {"kl_ci95": bootstrap_ci95(means), **by_position(values, self.bin_tokens)}
+        its = {"kl_ci95": mean_ci95(means), **by_position(values, self.bin_tokens)}
         generated = _generated(bench, chosen, self.long_data, indices, self.bin_tokens)
         return {**facts, **its, "generated": generated}, means
 
@@ -186,13 +186,13 @@ def by_position(values: Sequence[np.ndarray], bin_tokens: int) -> dict[str, Any]
         found["position"].append(start)
         found["mean"].append(float(its.mean()))
         found["median"].append(float(np.median(its)))
-        found["ci95"].append(bootstrap_ci95(its))
+        found["ci95"].append(mean_ci95(its))
         found["num_samples"].append(len(its))
     thirds = np.array([[part.mean() for part in np.array_split(item, 3)] for item in values])
     return {
         **found,
         "early_middle_late": thirds.mean(axis=0),
-        "late_minus_early_ci95": bootstrap_ci95(thirds[:, 2] - thirds[:, 0]),
+        "late_minus_early_ci95": mean_ci95(thirds[:, 2] - thirds[:, 0]),
     }
 
 
@@ -265,7 +265,7 @@ def _differences(results: ResultFile) -> dict[str, Any]:
             name: results.per_sample({"strategy": name, "budget": budget}) for name in (UNIFORM, FOUND, FOUND_LONG)
         }
         found[f"{budget:g}"] = {
-            f"{ours} - {theirs}": bootstrap_ci95(samples[ours] - samples[theirs])  # type: ignore[operator]
+            f"{ours} - {theirs}": mean_ci95(samples[ours] - samples[theirs])  # type: ignore[operator]
             for ours, theirs in ((FOUND, UNIFORM), (FOUND_LONG, UNIFORM), (FOUND_LONG, FOUND))
             if samples[ours] is not None and samples[theirs] is not None
         }

@@ -88,7 +88,7 @@ class Objective(Study):
     rows = "strategies by every objective"
     reads = ("search", "heldout", "test")
     judges = "test"
-    group = "budget"
+    group = ("budget",)
 
     num_good: PositiveInt = 10
     """Of the surrogate's best candidates, per budget; where there are fewer, random ones take their place."""

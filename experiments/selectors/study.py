@@ -7,22 +7,22 @@ operations of the tokens that stay. This study crosses the two and says what eit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import PositiveInt, PrivateAttr, field_validator
+from pydantic import PositiveInt, field_validator
 
 from dop_search.app.config.section import Listed
 from dop_search.app.report.style import FAINT, FOUND, UNIFORM, styled
 from dop_search.app.results import ResultFile
-from dop_search.app.space_search import SearchSpace, search_space
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
-from dop_search.baselines import FitContext, baseline
+from dop_search.baselines.space_search import SpaceSearch
 from dop_search.selectors import SELECTORS
-from dop_search.utils.statistics import bootstrap_ci95, spearman
+from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.statistics import spearman
 
 OPERATIONS = ("uniform", "found")
 MOVED_NATS = 1e-2
@@ -34,17 +34,15 @@ class Selectors(Study):
 
     question = "What does a better selector gain, what do skipped operations gain, and what do both?"
     rows = "selectors with and without skipped operations"
-    group = "selector"
+    group = ("selector",)
     adds_rows = frozenset({"names"})
 
     names: Listed[str] = ()
     """Selectors; none: all. One that the model cannot run gets its reason instead of numbers."""
-    space: SearchSpace = "dop_split"
+    space: Literal["dop", "dop_split", "dop_groups"] = "dop_split"
     """What is searched."""
     num_candidates: PositiveInt = 16
     """How many are re-ranked by exact KL at each budget."""
-
-    _contexts: dict[str, FitContext] = PrivateAttr(default_factory=dict)
 
     @field_validator("names")
     @classmethod
@@ -64,20 +62,15 @@ class Selectors(Study):
 
     def row(self, bench: Workbench, selector: str, budget: float, operations: str) -> Measured:
         """See base class."""
-        if selector not in self._contexts:
-            self._contexts[selector] = bench.context(selector)
-        context = self._contexts[selector]
-        if operations == "uniform":
-            fitted = baseline(selector).fit(context, budget)
-        else:
-            fitted = search_space(bench, context, selector, self.space, selector, budget, self.num_candidates)
+        search = SpaceSearch(self.space, (self.space,), num_proposals=self.num_candidates)
+        fitted = bench.fit(selector if operations == "uniform" else search, budget, selector)
         strategy = fitted.needs_strategy()
         heldout = bench.divergence([strategy], "heldout", what=f"{selector} at {budget:g}, held out")[0]
         return {
             "flops_ratio": fitted.flops_ratio,
             "kl_search": float(bench.divergence([strategy], "search")[0].mean()),
             "kl_heldout": float(heldout.mean()),
-            "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+            "kl_ci95": mean_ci95(heldout, bench.config.seed),
             "kl_median": float(np.median(heldout)),
             "share_moved": float((heldout > MOVED_NATS).mean()),
             "strategy": strategy.describe(),
@@ -137,7 +130,7 @@ def _at(results: ResultFile, budget: float, reference: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {"differences": {}}
     for name in names:
-        found["differences"][name] = bootstrap_ci95(samples(name, "found") - samples(name, "uniform"))
+        found["differences"][name] = mean_ci95(samples(name, "found") - samples(name, "uniform"))
     if reference in names:
         start = samples(reference, "uniform")
         best = {kind: min(names, key=lambda name: rows[name, kind]["kl_search"]) for kind in OPERATIONS}
@@ -145,7 +138,7 @@ def _at(results: ResultFile, budget: float, reference: str) -> dict[str, Any]:
             step: {
                 "selector": name,
                 "kl_heldout": rows[name, kind]["kl_heldout"],
-                "difference_ci95": bootstrap_ci95(samples(name, kind) - start),
+                "difference_ci95": mean_ci95(samples(name, kind) - start),
             }
             for step, name, kind in (
                 ("start", reference, "uniform"),

@@ -33,8 +33,8 @@ from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, addit
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.registry import unknown
-from dop_search.utils.statistics import bootstrap_ci95
 
 SAMPLERS = ("tpe", "gp", "cmaes", "nsga2", "random")
 DETERMINISTIC = ("additive_exact", "rerank", "gsop")
@@ -180,7 +180,7 @@ def _solve(
         "kl_search": float(search.mean()),
         "kl_heldout": float(heldout.mean()),
         "kl_heldout_median": float(np.median(heldout)),
-        "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+        "kl_ci95": mean_ci95(heldout, bench.config.seed),
         "best_so_far": [(runs, float(f"{value:.4g}")) for runs, value in recorder.best_so_far],
     }, heldout
 
@@ -209,7 +209,7 @@ def _differences(bench: Workbench, results: ResultFile, keys: Sequence[dict[str,
     for key in keys:
         mine = results.per_sample(key)
         if base is not None and mine is not None and key["name"] != "rerank":
-            ci95 = bootstrap_ci95(mine - base, bench.config.seed)
+            ci95 = mean_ci95(mine - base, bench.config.seed)
             found.append({**key, "kl_heldout": float((mine - base).mean()), "kl_heldout_ci95": ci95})
     return found
 

@@ -23,7 +23,7 @@ from dop_search.app.workbench import Workbench
 from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import rerank_all
 from dop_search.strategy.cost import Budget
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 SHARES = ((1.0,), (0.25, 0.75), (0.2, 0.3, 0.5))
 
@@ -33,7 +33,7 @@ class SplitAttention(Study):
 
     question = "What does it gain to give queries and keys/values an exit depth each, and to group tokens by rank?"
     rows = "tied and split attention"
-    group = "groups"
+    group = ("groups",)
     adds_rows = frozenset({"shares"})
 
     shares: Listed[Listed[float]] = SHARES
@@ -118,7 +118,7 @@ def _search(bench: Workbench, profile: MeasuredProfile, budget: Budget, num_cand
         "kl_search": best.kl_search,
         "kl_heldout": float(heldout.mean()),
         "kl_heldout_median": float(np.median(heldout)),
-        "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+        "kl_ci95": mean_ci95(heldout, bench.config.seed),
         "kl_heldout_additive": float(untouched.mean()),
     }, heldout
 
@@ -130,7 +130,7 @@ def _differences(bench: Workbench, results: ResultFile, groups: Sequence[int]) -
         a, b = results.per_sample(tied), results.per_sample(free)
         if a is None or b is None:
             return None
-        return {"difference": float((b - a).mean()), "ci95": bootstrap_ci95(b - a, bench.config.seed)}
+        return {"difference": float((b - a).mean()), "ci95": mean_ci95(b - a, bench.config.seed)}
 
     found: dict[str, list[Row]] = {"split_minus_tied": [], "groups_minus_one": []}
     for count, budget in itertools.product(groups, bench.budgets):

@@ -34,7 +34,7 @@ from dop_search.search import Solution, rerank_all, solve
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import BudgetError
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 CURVE, SEARCH = "curve", "search"
 """Parts of the result: one parameter varied alone, and what a search found."""
@@ -188,7 +188,7 @@ class ExtensionStudy(Study):
             "kl_additive": found.kl_additive,
             "kl_search": min(exact),
             "kl_heldout": float(outcome.divergence.mean()),
-            "kl_ci95": bootstrap_ci95(outcome.divergence, bench.config.seed),
+            "kl_ci95": mean_ci95(outcome.divergence, bench.config.seed),
             "accuracy": float(right.mean()),
             "relative_mean": relative_family_mean(right, bench.correct(None, "heldout"), families),
             "num_validation_runs": bench.profile().curves.num_validation_runs + num_runs,
@@ -325,7 +325,7 @@ def _differences(bench: Workbench, results: ResultFile) -> Iterator[Row]:
             results.per_sample({"part": SEARCH, "variant": variant, "budget": budget}) for variant in (VISUAL, BOTH)
         )
         if without is not None and both is not None:
-            ci95 = bootstrap_ci95(both - without, bench.config.seed)
+            ci95 = mean_ci95(both - without, bench.config.seed)
             yield {"budget": budget, "difference": float((both - without).mean()), "ci95": ci95}
 
 

@@ -29,7 +29,7 @@ from dop_search.search import Problem, rerank_all, uniform_strategy
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 TARGET, UNIFORM = "target", "uniform"
 """Sources of the rows that the others are compared with: the search on the target itself, and uniform reduction."""
@@ -40,7 +40,7 @@ class Transfer(Study):
 
     question = "Does a strategy that was found on another model, at another budget or from other samples do here?"
     rows = "strategies at their targets"
-    group = "target"
+    group = ("target",)
     adds_rows = frozenset({"models", "seeds"})
 
     models: Listed[str] = ()
@@ -83,7 +83,7 @@ class Transfer(Study):
             "flops_ratio": problem.cost_model.ratio(strategy),
             "kl_search": float(here.divergence([strategy], "search", seed=seed)[0].mean()),
             "kl_heldout": float(heldout.mean()),
-            "kl_ci95": bootstrap_ci95(heldout, bench.config.seed),
+            "kl_ci95": mean_ci95(heldout, bench.config.seed),
             "kl_median": float(np.median(heldout)),
             "strategy": strategy.describe(),
         }
@@ -191,7 +191,7 @@ def summarize(results: ResultFile) -> dict[str, Any]:
         for axis in (TARGET, UNIFORM):
             other = _samples(results, {**row, "axis": axis, "source": ""})
             if its is not None and other is not None:
-                differences[f"to_{axis}_ci95"] = bootstrap_ci95(its - other)
+                differences[f"to_{axis}_ci95"] = mean_ci95(its - other)
         moves.append({name: row[name] for name in ("target", "budget", "axis", "source")} | differences)
     return {"moves": moves}
 

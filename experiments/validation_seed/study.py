@@ -21,7 +21,7 @@ class ValidationSeed(Study):
 
     question = "Do search samples of another seed give another strategy?"
     rows = "searches on other samples"
-    group = "seed"
+    group = ("seed",)
     adds_rows = frozenset({"seeds"})
 
     seeds: Listed[int] = (0, 1, 2, 3)

@@ -175,6 +175,35 @@ def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
 
 
 @pytest.mark.slow
+def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
+    """Trials of every pair, uniform reduction by the selector that was found; the journal is Optuna's."""
+    import optuna
+
+    from dop_search.search.optuna_study import open_storage
+
+    path, _ = finished
+    cache = str(path / "cache")
+    joint = {"solver": "joint", "selectors": ["cls_attention", "divprune"], "spaces": ["dop", "dop_split"]}
+    search = {**joint, "num_proposals": 8, "num_sampled": 4}
+    record = run(small(tmp_path, search=search, cache_dir=cache), tmp_path / "out", SilentProgress())
+    (result,) = record.results
+    assert result.flops_ratio <= 0.3
+    assert result.kl_search == min(item.kl_search for item in result.candidates)
+    assert result.uniform_strategy.selector == result.strategy.selector
+    assert result.uniform.flops_ratio <= 0.3
+    (file, *_) = (path / "cache").glob("study-*.journal")
+    storage = open_storage(file)
+    (name,) = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    pairs = {(trial.params["selector"], trial.params["space"]) for trial in study.trials}
+    assert pairs == {(selector, space) for selector in joint["selectors"] for space in joint["spaces"]}
+    warm = [trial for trial in study.trials if "warm_start" in trial.user_attrs]
+    assert len(study.trials) == len(warm) + 4
+    fits = [trial for trial in study.trials if trial.user_attrs["candidate"]["fits"]]
+    measured = [trial.value for trial in fits if trial.state.name == "COMPLETE"]
+    assert result.kl_search == pytest.approx(min(measured))
+
+
 def test_kv_budget_and_groups(finished, tmp_path):
     path, _ = finished
     space = {"name": "dop_groups", "shares": [0.25, 0.75], "num_depth_levels": 2, "num_token_levels": 3}

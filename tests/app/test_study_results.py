@@ -109,7 +109,7 @@ def measure(method, budget):
     time.sleep(60)
 
 ResultFile(Path({str(tmp_path)!r}), "invented", {{"model": "m"}}).measure(
-    [{{"method": "a", "budget": 0.5}}], measure, lambda *args, **kwargs: None, "rows", group="method"
+    [{{"method": "a", "budget": 0.5}}], measure, lambda *args, **kwargs: None, "rows", group=("method",)
 )
 """
     other = subprocess.Popen([sys.executable, "-c", script])
@@ -119,14 +119,14 @@ ResultFile(Path({str(tmp_path)!r}), "invented", {{"model": "m"}}).measure(
             assert other.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert not opened(tmp_path)._take('method="a"')
+        assert not opened(tmp_path)._take('{"method": "a"}')
         other.send_signal(signal.SIGKILL)  # and not waited for: a zombie has a number still
         rows = opened(tmp_path).measure(
             KEYS,
             lambda method, budget: {"kl": budget},
             Silent(),  # type: ignore[arg-type]
             "rows",
-            group="method",
+            group=("method",),
         )
         assert [row["kl"] for row in rows] == [0.5, 0.25, 0.5, 0.25]
     finally:

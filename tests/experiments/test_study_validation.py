@@ -13,8 +13,9 @@ from dop_search.models.loading import load
 from dop_search.search.solution import Solution
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.progress import SilentProgress
-from dop_search.utils.statistics import bootstrap_ci95, crossed_bootstrap_ci95
+from dop_search.utils.statistics import crossed_bootstrap_ci95
 from experiments.validation_size.rules import RULES, choose, on_samples
 
 SMALL_GRID = ("space.num_depth_levels=2", "space.num_token_levels=2")
@@ -104,7 +105,7 @@ def test_crossed_bootstrap_widens_with_either_axis() -> None:
     rng = np.random.default_rng(0)
     samples = rng.normal(size=200)
     alone = crossed_bootstrap_ci95(samples[None])
-    plain = bootstrap_ci95(samples)
+    plain = mean_ci95(samples)
     assert alone == pytest.approx(plain, abs=0.02)
     draws = rng.normal(size=12)[:, None] * 3.0
     both = crossed_bootstrap_ci95(samples + draws)

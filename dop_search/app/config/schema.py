@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -31,11 +32,11 @@ def _dotted(name: str) -> str:
     return name
 
 
-Imports = Annotated[
-    tuple[Annotated[str, AfterValidator(_dotted)], ...],
-    Field(strict=False),
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-]
+AsList = BeforeValidator(lambda value: () if value is None else value if isinstance(value, (list, tuple)) else (value,))
+"""One may stand without a list, and none may be ``null``."""
+Names = Annotated[tuple[str, ...], Field(strict=False), AsList]
+"""Names or files; one may stand without a list."""
+Imports = Annotated[tuple[Annotated[str, AfterValidator(_dotted)], ...], Field(strict=False), AsList]
 """Names of modules; one may stand without a list."""
 
 
@@ -73,6 +74,10 @@ SourceConfig = Annotated[TaskSource | DatasetSource, Field(discriminator="kind")
 """Where samples come from; the key ``kind`` says which."""
 
 
+FINAL_SEED = 20_261_128
+"""Of the final set, which ``experiment=final`` alone measures on."""
+
+
 class DataConfig(Section):
     """Which samples measure the divergence and the accuracy; the three sets are disjoint."""
 
@@ -99,6 +104,13 @@ class DataConfig(Section):
     """Mean of the KL: over answer positions first and samples then, or over all positions at once."""
     seed: NonNegativeInt = 0
     """Of drawing or rendering the samples."""
+
+    @field_validator("seed")
+    @classmethod
+    def _is_not_final(cls, value: int) -> int:
+        if value == FINAL_SEED:
+            raise ValueError(f"{FINAL_SEED} is the seed of the final set: experiment=final; take another")
+        return value
 
     @property
     def sizes(self) -> dict[Split, int]:
@@ -276,8 +288,17 @@ class EvalRunConfig(Section):
     model: ModelConfig = ModelConfig()
     eval: SuiteConfig = Field(default_factory=lambda: load_suite("pocket13"))
     """The benchmarks."""
-    strategy: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Strategy files; a file or a list of files. None: the full model alone."""
+    strategy: Names = ()
+    """Strategy files; a file or a list of files. Neither these nor ``method``: the full model alone."""
+    method: Names = ()
+    """Methods to fit and score: published ones by name, ``uniform``, our searches (``dop_split``, …), or any that ranks
+    by a selector as ``NAME@SELECTOR``; one or a list."""
+    flops_ratio: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False), AsList] = ()
+    """Shares of the full model's FLOPs that each method is fitted to; one or a list."""
+    data: DataConfig = DataConfig()
+    """Methods are fitted on its search samples."""
+    selector: SelectorConfig = SelectorConfig()
+    """Ranks for the methods that bring no ranking."""
     limit: PositiveInt | None = None
     """Most samples per benchmark; ``null``: what the suite says."""
     batch_size: PositiveInt | None = None
@@ -299,17 +320,21 @@ class EvalRunConfig(Section):
         batch_size = self.eval.batch_size if self.batch_size is None else self.batch_size
         return dataclasses.replace(self.eval, limit=limit, batch_size=batch_size)
 
-    @field_validator("strategy", mode="before")
+    @field_validator("strategy", "method", "flops_ratio", mode="after")
     @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return () if value is None else (value,) if isinstance(value, str) else value
+    def _each_once(cls, items: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if len(set(items)) < len(items):
+            raise ValueError(f"each {info.field_name} is given once, but got {list(items)}")
+        return items
 
-    @field_validator("strategy", mode="after")
-    @classmethod
-    def _each_once(cls, files: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(files)) < len(files):
-            raise ValueError(f"each strategy file is given once, but got {list(files)}")
-        return files
+    @model_validator(mode="after")
+    def _methods_have_ratios(self) -> EvalRunConfig:
+        if bool(self.method) != bool(self.flops_ratio):
+            raise ValueError(
+                f"methods are fitted to shares of the full model's FLOPs, but got (method={list(self.method)}, "
+                f"flops_ratio={list(self.flops_ratio)}); give both, as in method=fastv flops_ratio=0.3"
+            )
+        return self
 
     @field_validator("eval", mode="after")
     @classmethod

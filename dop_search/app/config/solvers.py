@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,7 +30,7 @@ from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import did_you_mean
 
 if TYPE_CHECKING:  # importing the configuration imports no SciPy
-    from dop_search.search import MeasuredSolution, OnProgress, Problem
+    from dop_search.search import MeasuredSolution, OnProgress, Option, Problem
     from dop_search.strategy.cost import Budget
 
 Criterion = Literal["kl", "root_kl"]
@@ -62,6 +62,7 @@ class SearchPlace:
         averaging: of the KL over answer positions.
         storage: that several processes share, if any.
         cache_dir: where trials are kept otherwise.
+        options: makes the choices of ``search=joint`` from names of spaces and of selectors, none: the configured ones.
     """
 
     teacher: str
@@ -69,6 +70,7 @@ class SearchPlace:
     averaging: str
     storage: str | None
     cache_dir: Path
+    options: Callable[[Sequence[str], Sequence[str]], list[Option]] | None = None
 
 
 class SolverSection(Section):
@@ -154,19 +156,60 @@ class ExactOptunaConfig(SolverSection):
         """See base class."""
         from dop_search.search import solve, with_exact
 
-        name = self.study_name or self._name(problem, place)
+        name = self.study_name or _study_name(self, problem, place, {"num_trials"})
         options = self.model_dump(exclude={"solver"}) | {
             "storage": place.storage or str(place.cache_dir / f"study-{name}.journal"),
             "study_name": f"{name}-{budget.name}-{budget.value:g}",
         }
         return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
 
-    def _name(self, problem: Problem, place: SearchPlace) -> str:
-        """A name of its own for everything that makes a study another one; more trials continue a study."""
-        options = self.model_dump(exclude={"num_trials", "study_name"})
-        others = [options, place.shares, place.averaging]
-        digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{place.teacher}-{problem.space.name}-{self.sampler}-{digest}"
+
+def _study_name(config: ExactOptunaConfig | JointConfig, problem: Problem, place: SearchPlace, more: set[str]) -> str:
+    """A name of its own for everything that makes a study another one; ``more`` trials continue a study."""
+    options = config.model_dump(exclude={*more, "study_name"})
+    others = [options, place.shares, place.averaging]
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{place.teacher}-{problem.space.name}-{config.sampler}-{digest}"
+
+
+class JointConfig(SolverSection):
+    """One Optuna study over selectors and spaces: the surrogates propose, exact KL decides, a sampler may go on."""
+
+    solver: Literal["joint"] = "joint"
+    selectors: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """To choose among; none: the configured one. What a selector computes is taken off a FLOPs budget."""
+    spaces: Annotated[tuple[Literal["dop", "dop_split", "dop_groups", "uniform"], ...], Field(strict=False)] = ()
+    """To choose among; none: the configured one."""
+    num_proposals: PositiveInt = 48
+    """Strategies that the surrogates propose, filled up to the budget, and uniform reductions among them."""
+    num_sampled: NonNegativeInt = 0
+    """Trials of the sampler after these; 0: none."""
+    sampler: Sampler = "tpe"
+    """An Optuna sampler."""
+    pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
+    """Stops a sampled trial after part of the samples."""
+    study_name: str | None = None
+    """As with ``exact_optuna``."""
+    seed: NonNegativeInt = 0
+    """Of the sampler."""
+
+    def candidates(
+        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
+    ) -> list[MeasuredSolution]:
+        """See base class."""
+        from dop_search.search import joint_search
+
+        if place.options is None:
+            raise ConfigError("search=joint needs the curves of every selector and space; run it by `dop-search`")
+        name = self.study_name or _study_name(self, problem, place, {"num_sampled"})
+        options = self.model_dump(include={"num_proposals", "num_sampled", "sampler", "pruner", "seed"})
+        return joint_search(
+            place.options(self.spaces, self.selectors),
+            storage=place.storage or str(place.cache_dir / f"study-{name}.journal"),
+            study_name=f"{name}-{budget.name}-{budget.value:g}",
+            on_progress=on_progress,
+            **options,
+        )
 
 
 class ExhaustiveConfig(SolverSection):
@@ -208,7 +251,7 @@ class OwnSolverConfig(SolverSection):
         return self
 
 
-_SECTIONS = (AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig, ExhaustiveConfig)
+_SECTIONS = (AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig, JointConfig, ExhaustiveConfig)
 OWN = "own"
 """The tag of all solvers without a section of their own."""
 
@@ -223,6 +266,7 @@ SolverConfig = Annotated[
     Annotated[AdditiveExactConfig, Tag("additive_exact")]
     | Annotated[AdditiveOptunaConfig, Tag("additive_optuna")]
     | Annotated[ExactOptunaConfig, Tag("exact_optuna")]
+    | Annotated[JointConfig, Tag("joint")]
     | Annotated[ExhaustiveConfig, Tag("exhaustive")]
     | Annotated[OwnSolverConfig, Tag(OWN)],
     Discriminator(_section),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dop_search.app.report.style import LOOKS, SMALLEST_KL, Look, styled
 from dop_search.search.curves import Curve, Curves
-from dop_search.utils.statistics import bootstrap_ci95
+from dop_search.utils.intervals import mean_ci95
 
 _LABELS = {
     "q": "queries (q)",
@@ -64,7 +64,7 @@ def _draw_curve(axis: Axes, curve: Curve, look: Look) -> None:
     axis.plot(curve.levels, _visible(curve.mean_nats), linestyle="", zorder=3, **mark)
     axis.plot([], [], linestyle=look.line, label=_label(curve), **mark)
     for level, row in zip(curve.levels, curve.per_sample_nats, strict=True):
-        interval = bootstrap_ci95(row, num_resamples=_RESAMPLES)
+        interval = mean_ci95(row, num_resamples=_RESAMPLES)
         if interval is not None and interval[1] > SMALLEST_KL:
             axis.vlines(level, max(interval[0], SMALLEST_KL), interval[1], color=look.color, linewidth=1.0)
 

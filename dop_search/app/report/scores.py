@@ -83,7 +83,7 @@ def eval_summary(record: EvalRecord) -> RenderableType:
     parts: list[RenderableType] = []
     for item in record.strategies:
         flops = "" if item.flops_ratio is None else f", {percent_text(item.flops_ratio)} % of the FLOPs"
-        parts.append(Text(f"{item.name}: {item.strategy.describe()}{flops}", style="bold"))
+        parts.append(Text(f"{item.name}: {item.description}{flops}", style="bold"))
         parts += [_table(item.scores, item.relative_mean), Text("")]
     if not record.strategies:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")

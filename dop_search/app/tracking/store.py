@@ -207,8 +207,8 @@ def _log_evaluation(
         metrics = {**full, **score_metrics(item.scores, item.relative_mean)}
         if item.flops_ratio is not None:
             metrics["flops_ratio"] = item.flops_ratio
-        params = {**shared, **strategy_params(item.strategy), "file": item.file}
-        link = _search_tags(client, experiment, item.strategy)
+        params = {**shared, **_method_params(item), "file": item.file}
+        link = {} if item.strategy is None else _search_tags(client, experiment, item.strategy)
         runs.append((item.name, {**tags, **link}, params, metrics, item))
     if not runs:
         runs.append(("full", tags, {**shared, "strategy": "full"}, full, None))
@@ -220,7 +220,8 @@ def _log_evaluation(
         _log(client, identifier, params, metrics)
         client.log_artifact(identifier, str(run_dir / SCORES_FILE))
         if strategy_scores is not None:
-            client.log_dict(identifier, strategy_scores.strategy.to_json(), "strategy.json")
+            if strategy_scores.strategy is not None:
+                client.log_dict(identifier, strategy_scores.strategy.to_json(), "strategy.json")
             client.log_table(identifier, score_columns(strategy_scores.scores), SCORE_TABLE)
         for folder in (FULL_FOLDER, name) if strategy_scores is not None else (FULL_FOLDER,):
             if (run_dir / SAMPLES_FOLDER / folder).is_dir():
@@ -228,6 +229,13 @@ def _log_evaluation(
         client.set_terminated(identifier)
         identifiers.append(identifier)
     return identifiers
+
+
+def _method_params(item: StrategyScores) -> dict[str, str]:
+    params = {"strategy": item.description} if item.strategy is None else strategy_params(item.strategy)
+    if item.method is not None:
+        params |= {"method": str(item.method["method"]), "target_ratio": str(item.method["target_ratio"])}
+    return params
 
 
 def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> dict[str, str]:

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dop_search.evaluation.runnable import Runnable, running
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import image_tokens_checked
-from dop_search.pruning import pruned
-from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError
 
 __all__ = ["Generation", "Part", "Prompt", "Turn", "Video", "answer_prompts"]
@@ -71,7 +70,7 @@ class Prompt:
 def answer_prompts(
     loaded: LoadedModel,
     prompts: Sequence[Callable[[], Prompt]],
-    strategy: Strategy | None = None,
+    method: Runnable | None = None,
     *,
     lengths: Sequence[tuple[Any, ...]] | None = None,
     batch_size: int = 16,
@@ -83,7 +82,7 @@ def answer_prompts(
     Args:
         loaded: the model.
         prompts: make the prompts when their turn comes, so that only one batch of images is held at a time.
-        strategy: what runs; ``None``: everything.
+        method: a strategy or a fitted method; ``None``: the full model.
         lengths: sort keys; neighbours share a batch. ``None``: the order of the prompts.
         batch_size: most prompts per call; only prompts of one shape and one ``generation`` share a call.
         num_frames: frames taken of each video; ``None``: the processor's own rule.
@@ -92,13 +91,12 @@ def answer_prompts(
     Raises:
         DataError: if a prompt has a video and the model's processor takes none.
     """
-    strategy = strategy or Strategy.full(loaded.adapter.dims.num_layers)
     keys = lengths or [()] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (keys[index], index))
     answers: dict[int, str] = {}
     if on_progress is not None:
         on_progress(0, len(prompts))
-    with fast_linear(loaded.model), pruned(loaded.model, strategy):
+    with fast_linear(loaded.model), running(loaded.model, method):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             made = [prompts[index]() for index in indices]

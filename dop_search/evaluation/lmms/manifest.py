@@ -5,7 +5,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 MANIFESTS = [
     ModelManifest(
         model_id="dop",
-        simple_class_path="dop_search.evaluation.lmms.model.DopLmms",
-        chat_class_path="dop_search.evaluation.lmms.model.DopChatLmms",
+        simple_class_path="dop_search.baselines.lmms.DopLmms",
+        chat_class_path="dop_search.baselines.lmms.DopChatLmms",
     )
 ]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dop_search.data.images import read_image
 from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
+from dop_search.evaluation.runnable import Runnable
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError
@@ -41,7 +42,7 @@ class DopLmms(lmms):  # type: ignore[misc]
 
     Args:
         pretrained: as in :func:`dop_search.load`.
-        strategy: a file by ``Strategy.save``, or a strategy; nothing: the full model.
+        strategy: a file by ``Strategy.save``, or what runs; nothing: the full model.
         delta: the same, by the name after which lmms-eval names the folder of its results.
         selector: another ranking of the visual tokens than the strategy's own.
         dtype: see :func:`dop_search.load`.
@@ -63,7 +64,7 @@ class DopLmms(lmms):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str = "pocket",
-        strategy: str | Strategy | None = None,
+        strategy: str | Runnable | None = None,
         selector: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -91,7 +92,7 @@ class DopLmms(lmms):  # type: ignore[misc]
         strategy = delta if strategy is None else strategy
         chosen = Strategy.load(strategy) if isinstance(strategy, str) else strategy
         if selector is not None:
-            if chosen is None:
+            if not isinstance(chosen, Strategy):
                 raise DopError(f"`selector={selector}` needs a strategy; the full model keeps every visual token")
             chosen = dataclasses.replace(chosen, selector=selector, selector_options={})
         self.strategy = chosen

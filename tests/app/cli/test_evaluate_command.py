@@ -81,8 +81,10 @@ def test_one_file_a_list_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
     ("arguments", "expected"),
     [
         (["eval=accuracy"], "eval: dop-eval runs a suite of benchmarks, e.g. eval=pocket13"),
-        (["strategy=[a.json,a.json]"], "each strategy file is given once"),
+        (["strategy=[a.json,a.json]"], "each strategy is given once"),
         (["+strategi=a.json"], "strategi: unknown key; did you mean 'strategy'"),
+        (["method=fastv"], "methods are fitted to shares of the full model's FLOPs, but got (method=['fastv'], "),
+        (["method=fastv", "flops_ratio=[0.3,0.3]"], "each flops_ratio is given once, but got [0.3, 0.3]"),
         (["limit=0"], "limit: input should be greater than 0, but got 0"),
         (["eval=poket13"], "Could not find 'eval/poket13'"),
     ],
@@ -120,8 +122,9 @@ def test_help_lists_its_own_groups_with_every_option(capsys: pytest.CaptureFixtu
         for line in block.replace("\n  ", " ").splitlines()
         if ":" in line
     }
-    assert set(listed) == {"eval", "hydra/launcher", "model", "tracking"}
-    for group in ("eval", "model", "tracking"):
+    groups = {"data", "eval", "model", "selector", "tracking"}
+    assert set(listed) == {"hydra/launcher", *groups}
+    for group in groups:
         options = {path.stem for path in (config_dir() / group).glob("*.yaml")}
         assert listed[group] == options - ({"accuracy", "none"} if group == "eval" else set())
 

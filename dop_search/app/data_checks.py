@@ -1,0 +1,46 @@
+"""Whether samples can be had, and are not those that a benchmark scores: found out before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dop_search.app.config import DataConfig
+from dop_search.data.pools import check_sources, refuse_overlap
+from dop_search.data.samples import no_answer
+from dop_search.data.sources import origin
+from dop_search.data.validation import Split, file_rows, sources_of
+from dop_search.evaluation import Suite
+
+
+def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged: Sequence[Split] = ("test",)) -> None:
+    """Find out before a model is loaded whether the samples can be had, and that no benchmark scores them.
+
+    Args:
+        config: which samples.
+        suite: the benchmarks that judge, if any.
+        splits: those that are needed.
+        judged: splits whose answers are compared with the annotation.
+
+    Raises:
+        DataError: saying what to do.
+    """
+    refuse_scored_data(config, suite)
+    check_sources(sources_of(config.name, config.sources))
+    if config.name != "jsonl" or config.path is None:
+        return
+    sizes = {split: config.sizes[split] for split in splits}
+    for split, rows in file_rows(config.path, sizes, config.seed, config.families).items():
+        for row in rows:
+            if not row.answers and (split in judged or config.answers == "ground_truth"):
+                raise no_answer(row.where)
+
+
+def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
+    """Refuse a search on what the suite scores.
+
+    Raises:
+        DataError: naming the source, the benchmark and the split.
+    """
+    if suite.benchmarks and suite.source == "hub":
+        scored = {b.name: origin(b.dataset.path, b.dataset.name, b.dataset.split, None) for b in suite.benchmarks}
+        refuse_overlap(sources_of(config.name, config.sources), scored)
