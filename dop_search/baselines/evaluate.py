@@ -7,7 +7,6 @@ the decoder, or removes layers, is scored here by plain forwards of the model as
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,30 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.baselines.base import FittedMethod
 from dop_search.data.samples import Sample, alike_batches
 from dop_search.divergence import Memory, Teacher, kl_divergence
 from dop_search.divergence.encoding import encode
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.evaluation.accuracy import generate_answers
+from dop_search.evaluation.runnable import Runnable, reading, running
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
-from dop_search.pruning import pruned
 from dop_search.selectors import make_selector
-from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError, NumericalError
-
-Runnable = Strategy | FittedMethod
-
-
-def applied(loaded: LoadedModel, method: Runnable) -> AbstractContextManager[Any]:
-    """The context in which the model runs by a strategy or a fitted method."""
-    return method.apply(loaded.model) if isinstance(method, FittedMethod) else pruned(loaded.model, method)
-
-
-def reading(loaded: LoadedModel, method: Runnable) -> LoadedModel:
-    """The model with the processor that prompts must come from, which some methods change."""
-    return method.reading(loaded) if isinstance(method, FittedMethod) else loaded
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def plain_outcome(
         raise DopError("`samples` must be those that the teacher was made from, in the same order")
     result = Outcome(np.zeros(len(samples)), np.zeros(len(samples), dtype=np.bool_))
     done, own = 0, reading(loaded, method)
-    with applied(loaded, method):
+    with running(loaded.model, method):
         for batch in alike_batches(samples, batch_size):
             part, asked = [teacher.samples[index] for index in batch], [samples[index] for index in batch]
             if own is not loaded:
@@ -175,5 +160,5 @@ def plain_answers(
     memory: Memory = "auto",
 ) -> list[str]:
     """Greedy answers through ``generate()``, one per sample; for ``memory`` see ``make_teacher``."""
-    with applied(loaded, method):
+    with running(loaded.model, method):
         return generate_answers(reading(loaded, method), samples, batch_size, max_new_tokens, on_progress, memory)

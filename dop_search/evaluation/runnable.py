@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedModel
 
+from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 
@@ -27,6 +28,9 @@ class Runtime(Protocol):
     def apply(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """The context in which the model runs by it."""
 
+    def reading(self, loaded: LoadedModel) -> LoadedModel:
+        """The model with the processor that prompts must come from."""
+
 
 Runnable: TypeAlias = Strategy | Runtime
 
@@ -42,3 +46,8 @@ def running(model: PreTrainedModel, method: Runnable | None) -> AbstractContextM
     if method is None:
         method = Strategy.full(model.config.get_text_config().num_hidden_layers)
     return pruned(model, method) if isinstance(method, Strategy) else method.apply(model)
+
+
+def reading(loaded: LoadedModel, method: Runnable | None) -> LoadedModel:
+    """The model with the processor that a method's prompts must come from: its own for all that resize no images."""
+    return loaded if method is None or isinstance(method, Strategy) else method.reading(loaded)

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dop_search.baselines import FittedMethod
-from dop_search.baselines.evaluate import Runnable, applied, reading
 from dop_search.data.samples import Sample
+from dop_search.evaluation.runnable import Runnable, reading, running
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.evaluation.timing.timing import Clock, prefill_timer, selection_timer
 from dop_search.models.loading import LoadedModel
@@ -58,7 +58,7 @@ def prefill_times(
     def read(runnable: Runnable) -> tuple[float, float]:
         inputs = model_inputs(reading(loaded, runnable).processor, samples, adapter.device)
         with ExitStack() as stack:
-            stack.enter_context(applied(loaded, runnable))
+            stack.enter_context(running(loaded.model, runnable))
             timer = stack.enter_context(prefill_timer(adapter, clock))
             selection = stack.enter_context(selection_timer(adapter.device, clock))
             stack.enter_context(torch.inference_mode())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dop_search.evaluation.runnable import Runnable, running
+from dop_search.evaluation.runnable import Runnable, reading, running
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import image_tokens_checked
@@ -91,6 +91,7 @@ def answer_prompts(
     Raises:
         DataError: if a prompt has a video and the model's processor takes none.
     """
+    loaded = reading(loaded, method)
     keys = lengths or [()] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (keys[index], index))
     answers: dict[int, str] = {}
