@@ -11,18 +11,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from support.command_line import exit_status
-from support.small_studies import STUDY_EXPERIMENTS, study_config
+from support.small_studies import PUBLISHED, study_config
 
 from dop_search.app import study as studies
 from dop_search.app.cli.search import main
 from dop_search.app.config import parse_config
-from dop_search.app.results import read_result
 from dop_search.app.study import STUDIES, Study, find_study, study_names
 from dop_search.app.study_run import run_study
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.progress import SilentProgress
-from experiments.compare.study import CHOICES
 
 MODULE = """
 from dop_search.app.study import STUDIES, Study
@@ -128,19 +126,11 @@ def run_composed(overrides: list[str]) -> Path:
     return run_study(config, SilentProgress()).folder
 
 
-def measured_methods() -> str:
-    """The methods of ``compare`` that have rows; its file may name more, for the next measurement."""
-    rows = read_result(config_dir().parent / "experiments" / "compare" / "result.json")["rows"]
-    names = dict.fromkeys(row["method"] for row in rows if row["method"] not in CHOICES)
-    return f"study.options.methods=[{','.join(names)}]"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", STUDY_EXPERIMENTS)
+@pytest.mark.parametrize("experiment", PUBLISHED)
 def test_a_committed_study_measures_and_changes_nothing(experiment: str, tmp_path: Path) -> None:
     """Neither in its own folder (here a copy) nor in a new one, which begins with it."""
-    rows = [measured_methods()] if experiment == "compare" else []
-    folder, given = committed(experiment, f"cache_dir={tmp_path / 'cache'}", *rows)
+    folder, given = committed(experiment, f"cache_dir={tmp_path / 'cache'}")
     shutil.copytree(folder, tmp_path / "copy")
     for place in (tmp_path / "copy", tmp_path / "new"):
         run_composed([*given, f"study.folder={place}"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from support.small_studies import STUDY_EXPERIMENTS, StudyRunner, study_config
+from support.small_studies import PUBLISHED, STUDY_EXPERIMENTS, StudyRunner, study_config
 
 from dop_search.app import study_run
 from dop_search.app.config import SearchConfig, parse_config
@@ -107,7 +107,7 @@ def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  #
         bench.budgets  # noqa: B018
 
 
-@pytest.mark.parametrize("experiment", [name for name in STUDY_EXPERIMENTS if name != "claims"])
+@pytest.mark.parametrize("experiment", [name for name in PUBLISHED if name != "claims"])
 def test_committed_results_were_measured_as_their_files_say(experiment: str) -> None:
     config = published(experiment)
     assert config.study is not None

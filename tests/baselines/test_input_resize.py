@@ -130,3 +130,17 @@ def test_says_what_it_cannot_reach_and_what_it_needs() -> None:
     teacher = make_teacher(loaded, SAMPLES, make_selector("uniform_grid"), max_new_tokens=2)
     with pytest.raises(DopError, match=r"samples=data.samples"):
         baseline("resize").fit(FitContext.from_teacher(loaded, teacher, "uniform_grid"), 0.5)
+
+
+def test_benchmarks_are_asked_through_the_fitted_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dop_search.evaluation.lmms import answering
+
+    loaded = loaded_tiny("qwen2_vl")
+    fitted, _ = fitted_on(loaded, 0.5)
+    asked = []
+    monkeypatch.setattr(answering, "_generate", lambda reader, prompts, frames: asked.append(reader) or ["x"])
+    prompt = answering.Prompt((answering.Turn("user", (drawn_image(60, 50, 0), "What?")),), answering.Generation(2))
+    for method in (fitted, None):
+        assert answering.answer_prompts(loaded, [lambda: prompt], method) == ["x"]
+    largest = [reader.processor.image_processor.size["longest_edge"] for reader in asked]
+    assert largest[0] == fitted.hyperparameters["max_pixels"] < largest[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ STUDY_EXPERIMENTS = [
     path.stem for path in sorted((config_dir() / "experiment").glob("*.yaml")) if "\nstudy:" in path.read_text()
 ]
 """Experiment files of studies."""
+PUBLISHED = [
+    name
+    for name in STUDY_EXPERIMENTS
+    if re.search(r"^  published: (?!null)", (config_dir() / "experiment" / f"{name}.yaml").read_text(), re.M)
+]
+"""Those with a committed result that their command begins with."""
 
 StudyRunner = Callable[..., dict[str, Any]]
 
