@@ -171,7 +171,9 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
     uniform = _uniform_strategy(problem, budget)
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with bench.stage("confirm"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
-        heldout = bench.store("heldout").evaluate(strategies, on_progress=notify, what="held-out set")
+        heldout = bench.store("heldout", best.strategy.selector).evaluate(
+            strategies, on_progress=notify, what="held-out set"
+        )
         accuracies: list[float | None] = [None] * (1 + len(strategies))
         if "test" in needed_splits(config):
             accuracies = [float(bench.correct(item, "test", notify).mean()) for item in (None, *strategies)]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing
+from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.app.config import DataConfig
 from dop_search.app.config.schema import FINAL_SEED
 from dop_search.app.results import ResultFile
+from dop_search.app.study import open_study
 from dop_search.evaluation import load_suite, relative_mean, score_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
@@ -103,5 +104,6 @@ def test_the_final_set_is_measured_by_its_own_study_alone(run_small_study: Study
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "final", *given)
     with pytest.raises(ValueError, match="the seed of the final set"):
         DataConfig(seed=FINAL_SEED)
+    config = study_config("final", tmp_path, "data=mixed")
     with pytest.raises(ConfigError, match="the final set is rendered"):
-        run_small_study("final", "data=mixed")
+        open_study(config).check(config)
