@@ -25,9 +25,6 @@ class Runtime(Protocol):
     def describe(self) -> str:
         """What runs, in a line."""
 
-    def reading(self, loaded: LoadedModel) -> LoadedModel:
-        """The model with the processor that prompts must come from."""
-
     def apply(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """The context in which the model runs by it."""
 
@@ -42,11 +39,6 @@ def strategy_of(method: Runnable | None) -> Runnable | None:
     """The strategy, where one says what runs; ``None`` for the full model, which the empty strategy is too."""
     chosen = method if method is None or isinstance(method, Strategy) else method.strategy or method
     return None if isinstance(chosen, Strategy) and chosen.is_empty else chosen
-
-
-def reading(loaded: LoadedModel, method: Runnable | None) -> LoadedModel:
-    """The model with the processor that a method's prompts must come from."""
-    return loaded if method is None or isinstance(method, Strategy) else method.reading(loaded)
 
 
 def running(model: PreTrainedModel, method: Runnable | None) -> AbstractContextManager[Any]:

@@ -97,7 +97,6 @@ def answer_prompts(
     answers: dict[int, str] = {}
     if on_progress is not None:
         on_progress(0, len(prompts))
-    loaded = reading(loaded, method)
     with fast_linear(loaded.model), running(loaded.model, method):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
