@@ -14,6 +14,7 @@ from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import received_attention
+from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled
 from dop_search.strategy import Strategy
 
@@ -158,3 +159,16 @@ def test_fitprune_tables(case: Case) -> None:
     for ratio, scheme in zip(case.settings["reduction_ratios"], case["out.delete_scheme"], strict=True):
         assert list(PUBLISHED_SCHEMES[ratio]) == scheme.tolist()
         assert np.sum(PUBLISHED_SCHEMES[ratio]) < case.settings["visual_tokens"]
+
+
+@cases("ivc_prune")
+def test_ivc_prune(case: Case) -> None:
+    """Seeds and value tokens in order, and the published set where as many are kept as in the released code."""
+    s, sample = case.settings, sample_of(case)
+    first, visual = s["system_tokens"], s["visual_tokens"]
+    with torch.no_grad():
+        seeds, by_value = IvcPruneSelector((1,)).by_value(sample)
+    assert seeds.tolist() == case["out.seeds"].tolist()
+    assert by_value[: round(0.2 * visual)].tolist() == case["out.value"].tolist()
+    kept = [row - first for row in case["out.keep_rows"].tolist() if first <= row < first + visual]
+    assert sorted(ranked("ivc_prune", sample, len(kept))) == kept

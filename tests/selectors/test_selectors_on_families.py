@@ -36,11 +36,11 @@ def working(family):
     if family in HAS_CLS:
         names |= {"cls_attention", "holov"}
     if family in ("llava", "llava_next"):
-        names |= {"hired", "prumerge_plus", "scope", "vispruner", "visionzip", "vscan"}
+        names |= {"hired", "prumerge_plus", "prunesid", "scope", "vispruner", "visionzip", "vscan"}
     if family in ("llava", "llava_next", "llava_onevision"):
         names |= {"hiprune"}
     if family == "llava":
-        names |= {"resize", "tome"}
+        names |= {"flowcut", "resize", "tome"}
     return names
 
 
@@ -52,6 +52,7 @@ BY_RECEIVED = [
     for name in ("holov", "scope", "vispruner")
     if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
 ]
+BY_LOADING = ("qwen2_vl", "qwen2_5_vl", "llava_onevision", "internvl")
 
 
 def prompts(family, seeds):
@@ -89,6 +90,11 @@ def test_runs_and_does_not_depend_on_the_batch(family, name):
 @pytest.mark.parametrize(("family", "name"), BY_RECEIVED)
 def test_runs_by_received_attention_without_a_cls_token(family, name):
     check_runs(family, name, {"attention": "received"})
+
+
+@pytest.mark.parametrize("family", BY_LOADING)
+def test_prunesid_runs_by_loadings_without_a_cls_token(family):
+    check_runs(family, "prunesid", {"score": "loading"})
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)
@@ -179,7 +185,8 @@ def test_tokens_know_their_tile(family):
 
 
 @pytest.mark.parametrize(
-    "name", ["visionzip", "prumerge_plus", "vispruner", "vscan", "hiprune", "hired", "scope", "cdpruner_llm"]
+    "name",
+    ["visionzip", "prumerge_plus", "vispruner", "vscan", "prunesid", "hiprune", "hired", "scope", "cdpruner_llm"],
 )
 def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     model, inputs = model_of("llava_next"), prompts("llava_next", (1,))
