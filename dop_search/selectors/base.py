@@ -36,7 +36,7 @@ class SelectorInputs:
         first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
         shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
         global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
-        middle_global_attention: ``[n]`` the same in layer 9 of 24.
+        middle_global_attention: ``[n]`` the same in layer 9 of 24 (Qwen-VL: halfway up).
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
         keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
