@@ -45,7 +45,7 @@ class HiDrop(Method):
         return Strategy(num_layers, tuple(_from(policy, entry) for policy in nested.groups), **options)
 
     def counts(self, num_visual: int, total: int) -> tuple[int, ...]:
-        """Tokens after each stage and the exit: ``total`` after the first; what is more than all goes to the next one."""
+        """Tokens after each stage and the exit: ``total`` after the first; what is more than all goes to the next."""
         first = min(total, num_visual)
         result = [first]
         for published in LAST_COUNTS:
