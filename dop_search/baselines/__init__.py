@@ -10,6 +10,8 @@ from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergen
 from dop_search.baselines.fastv import FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
+from dop_search.baselines.hidrop import HiDrop
+from dop_search.baselines.ivc_prune import IvcPrune
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.resize import InputResize
 from dop_search.baselines.short_lvlm import ShortLvlm
@@ -31,6 +33,8 @@ _PUBLISHED: tuple[Method, ...] = (
     SparseVlm("sparsevlm_v2"),
     Dart(),
     FitPrune(),
+    IvcPrune(),
+    HiDrop(),
     Vtw(),
     ShortV(),
     Gsop(),

@@ -30,7 +30,16 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
 
     def received_attention_module(self) -> Any:
         """See base class: windows hide most patches, so it is the last block with full attention."""
+        return self._last_full(len(self.vision_tower.blocks))
+
+    def middle_attention_module(self) -> Any:
+        """See base class: the last block of the lower half with full attention, or the first one above."""
         blocks, full = self.vision_tower.blocks, self.vision_tower.fullatt_block_indexes
+        return self._last_full(max(len(blocks) // 2, min(full, default=0) + 1))
+
+    def _last_full(self, end: int) -> Any:
+        """The attention of the last block below ``end`` that attends to whole images."""
+        blocks, full = self.vision_tower.blocks[:end], self.vision_tower.fullatt_block_indexes
         within = [index for index in full if index < len(blocks)]
         if not within:
             raise UnsupportedModelError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.tower import Grids, TowerCapture, VisionCall, received_attention
 
 
 class Qwen2VLAdapter(ModelAdapter):
@@ -49,6 +51,19 @@ class Qwen2VLAdapter(ModelAdapter):
     def received_attention_module(self) -> Any:
         """See base class."""
         return self.vision_tower.blocks[-1].attn
+
+    def middle_attention_module(self) -> Any:
+        """The attention halfway up the tower, whose ``middle_global_attention`` is captured (HiPrune: 16 of 32)."""
+        blocks = self.vision_tower.blocks
+        return blocks[max(1, len(blocks) // 2) - 1].attn
+
+    def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
+        """See base class; without a CLS token attention of all tokens is attention of all patches."""
+        if name == "global_attention":
+            return self.capture_received_attention(receive)
+        if name == "middle_global_attention":
+            return TowerCapture(self, self.middle_attention_module(), received_attention, receive)
+        return super().capture(name, receive)
 
 
 def grid_thw(call: VisionCall) -> Tensor:

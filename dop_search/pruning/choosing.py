@@ -91,11 +91,13 @@ class Chooser:
         return as_choice(self.adapter, self.selector.select(inputs, num_kept), inputs.tensor("embeds").dtype)
 
     def _through_tower(self, inputs: SelectorInputs, num_kept: int) -> Choice:
+        patch = None
         if 0 < num_kept < inputs.num_visual_tokens:
-            check_one_image(self.adapter, inputs.num_visual_tokens)
-        patch = patch_tower(self.adapter, self.selector, num_kept)
+            images = check_images(self.adapter, self.selector, inputs.num_visual_tokens)
+            patch = patch_tower(self.adapter, self.selector, num_kept)
         if patch is None:
             return Choice(self.selector.rank(inputs, num_kept))
+        patch.run.images = (images,)
         try:
             embeds = self.adapter.encode_images(inputs.tensor("pixel_values"))
         finally:
@@ -107,7 +109,7 @@ class Chooser:
 
 
 def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None) -> TowerPatch | None:
-    """Make the tower compute for ``num_kept`` tokens per image; ``None`` if that is all of them or none.
+    """Make the tower compute for ``num_kept`` tokens per sample; ``None`` if that is all of them or none.
 
     Raises:
         UnsupportedModelError: if the model's images do not all have the same number of tokens.
@@ -119,23 +121,24 @@ def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None)
             f"{type(adapter.model).__name__} takes any; use avg_pool or another selector, "
             "or the method `resize`, which has the processor make smaller images"
         )
-    if num_kept is None or not 0 < num_kept < tower.grid[0] * tower.grid[1]:
+    if not num_kept or (num_kept >= tower.grid[0] * tower.grid[1] and not selector.several_images):
         return None
     return selector.patch_tower(tower, num_kept, tower.grid)
 
 
-def check_one_image(adapter: ModelAdapter, num_visual: int) -> None:
-    """Refuse samples of several images under a selector that changes the tower.
+def check_images(adapter: ModelAdapter, selector: Selector, num_visual: int) -> int:
+    """How many images a sample has under a selector that changes the tower.
 
     Raises:
-        DopError: if the sample's visual tokens are not those of one image.
+        DopError: if there are several and it works on one.
     """
-    rows, columns = adapter.tower_view.grid or (0, 0)
-    if num_visual != rows * columns:
+    rows, columns = adapter.tower_view.grid or (1, 1)
+    if num_visual != rows * columns and not selector.several_images:
         raise DopError(
-            f"a selector that changes the vision tower needs one image per sample ({rows * columns} visual tokens), "
-            f"but a sample has {num_visual}"
+            f"{selector.name!r} changes the vision tower and needs one image per sample "
+            f"({rows * columns} visual tokens), but a sample has {num_visual}"
         )
+    return num_visual // (rows * columns)
 
 
 def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.pruning.checks import UncalledModules, check_outputs
-from dop_search.pruning.entry import Forward, Prefill
+from dop_search.pruning.entry import Forward, Generate, Prefill
 from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
@@ -165,6 +165,8 @@ def prune_(
         handle.replace(adapter.text_model, "forward", decoder.forward)
         whole: Any = adapter.model
         handle.replace(whole, "forward", Forward(decoder, whole.forward))
+        if selector is not None and selector.several_images:
+            handle.replace(whole, "generate", Generate(decoder, whole.generate))
         if hasattr(whole, "_prefill"):  # a method of transformers' own: without it chunked prefill is refused
             handle.replace(whole, "_prefill", Prefill(decoder, whole._prefill))
     return handle

@@ -36,6 +36,19 @@ class Forward(Attached):
         self.decoder.call.read = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
 
 
+class Generate(Attached):
+    """``generate()``, which encodes the images before the model sees the prompts that they belong to."""
+
+    def __init__(self, decoder: PrunedDecoder, generate: Callable[..., Any]) -> None:
+        self.decoder, self.generate = decoder, generate
+        functools.update_wrapper(self, generate)
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The same ``generate()``."""
+        self.decoder.rankings.expect(kwargs.get("input_ids", inputs))
+        return self.generate(inputs, *args, **kwargs)
+
+
 class Prefill(Attached):
     """The prefill of ``generate()``: sees the whole prompt, also where the decoder gets it in chunks.
 

@@ -19,7 +19,7 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TOWER_FIELDS
 from dop_search.models.tower import TowerCapture, VisionWatch
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
-from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_one_image, patch_tower
+from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
 from dop_search.utils.attached import Attached
@@ -122,6 +122,14 @@ class RankingSource(Attached):
         for handle in self.handles:
             if isinstance(handle, TowerCapture):
                 handle.deliver()
+
+    def expect(self, input_ids: Tensor | None) -> None:
+        """The images that this thread encodes next belong to these prompts, ``[batch, length]``."""
+        if self._patch is not None and self.selector is not None and input_ids is not None:
+            counts = visual_counts(self.adapter.visual_token_mask(input_ids))
+            self._patch.run.images = tuple(
+                check_images(self.adapter, self.selector, count) for count in counts if count
+            )
 
     def forget(self) -> None:
         """This thread's images have been read, or come from an earlier call: a ranking has to have its own."""
@@ -238,7 +246,7 @@ class RankingSource(Attached):
     def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
         assert self.selector is not None
         if self.selector.changes_tower and 0 < num_kept < inputs.num_visual_tokens:
-            check_one_image(self.adapter, inputs.num_visual_tokens)
+            check_images(self.adapter, self.selector, inputs.num_visual_tokens)
         if self._patch is None:
             return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
         if self._patch.run.num_runs == 0:

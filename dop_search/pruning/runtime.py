@@ -83,6 +83,7 @@ class PrunedDecoder(Attached):
             call.input_ids = beside if fits else self.adapter.placeholder_ids(None, embeds)
         if not kwargs.get("mm_encoder_outputs"):  # where these are given, `generate()` has just encoded the images
             self.rankings.forget()
+            self.rankings.expect(call.input_ids)
 
     # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -11,10 +11,12 @@ from dop_search.selectors.base import Selection, SelectionSizes, Selector, Selec
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
 from dop_search.selectors.divprune import DivPruneSelector, LazyDivPruneSelector
+from dop_search.selectors.flowcut import FlowCutSelector
 from dop_search.selectors.hiprune import HiPruneSelector
 from dop_search.selectors.hired import HiredSelector
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.prumerge import PruMergePlusSelector
+from dop_search.selectors.prunesid import PruneSidSelector
 from dop_search.selectors.random_order import RandomSelector
 from dop_search.selectors.received_attention import ReceivedAttentionSelector
 from dop_search.selectors.resize import ResizeSelector
@@ -35,10 +37,12 @@ _SELECTORS: tuple[type[Selector], ...] = (
     ClsAttentionSelector,
     DivPruneSelector,
     LazyDivPruneSelector,
+    FlowCutSelector,
     HiPruneSelector,
     HiredSelector,
     HoloVSelector,
     PruMergePlusSelector,
+    PruneSidSelector,
     RandomSelector,
     ReceivedAttentionSelector,
     ResizeSelector,

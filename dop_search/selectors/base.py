@@ -36,7 +36,7 @@ class SelectorInputs:
         first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
         shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
         global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
-        middle_global_attention: ``[n]`` the same in layer 9 of 24.
+        middle_global_attention: ``[n]`` the same in layer 9 of 24 (Qwen-VL: halfway up).
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
         keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
@@ -143,6 +143,7 @@ class Selector(ABC):
         nested: whether the first ``T`` of one ranking are the choice for every ``T``, so that one ranking serves all.
         merges: whether kept tokens receive other features (:meth:`select`), which depend on their number.
         changes_tower: whether the vision tower itself computes something else (:meth:`patch_tower`).
+        several_images: whether it does so on samples of several images.
         version: raised whenever the same options choose other tokens than before, so that nothing that was measured
             with the old choice is read from a cache.
     """
@@ -153,6 +154,7 @@ class Selector(ABC):
     nested: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     changes_tower: ClassVar[bool] = False
+    several_images: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
@@ -183,7 +185,7 @@ class Selector(ABC):
         """
 
     def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
-        """Make the tower compute for ``num_kept`` tokens per image, until the patch is restored.
+        """Make the tower compute for ``num_kept`` tokens per sample, until the patch is restored.
 
         Only for selectors with ``changes_tower``.
         """
@@ -223,6 +225,7 @@ class TowerRun(threading.local):
     Attributes:
         values: of the last run, per field ``[images, patches, 1]``.
         num_runs: runs so far.
+        images: images of each sample that comes next; ``None``: one.
     """
 
     def __init__(self) -> None:
@@ -232,6 +235,7 @@ class TowerRun(threading.local):
         """Nothing yet."""
         self.values: dict[str, Tensor] = {}
         self.num_runs = 0
+        self.images: tuple[int, ...] | None = None
 
 
 class TowerPatch(Attached, ABC):

@@ -18,7 +18,8 @@ class HiPruneSelector(PerImageSelector):
 
     Of ``T`` tokens the ``round(alpha · T / 5)`` with the most attention in a middle layer are anchors; they come with
     their four neighbours. The others are those with the most attention in the layer that feeds the projector. Attention
-    is the mean over heads and over all tokens that ask, a CLS token included.
+    is the mean over heads and over all tokens that ask, a CLS token included. The middle layer is the released one: 9
+    of CLIP's 24, 16 of Qwen2.5-VL's 32.
 
     As released, neighbours are the tokens one place and one row before and after: at the ends of a row they are in the
     next one, at the ends of the image they are its first and last token.

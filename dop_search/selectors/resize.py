@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.selectors.base import Selector, SelectorInputs, TowerPatch, kept_count, with_rest
+from dop_search.selectors.base import Selection, Selector, SelectorInputs, TowerPatch, with_rest
 from dop_search.selectors.grid_cells import grid_cells, smaller_grid
-from dop_search.selectors.sharing import image_slices
+from dop_search.selectors.sharing import per_image, shares
 from dop_search.selectors.uniform_grid import farthest_point_order
+from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
     from dop_search.models.capture import TowerView
@@ -29,51 +30,82 @@ class ResizeSelector(Selector):
     tokens repeat features of their patch, so that the cost is that of ``T`` tokens. Bicubic with anti-aliasing, on the
     pixels that the processor made: an image that the processor had scaled up is not read again from its file.
 
-    Here the tower must have a fixed grid, and a sample one image. Other models resize in their processor, as the method
-    ``resize`` does (:mod:`dop_search.baselines.resize`).
+    The images of a sample share its tokens equally. The tower must have a fixed grid; other models resize in their
+    processor, as the method ``resize`` does (:mod:`dop_search.baselines.resize`).
     """
 
     name = "resize"
     nested = False
     changes_tower = True
+    several_images = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        total = kept_count(inputs, num_kept)
-        ((rows, columns),) = inputs.image_grids[:1]
-        everything = np.arange(inputs.num_visual_tokens)
-        if total == 0 or len(list(image_slices(inputs))) > 1:
-            return everything
-        small = smaller_grid(rows, columns, total)
-        _, middles = grid_cells(rows, columns, small)
-        return with_rest(middles[farthest_point_order(*small)], farthest_point_order(rows, columns))
+        return per_image(inputs, num_kept, _middles_first).order
 
     def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
         """See base class."""
-        return ResizePatch(tower, grid, smaller_grid(*grid, num_kept))
+        return ResizePatch(tower, grid, num_kept)
+
+
+def _middles_first(inputs: SelectorInputs, num_kept: int) -> Selection:
+    """Of one image the tokens in the middle of its small patches, spread out, then the others."""
+    grid = inputs.image_grids[0]
+    if num_kept == 0:
+        return Selection(np.arange(inputs.num_visual_tokens))
+    small = smaller_grid(*grid, num_kept)
+    _, middles = grid_cells(*grid, small)
+    return Selection(with_rest(middles[farthest_point_order(*small)], farthest_point_order(*grid)))
 
 
 class ResizePatch(TowerPatch):
-    """Runs a tower on a smaller image and spreads its states over the full grid."""
+    """Runs a tower on smaller images and spreads its states over the full grid.
 
-    def __init__(self, tower: TowerView, grid: tuple[int, int], small: tuple[int, int]) -> None:
+    Args:
+        tower: the tower.
+        grid: rows and columns of its patches.
+        num_kept: tokens of a sample, which its images share.
+    """
+
+    def __init__(self, tower: TowerView, grid: tuple[int, int], num_kept: int) -> None:
         super().__init__()
-        self.module, self.num_extra = tower.module, tower.num_extra
-        self.size = (small[0] * tower.patch_size, small[1] * tower.patch_size)
-        cells, _ = grid_cells(*grid, small)
-        self.index = torch.from_numpy(np.concatenate([np.arange(self.num_extra), self.num_extra + cells]))
+        self.module, self.num_extra, self.patch_size = tower.module, tower.num_extra, tower.patch_size
+        self.grid, self.num_kept = grid, num_kept
         self.previous = self.module.__dict__.get("forward")
         self.original = self.module.forward
         self.module.forward = self.forward
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The tower's contract, at the cost of the small image."""
-        small = torch.nn.functional.interpolate(
-            pixel_values.float(), size=self.size, mode="bicubic", antialias=True, align_corners=False
-        )
-        output = self.original(small.to(pixel_values.dtype), *args, **{**kwargs, "interpolate_pos_encoding": True})
+        """The tower's contract, at the cost of the small images."""
         self.run.num_runs += 1
-        index = self.index.to(pixel_values.device)
+        images = self.run.images or (1,) * len(pixel_values)
+        if sum(images) != len(pixel_values):
+            raise DopError(f"the prompts ask for {sum(images)} images, but the tower receives {len(pixel_values)}")
+        full = self.grid[0] * self.grid[1]
+        counts = np.concatenate([shares(np.full(k, full), np.full(k, full), self.num_kept) for k in images])
+        parts = [np.flatnonzero(counts == count) for count in np.unique(counts)]
+        outputs = [self._small(pixel_values[part], int(counts[part[0]]), *args, **kwargs) for part in parts]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = torch.from_numpy(np.argsort(np.concatenate(parts))).to(pixel_values.device)
+        joined = outputs[0]
+        joined.last_hidden_state = torch.cat([each.last_hidden_state for each in outputs])[order]
+        if joined.hidden_states is not None:
+            layers = zip(*(each.hidden_states for each in outputs), strict=True)
+            joined.hidden_states = tuple(None if states[0] is None else torch.cat(states)[order] for states in layers)
+        return joined
+
+    def _small(self, pixel_values: Tensor, count: int, *args: Any, **kwargs: Any) -> Any:
+        """The tower on images of ``count`` tokens; of an image that gets none a single patch stands for all."""
+        small = smaller_grid(*self.grid, max(1, count))
+        size = (small[0] * self.patch_size, small[1] * self.patch_size)
+        pixels = torch.nn.functional.interpolate(
+            pixel_values.float(), size=size, mode="bicubic", antialias=True, align_corners=False
+        )
+        output = self.original(pixels.to(pixel_values.dtype), *args, **{**kwargs, "interpolate_pos_encoding": True})
+        cells, _ = grid_cells(*self.grid, small)
+        index = torch.from_numpy(np.concatenate([np.arange(self.num_extra), self.num_extra + cells]))
+        index = index.to(pixel_values.device)
         output.last_hidden_state = output.last_hidden_state.index_select(1, index)
         if output.hidden_states is not None:
             output.hidden_states = tuple(

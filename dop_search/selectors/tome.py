@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dop_search.selectors.base import Selector, SelectorInputs, TowerPatch
 from dop_search.utils.errors import DopError, UnsupportedModelError
@@ -89,25 +89,19 @@ class _Merging(threading.local):
         self.alive = self.size = self.keys = torch.empty(0)
 
 
-class ToMePatch(TowerPatch):
-    """Replaces the forwards of a tower's layers; states keep their full shape, merged patches are never computed."""
+class LayersPatch(TowerPatch):
+    """Replaces the forwards of a tower's layers; states keep their full shape, patches that left are never computed."""
 
-    def __init__(self, tower: TowerView, schedule: tuple[int, ...], proportional_attention: bool) -> None:
+    def __init__(self, tower: TowerView) -> None:
         super().__init__()
-        if "flash" in str(tower.layers[0].self_attn.config._attn_implementation):
-            raise UnsupportedModelError(
-                "ToMe adds log(size) to attention scores, which flash-attention cannot; "
-                "load the vision tower with attn_implementation=sdpa"
-            )
-        self.tower, self.proportional_attention = tower, proportional_attention
-        self.schedule = [*schedule, *[0] * (len(tower.layers) - len(schedule))]
-        self.at = _Merging()
-        self.handles: list[RemovableHandle] = []
-        self.previous: list[Any] = []
+        self.tower = tower
+        self.previous = [layer.__dict__.get("forward") for layer in tower.layers]
         for index, layer in enumerate(tower.layers):
-            self.previous.append(layer.__dict__.get("forward"))
-            self.handles.append(layer.self_attn.k_proj.register_forward_hook(self._keep_keys))
-            layer.forward = partial(self._layer, index)
+            layer.forward = partial(self.layer, index)
+
+    @abstractmethod
+    def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """One encoder layer on the patches that are left; ``hidden_states`` has all of them."""
 
     def restore(self) -> None:
         """See base class."""
@@ -116,15 +110,36 @@ class ToMePatch(TowerPatch):
                 layer.__dict__.pop("forward", None)
             else:
                 layer.forward = previous
+        self.previous = []
+
+
+class ToMePatch(LayersPatch):
+    """Merges patches between attention and MLP of every layer."""
+
+    def __init__(self, tower: TowerView, schedule: tuple[int, ...], proportional_attention: bool) -> None:
+        if "flash" in str(tower.layers[0].self_attn.config._attn_implementation):
+            raise UnsupportedModelError(
+                "ToMe adds log(size) to attention scores, which flash-attention cannot; "
+                "load the vision tower with attn_implementation=sdpa"
+            )
+        super().__init__(tower)
+        self.proportional_attention = proportional_attention
+        self.schedule = [*schedule, *[0] * (len(tower.layers) - len(schedule))]
+        self.at = _Merging()
+        self.handles = [layer.self_attn.k_proj.register_forward_hook(self._keep_keys) for layer in tower.layers]
+
+    def restore(self) -> None:
+        """See base class."""
+        super().restore()
         for handle in self.handles:
             handle.remove()
-        self.handles, self.previous = [], []
+        self.handles = []
 
     def _keep_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.at.keys = output
 
-    def _layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """One encoder layer on the patches that are left; ``hidden_states`` has all of them."""
+    def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """See base class."""
         images, length, width = hidden_states.shape
         layer = self.tower.layers[index]
         if index == 0:

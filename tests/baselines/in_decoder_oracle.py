@@ -157,6 +157,40 @@ def dart(seen: Seen, num_kept: int, num_pivots: int = 4) -> list[int]:
     return [*chosen, *[i for i in seen.candidates if i not in chosen]]
 
 
+def ivc_prune(seen: Seen, num_kept: int) -> list[int]:
+    """Value tokens with a quarter as many positions of either kind, until there are enough."""
+    attention = seen.layer.self_attn
+    dim = attention.head_dim
+    values = attention.v_proj(seen.layer.input_layernorm(seen.hidden[None]))[0].unflatten(-1, (-1, dim))
+
+    def likeness(anchors: list[int]) -> list[int]:
+        score = dict.fromkeys(seen.candidates, 0.0)
+        for row in anchors:
+            for head in range(values.shape[1]):
+                products = torch.stack([values[row, head] @ values[j, head] for j in seen.here]).double()
+                for j, share in zip(seen.here, (products / math.sqrt(dim)).softmax(0).tolist(), strict=True):
+                    if j in score:
+                        score[j] += share
+        return by_score(score)
+
+    def turned(function: Callable[[float], float]) -> list[int]:
+        return by_score(
+            {i: sum(function(i * 10000.0 ** (-2 * k / dim)) for k in range(dim // 2)) for i in seen.candidates}
+        )
+
+    after = [t for t in seen.text if t > seen.candidates[0]]
+    question = after[2:] or after
+    seeds = likeness(question)[: max(1, round(len(seen.candidates) / 100))]
+    by_value, by_cos, by_sin = likeness([*seeds, *question]), turned(math.cos), turned(math.sin)
+    chosen, count = list(seeds), 0
+    while len(chosen) < num_kept:
+        count += 1
+        for i in [*by_value[:count], *by_cos[: round(count / 4)], *by_sin[: round(count / 4)]]:
+            if i not in chosen and len(chosen) < num_kept:
+                chosen.append(i)
+    return [*chosen, *[i for i in by_value if i not in chosen]]
+
+
 def fitprune(seen: Seen, num_kept: int) -> list[int]:
     def received(i: int, rows: list[int]) -> float:
         return sum(max(float(head[row, i]) for head in seen.attention) for row in rows)

@@ -90,7 +90,7 @@ def test_every_method_meets_every_budget_or_says_why_not(name: str, shape: str) 
     assert feasible == list(BUDGETS[: len(feasible)]), "what is infeasible stays so at lower budgets"
 
 
-@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm_v2", "pyramiddrop", "fitprune"])
+@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm_v2", "pyramiddrop", "fitprune", "ivc_prune"])
 def test_rankings_are_paid_for(name: str) -> None:
     """The price of a staged method is above that of its operations, by less than its candidates' projections."""
     context = context_of("llava_7b")

@@ -52,6 +52,7 @@ CASES = {
     "dart": (staged("dart", (2,), [LAYERS, 2], [0.625, 0.375]), oracle.dart),
     "dart_few": (staged("dart", (2,), [LAYERS, 2], [0.125, 0.875]), oracle.dart),
     "fitprune": (staged("fitprune", (1, 2, 3), [LAYERS, 3, 2, 1], [0.25, 0.25, 0.25, 0.25]), oracle.fitprune),
+    "ivc_prune": (staged("ivc_prune", (2,), [LAYERS, 3], [0.5, 0.5]), oracle.ivc_prune),
     # separated at layer 1, gone at layer 3: another ranking comes in between and must leave the group alone
     "later": (staged("fastv", (0, 2), [LAYERS, 2, 1], [0.25, 0.25, 0.5]), oracle.fastv),
 }

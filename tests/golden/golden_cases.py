@@ -149,6 +149,8 @@ def decoder_layer(case: Case) -> Any:
         layer.self_attn.q_proj.weight.copy_(case["in.q_proj"])
         layer.self_attn.k_proj.weight.copy_(case["in.k_proj"])
         layer.input_layernorm.weight.copy_(case["in.input_layernorm"])
+        if "in.v_proj" in case.tensors:
+            layer.self_attn.v_proj.weight.copy_(case["in.v_proj"])
     return layer
 
 

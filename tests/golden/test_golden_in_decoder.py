@@ -8,12 +8,15 @@ import torch
 from golden_cases import Case, case_names, cases, decoder_layer, read_case, rope
 
 from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
+from dop_search.baselines.hidrop import HiDrop
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
+from dop_search.pruning.in_decoder.base import best_first
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import received_attention
+from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled
 from dop_search.strategy import Strategy
 
@@ -158,3 +161,32 @@ def test_fitprune_tables(case: Case) -> None:
     for ratio, scheme in zip(case.settings["reduction_ratios"], case["out.delete_scheme"], strict=True):
         assert list(PUBLISHED_SCHEMES[ratio]) == scheme.tolist()
         assert np.sum(PUBLISHED_SCHEMES[ratio]) < case.settings["visual_tokens"]
+
+
+@cases("ivc_prune")
+def test_ivc_prune(case: Case) -> None:
+    """Seeds and value tokens in order, and the published set where as many are kept as in the released code."""
+    s, sample = case.settings, sample_of(case)
+    first, visual = s["system_tokens"], s["visual_tokens"]
+    with torch.no_grad():
+        seeds, by_value = IvcPruneSelector((1,)).by_value(sample)
+    assert seeds.tolist() == case["out.seeds"].tolist()
+    assert by_value[: round(0.2 * visual)].tolist() == case["out.value"].tolist()
+    kept = [row - first for row in case["out.keep_rows"].tolist() if first <= row < first + visual]
+    assert sorted(ranked("ivc_prune", sample, len(kept))) == kept
+
+
+@cases("hidrop_topk")
+def test_hidrop_keeps(case: Case) -> None:
+    """Its differentiable choice is that of the largest scores."""
+    assert sorted(best_first(case["in.scores"])[: case.settings["num_kept"]].tolist()) == case.kept()
+
+
+@pytest.mark.parametrize(("first", "average"), [(87, 48), (215, 64)])
+def test_hidrop_schedule(first: int, average: int) -> None:
+    """Its settings for LLaVA-1.5-7B are named by the tokens that a layer has on average."""
+    method = HiDrop()
+    tokens = tokens_per_layer(method.strategy(32, 576, method.counts(576, first)), 576)
+    expected = [0] * 8 + [576] * 2 + [first] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 8
+    assert tokens == expected
+    assert round(sum(tokens) / 32) == average

@@ -11,10 +11,12 @@ import torch
 from golden_cases import Case, case_names, cases, read_case, tiny_clip, tiny_llava
 
 from dop_search.models import adapter_for
+from dop_search.models.capture import TowerView
 from dop_search.selectors import SelectorInputs, cdpruner, make_selector, trim
 from dop_search.selectors.base import descending, finite_array
 from dop_search.selectors.cdpruner import greedy_map, normalised
 from dop_search.selectors.clip_text import ClipText
+from dop_search.selectors.flowcut import FlowCutPatch
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.tome import merge_most_similar, merge_schedule
 
@@ -188,6 +190,47 @@ def test_prumerge(name: str) -> None:
         kept = np.array(theirs)
         dropped = np.setdiff1d(np.arange(inputs.num_visual_tokens), kept)
         case.close("out.tokens", selector.merge(inputs, kept, dropped, summary=True))
+
+
+@cases("prunesid")
+def test_prunesid(case: Case) -> None:
+    """LLaVA's form, whose CLS token takes the place of a dropped one, and Qwen-VL's."""
+    count, score = case.settings["num_kept"], case.settings["score"]
+    if score == "loading":
+        kept = kept_of("prunesid", inputs_of(case, embeds=case["in.embeds"]), case, score=score)
+        assert sorted(kept) == case.kept()
+        return
+    cls, states = case["in.states"][:1], case["in.states"][1:]
+    attention = case["in.cls_attention"].mean(dim=0)
+    inputs = inputs_of(case, features=states, cls_feature=cls.expand_as(states), cls_attention=attention)
+    selection = make_selector("prunesid").select(inputs, count)
+    (slot,) = selection.slots.tolist()
+    assert slot not in case.kept()
+    assert sorted(selection.order[:count].tolist()) == sorted([slot, *case.kept()])
+    torch.testing.assert_close(selection.features, cls)
+
+
+@cases("flowcut")
+def test_flowcut(case: Case) -> None:
+    """The tower of a tiny CLIP, layer by layer as many tokens as the released code has, and the same ones at last."""
+    tower = tiny_clip(case).vision_model
+    layers, lengths = tower.encoder.layers, []
+    view = TowerView(tower, layers, len(layers) - 2, True, 32, 7, None, None, None)
+    patch = FlowCutPatch(view, case.settings["num_kept"])
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1])) for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            states = tower(case["in.pixels"], output_hidden_states=True).hidden_states[-2][0, 1:]
+    finally:
+        patch.restore()
+        for hook in hooks:
+            hook.remove()
+    kept = patch.run.values["tower_sizes"][0, :, 0].nonzero()[:, 0]
+    assert kept.tolist() == case.kept()
+    assert lengths == case["out.lengths"].tolist()[:-1]
+    case.close("out.features", states[kept])
 
 
 @cases("tome")

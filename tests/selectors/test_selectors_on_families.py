@@ -1,6 +1,7 @@
 """Every selector on every family: it runs and is the same in a batch, or refuses before anything is touched."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 import dop_search as dop
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.prompts import chat_prompt
+from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
+from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SELECTORS, make_selector
 from dop_search.testing.measure import model_state, state_difference
@@ -36,11 +39,11 @@ def working(family):
     if family in HAS_CLS:
         names |= {"cls_attention", "holov"}
     if family in ("llava", "llava_next"):
-        names |= {"hired", "prumerge_plus", "scope", "vispruner", "visionzip", "vscan"}
-    if family in ("llava", "llava_next", "llava_onevision"):
+        names |= {"hired", "prumerge_plus", "prunesid", "scope", "vispruner", "visionzip", "vscan"}
+    if family != "internvl":
         names |= {"hiprune"}
     if family == "llava":
-        names |= {"resize", "tome"}
+        names |= {"flowcut", "resize", "tome"}
     return names
 
 
@@ -52,6 +55,7 @@ BY_RECEIVED = [
     for name in ("holov", "scope", "vispruner")
     if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
 ]
+BY_LOADING = ("qwen2_vl", "qwen2_5_vl", "llava_onevision", "internvl")
 
 
 def prompts(family, seeds):
@@ -89,6 +93,42 @@ def test_runs_and_does_not_depend_on_the_batch(family, name):
 @pytest.mark.parametrize(("family", "name"), BY_RECEIVED)
 def test_runs_by_received_attention_without_a_cls_token(family, name):
     check_runs(family, name, {"attention": "received"})
+
+
+@pytest.mark.parametrize("family", BY_LOADING)
+def test_prunesid_runs_by_loadings_without_a_cls_token(family):
+    check_runs(family, "prunesid", {"score": "loading"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_methods_that_rank_inside_the_decoder_run_everywhere(family):
+    """Whatever the tower and the positions are; a batch of two is two batches of one."""
+    model, batch = model_of(family), prompts(family, (0, 2))
+    for name in STAGE_SELECTORS:
+        depths = [4, 2]
+        chosen = dop.Strategy.depthwise(
+            4, depths, depths, depths, shares=[0.5, 0.5], selector=name, selector_options={"stages": [1]}
+        )
+        with torch.no_grad():
+            full = model(**batch).logits[:, -1]
+            with dop.pruned(model, chosen):
+                together = model(**batch).logits[:, -1]
+                for row, seed in enumerate((0, 2)):
+                    alone = model(**prompts(family, (seed,))).logits[0, -1]
+                    torch.testing.assert_close(together[row], alone, rtol=1e-3, atol=1e-4, msg=name)
+        assert not torch.allclose(full, together, atol=1e-3), name
+
+
+def test_the_middle_of_a_tower_with_windows_attends_to_whole_images():
+    """Qwen2.5-VL's 32 blocks: HiPrune reads the 16th, which is one of the four that attend to whole images."""
+
+    class Adapter(Qwen2_5VLAdapter):
+        vision_tower = SimpleNamespace(
+            blocks=[SimpleNamespace(attn=number) for number in range(1, 33)], fullatt_block_indexes=[7, 15, 23, 31]
+        )
+
+    adapter = object.__new__(Adapter)
+    assert (adapter.middle_attention_module(), adapter.received_attention_module()) == (16, 32)
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)
@@ -179,7 +219,8 @@ def test_tokens_know_their_tile(family):
 
 
 @pytest.mark.parametrize(
-    "name", ["visionzip", "prumerge_plus", "vispruner", "vscan", "hiprune", "hired", "scope", "cdpruner_llm"]
+    "name",
+    ["visionzip", "prumerge_plus", "vispruner", "vscan", "prunesid", "hiprune", "hired", "scope", "cdpruner_llm"],
 )
 def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     model, inputs = model_of("llava_next"), prompts("llava_next", (1,))

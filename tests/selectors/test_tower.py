@@ -10,13 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
+from dop_search.divergence.encoding import encode
 from dop_search.models import adapter_for
 from dop_search.models.capture import TOWER_FIELDS, attention_flops, capture_field, mlp_flops
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
-from dop_search.selectors.grid_cells import grid_cells
+from dop_search.selectors.grid_cells import grid_cells, smaller_grid
 from dop_search.selectors.tome import merge_schedule
-from dop_search.testing.inputs import tiny_sample
+from dop_search.testing.inputs import collate, tiny_sample
 from dop_search.testing.models import tiny_model
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
@@ -177,10 +178,49 @@ def test_tome_refuses_flash_attention_and_too_few_tokens(pocket, monkeypatch):
         selector.patch_tower(view, 64, view.grid)
 
 
+@pytest.mark.parametrize("num_kept", [5, 20], ids=["fewer than one image", "more than one image"])
+def test_images_of_a_sample_share_the_tokens_of_a_resized_one(num_kept):
+    """Against the tower on small images, in a batch with a sample of one image, and through ``generate()``."""
+    model = tiny_model("llava")
+    tower = model.model.vision_tower
+    two, one = tiny_sample(model, 2, 3, seed=1, num_images=2), tiny_sample(model, 2, 3, seed=2)
+    strategy = dop.Strategy.full(4, num_visual_tokens=num_kept, selector="resize")
+    embeds = []
+    for pixels, count in zip(two["pixel_values"], (num_kept - num_kept // 2, num_kept // 2), strict=True):
+        a, b = smaller_grid(4, 4, count)
+        small = torch.nn.functional.interpolate(
+            pixels[None], size=(7 * a, 7 * b), mode="bicubic", antialias=True, align_corners=False
+        )
+        with torch.no_grad():
+            states = tower(small, output_hidden_states=True, interpolate_pos_encoding=True)
+            states = states.hidden_states[model.config.vision_feature_layer][:, 1:]
+            embeds.append(model.model.multi_modal_projector(states)[0])
+    seen = {}
+    hook = (
+        adapter_for(model)
+        .layers[0]
+        .input_layernorm.register_forward_pre_hook(lambda module, args: seen.update(rows=args[0]))
+    )
+    with torch.no_grad(), dop.pruned(model, strategy):
+        alone = model(**two).logits[0, -1]
+        rows = seen["rows"]
+        hook.remove()
+        together = model(**collate([two, one])).logits
+        first = model.generate(**two, max_new_tokens=1, do_sample=False)[0, -1]
+    with torch.no_grad():
+        chosen = encode(adapter_for(model), two, (7,), make_selector("resize")).choice(num_kept).embeds
+    for tokens in embeds:
+        for token in tokens:
+            assert float((rows - token).abs().amax(dim=-1).min()) < 1e-4
+            assert float((chosen - token).abs().amax(dim=-1).min()) < 1e-4
+    torch.testing.assert_close(together[0, -1], alone, rtol=1e-3, atol=1e-4)
+    assert int(first) == int(alone.argmax())
+
+
 @pytest.mark.parametrize("num_kept", [6, 20], ids=["fewer than one image", "more than one image"])
-def test_several_images_per_sample_are_refused_by_tower_selectors(num_kept):
+def test_several_images_per_sample_are_refused_by_other_tower_selectors(num_kept):
     model = tiny_model("llava")
     sample = tiny_sample(model, 2, 2, num_images=2)
-    strategy = dop.Strategy.full(4, num_visual_tokens=num_kept, selector="resize")
+    strategy = dop.Strategy.full(4, num_visual_tokens=num_kept, selector="tome")
     with torch.no_grad(), dop.pruned(model, strategy), pytest.raises(DopError, match=r"one image per sample \(16.*32"):
         model(**sample)

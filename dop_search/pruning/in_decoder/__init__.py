@@ -8,6 +8,7 @@ from typing import Any
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
+from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
 from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
@@ -20,6 +21,7 @@ _SELECTORS: tuple[type[StageSelector], ...] = (
     SparseVlm2Selector,
     DartSelector,
     FitPruneSelector,
+    IvcPruneSelector,
 )
 STAGE_SELECTORS = Registry("in-decoder selector", {selector.name: selector for selector in _SELECTORS}, DopError)
 
