@@ -4,8 +4,8 @@ Ours are named by their space (``dop``: the paper's, ``dop_split``, ``dop_groups
 selector than the configured one, and ``dop_search``, one study over selectors and spaces. ``uniform_search`` is the
 uniform reduction with the least KL on the search samples, so that choosing a selector is no advantage of ours alone.
 ``gsop@SELECTOR`` is GSOP over another selector. All rows use up their budget to within 1 %, ours too. What a
-strategy expresses is saved, ``strategies/METHOD-BUDGET.json``, for ``dop-eval strategy=…``. On samples without annotated
-answers ``relative_mean`` is the share of the full model's answers that stay, token by token.
+strategy expresses is saved, ``strategies/METHOD-BUDGET.json``, for ``dop-eval strategy=…``. On samples without
+annotated answers ``relative_mean`` is the share of the full model's answers that stay, token by token.
 """
 
 from __future__ import annotations
