@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.models.capture import refuse
-from dop_search.models.tower import cls_attention
 from dop_search.selectors.base import Selector, SelectorInputs, TowerPatch, descending
 from dop_search.selectors.tome import LayersPatch
+from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from dop_search.models.capture import TowerView
@@ -47,7 +46,10 @@ class FlowCutSelector(Selector):
     def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
         """See base class."""
         if not tower.has_cls or tower.feature_layer < 1:
-            raise refuse(["cls_attention"], f"{self.name!r} scores patches by a CLS token of the layers below")
+            raise UnsupportedModelError(
+                f"{self.name!r} scores patches by a CLS token in layers below the one that feeds the projector, which the "
+                "vision tower does not have; use selector=resize or another selector"
+            )
         return FlowCutPatch(tower, num_kept)
 
 
@@ -90,7 +92,7 @@ class FlowCutPatch(LayersPatch):
         rows = rows + layer.self_attn(hidden_states=normed, attention_mask=None, **kwargs)[0]
         rows = rows + layer.mlp(layer.layer_norm2(rows))
         if patches > self.num_kept:
-            attention = cls_attention(layer.self_attn, (normed,), {})[0]
+            attention = cls_row(layer.self_attn, normed)
             scores, before = patch_scores(layer.self_attn, normed, attention), self.at.scores[image]
             scores = scores if before is None else 0.5 * before + 0.5 * scores
             to_go = self.tower.feature_layer - 1 - index
@@ -103,24 +105,34 @@ class FlowCutPatch(LayersPatch):
         return rows
 
 
-def patch_scores(attention: Any, normed: Tensor, cls_row: Tensor) -> Tensor:
+def cls_row(attention: Any, normed: Tensor) -> Tensor:
+    """``[patches]`` head-mean attention of the CLS token, from the input ``[1, tokens, width]`` of the module."""
+    query, keys = (
+        projected[0].float().unflatten(-1, (attention.num_heads, -1))
+        for projected in (attention.q_proj(normed[:, :1]), attention.k_proj(normed))
+    )
+    scores = torch.einsum("hc,nhc->hn", query[0], keys) * attention.scale
+    return scores.softmax(dim=-1).mean(dim=0)[1:]
+
+
+def patch_scores(attention: Any, normed: Tensor, row: Tensor) -> Tensor:
     """Scores of the patches of one image.
 
     Args:
         attention: the layer's attention module.
         normed: ``[1, tokens, width]`` its input.
-        cls_row: ``[patches]`` head-mean attention of the CLS token.
+        row: ``[patches]`` head-mean attention of the CLS token.
     """
     values = attention.v_proj(normed)[0].float().unflatten(-1, (attention.num_heads, -1))
     semantic = torch.einsum("hc,nhc->hn", values[0], values).softmax(dim=-1).mean(dim=0)[1:]
-    return (cls_row / cls_row.sum() + semantic / semantic.sum()) * values.mean(dim=1)[1:].abs().sum(dim=-1)
+    return (row / row.sum() + semantic / semantic.sum()) * values.mean(dim=1)[1:].abs().sum(dim=-1)
 
 
-def num_leaving(cls_row: Tensor, to_go: int, num_kept: int) -> int:
+def num_leaving(row: Tensor, to_go: int, num_kept: int) -> int:
     """How many patches leave after a layer: ``(n - T) / √to_go · (1 - (entropy / log n)²)``, all but ``T`` at last."""
-    count = len(cls_row)
+    count = len(row)
     if to_go == 0:
         return count - num_kept
-    share = cls_row / cls_row.sum()
+    share = row / row.sum()
     entropy = float(-(share * share.log()).sum())
     return round((count - num_kept) / math.sqrt(to_go) * (1 - (entropy / math.log(count)) ** 2))
