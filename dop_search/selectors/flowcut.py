@@ -47,8 +47,8 @@ class FlowCutSelector(Selector):
         """See base class."""
         if not tower.has_cls or tower.feature_layer < 1:
             raise UnsupportedModelError(
-                f"{self.name!r} scores patches by a CLS token in layers below the one that feeds the projector, which the "
-                "vision tower does not have; use selector=resize or another selector"
+                f"{self.name!r} scores patches by a CLS token in layers below the one that feeds the projector, "
+                "which this vision tower lacks; use selector=resize or another selector"
             )
         return FlowCutPatch(tower, num_kept)
 
