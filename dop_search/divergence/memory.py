@@ -239,8 +239,8 @@ class Footprint:
         return tables + (2 * pairs if self.masks and past else 0)
 
     def logits(self, num_answer_tokens: int) -> int:
-        """Logits at the answers' positions, their logarithms, and the divergence from the full model's."""
-        return num_answer_tokens * self.dims.vocab_size * (self.element + 28)
+        """Logits at the answers' positions with their logarithms in float32, or four float32 terms and a mask of KL."""
+        return num_answer_tokens * self.dims.vocab_size * max(self.element + 8, 17)
 
     def standing(self, lengths: Sequence[int], num_answer_tokens: int, past: int = 0) -> int:
         """What a chunk holds as long as it is worked on: its input, the full model's state on the way, the prefix, what

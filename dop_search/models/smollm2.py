@@ -9,6 +9,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -49,8 +50,9 @@ def _assemble(target: Path) -> None:
     assert spec.origin is not None
     folder = Path(spec.origin).parent
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    del read.config.quantization_config  # else the new model would be taken for a quantised one
-    model = LlamaForCausalLM(read.config)
+    config: Any = read.config
+    del config.quantization_config  # else the new model would be taken for a quantised one
+    model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.to(torch.bfloat16).save_pretrained(target)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def _of_different_families(samples: Sequence[Sample], indices: np.ndarray, count
 def _picture(bench: Workbench, strategy: Strategy, index: int, before: str, after: str) -> dict[str, Any]:
     """A failure to draw; ``kept`` are places on the ``grid`` of visual tokens, if the sample has one."""
     sample, encoded = bench.data("test").samples[index], bench.teacher("test").samples[index].encoded
-    image = sample.image.copy()
+    image = sample.images[0].copy()
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)

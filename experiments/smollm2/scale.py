@@ -123,6 +123,7 @@ def memory(loaded: LoadedModel, data: ValidationSet, teacher: Teacher) -> dict[s
             "selector": {"name": SELECTOR},
             "space": {"num_depth_levels": 4, "num_token_levels": 4},
             "memory": 3.0,
+            "batch_size": len(data),
         }
     )  # fmt: skip
     stages = {stage.name.split(":")[0]: stage.device_bytes for stage in make_plan(config).stages}

@@ -10,12 +10,14 @@ import torch
 
 import dop_search as dop
 from dop_search.data.samples import Sample, with_context
+from dop_search.evaluation.timing.layer_times import image_order, synthetic_prompt
 from dop_search.models import adapter_for
 from dop_search.models.families import TEXT_MODELS
 from dop_search.models.prompts import model_inputs
 from dop_search.models.text import MARKERS_KEY, context_mask
 from dop_search.models.text_processor import TextProcessor
 from dop_search.pruning.asking import attention_from_text
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import collate, tiny_sample
 from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import tiny_tokenizer
@@ -144,6 +146,15 @@ def test_samples_and_models_that_do_not_go_together_are_refused(tmp_path):
     for question in ("What?", "<context>a", "a</context>", "<context>a<context>b</context>"):
         with pytest.raises(DataError, match="begins and ends once"):
             sample(question)
+
+
+def test_layer_times_are_measured_on_contexts_of_the_counts_asked_for():
+    """What latency budgets are solved with."""
+    model = tiny_model("llama")
+    inputs = synthetic_prompt(model, TokenCounts(9, 11))
+    counts = TokenCounts.of_prompt(visual_positions(model, inputs["input_ids"])[0].numpy())
+    assert (counts.text, counts.visual) == (9, 11)
+    assert image_order(inputs, model).tolist() == list(range(11))
 
 
 def test_a_file_of_passages_is_cut_by_passage(tmp_path):

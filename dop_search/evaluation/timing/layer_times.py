@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from dop_search.evaluation.timing.comparison import OnProgress, environment
 from dop_search.evaluation.timing.timing import Clock, read_prefill
 from dop_search.models.families import adapter_for
+from dop_search.models.text import TextAdapter
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
@@ -136,6 +137,9 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def synthetic_prompt(model: PreTrainedModel, counts: TokenCounts) -> dict[str, Tensor]:
     """A prompt of these token counts without images: the decoder gets the embedding of the image token instead."""
+    adapter = adapter_for(model)
+    if isinstance(adapter, TextAdapter):
+        return _synthetic_context(adapter, counts)
     image: int = model.config.image_token_id
     text = next(index for index in range(image + 64) if index > image + 8)
     vocabulary = model.config.get_text_config().vocab_size
@@ -147,9 +151,19 @@ def synthetic_prompt(model: PreTrainedModel, counts: TokenCounts) -> dict[str, T
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+def _synthetic_context(adapter: TextAdapter, counts: TokenCounts) -> dict[str, Tensor]:
+    """As :func:`synthetic_prompt`, between markers, which are among the text."""
+    opening, closing = adapter.markers
+    word = next(token for token in range(adapter.dims.vocab_size) if token not in adapter.visual_token_ids)
+    around = counts.text - len(opening) - len(closing)
+    ids = [*[word] * (around // 2), *opening, *[word] * counts.visual, *closing, *[word] * (around - around // 2)]
+    input_ids = torch.tensor([ids], device=adapter.device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
 def image_order(inputs: dict[str, Tensor], model: PreTrainedModel) -> np.ndarray:
     """A ranking of a synthetic prompt's visual tokens; which ones are kept makes no difference to the time."""
-    return np.arange(int((inputs["input_ids"] == model.config.image_token_id).sum()))
+    return np.arange(int(adapter_for(model).visual_token_mask(inputs["input_ids"]).sum()))
 
 
 def _jobs(
