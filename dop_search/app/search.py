@@ -242,6 +242,7 @@ def _candidates(
 ) -> list[MeasuredSolution]:
     """The solver's solution and what it was compared with, the best first."""
     place = SearchPlace(
+        model=bench.loaded.name,
         teacher=str(profile.facts["teacher"]),
         shares=profile.space.shares,
         averaging=bench.config.data.averaging,
