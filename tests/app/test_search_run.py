@@ -306,7 +306,7 @@ def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monke
     def forbidden(**kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("dop_search.app.search.load", forbidden)
+    monkeypatch.setattr("dop_search.app.begin.load", forbidden)
     if not {"selector", "data"} & set(changes):
         changes = {"data": {**own_file(tmp_path, 6, answer=False), **changes}}
     with pytest.raises(DopError, match=message):
