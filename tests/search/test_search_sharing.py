@@ -77,7 +77,7 @@ def study_worker(location: str, folder: Path, number: int, delay_s: float) -> No
     (folder / f"result-{number}.json").write_text(json.dumps(result))
 
 
-@pytest.fixture(params=["journal", "postgres"])
+@pytest.fixture(params=["journal", pytest.param("postgres", marks=pytest.mark.service("PostgreSQL"))])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "journal":
         return str(tmp_path / "shared.journal")
