@@ -171,20 +171,17 @@ def joint_search(
             claims.once("warm start", lambda: WARM_START in study.user_attrs, choose)
             queued = [(choice.options[index], item) for index, item in study.user_attrs[WARM_START]]
             total = len(queued) + num_sampled if num_trials is None else num_trials
-            what = f"{sampler} on the exact divergence"
             if num_trials is not None and num_trials <= len(queued):
-                what = f"candidates to begin with (num_trials={num_trials} leave none for {sampler})"
                 log.warning(
-                    "num_trials=%d are all taken by the %d candidates to begin with, so that the sampler %s proposes "
-                    "none; raise num_trials, or lower num_warm_start",
-                    *(num_trials, len(queued), sampler),
+                    f"num_trials={num_trials} are all taken by the {len(queued)} candidates to begin with, so that the "
+                    f"sampler {sampler} proposes none; raise num_trials, or lower num_warm_start"
                 )
             evaluate.together(queued[:total], on_progress)
             starts = [choice.parameters(option, assignment) for option, assignment in queued]
 
             def notify(num_done: int) -> None:
                 if on_progress is not None:
-                    on_progress(num_done, total, what)
+                    on_progress(num_done, total, f"{sampler} on the exact divergence")
 
             def draw(place: int) -> BaseSampler:
                 return plumbing.make_sampler(sampler, seed, place)
