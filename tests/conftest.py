@@ -22,8 +22,26 @@ SLOW_FIXTURES = {"logged", "run_small_study", "searched"}
 """A test that uses one of these is slow; others say so by ``pytest.mark.slow``."""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--sweeps", type=int, default=1, help="how often each engine runs a first sweep (then of 4 runs)")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which services were there: tests that need one are skipped without it."""
+    found = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "service":
+                    skipped = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else ""
+                    found[value] = f"{value} not run ({skipped})" if skipped else f"{value} ran"
+    if found:
+        terminalreporter.write_line(f"services: {', '.join(found[name] for name in sorted(found))}")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        item.user_properties += [("service", mark.args[0]) for mark in item.iter_markers("service")]
         if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 

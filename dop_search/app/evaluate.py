@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from dop_search.app.begin import begin
 from dop_search.app.config import EvalRunConfig, SearchConfig
 from dop_search.app.data_checks import check_data
@@ -22,7 +20,7 @@ from dop_search.app.tracking.store import log_evaluation
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import FittedMethod, parse_method
 from dop_search.models.fast_linear import fast_linear
-from dop_search.models.loading import LoadedModel, load
+from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.extensions import import_modules
@@ -49,10 +47,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
         parse_method(name)  # a misspelt name is an error before loading
     if config.method:
         check_data(config.data, config.suite, ("search",), ())
-    begin(config, run_dir, "hydra.run.dir")
-    with progress.task(f"load {config.model.name_or_path}"):
-        transformers_logging.disable_progress_bar()
-        loaded = load(**config.model.model_dump())
+    loaded = begin(config, run_dir, "hydra.run.dir", progress)
     judge = SuiteJudge(loaded, config.suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
     with fast_linear(loaded.model):
         judged = [_Judged.of_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]

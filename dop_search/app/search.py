@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from dop_search.app.begin import begin
 from dop_search.app.config import SearchConfig
@@ -43,7 +42,6 @@ from dop_search.divergence.profiling import MeasuredProfile, make_space
 from dop_search.evaluation.timing.layer_times import SHARES, table_for
 from dop_search.evaluation.timing.timing import Clock
 from dop_search.models.fast_linear import fast_linear
-from dop_search.models.loading import load
 from dop_search.search import (
     MeasuredSolution,
     Option,
@@ -82,10 +80,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
         from dop_search.search.optuna_study import open_storage
 
         open_storage(config.storage)  # and a database that cannot be opened
-    begin(config, run_dir, "hydra.run.dir")
-    with progress.task(f"load {config.model.name_or_path}"):
-        transformers_logging.disable_progress_bar()
-        loaded = load(**config.model.model_dump())
+    loaded = begin(config, run_dir, "hydra.run.dir", progress)
     bench = Workbench(config, loaded, progress)
     search_id = uuid.uuid4().hex[:12]  # ties strategies and tracked runs to this search
     with fast_linear(loaded.model):
@@ -242,6 +237,7 @@ def _candidates(
 ) -> list[MeasuredSolution]:
     """The solver's solution and what it was compared with, the best first."""
     place = SearchPlace(
+        model=bench.loaded.name,
         teacher=str(profile.facts["teacher"]),
         shares=profile.space.shares,
         averaging=bench.config.data.averaging,

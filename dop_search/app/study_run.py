@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from dop_search.app.begin import begin
 from dop_search.app.config import SearchConfig
@@ -23,7 +22,6 @@ from dop_search.app.study import Result, Study, check_study, open_study, study_c
 from dop_search.app.tracking.store import log_study
 from dop_search.app.workbench import Workbench
 from dop_search.models.fast_linear import fast_linear
-from dop_search.models.loading import load
 from dop_search.utils.conf import config_dir
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.files import write_text_atomic
@@ -92,10 +90,7 @@ def draw_study(study: Study | type[Study], result: Result, folder: Path) -> list
 
 
 def _measure(study: Study, config: SearchConfig, progress: Progress) -> ResultFile:
-    begin(config, Path(study_config(config).path), "study.folder")
-    with progress.task(f"load {config.model.name_or_path}"):
-        transformers_logging.disable_progress_bar()
-        loaded = load(**config.model.model_dump())
+    loaded = begin(config, Path(study_config(config).path), "study.folder", progress)
     bench, place = Workbench(config, loaded, progress), study_config(config)
     setup = bench.setup() | study.settings(config)
     results = ResultFile(Path(place.path), place.name, setup, _published(place))

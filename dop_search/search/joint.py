@@ -8,6 +8,7 @@ a constraint; what a selector itself computes is taken off the budget before (:a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,11 @@ from dop_search.strategy.cost.budget import Budget
 from dop_search.utils.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.trial import Trial
 
 WARM_START = "warm_start"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,11 @@ def joint_search(
 ) -> list[MeasuredSolution]:
     """Every strategy within the budget that was measured on all samples, the one with the least mean KL first.
 
-    Several processes may share ``storage``: one queues the proposals, all evaluate them, each runs trials until there
-    are enough in the whole study, and all return the same solutions. What the sampler proposes depends on the trials
-    that are finished by then, so the later trials are not those of a single process. Continuing a study (same storage
-    and name) repeats no finished trial: a trial lost with its process is queued again, and random numbers depend on
-    ``seed`` and the trial's number, not on what is in memory.
+    Several processes may share ``storage``: all evaluate the proposals, each runs trials until there are enough in the
+    whole study, and all return the same solutions. What the sampler proposes depends on the trials that are finished by
+    then, so the later trials are not those of a single process. Continuing a study (same storage and name) repeats no
+    finished trial: one that is lost with its process is begun again in its place, and random numbers depend on ``seed``
+    and the place, not on what is in memory.
 
     Args:
         options: selectors with spaces; those in which nothing fits are left out.
@@ -140,7 +143,7 @@ def joint_search(
         ConfigError: on an unknown sampler or pruner.
     """
     from dop_search.search import optuna_study as plumbing
-    from dop_search.search.sharing import Claims, Pause, end_trial
+    from dop_search.search.sharing import Claims
 
     start = time.perf_counter()
     choice = _Choice(_feasible(options))
@@ -159,38 +162,34 @@ def joint_search(
         study = plumbing.open_study(opened, study_name, pruner, facts, storage)
         plumbing.make_sampler(sampler, seed)  # an unknown name is an error before anything runs
 
-        def queue() -> None:
+        def choose() -> None:
             chosen = choice.proposals(num_proposals, use_up)
-            for option, assignment in chosen:
-                parameters = choice.parameters(option, assignment)
-                study.enqueue_trial(parameters, user_attrs={WARM_START: True}, skip_if_exists=True)
             indices = {id(option): index for index, option in enumerate(choice.options)}
             study.set_user_attr(WARM_START, [[indices[id(option)], dict(item)] for option, item in chosen])
 
-        with Claims(opened, study_name) as claims:
-            claims.once("warm start", lambda: WARM_START in study.user_attrs, queue)
+        with Claims(plumbing.open_storage(storage, bookkeeping=True), study_name) as claims:
+            claims.once("warm start", lambda: WARM_START in study.user_attrs, choose)
             queued = [(choice.options[index], item) for index, item in study.user_attrs[WARM_START]]
             total = len(queued) + num_sampled if num_trials is None else num_trials
+            if num_trials is not None and num_trials <= len(queued):
+                log.warning(
+                    f"num_trials={num_trials} are all taken by the {len(queued)} candidates to begin with, so that the "
+                    f"sampler {sampler} proposes none; raise num_trials, or lower num_warm_start"
+                )
             evaluate.together(queued[:total], on_progress)
-            pause = Pause()
-            while (finished := plumbing.num_trials(study, running=False)) < total:
-                plumbing.retry_lost_trials(study, claims.worker)
-                if plumbing.num_trials(study, running=True) >= total:
-                    pause()  # others are at the last ones
-                    continue
-                pause = Pause()
-                trial = study.ask()
-                trial.set_user_attr("process", claims.worker.name)
-                place = plumbing.place_among_trials(study, trial.number)
-                if place >= total:  # another process was faster
-                    end_trial(study, trial.number)
-                    continue
-                study.sampler = plumbing.make_sampler(sampler, seed, place)
-                plumbing.run_trial(study, trial, objective)
+            starts = [choice.parameters(option, assignment) for option, assignment in queued]
+
+            def notify(num_done: int) -> None:
                 if on_progress is not None:
-                    on_progress(min(finished + 1, total), total, f"{sampler} on the exact divergence")
-    trials = study.get_trials(deepcopy=False, states=plumbing.FINISHED)
-    history = [record_of(trial) | choice.label(trial.params) for trial in trials]
+                    on_progress(num_done, total, f"{sampler} on the exact divergence")
+
+            def draw(place: int) -> BaseSampler:
+                return plumbing.make_sampler(sampler, seed, place)
+
+            plumbing.run_trials(study, opened, claims.worker, total, draw, starts, objective, notify)
+    trials = plumbing.finished(study)
+    history = [record_of(trial) | {"trial": place} | choice.label(trial.params) for place, trial in trials.items()]
+    evaluate.count(choice, history)
     best_record(history, "kl_search", sampler)  # or none fits
     return _solutions(choice, history, evaluate.num_samples, f"exact_optuna[{sampler}]", time.perf_counter() - start)
 
@@ -325,6 +324,14 @@ class _ChunkedEvaluation:
             strategies = [space.strategy(assignment) for its, assignment in chosen if its is option]
             what = f"{len(strategies)} candidates to begin with"
             option.problem.need_store("exact_optuna").evaluate(strategies, on_progress=on_progress, what=what)
+
+    def count(self, choice: _Choice, history: Sequence[Mapping[str, Any]]) -> None:
+        """Let the stores count the runs of finished trials, also of other processes and before an interruption."""
+        order = np.concatenate(self._chunks)
+        for record in history:
+            if "num_samples" in record:
+                option, strategy = _strategy(choice, record)
+                option.problem.need_store("exact_optuna").count(strategy, order[: record["num_samples"]])
 
     def __call__(self, trial: Trial, option: Option, assignment: Mapping[str, int]) -> float:
         """Mean divergence in nats; raises ``optuna.TrialPruned`` on the pruner's word."""

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from dop_search.search.sharing import Worker, end_trial
+from dop_search.search.sharing import Pause, Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
 from dop_search.utils.errors import CacheError, ConfigError
 from dop_search.utils.registry import unknown
@@ -98,10 +98,15 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
         self._held.close()
 
 
-def open_storage(location: str | Path | None) -> BaseStorage:
+def open_storage(location: str | Path | None, bookkeeping: bool = False) -> BaseStorage:
     """``None``: in memory; a URL (``sqlite:///…``, ``postgresql+psycopg://…``): a database; a path: a journal file.
 
     Processes can share a journal file on one machine or over NFS, and a database server from anywhere.
+
+    Args:
+        location: where to.
+        bookkeeping: open what holds who does what, and evaluations, apart from the studies that a person looks at:
+            beside a journal file another one; a database has everything, under names that begin with ``bookkeeping/``.
 
     Raises:
         ConfigError: if the database cannot be reached, or its driver is not installed.
@@ -111,6 +116,8 @@ def open_storage(location: str | Path | None) -> BaseStorage:
     if "://" in str(location):
         return _open_database(str(location))
     path = Path(location)
+    if bookkeeping:
+        path = path.with_name(f"{path.stem}.bookkeeping{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _FileLock(path)
     lock.acquire()
@@ -118,11 +125,11 @@ def open_storage(location: str | Path | None) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def _open_database(url: str, num_tries: int = 10) -> RDBStorage:
+def _open_database(url: str, num_tries: int = 10) -> BaseStorage:
     """Optuna's tables are created on first use; another process may be doing just that, so it is tried again."""
     for left in reversed(range(num_tries)):
         try:
-            return RDBStorage(url)
+            return optuna.storages.get_storage(RDBStorage(url))  # with its cache of finished trials
         except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError) as error:
             if not left:
                 raise _unusable(url, error) from error
@@ -169,39 +176,105 @@ def open_study(
     return study
 
 
-def num_trials(study: optuna.Study, running: bool) -> int:
-    """Finished trials, with those that run now if asked for."""
-    states = (*FINISHED, TrialState.RUNNING) if running else FINISHED
-    return len(study.get_trials(deepcopy=False, states=states))
+# -- trials -------------------------------------------------------------------------------------
 
 
-def place_among_trials(study: optuna.Study, number: int) -> int:
-    """A trial's number without counting the failed ones before it: their parameters were queued again."""
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return number - sum(trial.number < number for trial in failed)
+def place(trial: FrozenTrial) -> int:
+    """Which of the study's trials it is: its number, but that a trial is begun again in the place of a lost one."""
+    return int(trial.user_attrs.get("place", trial.number))
 
 
-def run_trial(study: optuna.Study, trial: Trial, objective: Callable[[Trial], float]) -> None:
+def finished(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """Finished trials by place, in order."""
+    return dict(sorted((place(trial), trial) for trial in study.get_trials(deepcopy=False, states=FINISHED)))
+
+
+def run_trials(
+    study: optuna.Study,
+    storage: BaseStorage,
+    worker: Worker,
+    num_trials: int,
+    draw: Callable[[int], optuna.samplers.BaseSampler],
+    starts: Sequence[Mapping[str, Any]],
+    objective: Callable[[Trial], float],
+    notify: Callable[[int], None],
+) -> None:
+    """Run trials, in turn with other processes, until the study has finished so many.
+
+    Args:
+        study, storage: where.
+        worker: this process.
+        num_trials: places for trials, also those of other processes.
+        draw: the sampler of a place.
+        starts: parameters of the first places, the warm start.
+        objective: judges a trial.
+        notify: told how many are finished.
+    """
+    pause = Pause()
+    while (num_done := len(finished(study))) < num_trials:
+        notify(num_done)
+        number = _free_place(study, worker, num_trials)
+        if number is None:
+            pause()  # others are at the last ones
+            continue
+        pause = Pause()
+        start = starts[number] if number < len(starts) else None
+        trial = _begin(study, storage, draw(number), worker, number, start)
+        if trial is not None:
+            _run(trial, objective)
+    notify(num_trials)
+
+
+def _free_place(study: optuna.Study, worker: Worker, num_trials: int) -> int | None:
+    """The first place that nobody has finished or is at, ``None`` without one; trials of dead workers are given up."""
+    held = set(finished(study))
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        process = trial.user_attrs.get("process", f"unknown, of trial {trial.number}")
+        if not (worker.is_dead(process) and end_trial(study, trial.number)):
+            held.add(place(trial))
+    return next((number for number in range(num_trials) if number not in held), None)
+
+
+def _begin(
+    study: optuna.Study,
+    storage: BaseStorage,
+    sampler: optuna.samplers.BaseSampler,
+    worker: Worker,
+    number: int,
+    start: Mapping[str, Any] | None,
+) -> Trial | None:
+    """A trial in a place; ``None`` if another process has begun it just before.
+
+    It is there with all that tells whose it is, or not at all, so that one whose process is killed can be done again.
+    What a lost one had chosen by then is kept.
+    """
+    trials = study.get_trials(deepcopy=False)
+    given = dict(start or {})
+    for trial in trials:
+        if trial.state == TrialState.FAIL and place(trial) == number:
+            given |= trial.params
+    facts = {"process": worker.name, "place": number} | ({} if start is None else {"warm_start": True})
+    new = create_trial(state=TrialState.RUNNING, user_attrs=facts, system_attrs={"fixed_params": given})
+    identifier = storage.create_new_trial(storage.get_study_id_from_name(study.study_name), new)
+    fresh = optuna.load_study(study_name=study.study_name, storage=storage, sampler=sampler, pruner=study.pruner)
+    mine = Trial(fresh, identifier)
+    others = (trial for trial in fresh.get_trials(deepcopy=False) if trial.state != TrialState.FAIL)
+    if any(place(trial) == number and trial.number < mine.number for trial in others):
+        end_trial(study, mine.number)
+        return None
+    return mine
+
+
+def _run(trial: Trial, objective: Callable[[Trial], float]) -> None:
     """Let a trial choose and be judged; one that raises an error stays open, to be retried."""
     try:
         value = objective(trial)
     except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        trial.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     except UpdateFinishedTrialError:
         return  # this process was silent for so long that others have given the trial up
     else:
-        study.tell(trial, value, skip_if_finished=True)
-
-
-def retry_lost_trials(study: optuna.Study, worker: Worker) -> None:
-    """Fail trials whose process has died and queue their parameters again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        process = trial.user_attrs.get("process", f"unknown, of trial {trial.number}")
-        if worker.is_dead(process) and end_trial(study, trial.number):
-            parameters = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if parameters:
-                kept = {"warm_start": True} if "warm_start" in trial.user_attrs else None
-                study.enqueue_trial(parameters, user_attrs=kept)
+        trial.study.tell(trial, value, skip_if_finished=True)
 
 
 # -- parameters ---------------------------------------------------------------------------------

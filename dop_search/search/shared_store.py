@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optuna.trial import create_trial
 
 from dop_search.search.optuna_study import open_storage, open_study, quiet_optuna
-from dop_search.search.sharing import GRACE_S, HEARTBEAT_S, Claims, Pause
+from dop_search.search.sharing import BOOKKEEPING, GRACE_S, HEARTBEAT_S, Claims, Pause
 from dop_search.search.store import EvaluationStore, Evaluator, Report
 from dop_search.strategy import Strategy
 
@@ -54,8 +54,8 @@ class SharedEvaluationStore(EvaluationStore):
     ) -> None:
         super().__init__(evaluator, num_samples, None, header, batch_size)
         with quiet_optuna():
-            storage = open_storage(location)
-            self._study = open_study(storage, name, "none", self._header, location)
+            storage = open_storage(location, bookkeeping=True)
+            self._study = open_study(storage, BOOKKEEPING + name, "none", self._header, location)
             self._claims = Claims(storage, name, heartbeat_s, grace_s)
         self._num_read = 0
 

@@ -27,6 +27,9 @@ HEARTBEAT_S = 10.0
 GRACE_S = 60.0
 """How long a worker may be silent, of which nothing else is known, before its work is given to others."""
 
+BOOKKEEPING = "bookkeeping/"
+"""How names of studies begin that hold no search of a person's."""
+
 
 class Worker:
     """This process among those that share a study; while entered, it counts up an attribute of the study.
@@ -100,7 +103,8 @@ class Claims:
     def __init__(
         self, storage: BaseStorage, name: str, heartbeat_s: float = HEARTBEAT_S, grace_s: float = GRACE_S
     ) -> None:
-        self._study = optuna.create_study(storage=storage, study_name=f"{name}/claims", load_if_exists=True)
+        name = f"{BOOKKEEPING}claims/{name.removeprefix(BOOKKEEPING)}"
+        self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self.worker = Worker(self._study, heartbeat_s, grace_s)
 
     def __enter__(self) -> Claims:

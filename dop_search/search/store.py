@@ -127,9 +127,13 @@ class EvaluationStore:
                 on_progress(len(distinct) - num_missing, len(distinct), what)
 
         self._fill(distinct, samples, sample_indices is None, report)
-        for key in distinct:
-            self._requested.setdefault(key, np.zeros(self.num_samples, dtype=np.bool_))[samples] = True
+        for strategy in distinct.values():
+            self.count(strategy, samples)
         return np.stack([self._values[key][samples] for key in keys]) if keys else np.zeros((0, len(samples)))
+
+    def count(self, strategy: Strategy, samples: NDArray[Any]) -> None:
+        """Count a run as asked for, as by :meth:`evaluate`, that a solver's own memory has the result of."""
+        self._requested.setdefault(strategy.key(), np.zeros(self.num_samples, dtype=np.bool_))[samples] = True
 
     def _fill(self, distinct: Mapping[str, Strategy], samples: NDArray[Any], everything: bool, report: Report) -> None:
         """Evaluate what is not known of strategies by key; ``everything``: on all samples."""

@@ -14,6 +14,7 @@ import numpy as np
 from dop_search.strategy.operations import MODULES, Operation, TokenGroup, group_sizes
 from dop_search.strategy.policy import GroupPolicy, Layers, layers_text, policy_json
 from dop_search.strategy.stages import check_stages, ranked_until
+from dop_search.utils.addresses import local_file
 from dop_search.utils.errors import StrategyError
 from dop_search.utils.versioned import Format, write_json
 
@@ -289,10 +290,15 @@ class Strategy:
     def load(cls, path: str | Path) -> Strategy:
         """Read a strategy.
 
+        Args:
+            path: of the file; or where MLflow keeps it, ``runs:/RUN/strategy.json`` or ``models:/NAME/VERSION`` (with
+                the extra ``search``).
+
         Raises:
             StrategyError: if the file is not a strategy; the message says what is wrong.
         """
-        data = FORMAT.read(path)
+        with local_file(path) as file:
+            data = FORMAT.read(file)
         try:
             return cls.from_json(data)
         except StrategyError as error:

@@ -40,15 +40,6 @@ def test_a_sweep_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len({record.data.fingerprints["search"] for record in records}) == 1
 
 
-@pytest.mark.slow
-def test_a_sweep_in_parallel_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    parallel = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    records = sweep(tmp_path, *parallel, "model.name_or_path=pocket,pocket/shallow", "data.seed=1")
-    assert [(record.model.name, record.data.seed) for record in records] == [("pocket", 1), ("pocket/shallow", 1)]
-    assert len({record.results[0].kl_search for record in records}) == 2  # two models, two answers
-
-
 @pytest.mark.parametrize(
     ("option", "override", "module", "name", "expected"),
     [

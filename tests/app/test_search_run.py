@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from PIL import Image
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
 from dop_search.app.search import run
+from dop_search.search.optuna_study import open_storage
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import BudgetError, CacheError, DopError
 from dop_search.utils.progress import SilentProgress
@@ -172,6 +175,10 @@ def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
     (result,) = record.results
     assert result.flops_ratio <= 0.5
     assert result.kl_search <= result.uniform.kl_search + 1e-9, "never worse than uniform reduction on the search set"
+    if search["solver"] == "exact_optuna":
+        (journal,) = path.glob("cache/study-*[0-9a-f].journal")
+        (name,) = optuna.get_all_study_names(open_storage(journal))
+        assert re.fullmatch(r"pocket-dop_split-random-flops0\.5-[0-9a-f]{8}", name)
 
 
 @pytest.mark.slow
@@ -299,7 +306,7 @@ def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monke
     def forbidden(**kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("dop_search.app.search.load", forbidden)
+    monkeypatch.setattr("dop_search.app.begin.load", forbidden)
     if not {"selector", "data"} & set(changes):
         changes = {"data": {**own_file(tmp_path, 6, answer=False), **changes}}
     with pytest.raises(DopError, match=message):

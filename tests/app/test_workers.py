@@ -54,11 +54,9 @@ def without_times(record: Record) -> dict[str, Any]:
 
 
 def claims(where: Path, state: TrialState) -> list[dict[str, Any]]:
-    """The claims of all studies in a journal."""
-    if not where.exists():
-        return []
-    storage = open_storage(where)
-    names = [name for name in optuna.get_all_study_names(storage) if name.endswith("/claims")]
+    """The claims of all studies of a storage."""
+    storage = open_storage(where, bookkeeping=True)
+    names = [name for name in optuna.get_all_study_names(storage) if "/claims/" in name]
     studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
     return [trial.user_attrs for study in studies for trial in study.get_trials(states=(state,))]
 
@@ -89,10 +87,11 @@ def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_pa
     record = Record.load(tmp_path / survivor)
     assert without_times(record) == without_times(lone)
     assert (tmp_path / survivor / "curves.parquet").read_bytes() == (tmp_path / "lone" / "curves.parquet").read_bytes()
-    storage = open_storage(where)
+    assert optuna.get_all_study_names(open_storage(where)) == [], "what a person opens has no bookkeeping"
+    storage = open_storage(where, bookkeeping=True)
     keys = []
     for summary in optuna.get_all_study_summaries(storage):
-        if not summary.study_name.endswith("/claims"):
+        if "/claims/" not in summary.study_name:
             study = optuna.load_study(study_name=summary.study_name, storage=storage)
             keys += [(summary.study_name, trial.user_attrs["key"]) for trial in study.trials]
     assert len(keys) == len(set(keys)), "nothing that was saved was evaluated again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,9 @@ import numpy as np
 import optuna
 import pytest
 from invented_problems import counted, interacting_evaluator, pocket_problem
+from optuna.storages.journal import JournalFileBackend
 
-from dop_search.search import EvaluationStore, Problem, solve, uniform_assignment
+from dop_search.search import EvaluationStore, MeasuredSolution, Problem, solve, uniform_assignment
 from dop_search.search.optuna_study import FINISHED, open_storage, suggest, trial_parameters
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
@@ -130,6 +132,8 @@ def test_a_study_is_continued_as_if_it_had_never_stopped(tmp_path: Path, kind: s
     assert first + sum(calls) == sum(all_calls)
     assert list(resumed.history) == list(reference.history) == list(finished.history)
     assert resumed.num_validation_runs == reference.num_validation_runs
+    stores = [item.need_store("exact_optuna") for item in (problem, again, straight)]
+    assert len({store.num_validation_runs for store in stores}) == 1, "what the whole search counts is the same, too"
     assert resumed.strategy == reference.strategy
 
 
@@ -209,6 +213,57 @@ def finished(folder: Path) -> list[optuna.trial.FrozenTrial]:
 def evaluated(folder: Path) -> list[str]:
     """The strategies in the file of evaluations, in order."""
     return [line.split('"samples"')[0] for line in (folder / "kl.jsonl").read_text().splitlines()[1:]]
+
+
+def killed_worker(folder: Path, num_writes: int) -> None:
+    """A search that is killed when it writes to the study for the n-th time: before it does."""
+    count = itertools.count()
+    append = JournalFileBackend.append_logs
+
+    def counted_append(self: JournalFileBackend, logs: list[dict[str, object]]) -> None:
+        if "bookkeeping" not in self._file_path and next(count) == num_writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, logs)
+
+    JournalFileBackend.append_logs = counted_append
+    search_to_the_end(folder)
+
+
+def search_to_the_end(folder: Path) -> MeasuredSolution:
+    problem, _ = with_store(pocket_problem("dop", num_tokens=12), path=folder / "kl.jsonl")
+    options = {"num_trials": 7, "num_warm_start": 2, "num_chunks": 3}
+    return solve("exact_optuna", problem, BUDGET, storage=folder / "study.journal", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_a_search_that_is_killed_at_any_write_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    reference = search_to_the_end(tmp_path / "straight")
+    num_writes = len((tmp_path / "straight" / "study.journal").read_text().splitlines())
+    assert num_writes > 40
+    context = multiprocessing.get_context("fork")
+    for number in [*range(18, 32, 3), num_writes - 2]:  # of warm starts and drawn trials, different writes
+        folder = tmp_path / str(number)
+        for further in (number, 1):
+            victim = context.Process(target=killed_worker, args=(folder, further))
+            victim.start()
+            victim.join()
+            assert victim.exitcode == -signal.SIGKILL
+        start = time.monotonic()
+        found = search_to_the_end(folder)
+        assert time.monotonic() - start < 10, "the dead process was noticed at once"
+        assert list(found.history) == list(reference.history)
+        assert found.num_validation_runs == reference.num_validation_runs
+
+
+def test_more_candidates_to_begin_with_than_trials_are_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    problem, _ = with_store(pocket_problem("dop", num_tokens=12))
+    found = solve("exact_optuna", problem, BUDGET, num_trials=3, num_warm_start=8)
+    assert len(found.history) == 3
+    assert "num_trials=3 are all taken by the 8 candidates" in caplog.text
+    caplog.clear()
+    solve("exact_optuna", problem, BUDGET, num_trials=10, num_warm_start=8)
+    assert caplog.text == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")

@@ -77,7 +77,7 @@ def study_worker(location: str, folder: Path, number: int, delay_s: float) -> No
     (folder / f"result-{number}.json").write_text(json.dumps(result))
 
 
-@pytest.fixture(params=["journal", "postgres"])
+@pytest.fixture(params=["journal", pytest.param("postgres", marks=pytest.mark.service("PostgreSQL"))])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "journal":
         return str(tmp_path / "shared.journal")
@@ -156,8 +156,10 @@ def test_workers_share_a_study(location: str, tmp_path: Path, kill: bool) -> Non
     study = optuna.load_study(study_name="dop_search", storage=open_storage(location))
     assert len(study.get_trials(states=FINISHED)) == 16
     assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    warm = [trial.params for trial in study.trials[:4]]
-    assert len({str(params) for params in warm}) == 4, "the warm start is queued once"
+    warm = [trial for trial in study.get_trials(states=FINISHED) if "warm_start" in trial.user_attrs]
+    assert len({str(trial.params) for trial in warm}) == len(warm) == len(study.user_attrs["warm_start"]), (
+        "the warm start is done once"
+    )
     done = [trial.params for trial in study.get_trials(states=FINISHED)]
     lost = [trial for trial in study.get_trials(states=(optuna.trial.TrialState.FAIL,)) if trial.params]
     assert all(trial.params in done for trial in lost), "what was lost was done again"
@@ -299,13 +301,14 @@ def test_a_line_torn_while_others_work_is_cut_off(tmp_path: Path) -> None:
     where = tmp_path / "shared.journal"
     one = SharedEvaluationStore(EXACT, 6, where, "study")
     one.evaluate(STRATEGIES[:3])
-    with open(where, "ab") as file:
+    journal = tmp_path / "shared.bookkeeping.journal"
+    with open(journal, "ab") as file:
         file.write(b'{"op_code":4,"study_id":0,"user_at')
     values = one.evaluate(STRATEGIES)
     two = SharedEvaluationStore(EXACT, 6, where, "study")
     np.testing.assert_array_equal(two.evaluate(STRATEGIES), values)
     assert two.num_new_runs == 0
-    assert all(json.loads(line) for line in where.read_text().splitlines())
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
 @pytest.mark.parametrize(

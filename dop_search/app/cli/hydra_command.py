@@ -36,6 +36,9 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
     A :class:`DopError` is shown without a traceback (``HYDRA_FULL_ERROR=1`` shows it). Exit status 1 on a user's error,
     130 on Ctrl-C.
     """
+    flags = set(sys.argv[1:])
+    if flags & {"-m", "--multirun"} and (shown := sorted(flags & {"--cfg", "-c", "--info", "-i", "--run", "-r"})):
+        sys.exit(f"{name}: {shown[0]} goes with one configuration, -m with many; leave one of them out")
     try:
         directory = config_dir()
         for override in LAUNCHER_EXTRAS.keys() & set(sys.argv):

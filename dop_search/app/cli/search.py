@@ -44,8 +44,10 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     from dop_search.app.report import summary
     from dop_search.app.report.scores import score_summary
     from dop_search.app.search import run
+    from dop_search.app.tracking.system import system_metrics
 
-    record = run(config, run_dir, default_progress())
+    with system_metrics(config.tracking, run_dir):
+        record = run(config, run_dir, default_progress())
     scores = score_summary(record)
     print_end(
         [summary(record)] if scores is None else [summary(record), scores],

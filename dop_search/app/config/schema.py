@@ -191,7 +191,9 @@ class TrackingConfig(Section):
     experiment: str = Field(default="dop-search", min_length=1)
     """MLflow experiment; made if it is missing."""
     run_name: str | None = None
-    """``null``: model, space and solver."""
+    """``null``: model, space, budgets, seed and selector."""
+    system_metrics: bool = False
+    """Log the load of CPU, memory, disk, network and NVIDIA GPUs (with nvidia-ml-py) during a search."""
 
 
 class StudyConfig(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class SearchPlace:
     """What the trials of a search are kept under, beside its options.
 
     Attributes:
+        model: its name.
         teacher: fingerprint of the full model's answers.
         shares: of the kept tokens per group.
         averaging: of the KL over answer positions.
@@ -65,6 +67,7 @@ class SearchPlace:
         options: makes the choices of ``search=joint`` from names of spaces and of selectors, none: the configured ones.
     """
 
+    model: str
     teacher: str
     shares: Sequence[float]
     averaging: str
@@ -146,7 +149,8 @@ class ExactOptunaConfig(SolverSection):
     pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
     """Stops a trial after part of the samples."""
     study_name: str | None = None
-    """Same name and ``storage``: several processes work on one study. ``null``: from the fingerprints."""
+    """Same name and ``storage``: several processes work on one study. ``null``: of model, space, sampler, budget and a
+    digest of what else makes it another study, e.g. ``pocket-dop_split-tpe-flops0.3-1f2e3d4c``."""
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
@@ -156,20 +160,26 @@ class ExactOptunaConfig(SolverSection):
         """See base class."""
         from dop_search.search import solve, with_exact
 
-        name = self.study_name or _study_name(self, problem, place, {"num_trials"})
-        options = self.model_dump(exclude={"solver"}) | {
-            "storage": place.storage or str(place.cache_dir / f"study-{name}.journal"),
-            "study_name": f"{name}-{budget.name}-{budget.value:g}",
-        }
+        where = _study(self, problem.space.name, place, budget, "num_trials")
+        options = self.model_dump(exclude={"solver"}) | where
         return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
 
 
-def _study_name(config: ExactOptunaConfig | JointConfig, problem: Problem, place: SearchPlace, more: set[str]) -> str:
-    """A name of its own for everything that makes a study another one; ``more`` trials continue a study."""
-    options = config.model_dump(exclude={*more, "study_name"})
-    others = [options, place.shares, place.averaging]
-    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{place.teacher}-{problem.space.name}-{config.sampler}-{digest}"
+def _study(
+    config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, budget: Budget, more: str
+) -> dict[str, str]:
+    """Where a search's study is kept, and its name: for a reader, and a digest of what makes it another one.
+
+    ``more``: the option that continues a study with more trials.
+    """
+    readable = "-".join([re.sub(r"[^\w.]+", "-", place.model).strip("-"), what, config.sampler])
+    others = [place.teacher, config.model_dump(exclude={more, "study_name"}), place.shares, place.averaging]
+    digest = "-" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+    name, digest = (config.study_name, "") if config.study_name else (readable, digest)
+    return {
+        "storage": place.storage or str(place.cache_dir / f"study-{name}{digest}.journal"),
+        "study_name": f"{name}-{budget.name.removesuffix('_ratio')}{budget.value:g}{digest}",
+    }
 
 
 class JointConfig(SolverSection):
@@ -201,13 +211,11 @@ class JointConfig(SolverSection):
 
         if place.options is None:
             raise ConfigError("search=joint needs the curves of every selector and space; run it by `dop-search`")
-        name = self.study_name or _study_name(self, problem, place, {"num_sampled"})
         options = self.model_dump(include={"num_proposals", "num_sampled", "sampler", "pruner", "seed"})
         return joint_search(
             place.options(self.spaces, self.selectors),
-            storage=place.storage or str(place.cache_dir / f"study-{name}.journal"),
-            study_name=f"{name}-{budget.name}-{budget.value:g}",
             on_progress=on_progress,
+            **_study(self, "joint", place, budget, "num_sampled"),
             **options,
         )
 

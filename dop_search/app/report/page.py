@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 from dop_search.app.record import Record, Result
 from dop_search.app.report.scores import HEAD, against_uniform, score_notes, score_rows
 from dop_search.app.report.style import styled
-from dop_search.app.report.text import NONE, interval_text, kl_text, notes, percent_text, policy_text, verdict
+from dop_search.app.report.text import (
+    NONE,
+    alt_text,
+    interval_text,
+    kl_text,
+    lead,
+    notes,
+    percent_text,
+    policy_text,
+    verdict,
+)
 
 _CAPTIONS = {
     "layer_map": (
@@ -59,9 +69,11 @@ def page(record: Record, figures: Mapping[str, Figure]) -> str:
     parts += _scores(record)
     for name, (heading, caption) in _CAPTIONS.items():
         if name in figures:
-            image = f'<img alt="{escape(heading)}" src="data:image/svg+xml;base64,{_svg(figures[name])}">'
+            alt = escape(alt_text(name, record))
+            image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{_svg(figures[name])}">'
             parts.append(
-                f"<section><h2>{heading}</h2><figure>{image}<figcaption>{caption}</figcaption></figure></section>"
+                f"<section><h2>{heading}</h2><figure><div class=scroll>{image}</div><figcaption>{caption}</figcaption>"
+                "</figure></section>"
             )
     parts.append(_provenance(record))
     return (
@@ -72,20 +84,7 @@ def page(record: Record, figures: Mapping[str, Figure]) -> str:
 
 
 def _lead(record: Record) -> str:
-    best = min(record.results, key=lambda result: result.flops_ratio)
-    text = (
-        f"At {percent_text(best.flops_ratio)} % of the prefill FLOPs the found strategy is "
-        f"{kl_text(best.kl_heldout)} nats from the full model on held-out samples"
-    )
-    if best.uniform is None:
-        return f"<p class=lead>{escape(text)}.</p>"
-    text += f"; uniform token reduction at the same FLOPs is {kl_text(best.uniform.kl_heldout)} nats from it."
-    if best.accuracy_full is not None:
-        text += (
-            f" Task accuracy: {percent_text(best.accuracy_full)} % full, {percent_text(best.accuracy_pruned)} % found, "
-            f"{percent_text(best.uniform.accuracy)} % uniform."
-        )
-    return f"<p class=lead>{escape(text)}</p>"
+    return f"<p class=lead>{escape(' '.join(lead(record)))}</p>"
 
 
 def _table(record: Record) -> str:

@@ -86,6 +86,78 @@ def verdict(result: Result) -> str:
     return "better" if high < 0.0 else "worse" if low > 0.0 else "no difference"
 
 
+def lead(record: Record) -> list[str]:
+    """What was found and how sure it is, in sentences: first the cheapest budget with a significant difference."""
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(record.results, key=lambda item: item.flops_ratio):
+        groups.setdefault(verdict(result), []).append(result)
+    order = [word for word in ("better", "worse", "no difference") if word in groups]
+    order += [word for word in groups if word not in order]
+    first, *others = groups[order[0]]
+    sentences = [_found(first, record.data.num_heldout)]
+    if others:
+        sentences.append(f"The same holds at {_budgets(others)}.")
+    sentences += [f"At {_budgets(groups[word])}: {_SAID[word]}." for word in order[1:]]
+    if first.accuracy_full is not None and first.uniform is not None:
+        sentences.append(
+            f"Task accuracy at {percent_text(first.flops_ratio)} %: {percent_text(first.accuracy_full)} % full, "
+            f"{percent_text(first.accuracy_pruned)} % found, {percent_text(first.uniform.accuracy)} % uniform."
+        )
+    return sentences
+
+
+_SAID = {
+    "better": "closer to the full model than uniform token reduction",
+    "worse": "farther from the full model than uniform token reduction",
+    "no difference": "no significant difference from uniform token reduction",
+    "lower, untested": "lower than uniform token reduction, but the difference was not tested",
+    "not lower, untested": "not lower than uniform token reduction; the difference was not tested",
+    NONE: "nothing to compare with, uniform token reduction does not fit",
+}
+
+
+def _found(result: Result, num_heldout: int) -> str:
+    """One result in a sentence, with the interval of its difference."""
+    start = (
+        f"At {percent_text(result.flops_ratio)} % of the prefill FLOPs the found strategy is "
+        f"{kl_text(result.kl_heldout)} nats from the full model on {num_heldout} held-out samples"
+    )
+    if result.uniform is None:
+        return f"{start}: {_SAID[NONE]}."
+    start += f", uniform token reduction {kl_text(result.uniform.kl_heldout)}: "
+    if result.kl_heldout_difference_ci95 is None:
+        return f"{start}{_SAID[verdict(result)]}."
+    between = f"95 % interval of the difference {interval_text(result.kl_heldout_difference_ci95)}"
+    sure = {"better": "significantly closer", "worse": "significantly farther"}
+    return f"{start}{sure.get(verdict(result), 'no significant difference')} ({between})."
+
+
+def _budgets(results: list[Result]) -> str:
+    return ", ".join(f"{percent_text(item.flops_ratio)} %" for item in results)
+
+
+def alt_text(figure: str, record: Record) -> str:
+    """What a figure of the report shows, for those who do not see it."""
+    results = sorted(record.results, key=lambda item: item.flops_ratio)
+    costs = [f"{percent_text(item.flops_ratio)} % of the FLOPs" for item in results]
+    points = "; ".join(f"{cost}, {kl_text(item.kl_heldout)}" for cost, item in zip(costs, results, strict=True))
+    kept = "; ".join(f"{cost}: {item.strategy.describe()}" for cost, item in zip(costs, results, strict=True))
+    texts = {
+        "layer_map": f"Grid of layers and modules that run on visual tokens, per budget. {kept}.",
+        "pareto_front": f"KL to the full model over FLOPs, found and uniform. Held-out KL: {points}.",
+        "divergence_curves": (
+            f"KL over exit depth (of {record.model.num_layers} layers) and over the number of visual tokens, a line "
+            "per parameter, falling towards full."
+        ),
+        "relative_scores": "Bars: per cent of the full model's score that is left, per benchmark, as in the table.",
+        "additive_vs_exact": (
+            f"Exact KL over the additive estimate of {len(record.all_candidates())} measured candidates, with the "
+            "diagonal where both are equal."
+        ),
+    }
+    return texts[figure]
+
+
 def notes(record: Record) -> list[str]:
     """What has to be known to read the summary."""
     full = record.results[0].accuracy_full

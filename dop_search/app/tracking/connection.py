@@ -9,13 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -30,6 +31,23 @@ _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _CONNECT_TIMEOUT_S = 5.0
 
+_LOCAL_UI = "http://127.0.0.1:5000"
+_VIEW_TAG = "mlflow.sharedViewState.strategies"
+_VIEW_QUERY = "workflowType=machine_learning&viewStateShareKey=strategies"
+_COLUMNS = (
+    *(f"params.`{name}`" for name in ("model", "space", "budget", "strategy")),
+    *(f"metrics.`{name}`" for name in ("flops_ratio", "kl_heldout", "uniform_kl_heldout", "accuracy_pruned")),
+)
+_VIEW = json.dumps(
+    {
+        "selectedColumns": _COLUMNS,
+        "searchFilter": "metrics.kl_heldout >= 0",
+        "orderByKey": "metrics.`kl_heldout`",
+        "orderByAsc": True,
+    }
+)
+"""A view of the experiment: strategies by held-out KL, so that the first that fits a budget is the best for it."""
+
 
 def resolve_uri(config: TrackingConfig) -> str:
     """The tracking URI with a relative SQLite path made absolute, so that it can be opened from anywhere."""
@@ -39,11 +57,16 @@ def resolve_uri(config: TrackingConfig) -> str:
 
 
 def ui_command(config: TrackingConfig) -> str | None:
-    """The line that opens the runs in a browser, or ``None`` without tracking; needs no mlflow."""
+    """What opens the experiment's runs in a browser, a page or a command and then a page; ``None`` without tracking."""
     if config.backend == "none":
         return None
-    uri = resolve_uri(config)
-    return uri if urlsplit(uri).scheme in ("http", "https") else f"mlflow ui --backend-store-uri {uri}"
+    uri, page = resolve_uri(config), ""
+    if not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists():
+        with suppress(ConfigError), connected(config) as (_, experiment):
+            page = f"/#/experiments/{experiment}/runs?{_VIEW_QUERY}"
+    if urlsplit(uri).scheme in ("http", "https"):
+        return uri.rstrip("/") + page
+    return f"mlflow ui --backend-store-uri {uri}  # then open {_LOCAL_UI}{page}"
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -56,6 +79,7 @@ def check_tracking(config: TrackingConfig) -> None:
         return
     remedy = "set another tracking.uri, or tracking=none"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a line per run; one of ours says it
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError("tracking=mlflow needs mlflow; install `dop-search[search]`, or set tracking=none")
     uri = resolve_uri(config)
@@ -142,11 +166,13 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
     """The experiment's id; a new one keeps its artifacts beside the SQLite file."""
     existing = client.get_experiment_by_name(config.experiment)
     if existing is not None:
+        if existing.tags.get(_VIEW_TAG) != _VIEW:
+            client.set_experiment_tag(existing.experiment_id, _VIEW_TAG, _VIEW)
         return str(existing.experiment_id)
     location, uri = config.artifact_location, resolve_uri(config)
     if location is None and uri.startswith(_SQLITE):
         location = (Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts").as_uri()
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # opens on the runs, not on the traces of agents
+    tags = {"mlflow.experimentKind": "custom_model_development", _VIEW_TAG: _VIEW}  # opens on runs, not on traces
     return str(client.create_experiment(config.experiment, artifact_location=location, tags=tags))
 
 

@@ -26,7 +26,9 @@ from dop_search.app.record import (
     StrategyScores,
 )
 from dop_search.app.report.write import PAGE_FILE, PLOTS_FOLDER, load_curves
+from dop_search.app.tracking.artifacts import STRATEGY_FILE, register
 from dop_search.app.tracking.connection import connected
+from dop_search.app.tracking.system import read_system_metrics
 from dop_search.app.tracking.values import (
     curve_points,
     ended_ms,
@@ -41,6 +43,7 @@ from dop_search.app.tracking.values import (
     shared_params,
     started_ms,
     strategy_key,
+    strategy_name,
     strategy_params,
     study_row_values,
 )
@@ -155,6 +158,8 @@ def _log_search(client: MlflowClient, experiment: str, config: TrackingConfig, r
     curves = load_curves(run_dir)
     if curves is not None:
         _log_points(client, identifier, curve_points(curves))
+    _log_data(client, identifier, record)
+    _log_system(client, identifier, run_dir)
     for file in (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER):
         path = run_dir / file
         if path.is_dir():
@@ -173,7 +178,16 @@ def _log_result(client: MlflowClient, experiment: str, parent: str, record: Reco
     run = client.create_run(experiment, start_time=started, tags=tags, run_name=run_name(record, result))
     identifier = str(run.info.run_id)
     _log(client, identifier, {**shared_params(record), **result_params(result)}, result_metrics(result))
-    client.log_dict(identifier, result.strategy.to_json(), "strategy.json")
+    _log_data(client, identifier, record)
+    client.log_dict(identifier, result.strategy.to_json(), STRATEGY_FILE)
+    register(
+        client,
+        identifier,
+        str(run.info.artifact_uri),
+        strategy_name(record, result),
+        result.strategy.describe(),
+        {"space": record.space.name, "kl_heldout": f"{result.kl_heldout:.4g}", "flops": f"{result.flops_ratio:.4g}"},
+    )
     if result.scores:
         client.log_table(identifier, score_columns(result.scores), SCORE_TABLE)
     client.set_terminated(identifier, end_time=ended_ms(record))
@@ -221,7 +235,7 @@ def _log_evaluation(
         client.log_artifact(identifier, str(run_dir / SCORES_FILE))
         if strategy_scores is not None:
             if strategy_scores.strategy is not None:
-                client.log_dict(identifier, strategy_scores.strategy.to_json(), "strategy.json")
+                client.log_dict(identifier, strategy_scores.strategy.to_json(), STRATEGY_FILE)
             client.log_table(identifier, score_columns(strategy_scores.scores), SCORE_TABLE)
         for folder in (FULL_FOLDER, name) if strategy_scores is not None else (FULL_FOLDER,):
             if (run_dir / SAMPLES_FOLDER / folder).is_dir():
@@ -250,6 +264,29 @@ def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> d
     if found:
         tags["search_run_id"] = str(found[0].info.run_id)
     return tags
+
+
+def _log_data(client: MlflowClient, run: str, record: Record) -> None:
+    """The three sets of samples, as MLflow's column *Dataset* shows them."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data, inputs = record.data, []
+    source = json.dumps({"name": data.name, "seed": data.seed, "sources": data.sources})
+    sizes = {"search": data.num_samples, "heldout": data.num_heldout, "test": data.num_test}
+    for split, digest in data.fingerprints.items():
+        profile = json.dumps({"num_samples": sizes.get(split)})
+        dataset = Dataset(f"{data.name} {split}", digest[:36], "dop-search", source, profile=profile)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
+    if inputs:
+        client.log_inputs(run, inputs)
+
+
+def _log_system(client: MlflowClient, run: str, run_dir: Path) -> None:
+    from mlflow.entities import Metric
+
+    for step, moment in enumerate(read_system_metrics(run_dir)):
+        at = int(moment.pop("time_ms"))
+        client.log_batch(run, metrics=[Metric(f"system/{name}", value, at, step) for name, value in moment.items()])
 
 
 def _log(client: MlflowClient, run: str, params: Mapping[str, str], metrics: Mapping[str, float]) -> None:

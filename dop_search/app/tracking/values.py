@@ -98,9 +98,14 @@ def shared_params(record: Record) -> dict[str, str]:
 
 
 def run_name(record: Record, result: Result | None = None) -> str:
-    """Model, space, selector, budgets and seed: what tells the runs of a sweep apart in a table."""
+    """Model, space, budgets, seed, selector: what tells the runs of a sweep apart, first what a narrow column shows."""
     budgets = ",".join(item.budget.text for item in ([result] if result else record.results))
-    return f"{record.model.name} {record.space.name}@{record.selector.name} {budgets} seed{record.data.seed}"
+    return f"{record.model.name} {record.space.name} {budgets} seed{record.data.seed} {record.selector.name}"
+
+
+def strategy_name(record: Record, result: Result) -> str:
+    """Under which the strategies of a model and budget are registered, each a version: of any space and solver."""
+    return re.sub(r"[^\w.]+", "-", f"{record.model.name}-{result.budget.name} {result.budget.value:g}").strip("-")
 
 
 def note(record: Record) -> str:

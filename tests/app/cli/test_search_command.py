@@ -148,3 +148,11 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert run("tracking=none") == 130
     assert "continues where it stopped" in capsys.readouterr().err
+
+
+def test_a_sweep_shows_no_configuration(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags in (("-m", "--cfg", "hydra"), ("--multirun", "--info", "all")):
+        monkeypatch.setattr(sys, "argv", ["dop-search", *flags])
+        with pytest.raises(SystemExit, match=r"dop-search: --(cfg|info) goes with one configuration, -m with many"):
+            main()
+    assert pipeline.calls == []

@@ -15,9 +15,39 @@ from support.records import example_curves, example_record
 from dop_search.app.cli.report import main
 from dop_search.app.record import CURVES_FILE, RECORD_FILE, Named
 from dop_search.app.report.page import page
+from dop_search.app.report.text import lead, verdict
 from dop_search.app.report.write import figures
 
 VOID = {"meta", "img", "br"}
+
+
+@pytest.mark.parametrize(
+    ("intervals", "start", "others"),
+    [
+        ([(-0.3, -0.1)] * 3, "At 14.8 % of the prefill FLOPs", "The same holds at 29.8 %, 49.8 %."),
+        (
+            [(-0.3, -0.1), (-0.3, -0.1), (-0.3, 0.1)],
+            "At 29.8 % of the prefill FLOPs",
+            "The same holds at 49.8 %. At 14.8 %: no significant difference from uniform token reduction.",
+        ),
+        ([(-0.1, 0.1)] * 3, "At 14.8 % of the prefill FLOPs", "The same holds"),
+        ([(0.1, 0.2), None, (-0.1, 0.1)], "At 49.8 % of the prefill FLOPs", "the difference was not tested"),
+    ],
+)
+def test_the_lead_is_about_what_was_found_and_how_sure_it_is(
+    intervals: list[tuple[float, float] | None], start: str, others: str
+) -> None:
+    record = example_record()
+    changed = zip(record.results, intervals, strict=True)
+    results = [item.model_copy(update={"kl_heldout_difference_ci95": interval}) for item, interval in changed]
+    text = " ".join(lead(record.model_copy(update={"results": results})))
+    assert text.startswith(start)
+    assert others in text
+    first = text.split(").")[0]
+    sure = {"better": "significantly closer", "worse": "significantly farther", "no difference": "no significant"}
+    verdicts = [verdict(item) for item in results]
+    assert next(sure[word] for word in sure if word in verdicts) in first
+    assert "95 % interval of the difference" in first
 
 
 class Checker(HTMLParser):
@@ -27,11 +57,13 @@ class Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.links: list[str] = []
+        self.alts: list[str] = []
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID:
             self.open.append(tag)
+        self.alts += [value or "" for name, value in attrs if name == "alt"]
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
 
     def handle_endtag(self, tag: str) -> None:
@@ -65,6 +97,9 @@ def test_the_command_writes_every_figure_and_a_self_contained_page(
     checker.feed(html)
     assert checker.open == []
     assert len(checker.links) == len(names)
+    said = " ".join(checker.alts)
+    assert len(set(checker.alts)) == len(names)
+    assert all(fact in said for fact in ("q≤3 kv≤8 mlp≤2 n_v=72", "14.8 % of the FLOPs, 0.0317", "12 layers"))
     for link in checker.links:
         kind, data = link.split(",", 1)
         assert kind == "data:image/svg+xml;base64"

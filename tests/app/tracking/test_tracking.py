@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from support.records import example_curves, example_record
 from dop_search.app.config import TrackingConfig
 from dop_search.app.record import CURVES_FILE, RECORD_FILE
 from dop_search.app.tracking.connection import check_tracking, ui_command
-from dop_search.app.tracking.store import log_benchmark, log_study, result_metrics, result_params
+from dop_search.app.tracking.store import log_benchmark, log_search, log_study, result_metrics, result_params
+from dop_search.app.tracking.system import system_metrics
 from dop_search.app.tracking.values import started_ms
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
@@ -138,11 +140,77 @@ def test_params_of_groups() -> None:
     assert (params["D_A"], params["D_P"], params["n_v"], params["depth_q"]) == ("9, 2/4", "4, 1", "all", "8, 2")
 
 
-def test_the_line_that_opens_the_ui_works_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert ui_command(TrackingConfig()) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
-    assert ui_command(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
+def test_the_line_that_opens_the_runs_works_from_anywhere(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(logged.folder / "sub")
+    number = logged.client.get_experiment_by_name("dop-search").experiment_id
+    start = f"mlflow ui --backend-store-uri sqlite:///{logged.folder / 'sub' / 'mlflow.db'}  # then open "
+    page = (
+        f"http://127.0.0.1:5000/#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey=strategies"
+    )
+    assert ui_command(TrackingConfig()) == start + page
     assert ui_command(TrackingConfig(backend="none")) is None
+    assert ui_command(TrackingConfig(uri="http://127.0.0.1:9")) == "http://127.0.0.1:9", "a store that is away"
+
+
+def test_a_runs_row_says_what_it_is_made_of(logged: Logged) -> None:
+    record = example_record()
+    for identifier in (logged.parents[0], runs_of(logged.client, logged.parents[0])[-1].info.run_id):
+        run = logged.client.get_run(identifier)
+        assert run.data.tags["mlflow.source.name"] == "dop-search"
+        assert run.data.tags["mlflow.user"]
+        sets = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+        assert sets == {f"pocket {split}": digest for split, digest in record.data.fingerprints.items()}
+        assert run.info.run_name.startswith("pocket dop_split 0.")
+    metrics = logged.client.get_run(logged.parents[0]).data.metrics
+    for result in record.results:
+        assert metrics[f"at {result.budget.text}/kl_heldout"] == pytest.approx(result.kl_heldout)
+        assert metrics[f"at {result.budget.text}/flops_ratio"] == pytest.approx(result.flops_ratio)
+        assert metrics[f"at {result.budget.text}/accuracy_pruned"] == pytest.approx(result.accuracy_pruned)
+
+
+def test_the_view_of_the_printed_line_has_the_best_strategy_of_a_budget_first(logged: Logged) -> None:
+    experiment = logged.client.get_experiment_by_name("dop-search")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.strategies"])
+    order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+    found = logged.client.search_runs([experiment.experiment_id], view["searchFilter"], order_by=[order])
+    assert [run.data.params["budget"] for run in found] == ["0.5", "0.5", "0.3", "0.3", "0.15", "0.15"]
+    data = found[0].data
+    names = [*(f"params.`{name}`" for name in data.params), *(f"metrics.`{name}`" for name in data.metrics)]
+    assert set(view["selectedColumns"]) <= set(names)
+
+
+def test_strategies_are_loaded_from_runs_and_from_the_registry(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    import dop_search as dop
+
+    monkeypatch.chdir(logged.folder / "sub")
+    mlflow.set_tracking_uri(f"sqlite:///{logged.folder / 'sub' / 'mlflow.db'}")
+    expected, run = example_record().results[-1].strategy, runs_of(logged.client, logged.parents[0])[-1].info.run_id
+    name = "pocket-flops_ratio-0.15"
+    logged.client.set_registered_model_alias(name, "best", "1")
+    for address in (f"runs:/{run}/strategy.json", f"models:/{name}/1", f"models:/{name}/2", f"models:/{name}@best"):
+        assert dop.Strategy.load(address) == expected
+    for address in ("runs:/nothing/strategy.json", f"models:/{name}/9", "models:/nothing/1"):
+        with pytest.raises(ConfigError, match=r"cannot be opened in 'sqlite.*set MLFLOW_TRACKING_URI"):
+            dop.Strategy.load(address)
+    assert dop.Strategy.load(Path(logged.client.get_run(run).info.artifact_uri[7:]) / "strategy.json") == expected
+
+
+def test_system_metrics_are_logged_when_asked_for(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    record = example_record()
+    for wanted in (False, True):
+        config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}", system_metrics=wanted)
+        with system_metrics(config, tmp_path, interval_s=0.05):
+            time.sleep(0.5)
+            identifier = log_search(config, record, tmp_path)
+        client = MlflowClient(config.uri)
+        assert identifier is not None
+        load = client.get_metric_history(identifier, "system/system_memory_usage_percentage")
+        assert all(0 < point.value <= 100 for point in load)
+        assert len(load) >= 2 if wanted else not load
 
 
 def test_a_bad_store_is_found_at_once_and_leaves_nothing(tmp_path: Path) -> None:
@@ -264,7 +332,6 @@ def test_a_store_that_is_away_at_the_end_costs_no_result(
 
     from dop_search.app.cli.track import main
     from dop_search.app.tracking import connection
-    from dop_search.app.tracking.store import log_search
 
     def away(*_: object) -> str:
         raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
@@ -291,3 +358,24 @@ def test_a_store_that_is_away_at_the_end_costs_no_result(
 def test_the_experiment_opens_on_its_runs(logged: Logged) -> None:
     experiment = logged.client.get_experiment_by_name(TrackingConfig().experiment)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+@pytest.mark.slow
+@pytest.mark.service("MLflow server")
+def test_a_server_is_logged_to_without_a_line_per_run_and_opens_where_we_say(
+    mlflow_server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    record, config = example_record(), TrackingConfig(uri=mlflow_server)
+    record.save(tmp_path / RECORD_FILE)
+    assert log_search(config, record, tmp_path) is not None
+    assert capfd.readouterr().out == ""
+    line = ui_command(config)
+    assert line is not None
+    assert line.startswith(f"{mlflow_server}/#/experiments/1/runs?")
+    with urllib.request.urlopen(line, timeout=10) as answer:
+        assert b"<title>MLflow" in answer.read()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    mlflow.set_tracking_uri(None)
+    assert Strategy.load("models:/pocket-flops_ratio-0.3/1") == record.results[1].strategy
