@@ -167,7 +167,7 @@ class ExactOptunaConfig(SolverSection):
 
 def _study(
     config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, budget: Budget, more: str
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Where a search's study is kept, and its name: for a reader, and a digest of what makes it another one.
 
     ``more``: the option that continues a study with more trials.

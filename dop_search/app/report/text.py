@@ -91,7 +91,7 @@ def lead(record: Record) -> list[str]:
     groups: dict[str, list[Result]] = {}
     for result in sorted(record.results, key=lambda item: item.flops_ratio):
         groups.setdefault(verdict(result), []).append(result)
-    order = [word for word in ("better", "worse", "no difference") if word in groups]
+    order: list[str] = [word for word in ("better", "worse", "no difference") if word in groups]
     order += [word for word in groups if word not in order]
     first, *others = groups[order[0]]
     sentences = [_found(first, record.data.num_heldout)]
