@@ -61,12 +61,16 @@ class Budget:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BudgetError(f"`{self.name}` must be a number, but got ({self.name}={value!r})")
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            value = math.inf if value > 0 else -math.inf
         if self.is_ratio and not 0.0 < value <= 1.0:
             hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value <= 100.0 else ""
             raise BudgetError(f"`0 < {self.name} <= 1` must hold, but got ({self.name}={value:g}){hint}")
         if not self.is_ratio and not 0.0 < value < float("inf"):
             raise BudgetError(f"`0 < {self.name} < inf` must hold, but got ({self.name}={value:g})")
-        object.__setattr__(self, self.name, float(value))
+        object.__setattr__(self, self.name, value)
 
     @classmethod
     def of(cls, plain: Budget | float | Mapping[str, Any]) -> Budget:

@@ -96,6 +96,7 @@ def test_bad_input_is_refused() -> None:
         ({"kv_ratio": 1.5}, r"`0 < kv_ratio <= 1` must hold, but got \(kv_ratio=1.5\)"),
         ({"flops_ratio": float("nan")}, "flops_ratio=nan"),
         ({"flops": -3.0}, "flops=-3"),
+        ({"flops_ratio": 10**400}, "flops_ratio=inf"),
         ({"kv_bytes": float("inf")}, "kv_bytes=inf"),
         ({"flops_ratio": "0.5"}, "must be a number"),
     ],
