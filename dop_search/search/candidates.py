@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.enumeration import Batch, Enumeration
+from dop_search.search.enumeration import Enumeration
 from dop_search.search.solution import Problem, as_assignment
 from dop_search.search.store import FloatArray
 from dop_search.search.surrogate import IntArray
@@ -35,14 +35,14 @@ class _BestCollector:
     def __init__(self, k: int, limit: int, num_inner: int, cells: IntArray | None, threshold: float = np.inf) -> None:
         empty = np.zeros(0, dtype=np.int64)
         self.within_slice_dominance = cells is not None  # a slice lies in one cell and so needs one candidate
-        self.best = Batch(empty, empty, np.zeros(0), np.zeros((0, num_inner), dtype=np.int64))
+        self.best = None #(empty, empty, np.zeros(0), np.zeros((0, num_inner), dtype=np.int64))
         self.threshold = threshold
         self._k, self._limit, self._cells = k, limit, cells
 
     def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
         return np.asarray((cost <= self._limit) & (divergence < self.threshold))
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch) -> None:
         merged = Batch(
             np.concatenate([self.best.slice_ids, batch.slice_ids]),
             np.concatenate([self.best.cost, batch.cost]),
@@ -108,7 +108,7 @@ class _CheapestCollector:
     def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
         return np.asarray(cost < self.cost)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch) -> None:
         self.cost = min(self.cost, int(batch.cost.min(initial=self.cost)))
 
 
