@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.enumeration import TOLERANCE, Depths, Enumeration, Rows, undominated
+from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Depths, Enumeration, Rows, undominated
 from dop_search.search.solution import Problem, Solution, as_assignment
 from dop_search.search.space import Space
 from dop_search.search.store import FloatArray, OnProgress
@@ -55,51 +55,60 @@ class _Staircase:
         return np.asarray(self._nats[np.clip(step, 0, STEPS + 2).astype(np.int64)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Corners:
     """Of one block, by falling divergence: pool members ``[m]`` and the corners between them ``[m - 1]``."""
 
     nats: FloatArray
     cost: FloatArray  # raised, divided by the scale, at each end [m, ends]
     slope: FloatArray  # of the tangent, rounded
-    useful: NDArray[np.bool_]
+    cheapest: FloatArray  # cost / scale below which nothing has less divergence than the corner
+    useful: NDArray[np.bool_] | None = None
 
 
 class _FrontSearch:
     def __init__(self, enumeration: Enumeration) -> None:
         self.enumeration = enumeration
-        every = np.arange(len(enumeration.ends))
-        self.cheapest = enumeration.bound(0.0, np.ones(len(every)), every)  # [E, S]
 
-    def depths(self) -> Depths:
-        """All depths that can be on the front."""
-        pool = self.enumeration.tangents[2]
+    def depths(self) -> tuple[Depths, IntArray]:
+        """All depths that can be on the front, and their features."""
+        pool, features, corners = self._corners(self.enumeration.tangents[2])
         for share in (*PILOTS, 1.0):
-            t=time.perf_counter()
-            corners = self._corners(pool); t1=time.perf_counter()
-            found = self._below(corners, share)
-            pool = Depths.concatenate([pool, *found])
-            print("   share",share,"pool",len(pool),"%.3f %.3f"%(t1-t, time.perf_counter()-t))
-        return pool
+            t=time.process_time()
+            found = self._below(corners, share); t1=time.process_time()
+            n=len(pool)+sum(map(len,found))
+            pool, features, corners = self._corners(Depths.concatenate([pool, *found]))
+            print("   share",share,"pool",n,len(pool),"%.3f %.3f"%(t1-t, time.process_time()-t))
+        return pool, features
 
-    def _corners(self, pool: Depths) -> list[_Corners]:
+    def _corners(self, pool: Depths) -> tuple[Depths, IntArray, list[_Corners]]:
+        """The corners of each block, and the pool without depths that it beats in their whole block."""
         enumeration, features = self.enumeration, self.enumeration.features(pool)
-        known = _Staircase(enumeration, pool, features)
+        keep, result = np.zeros(len(pool), dtype=np.bool_), []
         x, least, _ = enumeration.tangents
-        result = []
-        for block, (its, levels, *_) in enumerate(enumeration.by_block(pool, features)):
+        for block, its in enumerate(enumeration.rows_by_block(pool)):
             ends = np.flatnonzero(enumeration.end_block == block)
-            raised = (features[its] @ enumeration.upper[ends].T + enumeration.fixed) / enumeration.scale[ends]
+            weights = features[its].astype(np.float64)
+            lowered, raised = (
+                (weights @ prices[ends].T + enumeration.fixed) / enumeration.scale[ends]
+                for prices in (enumeration.lower, enumeration.upper)
+            )
             chosen = undominated(raised.sum(axis=1), pool.divergence[its])
             nats, cost = pool.divergence[its[chosen]], raised[chosen]
+            next_one = np.searchsorted(-nats, -pool.divergence[its])
+            keep[its] = (lowered <= cost[next_one] * (1 + TOLERANCE)).any(axis=1)
             slope = _hull_slopes(cost.mean(axis=1), nats)
             slope = SLOPE_STEP ** np.round(np.log(slope) / np.log(SLOPE_STEP))
             height = least[:, ends].min(axis=1)
-            cheapest = ((height - nats[:-1, None]) / x).max(axis=1).clip(self.cheapest[ends].min())
-            cheapest_at = cheapest[:, None] * enumeration.level_scale[levels] * (1 - TOLERANCE)
-            useful = (nats[1:, None] + enumeration.token_nats[levels] <= known.at(cheapest_at)).any(axis=1)
-            result.append(_Corners(nats, cost, slope, useful))
-        return result
+            cheapest = ((height - nats[:-1, None]) / x).max(axis=1).clip(self.enumeration.cheapest[ends].min())
+            result.append(_Corners(nats, cost, slope, cheapest))
+        pool, features = pool.take(keep), features[keep]
+        known = _Staircase(enumeration, pool, features)
+        for (low, high), corners in zip(enumeration.blocks, result, strict=True):
+            cost_there = corners.cheapest[:, None] * enumeration.level_scale[low : high + 1] * (1 - TOLERANCE)
+            nats_there = corners.nats[1:, None] + enumeration.token_nats[low : high + 1]
+            corners.useful = (nats_there <= known.at(cost_there)).any(axis=1)
+        return pool, features, result
 
     def _below(self, corners: list[_Corners], share: float) -> list[Depths]:
         """The depths below corners; with ``share < 1`` only those that are nearest to the tangents."""
@@ -117,15 +126,16 @@ class _FrontSearch:
             ends.append(np.full(len(keys), end))
             bins.append(np.concatenate([keys[:, :1].T, limit]))
         end, (x, limit, nats, cost) = np.concatenate(ends), np.concatenate(bins, axis=1)
-        bound = enumeration.bound(1.0, x, end)
-        least = bound.min(axis=1)
+        pairs, pair = np.unique(np.stack([end, x]), axis=1, return_inverse=True)
+        bound = enumeration.bound(1.0, pairs[1], pairs[0].astype(np.int64))
+        least = bound.min(axis=1)[pair]
         sl=(limit-least); print("   bins",len(x),"slack",np.quantile(sl,[.1,.5,.9,.99,1]),"rel",np.quantile(sl/limit,[.1,.5,.9,.99,1]))
         limit = (least + share * (limit - least)) * (1 + TOLERANCE)
-        place, kv = np.nonzero(bound <= limit[:, None])
+        place, kv = np.nonzero(bound[pair] <= limit[:, None])
         top = np.array([corners[b].cost[0, self._column(e)] for e, b in enumerate(enumeration.end_block)])
         top *= 1 + TOLERANCE
-        cheap_end, cheap_kv = np.nonzero(self.cheapest <= top[:, None])
-        unlimited = np.full(len(cheap_end), np.inf)
+        cheap_end, cheap_kv = np.nonzero(self.enumeration.cheapest <= top[:, None])
+        unlimited = np.full(len(cheap_end), UNLIMITED)
         rows = Rows(
             np.concatenate([end[place], cheap_end]),
             np.concatenate([kv, cheap_kv]),
@@ -256,8 +266,7 @@ def pareto_front(problem: Problem, on_progress: OnProgress | None = None) -> Fro
         if on_progress is not None:
             on_progress(0, 1, what)
         enumeration = enumeration_of(problem)
-        depths = _FrontSearch(enumeration).depths()
-        features = enumeration.features(depths)
+        depths, features = _FrontSearch(enumeration).depths()
         known = _Staircase(enumeration, depths, features)
         found = []
         for its, levels, cost, nats in enumeration.by_block(depths, features):

@@ -33,8 +33,8 @@ from dop_search.search.surrogate import IntArray, Surrogate
 from dop_search.strategy.cost.model import CostModel
 from dop_search.utils.errors import ConfigError
 
-BLOCK_GROWTH = 1.1
-"""Most tokens of a block relative to its fewest."""
+BLOCKS_PER_OCTAVE = 4
+"""Blocks of numbers of visual tokens while that doubles."""
 
 TOLERANCE = 1e-9
 """Relative; far above rounding errors of bounds, far below what they decide."""
@@ -44,6 +44,8 @@ MAX_CELLS = 4_000_000
 
 NUM_TANGENTS = 32
 """Multipliers from which the first depths come."""
+
+UNLIMITED = 1e300
 
 ROLES = ("q", "mlp")
 
@@ -57,13 +59,13 @@ class Depths:
     inner: IntArray  # [n, 2 roles, G], none beyond where it is dead
     divergence: FloatArray  # [n]
 
-    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Depths:
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Depths:
         """The given rows."""
         return Depths(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
     def concatenate(cls, parts: list[Depths]) -> Depths:
-        """All of them, each once."""
+        """All of them (at least one part), each once."""
         block, kv, inner, divergence = (
             np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)
         )
@@ -117,6 +119,7 @@ class Enumeration:
         self.prices: IntArray = np.concatenate(
             [table.attention.reshape(shape), table.mlp.reshape(shape), table.last], axis=1
         )
+        self.largest_nats = sum(float(np.abs(curve).max()) for curve in surrogate.curves.values()) or 1.0
         self._make_kv()
         self._make_blocks()
         self.options = {(role, g): self._options_of(role, g) for role in ROLES for g in range(self.num_groups)}
@@ -148,12 +151,9 @@ class Enumeration:
         self._num_layers_of = (self._keys[:, :-1, None] == sets).sum(axis=1)  # [S, 2**G]
 
     def _make_blocks(self) -> None:
-        blocks, first = [], 0
-        while first < len(self.levels):
-            last = int(np.searchsorted(self.levels, self.levels[first] * BLOCK_GROWTH, side="right")) - 1
-            last = max(first, last)
-            blocks.append((first, last))
-            first = last + 1
+        octaves = np.log2(np.maximum(self.levels, 1) / max(1, self.levels[-1]))
+        starts = np.flatnonzero(np.diff(np.floor(BLOCKS_PER_OCTAVE * octaves - 1e-9), prepend=-np.inf))
+        blocks = list(zip(starts.tolist(), [*(starts[1:] - 1).tolist(), len(self.levels) - 1], strict=True))
         self.blocks: IntArray = np.array(blocks, dtype=np.int64)
         ends = [(level, b) for b, block in enumerate(blocks) for level in sorted(set(block))]
         self.ends, self.end_block = np.array(ends, dtype=np.int64).T
@@ -242,8 +242,7 @@ class Enumeration:
 
         The least divergent depths are among them, in every block.
         """
-        largest = sum(float(np.abs(curve).max()) for curve in self.surrogate.curves.values()) or 1.0
-        multipliers = np.append(0.0, largest * np.geomspace(1e-5, 1e3, NUM_TANGENTS))
+        multipliers = np.append(0.0, self.largest_nats * np.geomspace(1e-5, 1e3, NUM_TANGENTS))
         every, least, depths = np.arange(len(self.ends)), [], []
         for multiplier in multipliers:
             x = np.full(len(every), multiplier)
@@ -339,18 +338,29 @@ class Enumeration:
         parts: list[tuple[FloatArray, FloatArray, list[IntArray]]],
     ) -> Iterator[tuple[Depths, IntArray, FloatArray]]:
         """Component by component, nothing kept that the best of the others would not bring below the limits."""
+        least_nats = self.kv_nats[kv] + sum(nats.min(axis=1) for _, nats, _ in parts)
+        costs = [np.where(np.isfinite(nats), cost, np.inf) for cost, nats, _ in parts]
+        least_cost = self._base[end, kv] + sum(cost.min(axis=1) for cost in costs)
+        left = np.stack([rows.nats[which] - least_nats[place], rows.cost[which] - least_cost[place]])
+        its = np.flatnonzero((left >= 0).all(axis=0))
+        which, place, left = which[its], place[its], left[:, its]
         x, base = rows.x[which], self._base[end, kv][place]
-        nats = self.kv_nats[kv[place]]
-        left = np.stack([rows.limit[which] - nats - x * base, rows.nats[which] - nats, rows.cost[which] - base])
+        total = rows.limit[which] - self.kv_nats[kv[place]] - x * base
         excess = []
-        for cost, divergence, _ in parts:
-            there = np.isfinite(divergence)
-            cost = np.where(there, cost, np.inf)
-            more = np.stack([(divergence[place] + x[:, None] * cost[place]), divergence[place], cost[place]])
-            least = more.min(axis=2)
-            left -= least
-            excess.append(more - least[:, :, None])
-        row = np.flatnonzero((left >= 0).all(axis=0))
+        for (_, nats, _), cost in zip(parts, costs, strict=True):
+            value = cost[place]
+            value *= x[:, None]
+            value += nats[place]
+            least = value.min(axis=1)
+            value -= least[:, None]
+            total -= least
+            excess.append(value)
+        more = [
+            np.stack([nats - nats.min(axis=1)[:, None], cost - cost.min(axis=1)[:, None]])
+            for (_, nats, _), cost in zip(parts, costs, strict=True)
+        ]
+        left = np.concatenate([total[None], left])
+        row = np.flatnonzero(total >= 0)
         pending = [(row, left[:, row], np.zeros((len(row), 0), dtype=np.int64))]
         while pending:
             row, left, chosen = pending.pop()
@@ -358,12 +368,14 @@ class Enumeration:
             if stage == len(parts):
                 yield self._completed(which[row], end[place[row]], kv[place[row]], place[row], base[row], chosen, parts)
                 continue
-            piece = max(1, MAX_CELLS // excess[stage].shape[2])
+            piece = max(1, MAX_CELLS // excess[stage].shape[1])
             if len(row) > piece:
                 pending.append((row[piece:], left[:, piece:], chosen[piece:]))
                 row, left, chosen = row[:piece], left[:, :piece], chosen[:piece]
-            again, option = np.nonzero(excess[stage][0][row] <= left[0, :, None])
-            rest = left[:, again] - excess[stage][:, row[again], option]
+            again, option = np.nonzero(excess[stage][row] <= left[0, :, None])
+            rest = left[:, again]
+            rest[0] -= excess[stage][row[again], option]
+            rest[1:] -= more[stage][:, place[row[again]], option]
             its = np.flatnonzero((rest >= 0).all(axis=0))
             if len(its):
                 again, option = again[its], option[its]
@@ -407,17 +419,26 @@ class Enumeration:
         """Exact total cost of depths (given by their features) at levels ``[n]``."""
         return np.asarray(np.einsum("nf,nf->n", features, self.prices[level]) + self.fixed)
 
+    @cached_property
+    def cheapest(self) -> FloatArray:
+        """The least cost / scale of any depths ``[E, S]``."""
+        every = np.arange(len(self.ends))
+        return self.bound(0.0, np.ones(len(every)), every)
+
     def by_block(
         self, depths: Depths, features: IntArray
     ) -> Iterator[tuple[IntArray, IntArray, FloatArray, FloatArray]]:
         """Per block: rows of ``depths`` in it, its levels, and cost (a float) and divergence of each beside each."""
-        order = np.argsort(depths.block, kind="stable")
-        cuts = np.searchsorted(depths.block[order], np.arange(len(self.blocks) + 1))
         prices = self.prices.astype(np.float64).T
-        for (low, high), first, last in zip(self.blocks, cuts[:-1], cuts[1:], strict=True):
-            its, levels = order[first:last], np.arange(low, high + 1)
+        for (low, high), its in zip(self.blocks, self.rows_by_block(depths), strict=True):
+            levels = np.arange(low, high + 1)
             cost = features[its].astype(np.float64) @ prices[:, levels] + self.fixed
             yield its, levels, cost, depths.divergence[its, None] + self.token_nats[levels]
+
+    def rows_by_block(self, depths: Depths) -> list[IntArray]:
+        """The rows of ``depths`` in each block."""
+        order = np.argsort(depths.block, kind="stable")
+        return np.split(order, np.searchsorted(depths.block[order], np.arange(1, len(self.blocks))))
 
     def indices(self, depths: Depths, level: IntArray) -> IntArray:
         """Level indices in the order of the space's parameters ``[n, params]``; dead levels appear as full."""
