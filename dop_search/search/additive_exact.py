@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Depths, Enumeration, Rows, undominated
+from dop_search.search.blocks import Depths, undominated
+from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Enumeration, Rows
 from dop_search.search.solution import Problem, Solution, as_assignment
 from dop_search.search.space import Space
 from dop_search.search.store import FloatArray, OnProgress
@@ -27,11 +29,11 @@ from dop_search.search.surrogate import IntArray
 from dop_search.strategy.cost.budget import Budget
 from dop_search.strategy.cost.model import CostModel
 
-import os
-DS = float(os.environ.get("DS","1.1"))
-SLOPE_STEP = float(os.environ.get("SS","1.1"))
-PILOTS = eval(os.environ.get("PIL","(0.1,0.3)"))
-"""Share of the way to the corners up to which the first pass looks for a better pool."""
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+"""How far up to the corners the passes go; all but the last only look for a better pool."""
+
+SLOPE_STEP, DEPTH_STEP = 1.2, 2.0
+"""Corners of about the same slope and divergence share a tangent: ratios of either."""
 
 STEPS = 1 << 14
 """Of the staircase of costs; finer ones leave out more."""
@@ -73,12 +75,9 @@ class _FrontSearch:
     def depths(self) -> tuple[Depths, IntArray]:
         """All depths that can be on the front, and their features."""
         pool, features, corners = self._corners(self.enumeration.tangents[2])
-        for share in (*PILOTS, 1.0):
-            t=time.process_time()
-            found = self._below(corners, share); t1=time.process_time()
-            n=len(pool)+sum(map(len,found))
+        for share in SHARES:
+            found = self._below(corners, share)
             pool, features, corners = self._corners(Depths.concatenate([pool, *found]))
-            print("   share",share,"pool",n,len(pool),"%.3f %.3f"%(t1-t, time.process_time()-t))
         return pool, features
 
     def _corners(self, pool: Depths) -> tuple[Depths, IntArray, list[_Corners]]:
@@ -118,7 +117,7 @@ class _FrontSearch:
             its = corners[block]
             raised = its.cost[:, self._column(end)]
             its_limits = np.stack([its.nats[:-1] + its.slope * raised[1:], its.nats[:-1], raised[1:]])
-            depth = np.floor(np.log(np.maximum(its.nats[:-1] - its.nats[-1], 1e-12)) / np.log(DS))
+            depth = np.floor(np.log(np.maximum(its.nats[:-1] - its.nats[-1], 1e-12)) / np.log(DEPTH_STEP))
             keys, where = np.unique(np.stack([its.slope, depth], 1)[its.useful], axis=0, return_inverse=True)
             limit = np.full((3, len(keys)), -np.inf)
             for row in range(3):
@@ -129,7 +128,6 @@ class _FrontSearch:
         pairs, pair = np.unique(np.stack([end, x]), axis=1, return_inverse=True)
         bound = enumeration.bound(1.0, pairs[1], pairs[0].astype(np.int64))
         least = bound.min(axis=1)[pair]
-        sl=(limit-least); print("   bins",len(x),"slack",np.quantile(sl,[.1,.5,.9,.99,1]),"rel",np.quantile(sl/limit,[.1,.5,.9,.99,1]))
         limit = (least + share * (limit - least)) * (1 + TOLERANCE)
         place, kv = np.nonzero(bound[pair] <= limit[:, None])
         top = np.array([corners[b].cost[0, self._column(e)] for e, b in enumerate(enumeration.end_block)])
@@ -145,15 +143,11 @@ class _FrontSearch:
             np.concatenate([cost[place] * (1 + TOLERANCE), top[cheap_end]]),
         )
         found = []
-        n=0; per=np.zeros(len(x))
         for depths, row, cost in enumeration.complete(rows):
-            n+=len(depths); per+=np.bincount(np.append(place,np.zeros(len(cheap_end),int))[row],minlength=len(x))
-            if n>3e7: o=per.argsort()[::-1][:20]; print("per x",[(int(per[i]),int(end[i]),x[i],sl[i]/limit[i]) for i in o]); raise SystemExit
             its = np.flatnonzero(self._of_use(corners, depths, rows.end[row], cost))
             if share < 1.0:  # a better pool needs no more than the best at either end
                 its = its[undominated(cost[its], depths.divergence[its], rows.end[row][its])]
             found.append(depths.take(its))
-        print("   rows",len(rows.end),"combos",n,"kept",sum(map(len,found)))
         return found
 
     def _column(self, end: int) -> int:
@@ -161,11 +155,11 @@ class _FrontSearch:
         return int(end > 0 and self.enumeration.end_block[end - 1] == self.enumeration.end_block[end])
 
     def _of_use(self, corners: list[_Corners], depths: Depths, end: IntArray, cost: FloatArray) -> NDArray[np.bool_]:
-        """Whether depths cost no more, at the end where they were found, than the pool's next ones of less divergence."""
+        """Whether depths cost no more, at the end where they were found, than the pool's next of less divergence."""
         result = np.zeros(len(depths), dtype=np.bool_)
         order = np.argsort(end, kind="stable")
         cuts = np.searchsorted(end[order], np.arange(len(self.enumeration.ends) + 1))
-        for number, (first, last) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        for number, (first, last) in enumerate(pairwise(cuts)):
             its, block = order[first:last], self.enumeration.end_block[number]
             column = self._column(number)
             pool = corners[block]

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dop_search.search.additive_exact import enumeration_of, pareto_front
-from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Depths, Enumeration, Rows
+from dop_search.search.blocks import Depths
+from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Enumeration, Rows
 from dop_search.search.solution import Problem, as_assignment
 from dop_search.search.store import FloatArray
 from dop_search.search.surrogate import IntArray
@@ -99,8 +100,19 @@ class _BestSearch:
         every = np.arange(len(enumeration.ends))
         typical = x / np.median(enumeration.scale)
         left = [
-            min(map(float, (self.token_nats + [np.interp(price * s, x, column) for s, column in
-                zip(enumeration.scale, least.T, strict=True)]))) - price * limit
+            min(
+                map(
+                    float,
+                    (
+                        self.token_nats
+                        + [
+                            np.interp(price * s, x, column)
+                            for s, column in zip(enumeration.scale, least.T, strict=True)
+                        ]
+                    ),
+                )
+            )
+            - price * limit
             for price in typical
         ]
         self.prices = typical[int(np.argmax(left))] * np.array(PRICES)
@@ -144,7 +156,7 @@ class _BestSearch:
         margin = FIRST_MARGIN * max(abs(lowest), FIRST_MARGIN * largest)
         while True:
             below = lowest + margin if np.isfinite(lowest) else largest
-            depths = self._below(np.full(self.bound.shape, below), self.bound <= below)
+            depths = self._below(np.full(self.bound.shape, below), self.bound <= below, beaten=True)
             found = self._points(depths, k)
             enough = int(np.count_nonzero(found.divergence <= below)) >= k
             if enough or below >= largest:
@@ -158,7 +170,7 @@ class _BestSearch:
             np.minimum.at(known, (points.depths.block, points.depths.kv), points.divergence)
         return known, float(np.partition(known, k - 1, axis=None)[k - 1]) if known.size >= k else np.inf
 
-    def _below(self, nats: FloatArray, wanted: NDArray[np.bool_]) -> Depths:
+    def _below(self, nats: FloatArray, wanted: NDArray[np.bool_], beaten: bool = False) -> Depths:
         """Depths whose divergence beside some ``n`` may be at most ``nats`` ``[E, S]`` within the cost."""
         enumeration = self.enumeration
         end, kv = np.nonzero(wanted & (self.bound <= nats))
@@ -167,7 +179,8 @@ class _BestSearch:
         left += TOLERANCE * (np.abs(nats) + price * self.limit)
         most = nats - np.minimum.reduceat(enumeration.token_nats, enumeration.blocks[:, 0])[enumeration.end_block[end]]
         rows = Rows(end, kv, price * enumeration.scale[end], left, most, np.full(len(end), UNLIMITED))
-        return Depths.concatenate([enumeration.tangents[2].take(slice(0, 1)), *(its for its, *_ in enumeration.complete(rows))])
+        found = [depths for depths, *_ in enumeration.complete(rows, beaten)]
+        return Depths.concatenate([enumeration.tangents[2].take(slice(0, 1)), *found])
 
     def _points(self, depths: Depths, per_cell: int) -> _Points:
         """The depths beside every number of tokens of their blocks within the cost."""
@@ -186,7 +199,8 @@ class _BestSearch:
             np.concatenate([getattr(its, name) for its in found]) for name in ("level", "cost", "divergence")
         )
         block, kv, inner, nats = (
-            np.concatenate([getattr(its.depths, name) for its in found]) for name in ("block", "kv", "inner", "divergence")
+            np.concatenate([getattr(its.depths, name) for its in found])
+            for name in ("block", "kv", "inner", "divergence")
         )
         points = _Points(Depths(block, kv, inner, nats), level, cost, divergence)
         order = np.lexsort((cost, divergence))
