@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dop_search.search import (
     Problem,
     Solution,
     Space,
+    Surrogate,
     rerank_all,
     solve,
 )
@@ -62,12 +64,22 @@ class Profile:
 
     def problem(self, budget: Budget | None = None) -> Problem:
         """The search problem, priced in the budget's kind of cost (FLOPs by default)."""
-        prices = self.prices("flops" if budget is None else budget.kind)
-        return Problem(self.space, prices, self.curves.surrogate(self.space))
+        return Problem(self.space, self.prices("flops" if budget is None else budget.kind), self._surrogate)
 
     def prices(self, kind: CostKind = "flops") -> CostModel:
         """What strategies cost on the samples, of one kind."""
-        return CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
+        if kind not in self._prices:
+            self._prices[kind] = CostModel(self.dims, self.counts, kind, self.bytes_per_element, latency=self.latency)
+        return self._prices[kind]
+
+    @cached_property
+    def _prices(self) -> dict[CostKind, CostModel]:
+        return {}
+
+    @cached_property
+    def _surrogate(self) -> Surrogate:
+        """One for all budgets: it keeps the front of each kind of cost."""
+        return self.curves.surrogate(self.space)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
         """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.

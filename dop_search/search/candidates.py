@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.enumeration import Batch, Enumeration
+from dop_search.search.additive_exact import enumeration_of, pareto_front
+from dop_search.search.blocks import Depths
+from dop_search.search.enumeration import TOLERANCE, UNLIMITED, Enumeration, Rows
 from dop_search.search.solution import Problem, as_assignment
 from dop_search.search.store import FloatArray
 from dop_search.search.surrogate import IntArray
@@ -17,7 +19,17 @@ from dop_search.utils.errors import ConfigError
 
 CandidateMode = Literal["slices", "exact"]
 
-TOKEN_CELLS_PER_OCTAVE = 4
+PRICES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0, 64.0)
+"""Prices that are tried, relative to the tangent's at the budget."""
+
+NUM_FIRST_CELLS = 4
+"""Cells that are looked at first, for each candidate."""
+
+SHARES = (0.1, 0.3, 1.0)
+"""How far up to what is known the passes go."""
+
+FIRST_MARGIN = 0.02
+"""How much above the bound candidates are looked for at first, as a share of it; doubled until there are enough."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +39,6 @@ class Candidate:
     assignment: dict[str, int]
     cost_ratio: float
     kl_additive: float
-
-
-class _BestCollector:
-    """Keeps the ``k`` least divergent within a cost limit, at most one per cell if there are cells."""
-
-    def __init__(self, k: int, limit: int, num_inner: int, cells: IntArray | None, threshold: float = np.inf) -> None:
-        empty = np.zeros(0, dtype=np.int64)
-        self.within_slice_dominance = cells is not None  # a slice lies in one cell and so needs one candidate
-        self.best = Batch(empty, empty, np.zeros(0), np.zeros((0, num_inner), dtype=np.int64))
-        self.threshold = threshold
-        self._k, self._limit, self._cells = k, limit, cells
-
-    def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
-        return np.asarray((cost <= self._limit) & (divergence < self.threshold))
-
-    def add(self, batch: Batch) -> None:
-        merged = Batch(
-            np.concatenate([self.best.slice_ids, batch.slice_ids]),
-            np.concatenate([self.best.cost, batch.cost]),
-            np.concatenate([self.best.divergence, batch.divergence]),
-            np.concatenate([self.best.choices, batch.choices]),
-        )
-        order = np.lexsort((merged.cost, merged.divergence))
-        if self._cells is not None:
-            _, first = np.unique(self._cells[merged.slice_ids[order]], return_index=True)
-            order = order[np.sort(first)]
-        self.best = merged.take(order[: self._k])
-        if len(self.best) == self._k:
-            self.threshold = min(self.threshold, float(self.best.divergence[-1]))
 
 
 def best_candidates(problem: Problem, budget: Budget, k: int = 16, mode: CandidateMode = "slices") -> list[Candidate]:
@@ -74,49 +57,157 @@ def best_candidates(problem: Problem, budget: Budget, k: int = 16, mode: Candida
         raise ConfigError(f"`k >= 1` must hold for the number of candidates, but got (k={k})")
     if mode not in ("slices", "exact"):
         raise ConfigError(f"`mode` must be 'slices' or 'exact', but got {mode!r}")
-    enumeration = Enumeration(problem.need_surrogate("rerank"), problem.cost_model)
-    full_total = problem.cost_model.full_total
-    limit = _largest_cost(budget.resolve(problem.cost_model), full_total)
-    if int(enumeration.ideal_cost.min()) > limit:
-        raise budget.infeasible(problem.cost_model, _smallest_cost(enumeration) / full_total)
-    cells = _cells(enumeration) if mode == "slices" else None
-    order = np.argsort(enumeration.ideal_divergence, kind="stable")
-    threshold = np.inf
-    for slice_ids, stride in enumeration.coarse_passes():  # real candidates, so their k-th is an upper bound
-        coarse = _BestCollector(k, limit, len(enumeration.inner), cells, threshold)
-        enumeration.run(slice_ids, coarse, option_stride=stride)
-        threshold = float(np.nextafter(coarse.threshold, np.inf))
-    collector = _BestCollector(k, limit, len(enumeration.inner), cells, threshold)
-    enumeration.run(order, collector)
-    best = collector.best
-    if len(best) == 0:  # the bound of some slice fits, but nothing in it does
-        raise budget.infeasible(problem.cost_model, _smallest_cost(enumeration) / full_total)
+    enumeration, full_total = enumeration_of(problem), problem.cost_model.full_total
+    search = _BestSearch(enumeration, _largest_cost(budget.resolve(problem.cost_model), full_total))
+    found = search.of_cells(k) if mode == "slices" else search.of_all(k)
+    if len(found) == 0:
+        raise budget.infeasible(problem.cost_model, float(pareto_front(problem).cost_ratio[0]))
     return [
-        Candidate(as_assignment(problem.space, row), float(cost / full_total), float(divergence))
-        for row, cost, divergence in zip(enumeration.indices(best), best.cost, best.divergence, strict=True)
+        Candidate(as_assignment(problem.space, row), float(its / full_total), float(value))
+        for row, its, value in zip(
+            enumeration.indices(found.depths, found.level), found.cost, found.divergence, strict=True
+        )
     ]
 
 
-class _CheapestCollector:
-    """Keeps the least cost."""
+@dataclass(frozen=True)
+class _Points:
+    """Assignments within the budget, by rising divergence, then cost."""
 
-    within_slice_dominance = True
+    depths: Depths
+    level: IntArray
+    cost: IntArray
+    divergence: FloatArray
 
-    def __init__(self) -> None:
-        self.cost = int(np.iinfo(np.int64).max)
+    def take(self, rows: IntArray | slice) -> _Points:
+        return _Points(self.depths.take(rows), self.level[rows], self.cost[rows], self.divergence[rows])
 
-    def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
-        return np.asarray(cost < self.cost)
-
-    def add(self, batch: Batch) -> None:
-        self.cost = min(self.cost, int(batch.cost.min(initial=self.cost)))
+    def __len__(self) -> int:
+        return len(self.level)
 
 
-def _smallest_cost(enumeration: Enumeration) -> int:
-    """The cost of the cheapest assignment, exact whatever the prices are."""
-    collector = _CheapestCollector()
-    enumeration.run(np.argsort(enumeration.ideal_cost, kind="stable"), collector)
-    return collector.cost
+class _BestSearch:
+    """The least divergent assignments within a cost.
+
+    With ``D(a) + D(n) + price cost(n, a)`` below ``nats + price limit`` somewhere in a block, it is so at one of the
+    block's ends, for any ``price``; of a few, each end and kv depth has the one that leaves least.
+    """
+
+    def __init__(self, enumeration: Enumeration, limit: int) -> None:
+        self.enumeration, self.limit = enumeration, limit
+        x, least, _ = enumeration.tangents
+        self.token_nats = enumeration.token_nats[enumeration.ends] - enumeration.token_sag[enumeration.end_block]
+        every = np.arange(len(enumeration.ends))
+        typical = x / np.median(enumeration.scale)
+        left = [
+            min(
+                map(
+                    float,
+                    (
+                        self.token_nats
+                        + [
+                            np.interp(price * s, x, column)
+                            for s, column in zip(enumeration.scale, least.T, strict=True)
+                        ]
+                    ),
+                )
+            )
+            - price * limit
+            for price in typical
+        ]
+        self.prices = typical[int(np.argmax(left))] * np.array(PRICES)
+        bounds = np.stack(
+            [
+                enumeration.bound(1.0, price * enumeration.scale, every) + self.token_nats[:, None] - price * limit
+                for price in self.prices
+            ]
+        )
+        starts = np.searchsorted(enumeration.end_block, np.arange(len(enumeration.blocks)))
+        of_cell = np.minimum.reduceat(bounds, starts, axis=1)  # [prices, B, S]
+        best = of_cell.argmax(axis=0)  # one price for both ends, or what is said above does not hold
+        self.bound = np.take_along_axis(bounds, best[enumeration.end_block][None], axis=0)[0]  # [E, S]
+        self.price = self.prices[best][enumeration.end_block]
+        dear = np.minimum.reduceat(enumeration.cheapest * enumeration.scale[:, None], starts) > limit * (1 + TOLERANCE)
+        self.cell_bound = np.where(dear, np.inf, of_cell.max(axis=0))  # [B, S]
+
+    def of_cells(self, k: int) -> _Points:
+        """The best of each block and kv depths, the ``k`` best of them."""
+        enumeration, feasible = self.enumeration, np.isfinite(self.cell_bound)
+        order = np.argsort(self.cell_bound, axis=None)[: int(feasible.sum())]
+        found: list[_Points] = []
+        for first, last in ((0, NUM_FIRST_CELLS * k), (NUM_FIRST_CELLS * k, len(order))):
+            block, kv = np.divmod(order[first:last], feasible.shape[1])
+            end = np.concatenate([np.flatnonzero(enumeration.end_block == b) for b in block] or [block])
+            kv = np.repeat(kv, np.bincount(enumeration.end_block, minlength=len(feasible))[block])
+            for price in self.prices:
+                found.append(self._points(enumeration.best(end, kv, price * enumeration.scale[end]), 1))
+            if sum(map(len, found)) and self._reached(found, k)[1] < np.inf:
+                break
+        for share in SHARES:
+            known, worst = self._reached(found, k)
+            nats = np.minimum(known, min(worst, enumeration.largest_nats))[enumeration.end_block]
+            nats = self.bound + share * np.maximum(nats - self.bound, 0.0)
+            found.append(self._points(self._below(nats, np.isfinite(self.cell_bound)[enumeration.end_block]), 1))
+        return self._merged(found, 1).take(slice(0, k))
+
+    def of_all(self, k: int) -> _Points:
+        """The ``k`` best of all."""
+        lowest, largest = float(self.cell_bound.min()), self.enumeration.largest_nats
+        margin = FIRST_MARGIN * max(abs(lowest), FIRST_MARGIN * largest)
+        while True:
+            below = lowest + margin if np.isfinite(lowest) else largest
+            depths = self._below(np.full(self.bound.shape, below), self.bound <= below, beaten=True)
+            found = self._points(depths, k)
+            enough = int(np.count_nonzero(found.divergence <= below)) >= k
+            if enough or below >= largest:
+                return found.take(slice(0, k))
+            margin *= 2.0
+
+    def _reached(self, found: list[_Points], k: int) -> tuple[FloatArray, float]:
+        """The least divergence known in each cell ``[B, S]``, and the ``k``-th of all."""
+        known = np.full(self.cell_bound.shape, np.inf)
+        for points in found:
+            np.minimum.at(known, (points.depths.block, points.depths.kv), points.divergence)
+        return known, float(np.partition(known, k - 1, axis=None)[k - 1]) if known.size >= k else np.inf
+
+    def _below(self, nats: FloatArray, wanted: NDArray[np.bool_], beaten: bool = False) -> Depths:
+        """Depths whose divergence beside some ``n`` may be at most ``nats`` ``[E, S]`` within the cost."""
+        enumeration = self.enumeration
+        end, kv = np.nonzero(wanted & (self.bound <= nats))
+        nats, price = nats[end, kv], self.price[end, kv]
+        left = nats - self.token_nats[end] + price * self.limit
+        left += TOLERANCE * (np.abs(nats) + price * self.limit)
+        most = nats - np.minimum.reduceat(enumeration.token_nats, enumeration.blocks[:, 0])[enumeration.end_block[end]]
+        rows = Rows(end, kv, price * enumeration.scale[end], left, most, np.full(len(end), UNLIMITED))
+        found = [depths for depths, *_ in enumeration.complete(rows, beaten)]
+        return Depths.concatenate([enumeration.tangents[2].take(slice(0, 1)), *found])
+
+    def _points(self, depths: Depths, per_cell: int) -> _Points:
+        """The depths beside every number of tokens of their blocks within the cost."""
+        enumeration, features, parts = self.enumeration, self.enumeration.features(depths), []
+        for its, levels, cost, _ in enumeration.by_block(depths, features):
+            row, column = np.nonzero(cost <= self.limit * (1 + TOLERANCE))
+            parts.append((its[row], levels[column]))
+        row, level = (np.concatenate(part) for part in zip(*parts, strict=True))
+        cost = enumeration.cost(features[row], level)
+        points = _Points(depths.take(row), level, cost, depths.divergence[row] + enumeration.token_nats[level])
+        return self._merged([points.take(np.flatnonzero(cost <= self.limit))], per_cell)
+
+    def _merged(self, found: list[_Points], per_cell: int) -> _Points:
+        """All of them in order; of each cell only the best, if ``per_cell`` is 1."""
+        level, cost, divergence = (
+            np.concatenate([getattr(its, name) for its in found]) for name in ("level", "cost", "divergence")
+        )
+        block, kv, inner, nats = (
+            np.concatenate([getattr(its.depths, name) for its in found])
+            for name in ("block", "kv", "inner", "divergence")
+        )
+        points = _Points(Depths(block, kv, inner, nats), level, cost, divergence)
+        order = np.lexsort((cost, divergence))
+        if per_cell == 1:
+            cell = block[order] * self.cell_bound.shape[1] + kv[order]
+            order = order[np.sort(np.unique(cell, return_index=True)[1])]
+        return points.take(order)
 
 
 def _largest_cost(ratio: float, full_total: int) -> int:
@@ -125,13 +216,3 @@ def _largest_cost(ratio: float, full_total: int) -> int:
     while limit / full_total > ratio:
         limit -= 1
     return limit
-
-
-def _cells(enumeration: Enumeration) -> IntArray:
-    """A number per slice: equal depths and numbers of visual tokens of about the same size share it."""
-    tokens = np.asarray(enumeration.outer[0].levels)
-    bins = np.floor(TOKEN_CELLS_PER_OCTAVE * np.log2(np.maximum(tokens, 1) / tokens[-1]) - 1e-9)
-    cells: IntArray = np.unique(bins, return_inverse=True)[1].astype(np.int64)[enumeration.slices[:, 0]]
-    for column, parameter in enumerate(enumeration.outer[1:], start=1):
-        cells = cells * len(parameter.levels) + enumeration.slices[:, column]
-    return cells

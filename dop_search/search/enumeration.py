@@ -1,386 +1,274 @@
-"""Enumeration of a space by slices, with bounds: what the exact solvers of the surrogate are made of.
+"""Enumeration of a space with Lagrangian bounds: what the exact solvers of the surrogate are made of.
 
-A *slice* fixes the number of visual tokens and every group's kv (or attention) depth. Within a slice it is known which
-groups are keys in which layer, so a layer's price is looked up by the set of groups that query, or that go through the
-MLP: any function of the token counts will do, bilinear like FLOPs or measured like latency. Running role ``q`` or
-``mlp`` of group ``g`` down to depth ``d`` adds::
+An assignment is a number of visual tokens ``n`` and *depths*: exit depths of kv (or attention), queries and MLP per
+group. A layer's price is looked up by the sets of groups that run its modules, so that the cost of depths ``a`` is
+linear in prices, ``cost(n, a) = sum_f w_f(a) price_f(n)``, where ``w_f >= 0`` counts layers: any function of the
+token counts will do, bilinear like FLOPs or measured like latency. Given ``n`` and the kv depths, cost and divergence
+are sums over *components*: a role of one group, or of all groups where what groups cost does not add up. So the
+minimum of ``D(a) + x cost(n, a)`` is found component by component, and so is all that lies below a limit.
 
-    sum over layers l < d of  price(groups at l and g) - price(groups at l)
+Depths are enumerated once per end of a block (:mod:`~dop_search.search.blocks`), not once per number of tokens.
 
-Where that does not depend on the other groups at ``l`` (one group; FLOPs), the cost is a sum over the parameters. Where
-it does, a later group's part depends on the choices for the earlier groups of its role.
-
-Partial assignments are dropped as soon as their ideal completion (a lower bound of what is left, in cost and in
-divergence) is of no use, and nothing is lost by it. All costs are exact integers, summed over the samples.
+Costs are exact integers, summed over samples, and divergences exact sums (``RESOLUTION_NATS``). Bounds are floats,
+widened by ``TOLERANCE``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.space import Parameter
-from dop_search.search.store import FloatArray, OnProgress
+from dop_search.search.blocks import ROLES, Blocks, Depths, Role
+from dop_search.search.store import FloatArray
 from dop_search.search.surrogate import IntArray, Surrogate
 from dop_search.strategy.cost.model import CostModel
-from dop_search.utils.errors import ConfigError
 
-MAX_CELLS = 1_000_000
-"""Partial assignments times levels that are looked at in one step; bounds the memory."""
+TOLERANCE = 1e-9
+"""Relative; far above rounding errors of bounds, far below what they decide."""
 
-MAX_SLICES = 100_000
-"""Slices whose prices by layer are held at once."""
+MAX_CELLS = 4_000_000
+"""Partial assignments times options that are looked at in one step; bounds the memory."""
 
-INFEASIBLE = np.iinfo(np.int64).max // 4
+NUM_TANGENTS = 32
+"""Multipliers from which the first depths come."""
 
-
-@dataclass
-class Batch:
-    """Assignments (partial or complete): slice, total cost, divergence in nats, level index per inner parameter."""
-
-    slice_ids: IntArray
-    cost: IntArray
-    divergence: FloatArray
-    choices: IntArray  # [n, inner parameters decided so far]
-
-    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Batch:
-        """The given rows."""
-        return Batch(self.slice_ids[rows], self.cost[rows], self.divergence[rows], self.choices[rows])
-
-    def __len__(self) -> int:
-        return len(self.slice_ids)
+UNLIMITED = 1e300
 
 
-class Collector(Protocol):
-    """Decides what is worth completing and keeps the completed."""
+@dataclass(frozen=True)
+class Rows:
+    """Where to enumerate: depths at ``end`` and ``kv`` of at most three limits, all ``[n]``."""
 
-    within_slice_dominance: bool
-
-    def keep(self, slice_ids: IntArray, cost: IntArray, divergence: FloatArray) -> NDArray[np.bool_]:
-        """Whether assignments of at least this cost and divergence can be of use."""
-        ...
-
-    def add(self, batch: Batch) -> None:
-        """Take complete assignments in."""
-        ...
+    end: IntArray
+    kv: IntArray
+    x: FloatArray
+    limit: FloatArray  # of D + x cost / scale; infinite for none
+    nats: FloatArray  # of D
+    cost: FloatArray  # of cost / scale
 
 
-class Enumeration:
-    """The slices of a surrogate under a cost model.
-
-    Attributes:
-        outer: parameters that a slice fixes: the number of visual tokens, then one kv or attention depth per
-            group that has one.
-        inner: the other parameters, in the order of expansion.
-        slices: level index of each outer parameter ``[S, outer]``.
-        cost: total cost of each slice before inner parameters are added ``[S]``.
-        divergence: the same in nats ``[S]``.
-    """
+class Enumeration(Blocks):
+    """Bounds of the depths at the ends of blocks, and all depths below limits."""
 
     def __init__(self, surrogate: Surrogate, cost_model: CostModel) -> None:
-        space = surrogate.space
-        if cost_model.dims.num_layers != space.num_layers:
-            raise ConfigError(
-                f"the space has {space.num_layers} layers, but the cost model {cost_model.dims.num_layers}; "
-                "make both for the same model"
+        super().__init__(surrogate, cost_model)
+        self._components: list[tuple[Role, tuple[int, ...]]] = [
+            (role, groups)
+            for role in reversed(ROLES)  # MLPs first: they weigh most
+            for groups in (
+                [(g,) for g in range(self.num_groups)] if self.is_additive(role) else [tuple(range(self.num_groups))]
             )
-        self.surrogate = surrogate
-        self.cost_model = cost_model
-        self.outer = [space.tokens, *(p for p in space.parameters if p.role in ("attention", "kv"))]
-        # MLPs first: they weigh most in cost and divergence, so bounds bite early.
-        self.inner = sorted((p for p in space.parameters if p.role in ("q", "mlp")), key=lambda p: p.role)
-        grids = np.meshgrid(*(np.arange(len(p.levels)) for p in self.outer), indexing="ij")
-        self.slices: IntArray = np.stack([grid.ravel() for grid in grids], axis=1).astype(np.int64)
-        self._prices = cost_model.group_prices(space.tokens.levels, space.shares)
-        self._kv_depth = self._kv_depths()
-        self._additive = {role: self._is_additive(self._table(role)) for role in ("q", "mlp")}
-        self.cost, self.divergence = self._bases()
-        self._rest_cost, self._rest_divergence = self._ideals()
+        ]
 
-    # -- prices ---------------------------------------------------------------------------------
+    # -- bounds ---------------------------------------------------------------------------------
 
-    def _table(self, role: str) -> IntArray:
-        """Price ``[P, 2**G of the role, 2**G of the keys]``."""
-        return self._prices.attention if role == "q" else self._prices.mlp
+    @cached_property
+    def _base(self) -> FloatArray:
+        """Lowered cost of the kv depths alone, divided by the scale ``[E, S]``."""
+        sets = 1 << self.num_groups
+        base = (self.table_of(self.lower, "q") + self.table_of(self.lower, "mlp"))[:, 0] @ self.num_layers_of.T
+        return (base + self.lower[:, -sets:][:, self.keys[:, -1]] + self.fixed) / self.scale[:, None]
 
-    def _is_additive(self, table: IntArray) -> bool:
-        """Whether what a group adds is the same whatever other groups are there."""
-        for group in range(len(self.surrogate.space.shares)):
-            bit = 1 << group
-            sets = [others for others in range(table.shape[1]) if not others & bit]
-            added = table[:, [others | bit for others in sets]] - table[:, sets]
-            if not (added == added[:, :1]).all():
-                return False
-        return True
+    def bound(self, alpha: float, x: FloatArray, end: IntArray) -> FloatArray:
+        """A lower bound of ``alpha D + x cost / scale`` over all depths, at ends ``[n]``, per kv depths ``[n, S]``."""
+        total = x[:, None] * self._base[end] + alpha * self.kv_nats
+        depths = np.arange(self.num_layers)
+        for group in range(self.num_groups):
+            best = np.zeros((len(end), 1))
+            for role in ROLES:
+                step = x * self._least_marginal[role, group][end]
+                nats = _weighted(alpha, self.options[role, group][0])
+                best = best + (nats + step[:, None, None] * depths).min(axis=2)  # [n, kv levels]
+            total += best[:, self.kv_level[:, group]]
+        return np.asarray(total)
 
-    def _keys_at(self, slice_ids: IntArray, layer: int) -> IntArray:
-        """The set of groups that are keys in a layer, per slice ``[n]``."""
-        bits = np.int64(1) << np.arange(self._kv_depth.shape[1])
-        return np.asarray((self._kv_depth[slice_ids] > layer) @ bits)
+    @cached_property
+    def _least_marginal(self) -> dict[tuple[Role, int], FloatArray]:
+        """The least that a group can add in a layer in which it is a key, divided by the scale ``[E]``."""
+        return {
+            (role, group): self.marginals(self.lower, role, group).min(axis=(1, 2)) / self.scale
+            for role, group in self.options
+        }
 
-    def _added(self, role: str, group: int, others: int, slice_ids: IntArray, layer: int) -> IntArray:
-        """What the group adds in one layer to the groups ``others`` (a set), per slice ``[n]``."""
-        table, tokens, keys = self._table(role), self.slices[slice_ids, 0], self._keys_at(slice_ids, layer)
-        return np.asarray(table[tokens, others | 1 << group, keys] - table[tokens, others, keys])
+    @cached_property
+    def tangents(self) -> tuple[FloatArray, FloatArray, Depths]:
+        """Multipliers of all sizes ``[X]``, the least ``D + x cost / scale`` at each end ``[X, E]``, depths near it.
 
-    def _added_until(self, role: str, group: int, others: int, slice_ids: IntArray) -> IntArray:
-        """The sum of :meth:`_added` over the layers before each depth ``[n, L]``."""
-        num_layers = self.surrogate.space.num_layers
-        total = np.zeros((len(slice_ids), num_layers), dtype=np.int64)
-        for layer in range(num_layers - 1):  # in the last layer only text has a query and an MLP
-            total[:, layer + 1] = total[:, layer] + self._added(role, group, others, slice_ids, layer)
-        return total
-
-    def _operation_cost(
-        self, role: str, group: int, slice_ids: IntArray, depth: IntArray, earlier: dict[int, IntArray]
-    ) -> IntArray:
-        """What running ``role`` of a group in ``depth`` layers adds, shape of ``depth`` (``[n, W]``).
-
-        Args:
-            role: ``q`` or ``mlp``.
-            group: token group.
-            slice_ids: ``[n]``.
-            depth: layers in which it runs.
-            earlier: depths ``[n]`` of the groups of that role that are already decided; of no matter if additive.
+        The least divergent depths are among them, in every block.
         """
-        distinct, row = np.unique(slice_ids, return_inverse=True)
-        if self._additive[role] or not earlier:
-            until = self._added_until(role, group, 0, distinct)
-            return np.asarray(until[row[:, None], depth])
-        cost = np.zeros(depth.shape, dtype=np.int64)
-        for chosen in range(1 << len(earlier)):  # the layers in which exactly these groups take part
-            inside = [g for bit, g in enumerate(earlier) if chosen >> bit & 1]
-            outside = [g for g in earlier if g not in inside]
-            top = np.full(len(slice_ids), self.surrogate.space.num_layers - 1, dtype=np.int64)
-            stop = np.minimum.reduce([top, *(earlier[g] for g in inside)])
-            start = np.maximum.reduce([np.zeros_like(top), *(earlier[g] for g in outside)])
-            until = self._added_until(role, group, sum(1 << g for g in inside), distinct)
-            first, last = np.minimum(depth, start[:, None]), np.minimum(depth, np.maximum(start, stop)[:, None])
-            cost += until[row[:, None], last] - until[row[:, None], first]
-        return cost
+        multipliers = np.append(0.0, self.largest_nats * np.geomspace(1e-5, 1e3, NUM_TANGENTS))
+        every, least, depths = np.arange(len(self.ends)), [], []
+        for multiplier in multipliers:
+            x = np.full(len(every), multiplier)
+            bound = self.bound(1.0, x, every)
+            least.append(bound.min(axis=1))
+            depths.append(self.best(every, bound.argmin(axis=1), x))
+        return multipliers[1:], np.stack(least[1:]), Depths.concatenate(depths)
 
-    # -- building -------------------------------------------------------------------------------
+    @cached_property
+    def cheapest(self) -> FloatArray:
+        """The least cost / scale of any depths ``[E, S]``."""
+        every = np.arange(len(self.ends))
+        return self.bound(0.0, np.ones(len(every)), every)
 
-    def _kv_depths(self) -> IntArray:
-        """Exit depth of kv per slice and group ``[S, G]``; without a parameter the full depth."""
-        space = self.surrogate.space
-        result = np.full((len(self.slices), len(space.shares)), space.num_layers, dtype=np.int64)
-        for column, parameter in enumerate(self.outer):
-            if parameter.role in ("attention", "kv"):
-                result[:, parameter.group] = np.asarray(parameter.levels)[self.slices[:, column]]
+    # -- enumeration ----------------------------------------------------------------------------
+
+    def _until(self, role: Role, chosen: int, end: IntArray, kv: IntArray) -> FloatArray:
+        """Lowered cost that the set ``chosen`` adds in the layers before each depth ``[n, L]``."""
+        table = self.table_of(self.lower, role)
+        added = (table[:, chosen] - table[:, 0]) / self.scale[:, None]
+        total = np.zeros((len(end), self.num_layers))
+        np.cumsum(added[end[:, None], self.keys[kv, :-1]], axis=1, out=total[:, 1:])
+        return total  # the last layer adds nothing: only text has a query and an MLP there
+
+    def _component(
+        self, role: Role, groups: tuple[int, ...], end: IntArray, kv: IntArray, beaten: bool = False
+    ) -> tuple[FloatArray, FloatArray, list[IntArray]]:
+        """Cost and divergence of every option ``[n, W]``, and the groups' depths ``[n or 1, W]``."""
+        searched = [g for g in groups if self.space.find(role, g) is not None]
+        width = self.num_layers ** len(searched)
+        grid = np.indices((self.num_layers,) * len(searched)).reshape(len(searched), width)
+        last = np.maximum(self.kv_depth[kv] - 1, 0)
+        depth = {g: grid[searched.index(g)][None] if g in searched else last[:, g, None] for g in groups}
+        nats = np.zeros((len(end), grid.shape[1]))
+        for g in searched:
+            nats += self.options[role, g][0][self.kv_level[kv, g]][:, depth[g][0]]
+        cost = np.zeros(nats.shape)
+        for chosen in range(1, 1 << len(groups)):  # the layers in which exactly these groups take part
+            inside = [g for bit, g in enumerate(groups) if chosen >> bit & 1]
+            outside = [depth[g] for g in groups if g not in inside]
+            start = reduce(np.maximum, outside, np.zeros((1, 1), dtype=np.int64))
+            stop = np.maximum(start, reduce(np.minimum, [depth[g] for g in inside]))
+            until = self._until(role, sum(1 << g for g in inside), end, kv)
+            rows = np.arange(len(end))[:, None]
+            cost += until[rows, stop] - (until[rows, start] if len(groups) > 1 else 0.0)
+        if len(groups) == 1 and not beaten:
+            nats = self._without_useless(role, groups[0], end, nats)
+        return cost, nats, [np.broadcast_to(depth[g], nats.shape) for g in groups]
+
+    def _without_useless(self, role: Role, group: int, end: IntArray, nats: FloatArray) -> FloatArray:
+        """Options that another one of the same group equals or beats, in the whole block, made infinite."""
+        rises, flat = self._slopes[role, group]
+        before = np.minimum.accumulate(np.pad(nats, ((0, 0), (1, 0)), constant_values=np.inf), axis=1)[:, :-1]
+        useless = rises[end][:, None] & (nats >= before)
+        useless |= flat[end][:, None] & (np.arange(nats.shape[1]) != nats.argmin(axis=1)[:, None])
+        return np.where(useless, np.inf, nats)
+
+    @cached_property
+    def _slopes(self) -> dict[tuple[Role, int], tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+        """Whether a greater depth never costs less, and whether it never costs anything, in an end's block ``[E]``."""
+        result = {}
+        for role, group in self.options:
+            marginal = self.marginals(self.prices, role, group).reshape(len(self.levels), -1)
+            least = np.minimum.reduceat(marginal.min(axis=1), self.blocks[:, 0])[self.end_block]
+            most = np.maximum.reduceat(marginal.max(axis=1), self.blocks[:, 0])[self.end_block]
+            result[role, group] = (least >= 0, (least == 0) & (most == 0))
         return result
 
-    def _last_depth(self, group: int, slice_ids: IntArray) -> IntArray:
-        """The depth from which on queries and MLP of a group are dead ``[n]``."""
-        return np.asarray(np.maximum(self._kv_depth[slice_ids, group] - 1, 0))
+    def complete(self, rows: Rows, beaten: bool = False) -> Iterator[tuple[Depths, IntArray, FloatArray]]:
+        """All depths below the limits, in pieces: with the number of the row and the lowered cost / scale of each.
 
-    def _unsearched(self, role: str) -> list[int]:
-        """Groups whose ``role`` has no parameter: tied or full, they run until they are dead."""
-        searched = {(p.role, p.group) for p in self.inner}
-        return [g for g in range(len(self.surrogate.space.shares)) if (role, g) not in searched]
-
-    def _bases(self) -> tuple[IntArray, FloatArray]:
-        space, tokens = self.surrogate.space, self.slices[:, 0]
-        every = np.arange(len(self.slices))
-        cost = np.full(len(self.slices), self._prices.fixed, dtype=np.int64)
-        for layer in range(space.num_layers - 1):
-            keys = self._keys_at(every, layer)
-            cost += self._prices.attention[tokens, 0, keys] + self._prices.mlp[tokens, 0, keys]
-        cost += self._prices.last[tokens, self._keys_at(every, space.num_layers - 1)]
-        for role in ("q", "mlp"):
-            earlier: dict[int, IntArray] = {}
-            for group in self._unsearched(role):
-                depth = self._last_depth(group, every)
-                for part in np.array_split(every, len(every) // MAX_SLICES + 1):
-                    known = {g: values[part] for g, values in earlier.items()}
-                    cost[part] += self._operation_cost(role, group, part, depth[part, None], known)[:, 0]
-                earlier[group] = depth
-        divergence = np.zeros(len(self.slices))
-        for column, parameter in enumerate(self.outer):
-            divergence += self.surrogate.curves[parameter.name][self.slices[:, column]]
-        return cost, divergence
-
-    def _bound_rows(self, parameter: Parameter, slice_ids: IntArray) -> tuple[IntArray, IntArray]:
-        """For each slice: the row of the parameter's effective curve, and its largest depth that is not dead."""
-        bound, last = self.surrogate.last_useful_depth(parameter)
-        if bound is None:
-            return np.zeros(len(slice_ids), dtype=np.int64), np.repeat(last, len(slice_ids))
-        rows = self.slices[slice_ids, self.outer.index(bound)]
-        return rows, last[rows]
-
-    def _options(self, stage: int, slice_ids: IntArray, choices: IntArray) -> tuple[IntArray, FloatArray]:
-        """Cost and divergence that each level adds ``[n, W]``; merged dead levels are INFEASIBLE but one.
-
-        Args:
-            stage: which inner parameter.
-            slice_ids: ``[n]``.
-            choices: level indices of the inner parameters before it ``[n, stage]``.
+        ``beaten``: also with options that another one of the same group equals or beats in the whole block.
         """
-        parameter = self.inner[stage]
-        levels = np.array(parameter.levels, dtype=np.int64)
-        rows, last = self._bound_rows(parameter, slice_ids)
-        depth = np.minimum(levels[None, :], last[:, None])
-        earlier = {g: self._last_depth(g, slice_ids) for g in self._unsearched(parameter.role)}
-        for column, before in enumerate(self.inner[:stage]):
-            if before.role == parameter.role:
-                value = np.asarray(before.levels)[choices[:, column]]
-                earlier[before.group] = np.minimum(value, self._last_depth(before.group, slice_ids))
-        cost = self._operation_cost(parameter.role, parameter.group, slice_ids, depth, earlier)
-        dead = levels[None, :] >= last[:, None]
-        dead[:, -1] = False  # "full" stands for all of them
-        return np.where(dead, INFEASIBLE, cost), self.surrogate.effective(parameter)[rows]
+        slices, where = np.unique(rows.end * len(self.kv_depth) + rows.kv, return_inverse=True)
+        width = max(self.num_layers ** len(groups) for _, groups in self._components)
+        order, step = np.argsort(where, kind="stable"), max(1, MAX_CELLS // (4 * width))
+        for start in range(0, len(slices), step):
+            part = order[slice(*np.searchsorted(where[order], [start, start + step]))]
+            end, kv = np.divmod(slices[start : start + step], len(self.kv_depth))
+            parts = [self._component(role, groups, end, kv, beaten) for role, groups in self._components]
+            yield from self._expand(rows, part, where[part] - start, end, kv, parts)
 
-    def _ideals(self) -> tuple[IntArray, FloatArray]:
-        """Lower bounds of what inner parameters add, in cost and divergence, from each stage on ``[inner + 1, S]``."""
-        cost = np.zeros((len(self.inner) + 1, len(self.slices)), dtype=np.int64)
-        divergence = np.zeros(cost.shape)
-        for stage in reversed(range(len(self.inner))):
-            parameter = self.inner[stage]
-            rows, last = self._bound_rows(parameter, np.arange(len(self.slices)))
-            cost[stage] = cost[stage + 1] + self._least_cost(parameter, last)
-            divergence[stage] = divergence[stage + 1] + self.surrogate.effective(parameter).min(axis=1)[rows]
-        return cost, divergence
+    def best(self, end: IntArray, kv: IntArray, x: FloatArray) -> Depths:
+        """The depths of least ``D + x cost / scale`` of each row ``[n]``."""
+        inner = np.zeros((len(end), 2, self.num_groups), dtype=np.int64)
+        nats = self.kv_nats[kv].copy()
+        rows = np.arange(len(end))
+        for role, groups in self._components:
+            cost, divergence, depth = self._component(role, groups, end, kv)
+            chosen = (divergence + x[:, None] * cost).argmin(axis=1)
+            nats += divergence[rows, chosen]
+            for g, its in zip(groups, depth, strict=True):
+                inner[:, ROLES.index(role), g] = its[rows, chosen]
+        return Depths(self.end_block[end], kv, inner, nats)
 
-    def _least_cost(self, parameter: Parameter, last: IntArray) -> IntArray:
-        """The least that any level can add, whatever the other groups do, per slice ``[S]``."""
-        every, bit = np.arange(len(self.slices)), 1 << parameter.group
-        if self._additive[parameter.role]:
-            others = [0]
-        else:
-            others = [item for item in range(self._table(parameter.role).shape[1]) if not item & bit]
-        running, least = np.zeros(len(every), dtype=np.int64), np.full(len(every), INFEASIBLE)
-        levels = set(parameter.levels)
-        for depth in range(self.surrogate.space.num_layers + 1):
-            reached = np.full(len(every), depth in levels) | ((depth == last) & (parameter.full >= depth))
-            least = np.where(reached & (depth <= last), np.minimum(least, running), least)
-            if depth < self.surrogate.space.num_layers - 1:
-                added = [self._added(parameter.role, parameter.group, item, every, depth) for item in others]
-                running = running + np.minimum.reduce(added)
-        return np.asarray(least)
-
-    # -- searching ------------------------------------------------------------------------------
-
-    @property
-    def ideal_cost(self) -> IntArray:
-        """The cheapest completion of each slice ``[S]``."""
-        return np.asarray(self.cost + self._rest_cost[0])
-
-    @property
-    def ideal_divergence(self) -> FloatArray:
-        """The least divergence of each slice ``[S]``, at whatever cost."""
-        return np.asarray(self.divergence + self._rest_divergence[0])
-
-    def run(
+    def _expand(
         self,
-        slice_ids: IntArray,
-        collector: Collector,
-        option_stride: int = 1,
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        """Complete every assignment of the slices that ``collector`` wants, in the order given.
+        rows: Rows,
+        which: IntArray,
+        place: IntArray,
+        end: IntArray,
+        kv: IntArray,
+        parts: list[tuple[FloatArray, FloatArray, list[IntArray]]],
+    ) -> Iterator[tuple[Depths, IntArray, FloatArray]]:
+        """Component by component, nothing kept that the best of the others would not bring below the limits."""
+        least_nats = self.kv_nats[kv] + sum(nats.min(axis=1) for _, nats, _ in parts)
+        costs = [np.where(np.isfinite(nats), cost, np.inf) for cost, nats, _ in parts]
+        least_cost = self._base[end, kv] + sum(cost.min(axis=1) for cost in costs)
+        left = np.stack([rows.nats[which] - least_nats[place], rows.cost[which] - least_cost[place]])
+        its = np.flatnonzero((left >= 0).all(axis=0))
+        which, place, left = which[its], place[its], left[:, its]
+        x, base = rows.x[which], self._base[end, kv][place]
+        total = rows.limit[which] - self.kv_nats[kv[place]] - x * base
+        excess = []
+        for (_, nats, _), cost in zip(parts, costs, strict=True):
+            value = cost[place]
+            value *= x[:, None]
+            value += nats[place]
+            least = value.min(axis=1)
+            value -= least[:, None]
+            total -= least
+            excess.append(value)
+        more = [
+            np.stack([nats - nats.min(axis=1)[:, None], cost - cost.min(axis=1)[:, None]])
+            for (_, nats, _), cost in zip(parts, costs, strict=True)
+        ]
+        left = np.concatenate([total[None], left])
+        row = np.flatnonzero(total >= 0)
+        pending = [(row, left[:, row], np.zeros((len(row), 0), dtype=np.int64))]
+        while pending:
+            row, left, chosen = pending.pop()
+            stage = chosen.shape[1]
+            if stage == len(parts):
+                yield self._completed(which[row], end[place[row]], kv[place[row]], place[row], base[row], chosen, parts)
+                continue
+            piece = max(1, MAX_CELLS // excess[stage].shape[1])
+            if len(row) > piece:
+                pending.append((row[piece:], left[:, piece:], chosen[piece:]))
+                row, left, chosen = row[:piece], left[:, :piece], chosen[:piece]
+            again, option = np.nonzero(excess[stage][row] <= left[0, :, None])
+            rest = left[:, again]
+            rest[0] -= excess[stage][row[again], option]
+            rest[1:] -= more[stage][:, place[row[again]], option]
+            its = np.flatnonzero((rest >= 0).all(axis=0))
+            if len(its):
+                again, option = again[its], option[its]
+                pending.append((row[again], rest[:, its], np.concatenate([chosen[again], option[:, None]], axis=1)))
 
-        ``option_stride``: look only at every so many levels (from the top), for a quick first pass.
-        """
-        for start in range(0, len(slice_ids), 8192):
-            if on_progress is not None:
-                on_progress(start, len(slice_ids), "exact front of the additive surrogate")
-            ids = slice_ids[start : start + 8192]
-            first = Batch(ids, self.cost[ids], self.divergence[ids], np.zeros((len(ids), 0), dtype=np.int64))
-            pending = [first]
-            while pending:
-                batch = pending.pop()
-                stage = batch.choices.shape[1]
-                batch = batch.take(self._worthwhile(batch, stage, collector))
-                if len(batch) == 0:
-                    continue
-                if stage == len(self.inner):
-                    collector.add(batch)
-                    continue
-                piece = max(1, MAX_CELLS // len(self.inner[stage].levels))
-                if len(batch) > piece:
-                    pending.extend(batch.take(slice(i, i + piece)) for i in reversed(range(0, len(batch), piece)))
-                else:
-                    pending.append(self._expand(batch, stage, collector, option_stride))
-        if on_progress is not None:
-            on_progress(len(slice_ids), len(slice_ids), "exact front of the additive surrogate")
-
-    def _worthwhile(self, batch: Batch, stage: int, collector: Collector) -> NDArray[np.bool_]:
-        return collector.keep(
-            batch.slice_ids,
-            batch.cost + self._rest_cost[stage][batch.slice_ids],
-            batch.divergence + self._rest_divergence[stage][batch.slice_ids],
-        )
-
-    def _expand(self, batch: Batch, stage: int, collector: Collector, option_stride: int) -> Batch:
-        parameter = self.inner[stage]
-        if self._additive[parameter.role]:  # the options of a slice are those of all its partial assignments
-            distinct, position = np.unique(batch.slice_ids, return_inverse=True)
-            extra_cost, extra_divergence = self._options(stage, distinct, np.zeros((len(distinct), stage), np.int64))
-        else:
-            position = np.arange(len(batch))
-            extra_cost, extra_divergence = self._options(stage, batch.slice_ids, batch.choices)
-        width = extra_cost.shape[1]
-        chosen = np.arange(width)[::-1][::option_stride]
-        cost = batch.cost[:, None] + extra_cost[position[:, None], chosen[None, :]]
-        divergence = batch.divergence[:, None] + extra_divergence[position[:, None], chosen[None, :]]
-        rest = stage + 1
-        ids = np.broadcast_to(batch.slice_ids[:, None], cost.shape)
-        useful = collector.keep(
-            ids.ravel(),
-            (cost + self._rest_cost[rest][ids]).ravel(),
-            (divergence + self._rest_divergence[rest][ids]).ravel(),
-        )
-        useful &= cost.ravel() < INFEASIBLE
-        rows, columns = np.divmod(np.flatnonzero(useful), len(chosen))
-        result = Batch(
-            batch.slice_ids[rows],
-            cost[rows, columns],
-            divergence[rows, columns],
-            np.concatenate([batch.choices[rows], chosen[columns][:, None]], axis=1),
-        )
-        if collector.within_slice_dominance and self._is_settled(stage):
-            result = result.take(undominated(result.slice_ids, result.cost, result.divergence))
-        return result
-
-    def _is_settled(self, stage: int) -> bool:
-        """Whether no later parameter's cost depends on what was chosen up to ``stage`` within a slice."""
-        role = self.inner[stage].role
-        return self._additive[role] or all(parameter.role != role for parameter in self.inner[stage + 1 :])
-
-    # -- results --------------------------------------------------------------------------------
-
-    def indices(self, batch: Batch) -> IntArray:
-        """Level indices in the order of the space's parameters ``[n, params]``; dead levels appear as full."""
-        names = [p.name for p in self.outer] + [p.name for p in self.inner]
-        values = np.concatenate([self.slices[batch.slice_ids], batch.choices], axis=1)
-        return values[:, [names.index(name) for name in self.surrogate.space.names]]
-
-    def coarse_passes(self, strides: tuple[int, ...] = (8, 4, 2)) -> Iterator[tuple[IntArray, int]]:
-        """Sub-lattices of slices (from the top), coarse to fine, with the stride for the inner levels."""
-        tops = np.array([len(p.levels) - 1 for p in self.outer])
-        scale = np.maximum(1, (tops + 1) // 33)
-        for stride in strides:
-            yield np.flatnonzero(((tops - self.slices) % (stride * scale) == 0).all(axis=1)), stride
+    def _completed(
+        self,
+        which: IntArray,
+        end: IntArray,
+        kv: IntArray,
+        place: IntArray,
+        cost: FloatArray,
+        chosen: IntArray,
+        parts: list[tuple[FloatArray, FloatArray, list[IntArray]]],
+    ) -> tuple[Depths, IntArray, FloatArray]:
+        inner = np.zeros((len(kv), 2, self.num_groups), dtype=np.int64)
+        nats = self.kv_nats[kv].copy()
+        for (role, groups), (costs, divergence, depth), option in zip(self._components, parts, chosen.T, strict=True):
+            nats += divergence[place, option]
+            cost = cost + costs[place, option]
+            for g, its in zip(groups, depth, strict=True):
+                inner[:, ROLES.index(role), g] = its[place, option]
+        return Depths(self.end_block[end], kv, inner, nats), which, cost
 
 
-def undominated(segments: IntArray, cost: IntArray, divergence: FloatArray) -> IntArray:
-    """Rows that no other row of the same segment beats in cost and divergence, one per equal pair.
-
-    Ordered by segment, then cost.
-    """
-    order = np.lexsort((divergence, cost, segments))
-    segment, value = segments[order], divergence[order]
-    best = value.copy()  # running minimum within the segment, by doubling: exact, unlike offsets per segment
-    step = 1
-    longest = int(np.bincount(np.unique(segment, return_inverse=True)[1]).max()) if len(order) else 0
-    while step < longest:
-        same = segment[step:] == segment[:-step]
-        best[step:] = np.where(same, np.minimum(best[step:], best[:-step]), best[step:])
-        step *= 2
-    beaten = np.zeros(len(order), dtype=np.bool_)
-    beaten[1:] = (segment[1:] == segment[:-1]) & (best[:-1] <= value[1:])
-    return order[~beaten]
+def _weighted(alpha: float, nats: FloatArray) -> FloatArray:
+    """``alpha * nats`` where there is an option; infinite where there is none, also for ``alpha = 0``."""
+    return np.where(np.isfinite(nats), alpha * np.where(np.isfinite(nats), nats, 0.0), np.inf)

@@ -37,6 +37,7 @@ class Surrogate:
 
     def __init__(self, space: Space, curves: Mapping[str, Sequence[float] | NDArray[Any]]) -> None:
         self.space = space
+        self.kept: dict[object, dict[str, Any]] = {}  # what the exact solvers keep for each cost model
         self.curves: dict[str, FloatArray] = {}
         for parameter in space.parameters:
             values = np.asarray(curves.get(parameter.name, ()), dtype=np.float64)
