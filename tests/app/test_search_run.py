@@ -200,7 +200,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     assert result.uniform.flops_ratio <= 0.3
     (file, *_) = (path / "cache").glob("study-*.journal")
     storage = open_storage(file)
-    (name,) = optuna.get_all_study_names(storage)
+    (name,) = (name for name in optuna.get_all_study_names(storage) if name.endswith("flops_ratio-0.3"))
     study = optuna.load_study(study_name=name, storage=storage)
     pairs = {(trial.params["selector"], trial.params["space"]) for trial in study.trials}
     assert pairs == {(selector, space) for selector in joint["selectors"] for space in joint["spaces"]}

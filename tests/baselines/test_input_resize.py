@@ -136,7 +136,7 @@ def test_benchmarks_are_asked_through_the_fitted_processor(monkeypatch: pytest.M
     from dop_search.evaluation.lmms import answering
 
     loaded = loaded_tiny("qwen2_vl")
-    fitted, _ = fitted_on(loaded, 0.5)
+    fitted, _ = fitted_on(loaded, 0.8)
     asked = []
     monkeypatch.setattr(answering, "_generate", lambda reader, prompts, frames: asked.append(reader) or ["x"])
     prompt = answering.Prompt((answering.Turn("user", (drawn_image(60, 50, 0), "What?")),), answering.Generation(2))

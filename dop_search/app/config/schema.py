@@ -36,7 +36,11 @@ AsList = BeforeValidator(lambda value: () if value is None else value if isinsta
 """One may stand without a list, and none may be ``null``."""
 Names = Annotated[tuple[str, ...], Field(strict=False), AsList]
 """Names or files; one may stand without a list."""
-Imports = Annotated[tuple[Annotated[str, AfterValidator(_dotted)], ...], Field(strict=False), AsList]
+Imports = Annotated[
+    tuple[Annotated[str, AfterValidator(_dotted)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 """Names of modules; one may stand without a list."""
 
 
