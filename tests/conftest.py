@@ -29,12 +29,12 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter):
     """Which services were there: tests that need one are skipped without it."""
     found = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
-                if name == "service":
-                    skipped = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else ""
-                    found[value] = f"{value} not run ({skipped})" if skipped else f"{value} ran"
+    kinds = ("passed", "failed", "error", "skipped")
+    for report in (report for kind in kinds for report in terminalreporter.stats.get(kind, ())):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else None
+        for name, value in report.user_properties:
+            if name == "service":
+                found[value] = f"{value} ran" if reason is None else f"{value} not run ({reason})"
     if found:
         terminalreporter.write_line(f"services: {', '.join(found[name] for name in sorted(found))}")
 
