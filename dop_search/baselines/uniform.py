@@ -78,4 +78,5 @@ class Full(Method):
 
     def fit(self, context: FitContext, flops_ratio: float = 1.0) -> FittedMethod:
         """See base class."""
-        return self.fitted(context, 1.0, Strategy.full(context.num_layers), {})
+        whole = self.fitted(context, 1.0, Strategy.full(context.num_layers), {})
+        return replace(whole, flops_ratio=1.0, notes=())  # scored as it is, with the operations that reach no text

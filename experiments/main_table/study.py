@@ -169,7 +169,7 @@ class MainTable(Study):
             fitted = bench.fit(method, budget)
             save_strategy(bench.config, f"{Path(model).name}-{method}-{budget:g}", fitted)
             times = None
-            if self.num_timing_rounds:
+            if self.num_timing_rounds and method != FULL:
                 samples = bench.data("search").samples[:TIMED_SAMPLES]
                 times = prefill_times(bench.loaded, samples, fitted, self.num_timing_rounds)
             return _Judged(key, fitted, judge.scores(fitted), times)
