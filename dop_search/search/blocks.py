@@ -3,7 +3,7 @@
 **Blocks.** A block is a run of numbers of visual tokens between two *ends*. There prices are lowered (``lower``) so
 that the straight line between the ends is nowhere above the price, or raised (``upper``). Divided by a ``scale`` that
 is linear between the ends, a lowered cost within the block is at least a convex combination of its values at the ends,
-and a raised one at most. So depths below a line ``D + x cost / scale`` somewhere in the block are so at one of its ends.
+and a raised one at most. So depths below a line ``D + x cost / scale`` somewhere in a block are so at one of its ends.
 """
 
 from __future__ import annotations
