@@ -130,13 +130,13 @@ class Blocks:
         nats_line = nats[low] + share * (nats[high] - nats[low])
         self.token_sag = np.maximum.reduceat(nats_line - nats, starts).clip(0)  # [B]
 
-    def table_of(self, prices: NDArray[np.generic], role: Role) -> NDArray[np.generic]:
+    def table_of(self, prices: NDArray[Any], role: Role) -> NDArray[Any]:
         """The attention's or the MLP's part of ``[..., F]`` as ``[..., 2**G that run it, 2**G keys]``."""
         sets = 1 << self.num_groups
         part = prices[..., : sets * sets] if role == "q" else prices[..., sets * sets : 2 * sets * sets]
         return part.reshape(*prices.shape[:-1], sets, sets)
 
-    def marginals(self, prices: NDArray[np.generic], role: Role, group: int) -> NDArray[np.generic]:
+    def marginals(self, prices: NDArray[Any], role: Role, group: int) -> NDArray[Any]:
         """What a group that is a key adds to the groups without it ``[..., sets without it, sets of keys with it]``."""
         table, sets = self.table_of(prices, role), np.arange(1 << self.num_groups)
         without, inside = sets[sets >> group & 1 == 0], sets[sets >> group & 1 == 1]
