@@ -57,15 +57,14 @@ class _Staircase:
         return np.asarray(self._nats[np.clip(step, 0, STEPS + 2).astype(np.int64)])
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Corners:
     """Of one block, by falling divergence: pool members ``[m]`` and the corners between them ``[m - 1]``."""
 
     nats: FloatArray
     cost: FloatArray  # raised, divided by the scale, at each end [m, ends]
     slope: FloatArray  # of the tangent, rounded
-    cheapest: FloatArray  # cost / scale below which nothing has less divergence than the corner
-    useful: NDArray[np.bool_] | None = None
+    useful: NDArray[np.bool_]
 
 
 class _FrontSearch:
@@ -83,7 +82,7 @@ class _FrontSearch:
     def _corners(self, pool: Depths) -> tuple[Depths, IntArray, list[_Corners]]:
         """The corners of each block, and the pool without depths that it beats in their whole block."""
         enumeration, features = self.enumeration, self.enumeration.features(pool)
-        keep, result = np.zeros(len(pool), dtype=np.bool_), []
+        keep, parts, result = np.zeros(len(pool), dtype=np.bool_), [], []
         x, least, _ = enumeration.tangents
         for block, its in enumerate(enumeration.rows_by_block(pool)):
             ends = np.flatnonzero(enumeration.end_block == block)
@@ -100,13 +99,13 @@ class _FrontSearch:
             slope = SLOPE_STEP ** np.round(np.log(slope) / np.log(SLOPE_STEP))
             height = least[:, ends].min(axis=1)
             cheapest = ((height - nats[:-1, None]) / x).max(axis=1).clip(self.enumeration.cheapest[ends].min())
-            result.append(_Corners(nats, cost, slope, cheapest))
+            parts.append((nats, cost, slope, cheapest))
         pool, features = pool.take(keep), features[keep]
         known = _Staircase(enumeration, pool, features)
-        for (low, high), corners in zip(enumeration.blocks, result, strict=True):
-            cost_there = corners.cheapest[:, None] * enumeration.level_scale[low : high + 1] * (1 - TOLERANCE)
-            nats_there = corners.nats[1:, None] + enumeration.token_nats[low : high + 1]
-            corners.useful = (nats_there <= known.at(cost_there)).any(axis=1)
+        for (low, high), (nats, cost, slope, cheapest) in zip(enumeration.blocks, parts, strict=True):
+            least_cost = cheapest[:, None] * enumeration.level_scale[low : high + 1] * (1 - TOLERANCE)
+            least_nats = nats[1:, None] + enumeration.token_nats[low : high + 1]
+            result.append(_Corners(nats, cost, slope, (least_nats <= known.at(least_cost)).any(axis=1)))
         return pool, features, result
 
     def _below(self, corners: list[_Corners], share: float) -> list[Depths]:
@@ -128,7 +127,8 @@ class _FrontSearch:
         pairs, pair = np.unique(np.stack([end, x]), axis=1, return_inverse=True)
         bound = enumeration.bound(1.0, pairs[1], pairs[0].astype(np.int64))
         least = bound.min(axis=1)[pair]
-        limit = (least + share * (limit - least)) * (1 + TOLERANCE)
+        limit = least + share * (limit - least)
+        limit += TOLERANCE * np.abs(limit)
         place, kv = np.nonzero(bound[pair] <= limit[:, None])
         top = np.array([corners[b].cost[0, self._column(e)] for e, b in enumerate(enumeration.end_block)])
         top *= 1 + TOLERANCE

@@ -3,7 +3,7 @@
 **Blocks.** A block is a run of numbers of visual tokens between two *ends*. There prices are lowered (``lower``) so
 that the straight line between the ends is nowhere above the price, or raised (``upper``). Divided by a ``scale`` that
 is linear between the ends, a lowered cost within the block is at least a convex combination of its values at the ends,
-and a raised one at most. So depths below a line ``D + x cost / scale`` somewhere in the block are so at one of its ends.
+and a raised one at most. So depths below a line ``D + x cost / scale`` somewhere in a block are so at one of its ends.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ class Blocks:
         nats_line = nats[low] + share * (nats[high] - nats[low])
         self.token_sag = np.maximum.reduceat(nats_line - nats, starts).clip(0)  # [B]
 
-    def table_of(self, prices: NDArray[np.generic], role: Role) -> NDArray[np.generic]:
+    def table_of(self, prices: NDArray[Any], role: Role) -> NDArray[Any]:
         """The attention's or the MLP's part of ``[..., F]`` as ``[..., 2**G that run it, 2**G keys]``."""
         sets = 1 << self.num_groups
         part = prices[..., : sets * sets] if role == "q" else prices[..., sets * sets : 2 * sets * sets]
         return part.reshape(*prices.shape[:-1], sets, sets)
 
-    def marginals(self, prices: NDArray[np.generic], role: Role, group: int) -> NDArray[np.generic]:
+    def marginals(self, prices: NDArray[Any], role: Role, group: int) -> NDArray[Any]:
         """What a group that is a key adds to the groups without it ``[..., sets without it, sets of keys with it]``."""
         table, sets = self.table_of(prices, role), np.arange(1 << self.num_groups)
         without, inside = sets[sets >> group & 1 == 0], sets[sets >> group & 1 == 1]

@@ -48,7 +48,8 @@ def main() -> None:
             if archive.returncode:
                 raise SystemExit(archive.stderr.decode())
             trees = {"before": Path(folder), **trees}
-            tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(folder, filter="data")
+            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+                files.extractall(folder, filter="data")
         result = {space: compare(space, trees, args.rounds) for space in args.spaces}
     args.out.write_text(json.dumps({"before": args.before, "rounds": args.rounds, "spaces": result}, indent=2) + "\n")
     for space, rows in result.items():

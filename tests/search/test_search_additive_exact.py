@@ -81,10 +81,15 @@ def test_k_best_equal_brute_force(problem: Problem) -> None:
     assert len(set(keys)) == len(keys)
     assert all(c.cost_ratio <= ratio for c in candidates)
 
+    cells: dict[tuple[object, ...], float] = {}
+    for cost, divergence, assignment in enumerate_plainly(problem):
+        if cost / problem.cost_model.full_total <= ratio:
+            share = max(assignment["num_visual_tokens"], 1) / problem.space.tokens.full
+            keys = [value for name, value in assignment.items() if name.endswith(("kv_depth", "attention_depth"))]
+            cell = (*keys, np.floor(4 * np.log2(share) - 1e-9))
+            cells[cell] = min(cells.get(cell, np.inf), divergence)
     spread = best_candidates(problem, budget, k=7, mode="slices")
-    assert spread[0].kl_additive == within[0]
-    estimates = [c.kl_additive for c in spread]
-    assert estimates == sorted(estimates)
+    assert [c.kl_additive for c in spread] == sorted(cells.values())[:7]
 
 
 def test_spread_candidates_differ_in_kv_depth_or_clearly_in_tokens() -> None:
@@ -116,26 +121,33 @@ def test_full_budget_costs_no_divergence(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_published_sizes_take_seconds_and_a_budget_less_than_a_millisecond() -> None:
-    """2 groups x (q, kv, mlp) x 33 depths x 16 token levels: 2e10 assignments; a loose bound for slow machines."""
+def test_real_sizes_take_seconds_and_a_further_budget_milliseconds() -> None:
+    """2 groups x (q, kv, mlp) x 33 depths x 2,880 token levels: 3.7e12 assignments; loose bounds for slow machines."""
     dims = ModelDims(
         num_layers=32, hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_dim=128
     )
-    space = make_space("dop_groups", 32, 576)
-    levels = np.unique(np.geomspace(1, 576, 17).astype(int)).tolist()
-    space = space.with_levels({"num_visual_tokens": levels})
-    assert space.num_assignments > 1.9e10
+    space = make_space("dop_groups", 32, 2880)
     curves = {}
     for parameter in space.parameters:
         x = np.array(parameter.levels) / parameter.full
         weight = {"q": 0.01, "kv": 1.0, "mlp": 0.4, "tokens": 0.5}[parameter.role] * (1 + parameter.group)
         curves[parameter.name] = weight * (1 - x) ** (2 if parameter.role == "tokens" else 4)
-    counts = [TokenCounts(40 + i, 576) for i in range(50)]
-    problem = Problem(space, CostModel(dims, counts), Surrogate(space, curves))
+    problem = Problem(space, CostModel(dims, [TokenCounts(40 + i, 2880) for i in range(50)]), Surrogate(space, curves))
     front = pareto_front(problem)
-    assert front.seconds < 20
-    assert len(front) > 1000
+    assert front.seconds < 15
+    assert len(front) > 10_000
     start = time.perf_counter()
     for ratio in np.linspace(0.15, 1, 50):
-        front.solve(Budget(flops_ratio=float(ratio)))
-    assert (time.perf_counter() - start) / 50 < 5e-3
+        solve("additive_exact", problem, Budget(flops_ratio=float(ratio)))
+    assert (time.perf_counter() - start) / 50 < 10e-3
+    # nothing near the front is better, and nothing anywhere
+    rng = np.random.default_rng(0)
+    sizes = np.array([len(p.levels) for p in space.parameters])
+    near = front.indices[rng.integers(len(front), size=300)] + rng.integers(-1, 2, size=(300, len(sizes)))
+    for row in np.concatenate([near.clip(0, sizes - 1), rng.integers(sizes, size=(100, len(sizes)))]):
+        assignment = {p.name: p.levels[i] for p, i in zip(space.parameters, row, strict=True)}
+        total = problem.cost_model.total(space.strategy(assignment))
+        within = front.divergence_nats[front.total_cost <= total]
+        assert len(within)
+        assert problem.surrogate is not None
+        assert within[-1] <= problem.surrogate(assignment)
