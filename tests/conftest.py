@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter):
     kinds = ("passed", "failed", "error", "skipped")
     for report in (report for kind in kinds for report in terminalreporter.stats.get(kind, ())):
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else None
-        for name, value in report.user_properties:
+        for name, value in getattr(report, "user_properties", ()):
             if name == "service":
                 found[value] = f"{value} ran" if reason is None else f"{value} not run ({reason})"
     if found:

@@ -180,12 +180,9 @@ def test_the_view_of_the_printed_line_has_the_best_strategy_of_a_budget_first(lo
 
 
 def test_strategies_are_loaded_from_runs_and_from_the_registry(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
-
     import dop_search as dop
 
-    monkeypatch.chdir(logged.folder / "sub")
-    mlflow.set_tracking_uri(f"sqlite:///{logged.folder / 'sub' / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{logged.folder / 'sub' / 'mlflow.db'}")
     expected, run = example_record().results[-1].strategy, runs_of(logged.client, logged.parents[0])[-1].info.run_id
     name = "pocket-flops_ratio-0.15"
     logged.client.set_registered_model_alias(name, "best", "1")
@@ -365,8 +362,6 @@ def test_the_experiment_opens_on_its_runs(logged: Logged) -> None:
 def test_a_server_is_logged_to_without_a_line_per_run_and_opens_where_we_say(
     mlflow_server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow
-
     record, config = example_record(), TrackingConfig(uri=mlflow_server)
     record.save(tmp_path / RECORD_FILE)
     assert log_search(config, record, tmp_path) is not None
@@ -377,5 +372,4 @@ def test_a_server_is_logged_to_without_a_line_per_run_and_opens_where_we_say(
     with urllib.request.urlopen(line, timeout=10) as answer:
         assert b"<title>MLflow" in answer.read()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    mlflow.set_tracking_uri(None)
     assert Strategy.load("models:/pocket-flops_ratio-0.3/1") == record.results[1].strategy
