@@ -28,6 +28,7 @@ from dop_search.divergence.memory import (
     tower_bytes,
 )
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.generation import end_tokens, plain_generation
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import image_tokens_checked, model_inputs, sample_prompt
 from dop_search.pruning.choosing import Chooser, inputs_from_file, inputs_to_file
@@ -149,11 +150,11 @@ def make_teacher(
 def _answer_ids(
     loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, answers: str, memory: Memory
 ) -> list[list[int]]:
-    end = _end_tokens(loaded)
+    end = end_tokens(loaded)
     if answers == "ground_truth":
         own = loaded.processor.tokenizer.eos_token_id
-        last = own if own in end else end[0]
-        return [[*annotated_ids(loaded, sample)[:max_new_tokens], last] for sample in batch]
+        last = [own] if own in end else end[:1]
+        return [[*annotated_ids(loaded, sample)[:max_new_tokens], *last] for sample in batch]
     return [cut_at_end(row, end) for row in generate_ids(loaded, batch, max_new_tokens, memory)]
 
 
@@ -163,8 +164,9 @@ def generate_ids(
 ) -> list[list[int]]:
     """Greedy answers of the model as it is, without the prompt; may end in padding.
 
-    Plainly greedy: penalties on repetition that a checkpoint ships are left out, as they are no part of the output
-    distribution that strategies are compared by. A batch whose keys and values do not fit ``memory`` is split.
+    Plainly greedy, see :func:`plain_generation`: what a checkpoint ships besides (penalties, suppressed tokens) is no
+    part of the output distribution that strategies are compared by. A batch whose keys and values do not fit
+    ``memory`` is split.
 
     Raises:
         MemoryLimitError: if not even one sample fits.
@@ -196,18 +198,9 @@ def generate_ids(
 
 
 def _generate(loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
-    pad = loaded.processor.tokenizer.pad_token_id
     model: Any = loaded.model
-    with image_tokens_checked():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-        )
+    with plain_generation(loaded), image_tokens_checked():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens)
     rows: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return rows
 
@@ -227,13 +220,6 @@ def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
     if both[: len(before)] == before:
         return list(both[len(before) :])
     return list(tokenizer(answer, add_special_tokens=False)["input_ids"])  # the prompt's last token takes part of it
-
-
-def _end_tokens(loaded: LoadedModel) -> list[int]:
-    end = loaded.model.generation_config.eos_token_id
-    if end is None:
-        end = loaded.processor.tokenizer.eos_token_id
-    return list(end) if isinstance(end, (list, tuple)) else [end]
 
 
 def cut_at_end(ids: Sequence[int], end: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
-from dop_search.models.decoder_checks import DECODER_LAYERS, check_arithmetic, check_attention, check_placement
+from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
 from dop_search.models.tower import (
     Grids,
     TowerCapture,
@@ -51,7 +51,9 @@ class ModelAdapter(ABC):
         self.model = model
         self.check_config(model.config)
         self.vision_watch = VisionWatch(self)
-        check_arithmetic(self.layers[0], self.text_config, self.decoder_layers)
+        check_window(self.text_config)
+        for layer in self.layers:
+            check_layer(layer, self.decoder_layers)
 
     @classmethod
     def check_config(cls, config: Any) -> None:

@@ -160,6 +160,20 @@ def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: b
         )
 
 
+def check_generation(config: Any, name: str) -> None:
+    """Refuse special tokens that are no tokens.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key, None)
+        for token in value if isinstance(value, (list, tuple)) else [value]:
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                problem = f"generation_config.json says {key}={value!r}, which is no number of a token"
+                raise _unusable(name, problem, "set it right")
+
+
 def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
     """Let the processor prepare one prompt with one image, or one context, as every search does.
 

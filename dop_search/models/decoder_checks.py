@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import transformers
 from torch import nn
 
 from dop_search.utils.errors import UnsupportedModelError
+
+_TRANSFORMERS = str(Path(transformers.__file__).parent)
 
 DECODER_LAYERS = frozenset(
     {
@@ -23,6 +28,11 @@ DECODER_LAYERS = frozenset(
 """Classes of transformers whose arithmetic is that of :func:`dop_search.pruning.layer.run_layer`. Names of modules do
 not tell: Granite's layers look like Llama's and scale their residuals."""
 
+PLAIN_RMS_NORMS = frozenset(
+    {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"}
+)
+"""Norms that are exactly ``x / rms(x) * weight``, so that one fused kernel can stand for their eight."""
+
 MASKED_BACKENDS = ("eager", "sdpa")
 """Attention backends that take a mask as it is; flash kernels take none and get none."""
 
@@ -35,24 +45,83 @@ def is_flash(implementation: str) -> bool:
     return "flash" in implementation
 
 
-def check_arithmetic(layer: nn.Module, config: Any, known: frozenset[str] = DECODER_LAYERS) -> None:
-    """Refuse decoders that compute something else than the packed layers.
+def forward_owner(cls: type) -> type | None:
+    """The class, or the base of it, whose forward its instances run; ``None`` if that is not what its file defines.
+
+    Decorators may come from that file or from transformers.
+    """
+    function: Any = getattr(cls, "forward", None)
+    files = []
+    while isinstance(function, FunctionType):
+        files.append(function.__code__.co_filename)
+        name = f"{function.__module__}.{function.__qualname__}"
+        function = getattr(function, "__wrapped__", None)
+    if function is not None or not files:
+        return None
+    if any(file != files[-1] and not file.startswith(_TRANSFORMERS) for file in files):
+        return None
+    return next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}.forward" == name), None)
+
+
+def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> None:
+    """Refuse a decoder layer that computes something else than :func:`dop_search.pruning.layer.run_layer`.
+
+    What counts is the class whose forward runs: a subclass may add to it, but not replace it.
 
     Args:
         layer: a decoder layer.
-        config: configuration of the decoder.
-        known: names of classes that do compute the same.
+        known: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
 
     Raises:
-        UnsupportedModelError: for another class of layers, or attention within a sliding window.
+        UnsupportedModelError: for another class of layers, or another forward of the layer, its attention or a norm.
     """
-    names = {cls.__name__ for cls in type(layer).__mro__}
-    if not names & known:
+    cls = type(layer)
+    if any("_orig_mod" in part._modules for part in (layer, layer.get_submodule("self_attn"))):
         raise UnsupportedModelError(
-            f"decoder layers of class {type(layer).__name__} are not known to compute what pruned layers compute; "
-            f"known are {', '.join(sorted(known))}. If they do, let your adapter name them in `decoder_layers`, and "
-            "run the conformance suite on it (dop_search/models/README.md)"
+            "a decoder layer or its attention was compiled by itself, which pruned layers would not run; take the "
+            "layers out of `torch.compile`, and prune with `compile=True`"
         )
+    attention = type(layer.get_submodule("self_attn"))
+    for norm in {type(norm) for norm in layer.modules() if type(norm).__name__ in PLAIN_RMS_NORMS}:
+        _owner(norm)
+    owner = _owner(cls)
+    is_foreign = owner.__name__ in DECODER_LAYERS and _package(owner) != "transformers"
+    if owner.__name__ not in known or is_foreign:
+        raise UnsupportedModelError(
+            f"decoder layers of class {cls.__name__} are not known to compute what pruned layers compute; "
+            f"known are {', '.join(sorted(known))}, with the forward of transformers. If they do, let your adapter "
+            "name them in `decoder_layers`, and run the conformance suite on it (dop_search/models/README.md)"
+        )
+    if _package(_owner(attention)) not in map(_package, cls.__mro__):
+        raise UnsupportedModelError(
+            f"the attention of class {attention.__name__} in {cls.__name__} has a forward of its own, which a pruned "
+            f"model would not run; use the class that {cls.__name__} comes with"
+        )
+
+
+def _owner(cls: type) -> type:
+    owner = forward_owner(cls)
+    if owner is None:
+        raise UnsupportedModelError(
+            f"the forward of class {cls.__name__} was replaced, which a pruned model would not notice; undo that "
+            "before the model is pruned"
+        )
+    return owner
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def check_window(config: Any) -> None:
+    """Refuse a decoder that attends within a sliding window.
+
+    Args:
+        config: configuration of the decoder.
+
+    Raises:
+        UnsupportedModelError: naming the setting.
+    """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if window is not None or types:

@@ -65,24 +65,45 @@ def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
     return found
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` and peft make of it.
+
+    Raises:
+        UnsupportedModelError: for wrappers that must not be pruned themselves.
+    """
+    while True:
+        compiled, base = getattr(model, "_orig_mod", None), getattr(model, "get_base_model", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is a wrapper around the model; pass its `model.module`"
+            )
+        elif callable(base):
+            model = base()
+        else:
+            return model
+
+
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
-    """The adapter of a model, or of what peft has wrapped.
+    """The adapter of a model, or of what peft or ``torch.compile`` has wrapped.
 
     Raises:
         UnsupportedModelError: if the model is a wrapper or a base model, or no adapter covers its class; lists the
             supported families.
     """
-    name = type(model).__name__
-    if isinstance(getattr(model, "module", None), nn.Module):
-        raise UnsupportedModelError(f"{name} is a wrapper around the model; pass its `model.module`")
-    unwrap = getattr(model, "get_base_model", None)
-    if callable(unwrap):
-        model = unwrap()
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    given: object = model
+    if not isinstance(given, nn.Module):
+        inside = isinstance(getattr(given, "model", None), nn.Module)
+        remedy = "pass its `.model`" if inside else "pass a model of transformers"
+        raise UnsupportedModelError(f"`model` must be a model, but got {type(given).__name__}; {remedy}")
+    inner: Any = unwrapped(given)
+    name = type(inner).__name__
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
     adapter = adapter_class(model_type, name)
-    if model.get_output_embeddings() is None:
+    if inner.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{name} is a base model without a language head; pass the ...ForConditionalGeneration model whose "
             "`model` it is"
         )
-    return adapter(model)
+    return adapter(inner)

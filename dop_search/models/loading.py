@@ -15,7 +15,14 @@ import torch
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.checkpoint import check_folder, check_keys, check_processor, check_size, explained
+from dop_search.models.checkpoint import (
+    check_folder,
+    check_generation,
+    check_keys,
+    check_processor,
+    check_size,
+    explained,
+)
 from dop_search.models.families import TEXT_MODELS, adapter_class, adapter_for, auto_class
 from dop_search.models.fingerprint import settings_fingerprint, weights_fingerprint
 from dop_search.models.quantization import Quantization, quantization_config
@@ -122,6 +129,7 @@ def load(
                 **options,
             )
         model, report = loading
+        check_generation(model.generation_config, name_or_path)
         check_keys(report, name_or_path, quantised=is_quantised or quantization is not None)
         if device_map is None:
             model.to(target)

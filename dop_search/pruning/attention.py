@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dop_search.models.decoder_checks import is_flash
 from dop_search.pruning.cache import append_valid
 from dop_search.pruning.layout import AttentionPlan
+from dop_search.utils.errors import UnsupportedModelError
 
 
 class ForwardTables:
@@ -109,7 +110,12 @@ def backend(attention: Any, masked: bool) -> tuple[str, Any, dict[str, Any]]:
     none.
     """
     implementation: str = attention.config._attn_implementation
-    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    eager = getattr(sys.modules[type(attention).forward.__module__], "eager_attention_forward", None)
+    if eager is None and implementation == "eager":
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} has no `eager_attention_forward` beside it; load the model with "
+            "attn_implementation='sdpa'"
+        )
     kwargs = {"dropout": attention.attention_dropout if attention.training else 0.0, "scaling": attention.scaling}
     if masked and is_flash(implementation):
         implementation = "sdpa"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,45 @@ class CacheState:
         valid: per layer ``[batch, length]``, which cached keys are real; ``None`` where all are.
         lengths: cached keys per layer.
         num_seen: tokens that were fed so far, skipped ones and pads included; positions continue from here.
+        real: ``[batch, num_seen]``, which of them are real; ``None`` where all are.
         open: whether a pruned model is running on the cache right now.
     """
 
     valid: list[Tensor | None]
     lengths: list[int]
     num_seen: int
+    real: Tensor | None = None
     open: bool = False
+
+    def new_tokens(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        """Which of ``length`` new tokens are real (``[batch, length]``), by a mask of all tokens; ``None``: all are.
+
+        Raises:
+            DopError: if the mask says another thing about the earlier tokens than it did when they were fed.
+        """
+        if attention_mask is None:
+            return None
+        if attention_mask.shape[1] != self.num_seen + length:
+            raise DopError(
+                f"`attention_mask` must cover the {self.num_seen} tokens in the cache and the {length} new ones, but "
+                f"covers {attention_mask.shape[1]}"
+            )
+        mask = attention_mask.bool()
+        earlier, new = mask[:, : self.num_seen], mask[:, self.num_seen :]
+        same = earlier.all() if self.real is None else (earlier == self.real).all()
+        is_same, is_full = torch.stack([same, new.all()]).tolist()  # one wait for the device
+        if not is_same:
+            raise DopError(
+                "`attention_mask` hides or shows other tokens in the cache than when they were fed, but a pruned cache "
+                "holds what was kept under that mask; keep the mask, or start again from an empty cache"
+            )
+        return None if is_full else new
+
+    def add_tokens(self, new: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+        """Count tokens that were fed; ``new`` as :meth:`new_tokens` returns it."""
+        if self.real is not None or new is not None:
+            self.real = append_valid(self.real, self.num_seen, new, batch, length, device)
+        self.num_seen += length
 
 
 class PrunedCache(DynamicCache):
@@ -84,12 +117,15 @@ class PrunedCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)
-        state = self.state
-        state.valid = [None if valid is None else valid.repeat_interleave(repeats, dim=0) for valid in state.valid]
+        self._each_mask(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def _index_batch(self, indices: Tensor) -> None:
+        self._each_mask(lambda mask: mask.index_select(0, indices.to(mask.device)))
+
+    def _each_mask(self, change: Callable[[Tensor], Tensor]) -> None:
         state = self.state
-        state.valid = [None if v is None else v.index_select(0, indices.to(v.device)) for v in state.valid]
+        state.valid = [None if valid is None else change(valid) for valid in state.valid]
+        state.real = None if state.real is None else change(state.real)
 
 
 def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | None) -> CacheState:
@@ -113,7 +149,7 @@ def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | No
         if past and attention_mask is not None and not bool(attention_mask[:, :past].all()):
             valid = attention_mask[:, :past].bool()
         cache.__class__ = PrunedCache
-        cache.state = CacheState([valid] * num_layers, held, past)  # type: ignore[attr-defined]
+        cache.state = CacheState([valid] * num_layers, held, past, valid)  # type: ignore[attr-defined]
     assert isinstance(cache, PrunedCache)
     if cache.state.lengths != held:
         raise DopError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from dop_search.models.adapter import UNKNOWN_TOKEN
+from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
+from dop_search.models.decoder_checks import check_layer
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -21,41 +22,48 @@ class UncalledModules:
     """Decoder layers and their attention: pruned layers use their parts, and never call the modules themselves.
 
     Args:
-        layers: the decoder layers.
+        adapter: the model.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._modules = {f"decoder layer {index}": layer for index, layer in enumerate(layers)}
-        for index, layer in enumerate(layers):
-            self._modules[f"self_attn of decoder layer {index}"] = layer.get_submodule("self_attn")
-        self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() for kind in HOOKS]
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+        self._modules: list[nn.Module] = []
+        self._forwards: dict[type[nn.Module], Any] = {}
+        self.check()
 
-    def check_hooks(self) -> None:
-        """Refuse hooks that would not fire, also those that came after the context was entered.
-
-        Raises:
-            DopError: naming the first.
-        """
-        for name, hooks in self._hooks:
-            if hooks and not all(getattr(hook, "__module__", None) == CAPTURING for hook in hooks.values()):
-                raise DopError(
-                    f"a hook on {name} would not fire on a pruned model, which computes the layer on the rows that are "
-                    "left; remove it, or hook the layer's norms, projections or mlp, which are called on "
-                    "`[rows, features]`"
-                )
-
-    def check_forwards(self) -> None:
-        """Refuse forwards that somebody has replaced on the instance; accelerate's only move tensors.
+    def check(self) -> None:
+        """Refuse what would not be noticed, also where it came after the context was entered.
 
         Raises:
-            DopError: naming the first.
+            DopError: naming the first hook that would not fire, or forward that would not run; accelerate's only move
+                tensors.
+            UnsupportedModelError: for a class that computes something else.
         """
-        for name, module in self._modules.items():
-            if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        modules = [part for layer in self._adapter.layers for part in (layer, layer.get_submodule("self_attn"))]
+        if modules != self._modules or any(cls.forward is not known for cls, known in self._forwards.items()):
+            for layer in self._adapter.layers:
+                check_layer(layer, self._adapter.decoder_layers)
+            parts = [part for layer in self._adapter.layers for part in layer.modules()]
+            self._modules, self._forwards = modules, {type(part): type(part).forward for part in parts}
+        for number, module in enumerate(modules):
+            own = module.__dict__
+            if "forward" in own and "_hf_hook" not in own:
                 raise DopError(
-                    f"the forward of {name} was replaced, which a pruned model would not notice; undo that first "
-                    "(`del layer.forward`)"
+                    f"the forward of {_name(number)} was replaced, which a pruned model would not notice; undo that "
+                    "first (`del layer.forward`)"
                 )
+            for kind in HOOKS:
+                if own[kind] and not all(getattr(hook, "__module__", None) == CAPTURING for hook in own[kind].values()):
+                    raise DopError(
+                        f"a hook on {_name(number)} would not fire on a pruned model, which computes the layer on the "
+                        "rows that are left; remove it, or hook the layer's norms, projections or mlp, which are "
+                        "called on `[rows, features]`"
+                    )
+
+
+def _name(number: int) -> str:
+    index, is_attention = divmod(number, 2)
+    return f"self_attn of decoder layer {index}" if is_attention else f"decoder layer {index}"
 
 
 def check_outputs(configs: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:

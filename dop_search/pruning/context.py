@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
@@ -23,7 +22,7 @@ from dop_search.pruning.stages import StagePlan
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
-from dop_search.utils.attached import Attached
+from dop_search.utils.attached import Attached, refuse_copy
 from dop_search.utils.errors import DopError, StrategyError
 
 _changing = threading.RLock()
@@ -34,28 +33,23 @@ class PruneHandle(Attached):
     """Undoes a :func:`prune_`. Restoring twice is harmless."""
 
     def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
-        self._sources: list[RankingSource] = []
-        self._replaced: list[tuple[nn.Module, str, Any]] = []
+        self._undo = ExitStack()  # goes on where a step fails
 
     def replace(self, module: nn.Module, name: str, method: Any) -> None:
-        """Give an instance a method of its own."""
-        self._replaced.append((module, name, vars(module).get(name)))
-        setattr(module, name, method)
+        """Give an instance a method of its own, with which it cannot be copied; wrappers redirect ``setattr``."""
+        own = vars(module)
+        for key, value in ((name, method), ("__getstate__", refuse_copy)):
+            self._undo.callback(own.__setitem__ if key in own else own.pop, key, own.get(key))
+            own[key] = value
+
+    def on_restore(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` when the model is restored, the latest first."""
+        self._undo.callback(undo)
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Make the model what it was, all of it even where a step fails."""
         with _changing:
-            for hook in self._hooks:
-                hook.remove()
-            for source in self._sources:
-                source.close()
-            for module, name, previous in reversed(self._replaced):
-                if previous is None:
-                    del module.__dict__[name]
-                else:
-                    setattr(module, name, previous)
-            self._hooks, self._sources, self._replaced = [], [], []
+            self._undo.close()
 
 
 def is_pruned(model: nn.Module) -> bool:
@@ -155,13 +149,17 @@ def prune_(
         stages = StagePlan(strategy) if strategy.stages and rankings is None else None
         known = rankings is not None or stages is not None
         selector = None if known else make_selector(strategy.selector, strategy.selector_options)
-        uncalled = UncalledModules(adapter.layers)
-        uncalled.check_forwards()
-        uncalled.check_hooks()
+        uncalled = UncalledModules(adapter)
         source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
-        handle._sources.append(source)
+        handle.on_restore(source.close)
         decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
-        handle._hooks.append(adapter.multimodal.register_forward_pre_hook(decoder.see_call, with_kwargs=True))
+        _attach(handle, adapter, decoder)
+    return handle
+
+
+def _attach(handle: PruneHandle, adapter: ModelAdapter, decoder: PrunedDecoder) -> None:
+    try:
+        handle.on_restore(adapter.multimodal.register_forward_pre_hook(decoder.see_call, with_kwargs=True).remove)
         handle.replace(adapter.text_model, "forward", decoder.forward)
         whole: Any = adapter.model
         handle.replace(whole, "forward", Forward(decoder, whole.forward))
@@ -169,7 +167,9 @@ def prune_(
             handle.replace(whole, "generate", Generate(decoder, whole.generate))
         if hasattr(whole, "_prefill"):  # a method of transformers' own: without it chunked prefill is refused
             handle.replace(whole, "_prefill", Prefill(decoder, whole._prefill))
-    return handle
+    except BaseException:
+        handle.restore()
+        raise
 
 
 @contextmanager

@@ -14,15 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.nn.modules import module as modules
 
+from dop_search.models.decoder_checks import PLAIN_RMS_NORMS
 from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.steps import Groups, LayerStep
-
-PLAIN_RMS_NORMS = frozenset(
-    {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"}
-)
-"""Norms that are exactly ``x / rms(x) * weight``, so that one fused kernel can stand for their eight."""
 
 MAX_COMPILED_VARIANTS = 32
 """Per compiled function: it is compiled anew for which of its index sets are given, not for their sizes."""
@@ -48,12 +45,27 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply a norm of the model, fused where it is a plain RMS norm that nobody has hooked."""
-    if type(norm).__name__ not in PLAIN_RMS_NORMS or norm._forward_hooks or norm._forward_pre_hooks:
+    """Apply a norm of the model, fused where it is a plain RMS norm that nobody has hooked or changed."""
+    if type(norm).__name__ not in PLAIN_RMS_NORMS or is_touched(norm):
         result: Tensor = norm(x)
         return result
     weight: Tensor = norm.weight  # type: ignore[assignment]
     return rms_norm(x, (x.shape[-1],), weight, norm.variance_epsilon)  # type: ignore[arg-type]
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling the module is more than its class's forward: hooks, its own or global, or another forward."""
+    return bool(
+        ("forward" in module.__dict__ and "_hf_hook" not in module.__dict__)  # accelerate's only moves tensors
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def project_heads(projection: nn.Module, norm: nn.Module | None, rows: Tensor, head_dim: int) -> Tensor:

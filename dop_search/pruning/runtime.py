@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -101,7 +100,7 @@ class PrunedDecoder(Attached):
         deepstack = self.adapter.pop_deepstack(kwargs)
         check_outputs([self.text_model.config], kwargs)
         check_arguments(kwargs, attention_mask)
-        self.uncalled.check_hooks()
+        self.uncalled.check()
         seen_ids = self.call.input_ids if input_ids is None else input_ids
         read, self.call.input_ids, self.call.read = self.call.read, None, None
         if inputs_embeds is None:
@@ -126,9 +125,7 @@ class PrunedDecoder(Attached):
             position_ids = (torch.arange(length, device=device) + state.num_seen)[None]
         rope = self.adapter.rotary(inputs_embeds, position_ids)
         visual = self.adapter.visual_token_mask(seen_ids)
-        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, read=read)
-        if attention_mask is not None:
-            tokens = replace(tokens, valid=attention_mask[:, -length:].bool())
+        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, state.new_tokens(attention_mask, length), read)
         if packing is not None:
             tokens = tokens.unpacked(packing)
         state.open = True
@@ -140,7 +137,7 @@ class PrunedDecoder(Attached):
                 hidden = self._prefill(prompt, tokens, past_key_values, state, deepstack)
         finally:
             state.open = False
-        state.num_seen += length
+        state.add_tokens(tokens.valid if packing is None else None, batch, length, device)
         hidden = self.text_model.norm(hidden.to(self.text_model.norm.weight.device))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden if packing is None else packing.gather(hidden),
@@ -240,9 +237,8 @@ class PrunedDecoder(Attached):
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 
     def _extend(self, tokens: Tokens, cache: Cache | None, state: CacheState) -> Tensor:
-        hidden, valid = tokens.embeds, tokens.valid
+        hidden, new_valid = tokens.embeds, tokens.valid
         batch, length = hidden.shape[:2]
-        new_valid = None if valid is None or length == 1 or bool(valid.all()) else valid
         eager = self.text_model.config._attn_implementation == "eager"
         masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
         rows: dict[torch.device, Side] = {}

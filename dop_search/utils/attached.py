@@ -11,13 +11,14 @@ class Attached:
     """Base of what is attached to one model instance: with it, the model cannot be copied or pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        _refuse()
+        refuse_copy()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        _refuse()
+        refuse_copy()
 
 
-def _refuse() -> NoReturn:
+def refuse_copy() -> NoReturn:
+    """Raise :class:`DopError`."""
     raise DopError(
         "a pruned model cannot be copied or pickled, because the copy would still compute with parts of the original; "
         "leave `pruned(...)` or call `restore()` first, and prune the copy"

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dop_search.divergence import make_teacher
 from dop_search.divergence import teacher as teacher_module
+from dop_search.evaluation import answer_questions
+from dop_search.models.generation import end_tokens
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 from dop_search.utils.errors import CacheError, DataError, NumericalError
@@ -29,6 +32,39 @@ def test_answers_are_greedy_and_log_probs_are_the_models(pocket, few_samples, te
         torch.testing.assert_close(known.log_probs, logits, rtol=1e-3, atol=1e-3)
         assert known.encoded.prompt_length == length
         assert known.encoded.num_visual == int((inputs["input_ids"] == pocket.model.config.image_token_id).sum())
+
+
+SHIPPED = {
+    "suppress_tokens": [387, 423],
+    "begin_suppress_tokens": [387],
+    "bad_words_ids": [[387]],
+    "sequence_bias": [[[387], -50.0]],
+    "min_new_tokens": 3,
+    "max_time": 0.0,
+    "max_length": 1,
+    "return_dict_in_generate": True,
+    "num_return_sequences": 2,
+    "num_beams": 2,
+    "stop_strings": ["x"],
+    "prompt_lookup_num_tokens": 2,
+    "cache_implementation": "static",
+    "repetition_penalty": 5.0,
+    "do_sample": True,
+}
+
+
+def test_what_a_checkpoint_ships_for_generation_changes_no_answer(pocket, few_samples, monkeypatch):
+    """All at once, of which some change answers and some end in errors; the tokens that end an answer stay."""
+    samples = few_samples.samples[:2]
+    expected, said = teacher_module.generate_ids(pocket, samples, 4), answer_questions(pocket, samples)
+    shipped = GenerationConfig(eos_token_id=2, **SHIPPED)
+    monkeypatch.setattr(pocket.model, "generation_config", shipped)
+    assert teacher_module.generate_ids(pocket, samples, 4) == expected
+    assert answer_questions(pocket, samples) == said
+    assert pocket.model.generation_config is shipped
+    for end, tokens in ((None, [2]), ([2, 387], [2, 387])):
+        shipped.eos_token_id = end
+        assert end_tokens(pocket) == tokens
 
 
 def test_cache_returns_the_same_teacher_without_asking_the_model(pocket, few_samples, teacher, tmp_path, monkeypatch):

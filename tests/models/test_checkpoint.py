@@ -168,6 +168,7 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(method, pocket_c
         ("model.safetensors", None, r"has no weights \(model.safetensors or"),
         ("config.json", "[]", r"config.json must be a JSON object, but is list"),
         ("config.json", "[" * 20_000, r"config.json is not JSON \(RecursionError"),
+        ("generation_config.json", '{"eos_token_id": "2"}', r"eos_token_id='2', which is no number of a token"),
         ("generation_config.json", "", r"generation_config.json is not JSON"),
         ("tokenizer.json", "{", r"JSONDecodeError.*download or copy"),
         ("tokenizer.json", "[]", r"a file is missing, damaged or of another checkpoint"),

@@ -314,3 +314,45 @@ def test_a_batch_pads_on_either_side():
             alone = model(**sample).logits[0, -1]
         assert max_difference(together[row, sample["input_ids"].shape[1] - 1], alone) < TOLERANCE
     assert np.all(batch["attention_mask"].sum(dim=1).numpy() == [length, length + 3])
+
+
+# -- masks over what is cached ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["pruned", "plain"])
+def test_a_mask_that_contradicts_the_cache_is_refused(prefix):
+    """The plain model lets a mask hide what was shown before; a pruned cache holds what was kept under the first."""
+    model, question = model_of("llava"), torch.tensor([[50, 51, 52]])
+    inputs = collate([tiny_sample(model, 3, 4), tiny_sample(model, 6, 4, seed=1)])  # three pads
+    question = question.expand(2, -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(question)], dim=1)
+    hides, shows = mask.clone(), torch.ones_like(mask)
+    hides[:, :5] = 0
+    for length in (3, 1):
+        tokens = {"input_ids": question[:, :length]}
+        with torch.no_grad(), dop.pruned(model, strategy() if prefix == "pruned" else dop.Strategy.full(LAYERS)):
+            cache = model(**inputs, use_cache=True).past_key_values
+        with torch.no_grad(), dop.pruned(model, strategy()):
+            right = mask[:, : mask.shape[1] - 3 + length]
+            first = model(**tokens, attention_mask=right, past_key_values=cache).logits
+            cache.reorder_cache(torch.tensor([1, 0]))
+            for wrong in (right, hides[:, : right.shape[1]], shows[:, : right.shape[1]], right[:, -length:]):
+                longer = torch.cat([wrong, torch.ones(2, length, dtype=torch.long)], dim=1)
+                with pytest.raises(DopError, match=r"`attention_mask` (hides or shows|must cover)"):
+                    model(**tokens, attention_mask=longer, past_key_values=cache)
+            swapped = torch.cat([right.flip(0), torch.ones(2, length, dtype=torch.long)], dim=1)
+            assert bool(model(**tokens, attention_mask=swapped, past_key_values=cache).logits.isfinite().all())
+        assert bool(first.isfinite().all())
+
+
+def test_a_single_new_token_can_be_a_pad():
+    """Samples of a batch that end earlier: what their pads are never reaches anyone."""
+    model, inputs = model_of("llava"), tiny_sample(model_of("llava"), 3, 4)
+    mask = torch.cat([inputs["attention_mask"], torch.tensor([[0, 1]])], dim=1)
+    seen = []
+    for pad in (20, 77):
+        with torch.no_grad(), dop.pruned(model, strategy()):
+            cache = model(**inputs, use_cache=True).past_key_values
+            model(input_ids=torch.tensor([[pad]]), attention_mask=mask[:, :-1], past_key_values=cache)
+            seen.append(model(input_ids=torch.tensor([[50]]), attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*seen)

@@ -134,8 +134,6 @@ def test_a_pruned_model_is_not_copied(selector, tmp_path):
         if selector in ("cls_attention", "tome", "resize"):
             with pytest.raises(DopError, match="cannot be copied"):
                 copy.deepcopy(model.model.vision_tower)
-        with pytest.raises(DopError, match="already pruned"):
-            dop.prune_(copy.copy(model), chosen)
 
 
 def test_a_copy_of_a_restored_model_stands_alone():

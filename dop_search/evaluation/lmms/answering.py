@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dop_search.evaluation.runnable import Runnable, reading, running
 from dop_search.models.fast_linear import fast_linear
+from dop_search.models.generation import plain_generation
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import image_tokens_checked
 from dop_search.utils.errors import DataError
@@ -41,7 +42,8 @@ class Turn:
 class Generation:
     """How an answer is made; answers end before the first of ``until``.
 
-    ``options`` are further arguments of ``generate()``, sorted by name.
+    ``options`` are further arguments of ``generate()``, sorted by name; greedy and neutral without any, whatever the
+    checkpoint's generation_config.json says.
     """
 
     max_new_tokens: int
@@ -123,13 +125,8 @@ def _generate(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | 
     generation = prompts[0].generation
     inputs = _inputs(loaded, prompts, num_frames)
     model: Any = loaded.model
-    with image_tokens_checked():
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=generation.max_new_tokens,
-            pad_token_id=loaded.processor.tokenizer.pad_token_id,
-            **dict(generation.options),
-        )
+    with plain_generation(loaded), image_tokens_checked():
+        ids = model.generate(**inputs, max_new_tokens=generation.max_new_tokens, **dict(generation.options))
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = loaded.processor.batch_decode(new, skip_special_tokens=True)
     return [_cut(text, generation.until).strip() for text in texts]
