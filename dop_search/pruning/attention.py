@@ -110,7 +110,7 @@ def backend(attention: Any, masked: bool) -> tuple[str, Any, dict[str, Any]]:
     none.
     """
     implementation: str = attention.config._attn_implementation
-    eager = getattr(sys.modules[type(attention).forward.__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(attention).forward.__module__], "eager_attention_forward", None)
     if eager is None and implementation == "eager":
         raise UnsupportedModelError(
             f"{type(attention).__name__} has no `eager_attention_forward` beside it; load the model with "

@@ -105,23 +105,24 @@ class _FrontSearch:
         for (low, high), (nats, cost, slope, cheapest) in zip(enumeration.blocks, parts, strict=True):
             least_cost = cheapest[:, None] * enumeration.level_scale[low : high + 1] * (1 - TOLERANCE)
             least_nats = nats[1:, None] + enumeration.token_nats[low : high + 1]
-            result.append(_Corners(nats, cost, slope, (least_nats <= known.at(least_cost)).any(axis=1)))
+            useful = np.asarray((least_nats <= known.at(least_cost)).any(axis=1))
+            result.append(_Corners(nats, cost, slope, useful))
         return pool, features, result
 
     def _below(self, corners: list[_Corners], share: float) -> list[Depths]:
         """The depths below corners; with ``share < 1`` only those that are nearest to the tangents."""
         enumeration = self.enumeration
         ends, bins = [], []
-        for end, block in enumerate(enumeration.end_block):
+        for e, block in enumerate(enumeration.end_block):
             its = corners[block]
-            raised = its.cost[:, self._column(end)]
+            raised = its.cost[:, self._column(e)]
             its_limits = np.stack([its.nats[:-1] + its.slope * raised[1:], its.nats[:-1], raised[1:]])
             depth = np.floor(np.log(np.maximum(its.nats[:-1] - its.nats[-1], 1e-12)) / np.log(DEPTH_STEP))
             keys, where = np.unique(np.stack([its.slope, depth], 1)[its.useful], axis=0, return_inverse=True)
             limit = np.full((3, len(keys)), -np.inf)
-            for row in range(3):
-                np.maximum.at(limit[row], where, its_limits[row, its.useful])
-            ends.append(np.full(len(keys), end))
+            for which in range(3):
+                np.maximum.at(limit[which], where, its_limits[which, its.useful])
+            ends.append(np.full(len(keys), e))
             bins.append(np.concatenate([keys[:, :1].T, limit]))
         end, (x, limit, nats, cost) = np.concatenate(ends), np.concatenate(bins, axis=1)
         pairs, pair = np.unique(np.stack([end, x]), axis=1, return_inverse=True)
@@ -267,11 +268,11 @@ def pareto_front(problem: Problem, on_progress: OnProgress | None = None) -> Fro
             row, column = np.nonzero(nats <= known.at(cost))
             found.append((its[row], levels[column]))
         row, level = (np.concatenate(part) for part in zip(*found, strict=True))
-        cost, nats = enumeration.cost(features[row], level), depths.divergence[row] + enumeration.token_nats[level]
-        best = undominated(cost, nats)
+        total, estimate = enumeration.cost(features[row], level), depths.divergence[row] + enumeration.token_nats[level]
+        best = undominated(total, estimate)
         indices = enumeration.indices(depths.take(row[best]), level[best])
         seconds = time.perf_counter() - start
-        kept["front"] = Front(problem.space, problem.cost_model, cost[best], nats[best], indices, seconds)
+        kept["front"] = Front(problem.space, problem.cost_model, total[best], estimate[best], indices, seconds)
         if on_progress is not None:
             on_progress(1, 1, what)
     front: Front = kept["front"]

@@ -205,11 +205,11 @@ class Blocks:
             g = parameter.group
             if parameter.role == "tokens":
                 columns.append(level)
-            elif parameter.role in ("kv", "attention"):
-                columns.append(self.kv_level[depths.kv, g])
-            else:
+            elif parameter.role == "q" or parameter.role == "mlp":
                 table = self.options[parameter.role, g][1]
                 columns.append(table[self.kv_level[depths.kv, g], depths.inner[:, ROLES.index(parameter.role), g]])
+            else:
+                columns.append(self.kv_level[depths.kv, g])
         return np.stack(columns, axis=1)
 
 

@@ -189,9 +189,9 @@ class _BestSearch:
             row, column = np.nonzero(cost <= self.limit * (1 + TOLERANCE))
             parts.append((its[row], levels[column]))
         row, level = (np.concatenate(part) for part in zip(*parts, strict=True))
-        cost = enumeration.cost(features[row], level)
-        points = _Points(depths.take(row), level, cost, depths.divergence[row] + enumeration.token_nats[level])
-        return self._merged([points.take(np.flatnonzero(cost <= self.limit))], per_cell)
+        total = enumeration.cost(features[row], level)
+        points = _Points(depths.take(row), level, total, depths.divergence[row] + enumeration.token_nats[level])
+        return self._merged([points.take(np.flatnonzero(total <= self.limit))], per_cell)
 
     def _merged(self, found: list[_Points], per_cell: int) -> _Points:
         """All of them in order; of each cell only the best, if ``per_cell`` is 1."""
