@@ -129,13 +129,13 @@ def note(record: Record) -> str:
 
 
 def shared_metrics(record: Record) -> dict[str, float]:
-    """Numbers of the search as a whole; ``at 0.3/kl_heldout`` and the like per budget, ``best/…`` of the lowest KL."""
+    """Numbers of the search as a whole; ``under 0.3/kl_heldout`` per budget, ``lowest/…`` of the lowest KL."""
     metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
     metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
     if record.floor_ratio is not None:
         metrics["floor_ratio"] = record.floor_ratio
     best = min(record.results, key=lambda item: item.kl_heldout)
-    for name, item in [("best", best), *((f"at {item.budget.text}", item) for item in record.results)]:
+    for name, item in [("lowest", best), *((f"under {item.budget.text}", item) for item in record.results)]:
         numbers = (item.kl_heldout, item.flops_ratio, item.accuracy_pruned)
         for what, value in zip(("kl_heldout", "flops_ratio", "accuracy_pruned"), numbers, strict=True):
             if value is not None:

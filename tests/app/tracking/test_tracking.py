@@ -163,9 +163,9 @@ def test_a_runs_row_says_what_it_is_made_of(logged: Logged) -> None:
         assert run.info.run_name.startswith("pocket dop_split 0.")
     metrics = logged.client.get_run(logged.parents[0]).data.metrics
     for result in record.results:
-        assert metrics[f"at {result.budget.text}/kl_heldout"] == pytest.approx(result.kl_heldout)
-        assert metrics[f"at {result.budget.text}/flops_ratio"] == pytest.approx(result.flops_ratio)
-        assert metrics[f"at {result.budget.text}/accuracy_pruned"] == pytest.approx(result.accuracy_pruned)
+        assert metrics[f"under {result.budget.text}/kl_heldout"] == pytest.approx(result.kl_heldout)
+        assert metrics[f"under {result.budget.text}/flops_ratio"] == pytest.approx(result.flops_ratio)
+        assert metrics[f"under {result.budget.text}/accuracy_pruned"] == pytest.approx(result.accuracy_pruned)
 
 
 def test_the_view_of_the_printed_line_has_the_best_strategy_of_a_budget_first(logged: Logged) -> None:
@@ -349,7 +349,7 @@ def test_a_store_that_is_away_at_the_end_costs_no_result(
     assert run.info.end_time - run.info.start_time == pytest.approx(1000 * record.seconds, abs=1)
     assert "| budget |" in run.data.tags["mlflow.note.content"]
     assert str(record.data.seed) in run.info.run_name
-    assert run.data.metrics["best/kl_heldout"] == min(result.kl_heldout for result in record.results)
+    assert run.data.metrics["lowest/kl_heldout"] == min(result.kl_heldout for result in record.results)
 
 
 def test_the_experiment_opens_on_its_runs(logged: Logged) -> None:
