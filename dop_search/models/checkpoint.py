@@ -5,6 +5,7 @@ transformers draws missing weights at random and says so in a log line only; her
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -45,12 +46,18 @@ _QUANTISATION_STATE = re.compile(
 )
 """What quantisers save beside packed weights, and their newer versions do without."""
 
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _DEPTHS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "depth"})
 _NUM_SHOWN = 3
 
 _DAMAGED = (
     "a file is missing, damaged or of another checkpoint: download or copy config.json, weights, tokenizer and "
     "processor files again"
+)
+_OTHER_IMAGES = (
+    "its processor prepares other images than its vision tower reads: compare vision_feature_layer and vision_config "
+    "in config.json with size, patch_size, vision_feature_select_strategy, num_additional_image_tokens and "
+    "image_seq_length in processor_config.json"
 )
 _NOT_FOUND = (
     "without network access, point to a local copy: model.name_or_path=/path/to/checkpoint (a folder with config.json, "
@@ -59,8 +66,8 @@ _NOT_FOUND = (
 
 
 @contextmanager
-def explained(name: str, *, is_local: bool = True) -> Iterator[None]:
-    """Turn whatever a library raises on the files of the checkpoint ``name`` into one sentence with a remedy.
+def explained(name: str, *, is_local: bool = True, remedy: str = _DAMAGED) -> Iterator[None]:
+    """Turn whatever a library raises on the files of the checkpoint ``name`` into one sentence with a ``remedy``.
 
     Raises:
         CheckpointError: instead of anything that is no :class:`DopError`.
@@ -70,16 +77,15 @@ def explained(name: str, *, is_local: bool = True) -> Iterator[None]:
     except DopError:
         raise
     except ImportError as error:
-        remedy = "install it (a quantised checkpoint needs the package of its quantiser), or take another checkpoint"
-        raise _unusable(name, f"it needs a package that is not installed ({first_line(error)})", remedy) from error
+        install = "install it (a quantised checkpoint needs the package of its quantiser), or take another checkpoint"
+        raise _unusable(name, f"it needs a package that is not installed ({first_line(error)})", install) from error
     except torch.OutOfMemoryError as error:
-        remedy = "set dtype=bfloat16, another device, or device_map=auto"
-        raise _unusable(name, f"it does not fit the device ({first_line(error)})", remedy) from error
+        place = "set dtype=bfloat16, another device, or device_map=auto"
+        raise _unusable(name, f"it does not fit the device ({first_line(error)})", place) from error
     except OSError as error:
-        remedy = _DAMAGED if is_local else _NOT_FOUND
-        raise _unusable(name, first_line(error), remedy) from error
+        raise _unusable(name, first_line(error), remedy if is_local else _NOT_FOUND) from error
     except Exception as error:  # readers of JSON, tokenizers, templates and weights raise anything on damaged files
-        raise _unusable(name, first_line(error), _DAMAGED) from error
+        raise _unusable(name, first_line(error), remedy) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -105,10 +111,18 @@ def check_folder(folder: Path, name: str) -> int | None:
     config = _config(folder, name)
     if not is_known(config.get("model_type")):
         return None
+    for part, settings in {"config.json": config, "its text_config": config.get("text_config")}.items():
+        if isinstance(settings, dict) and settings.get("return_dict") is False:
+            raise _unusable(name, f"{part} says return_dict=false, which leaves its parts no names", "set it to true")
     for file in _SETTINGS:
         if (folder / file).is_file():
             _read_json(folder / file, name)
-    sizes = [size for path in _weight_files(folder, name) for size in _sizes(path, name)]
+    stored = {key: kind for path in _weight_files(folder, name) for key, kind in _stored(path, name).items()}
+    odd = [key for key, (_, dtype) in stored.items() if dtype not in _FLOATS and not _NEVER_READ.search(key)]
+    if odd and "quantization_config" not in config:
+        problem = f"{len(odd)} weights are stored as {stored[odd[0]][1]} without a quantization_config: {_some(odd)}"
+        raise _unusable(name, problem, "save them in floating point, or add the configuration of their quantiser")
+    sizes = [size for size, _ in stored.values()]
     for key, depth in _depths(config):
         if depth > len(sizes):
             problem = f"config.json says {key}={depth}, but only {len(sizes)} tensors are stored"
@@ -175,10 +189,10 @@ def check_generation(config: Any, name: str) -> None:
 
 
 def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
-    """Let the processor prepare one prompt with one image, or one context, as every search does.
+    """Let the processor prepare one prompt with one image, or one context, and the vision tower encode it.
 
     Raises:
-        CheckpointError: if a part is missing or broken, or its tokens are not the model's.
+        CheckpointError: if a part is missing or broken, or its tokens or images are not the model's.
     """
     needed = ("tokenizer", "image_processor") if adapter.has_tower else ("tokenizer",)
     parts = [part for part in needed if getattr(processor, part, None) is None]
@@ -192,7 +206,7 @@ def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
     if processor.tokenizer.pad_token_id is None:
         raise _unusable(name, "its tokenizer has no padding token", "set pad_token in tokenizer_config.json")
     with explained(name):
-        question = "What is this?"
+        question = "What is this, in three words?"
         prompt = chat_prompt(processor, question if adapter.has_tower else with_context("A text.", question), images)
         image = Image.new("RGB", (64, 64), (128, 128, 128))
         batch = processor(images=[image] * images, text=[prompt], padding=True, return_tensors="pt")
@@ -206,6 +220,20 @@ def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
     if largest >= rows:
         remedy = "take the tokenizer of the checkpoint that the weights are from"
         raise _unusable(name, f"its tokenizer gives token {largest}, but the model has {rows} tokens", remedy)
+    if images:
+        _check_tower(batch, int(is_visual.sum()), adapter, name)
+
+
+@torch.inference_mode()
+def _check_tower(batch: Mapping[str, Any], num_tokens: int, adapter: ModelAdapter, name: str) -> None:
+    encode = adapter.multimodal.get_image_features
+    names, device = inspect.signature(encode).parameters, next(adapter.vision_tower.parameters()).device
+    with explained(name, remedy=_OTHER_IMAGES):
+        encoded = encode(**{key: value.to(device) for key, value in batch.items() if key in names}, return_dict=True)
+        num_features = sum(part[..., 0].numel() for part in encoded.pooler_output)
+    if num_features != num_tokens:
+        problem = f"its processor makes room for {num_tokens} visual tokens where its vision tower gives {num_features}"
+        raise _unusable(name, problem, _OTHER_IMAGES)
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
@@ -241,13 +269,14 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     raise _unusable(name, f"{str(folder)!r} has no weights ({_WEIGHTS} or {_INDEX})", "add them")
 
 
-def _sizes(path: Path, name: str) -> list[int]:
-    """Numbers in each tensor of a file."""
+def _stored(path: Path, name: str) -> dict[str, tuple[int, str]]:
+    """Each tensor of a file: how many numbers, and of what kind."""
     if path.stat().st_size == 0:
         raise _unusable(name, f"{path.name} is empty", "download it again")
     try:
         with safe_open(path, framework="pt") as file:
-            return [math.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (math.prod(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise _unusable(name, f"{path.name} is truncated or damaged ({error})", "download it again") from error
 

@@ -33,7 +33,7 @@ TEXT_MODELS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "dop_search.
 
 def is_known(model_type: object) -> bool:
     """Whether an adapter covers a model type."""
-    return model_type in FAMILIES or model_type in TEXT_MODELS
+    return isinstance(model_type, str) and (model_type in FAMILIES or model_type in TEXT_MODELS)
 
 
 def auto_class(model_type: str) -> Any:

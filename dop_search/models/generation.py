@@ -25,14 +25,16 @@ def plain_generation(loaded: LoadedModel) -> Iterator[None]:
     """Within the context ``generate()`` knows the special tokens and its arguments, and is greedy without any.
 
     Penalties, suppressed tokens, beams, time limits and the like that a checkpoint ships would change answers which
-    strategies are compared by.
+    strategies are compared by. Placeholders of images are never said: nothing could be put in their place.
     """
     model: Any = loaded.model
+    placeholders = loaded.adapter.visual_token_ids if loaded.adapter.has_tower else ()
     shipped = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=shipped.bos_token_id,
         eos_token_id=end_tokens(loaded) or None,
         pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        suppress_tokens=list(placeholders) or None,
     )
     try:
         yield

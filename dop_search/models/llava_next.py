@@ -112,11 +112,13 @@ class LlavaNextAdapter(LlavaAdapter):
         if tiles == 1:
             return ((side, side), (1, 1))
         rows = int(newline.sum())
+        if not rows:  # of a very long or very wide image unpadding leaves nothing but the base view
+            return ((side, side),)
         return ((side, side), (rows, (len(newline) - side * side) // rows))
 
 
 def fill_newlines(values: Tensor, newline: Tensor, start: int) -> Tensor:
-    """Give each newline token the mean of its row.
+    """Give each newline token the mean of its row; that of all rows where unpadding has left nothing else of its own.
 
     Args:
         values: ``[tokens, channels]``.
@@ -125,6 +127,6 @@ def fill_newlines(values: Tensor, newline: Tensor, start: int) -> Tensor:
     """
     filled = values.clone()
     for end in newline.nonzero()[:, 0].tolist():
-        filled[end] = values[start:end].mean(dim=0)
+        filled[end] = (values[start:end] if start < end else values[~newline]).mean(dim=0)
         start = end + 1
     return filled

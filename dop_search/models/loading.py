@@ -33,6 +33,8 @@ from dop_search.utils.network import hub_is_reachable as hub_is_reachable
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """How accelerate may spread weights; a device takes all of them."""
+_DEVICE_RULE = "`device` must be auto, cpu or cuda[:index]"
+DEVICE_MAP_RULE = f"`device_map` must be one of {', '.join(DEVICE_MAPS)}, or a device"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,7 +103,7 @@ def load(
     source = _source(name_or_path)
     target = _device(device)
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-        _device(device_map, f"`device_map` must be one of {', '.join(DEVICE_MAPS)}, or a device")
+        _device(device_map, DEVICE_MAP_RULE)
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if target.type == "cpu" and device_map is None else "auto")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     is_local = Path(source).is_dir()
@@ -214,11 +216,24 @@ def _folder(name: str) -> str:
     )
 
 
-def _device(device: str, rule: str = "`device` must be auto, cpu or cuda[:index]") -> torch.device:
-    if device == "auto":
+def named_device(name: str, rule: str = _DEVICE_RULE) -> torch.device:
+    """The device of a name, in this machine or another.
+
+    Raises:
+        DopError: if it is no name of a device; begins with ``rule``.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise DopError(f"{rule}, but got {name!r}") from error
+
+
+def _device(name: str, rule: str = _DEVICE_RULE) -> torch.device:
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = named_device(name, rule)
     try:
         torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:  # not a device, not of this build of torch, or not in this machine
-        raise DopError(f"{rule} of this machine, but got {device!r} ({shorten(str(error), 80)})") from error
+    except (RuntimeError, AssertionError) as error:  # not of this build of torch, or not in this machine
+        raise DopError(f"{rule} of this machine, but got {name!r} ({shorten(str(error), 80)})") from error
+    return device

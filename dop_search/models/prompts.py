@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from torch import Tensor
 
 from dop_search.data.samples import IMAGE_PLACE, Sample
@@ -25,6 +27,7 @@ def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: 
 
     Raises:
         DataError: if the question holds the model's own image token, or the chat template has no system prompt.
+        CheckpointError: if the chat template drops the question.
     """
     content: list[dict[str, str]] = [{"type": "video"} for _ in range(num_videos)]
     before, *rest = question.split(IMAGE_PLACE) if question.count(IMAGE_PLACE) == num_images else [question]
@@ -44,8 +47,14 @@ def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: 
         if not system:
             raise
         raise DataError(f"the model's chat template takes no system prompt ({error}); leave `system` out") from error
-    if system not in prompt:
+    shown = "".join(prompt.split())  # templates trim
+    if "".join(system.split()) not in shown:
         raise DataError("the model's chat template drops the system prompt; leave `system` out")
+    if any("".join(part.get("text", "").split()) not in shown for part in content):
+        raise CheckpointError(
+            f"the model's chat template drops the question {shorten(question, 80)!r} (it makes {shorten(prompt, 80)!r} "
+            "of it); take chat_template.jinja of the original checkpoint"
+        )
     return prompt
 
 
@@ -58,18 +67,40 @@ def sample_prompt(processor: Any, sample: Sample) -> str:
 
 
 def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
-    """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds."""
+    """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds.
+
+    Raises:
+        DataError: naming the first sample that the processor cannot prepare.
+    """
     several = any(sample.more_images for sample in samples)
     texts = [sample_prompt(processor, sample) for sample in samples]
     if hasattr(processor, "image_processor") and (bare := next((s.id for s in samples if s.image is None), None)):
         raise DataError(f"the model reads images, but the sample {bare!r} has none; use data=pocket, or data=jsonl")
-    batch = processor(
-        images=[list(sample.images) if several else sample.image for sample in samples],
-        text=texts,
-        padding=True,
-        return_tensors="pt",
-    )
+    try:
+        batch = processor(
+            images=[list(sample.images) if several else sample.image for sample in samples],
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+        )
+    except PROCESSOR_ERRORS as error:
+        for sample in samples if len(samples) > 1 else ():
+            model_inputs(processor, [sample], device)
+        raise unprepared(f"the sample {samples[0].id!r}", samples[0].images, error) from error
     return {name: value.to(device) for name, value in batch.items()}
+
+
+PROCESSOR_ERRORS = (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError)
+"""What processors raise on images that they are not made for."""
+
+
+def unprepared(what: str, images: Sequence[Image.Image], error: Exception) -> DataError:
+    """The error of a processor on ``what`` with these images."""
+    sizes = ", ".join("{}x{}".format(*image.size) for image in images) or "none"
+    return DataError(
+        f"{what}: the model's processor cannot prepare it ({type(error).__name__}: {error}); its images are {sizes} "
+        "pixels: leave it out, or cut or pad what is extremely small, long or wide"
+    )
 
 
 @contextmanager

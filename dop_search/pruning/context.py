@@ -84,6 +84,8 @@ def check_text(strategy: Strategy, text: TextGroups) -> None:
     Raises:
         StrategyError: if they are for another number of layers, or the strategy ranks inside the decoder.
     """
+    if not isinstance(text, TextGroups):
+        raise StrategyError(f"`text` must be TextGroups, but got {text!r}")
     if text.num_layers != strategy.num_layers:
         raise StrategyError(f"`text` is for {text.num_layers} decoder layers, the strategy for {strategy.num_layers}")
     if strategy.stages:
@@ -132,6 +134,10 @@ def prune_(
         UnsupportedModelError: if the model's class has no adapter, or lacks what the selector needs.
         DopError: if the model is already pruned.
     """
+    if not isinstance(strategy, Strategy):
+        raise StrategyError(
+            f"`strategy` must be a Strategy, but got {strategy!r}; read a file with `Strategy.load(...)`"
+        )
     adapter = adapter_for(model)
     check_strategy(adapter, strategy)
     adapter.check_decoder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -292,12 +293,19 @@ class PrunedDecoder(Attached):
         state.lengths[index] += plan.num_keys
 
 
-def explicit_rankings(rankings: Sequence[Any] | None) -> list[np.ndarray] | None:
+def explicit_rankings(rankings: Any) -> list[np.ndarray] | None:
     """Rankings given by the user as arrays.
 
     Raises:
-        DopError: if there are none.
+        DopError: if they are no arrays of token numbers, or there are none.
     """
-    if rankings is not None and not len(rankings):
-        raise DopError("`rankings` must have one entry per sample of the batch, but got an empty list")
-    return None if rankings is None else [np.asarray(ranking) for ranking in rankings]
+    if rankings is None:
+        return None
+    given = rankings if isinstance(rankings, (Sequence, np.ndarray, Tensor)) else []
+    arrays = [ranking.numpy(force=True) if isinstance(ranking, Tensor) else np.asarray(ranking) for ranking in given]
+    if not arrays or any(array.ndim != 1 or (len(array) and array.dtype.kind not in "iu") for array in arrays):
+        raise DopError(
+            "`rankings` must have one entry per sample of the batch, each the numbers of its visual tokens, best "
+            f"first, but got {shorten(repr(rankings), 80)}"
+        )
+    return arrays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from dop_search.app.config import SearchConfig, parse_config
@@ -107,6 +108,17 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
 def test_a_device_that_is_not_here_needs_its_memory_said() -> None:
     with pytest.raises(DopError, match="set memory to its GiB, as in memory=24"):
         make_plan(configured("model=llava_1_5_7b", "model.device=cuda:1"))
+
+
+@pytest.mark.parametrize("name", ["device", "device_map"])
+def test_a_place_that_does_not_exist_is_named(name: str) -> None:
+    with pytest.raises(DopError, match=f"`{name}` must be .* but got 'foo'"):
+        make_plan(configured(f"model.{name}=foo"))
+
+
+def test_every_map_of_accelerate_is_several_gpus() -> None:
+    plan = make_plan(configured("model=llava_1_5_7b", "model.device_map=balanced", "memory=80"))
+    assert (plan.device.type, plan.num_devices) == ("cuda", max(2, torch.cuda.device_count()))
 
 
 def test_an_unknown_checkpoint_is_named() -> None:

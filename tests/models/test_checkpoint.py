@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dop_search as dop
-from dop_search.divergence import make_teacher
-from dop_search.evaluation import answer_questions
 from dop_search.models import FAMILIES
 from dop_search.models.fingerprint import weights_fingerprint
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
-from dop_search.selectors import make_selector
 from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import tiny_processor
 from dop_search.utils.errors import CheckpointError, DopError, UnsupportedModelError
@@ -59,8 +55,8 @@ def refused(folder, match, kind=CheckpointError):
         dop.load(str(folder), device="cpu")
 
 
-def edit_config(folder, section, **values):
-    path = folder / "config.json"
+def edit_config(folder, section, file="config.json", **values):
+    path = folder / file
     config = json.loads(path.read_text())
     (config if section is None else config[section]).update(values)
     path.write_text(json.dumps(config))
@@ -132,6 +128,9 @@ def test_tied_weights_and_what_old_versions_saved_are_no_fault(pocket_copy):
         (None, {"text_config": None}, r"of [\d,]+ weights, but only [\d,]+ are stored"),
         ("text_config", {"num_hidden_layers": "12"}, r"Validation error for field 'num_hidden_layers'"),
         ("text_config", {"num_attention_heads": 0}, r"ZeroDivisionError"),
+        (None, {"model_type": [1]}, r"config.json"),
+        (None, {"return_dict": False}, r"config.json says return_dict=false"),
+        ("text_config", {"return_dict": False}, r"its text_config says return_dict=false"),
         (None, {"image_token_index": 7}, r"puts no image token of the model into a prompt"),
     ],
 )
@@ -177,7 +176,12 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(method, pocket_c
         ("processor_config.json", "{}", r"a file is missing, damaged or of another checkpoint"),
         ("chat_template.jinja", None, r"no chat template; add chat_template.jinja"),
         ("chat_template.jinja", "{% for x in %}", r"TemplateSyntaxError.*a file is missing, damaged"),
-        ("chat_template.jinja", "hello", r"0 <image> tokens and 1 images"),
+        ("chat_template.jinja", "USER: <image> ASSISTANT:", r"drops the question 'What is this, in three words\?'"),
+        (
+            "chat_template.jinja",
+            "{% for c in messages[0].content %}{{ c.text }}{% endfor %}",
+            r"0 <image> tokens and 1 images",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_sentence(file, content, match, pocket_copy):
@@ -188,16 +192,31 @@ def test_a_damaged_file_is_one_sentence(file, content, match, pocket_copy):
     refused(pocket_copy, match)
 
 
-def test_a_processor_of_another_tower_is_named(pocket_copy, few_samples):
-    """Its image is 16 times as many tokens as the tower makes of it."""
-    path = pocket_copy / "processor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": 3}))
-    loaded = dop.load(str(pocket_copy))
-    samples = replace(few_samples, samples=few_samples.samples[:1])
-    with pytest.raises(CheckpointError, match="patch_size"):
-        make_teacher(loaded, samples, make_selector("cls_attention"))
-    with pytest.raises(CheckpointError, match="patch_size"):
-        answer_questions(loaded, samples.samples)
+@pytest.mark.parametrize(
+    ("file", "section", "values", "match"),
+    [
+        ("processor_config.json", None, {"patch_size": 3}, r"room for 1\d+ visual tokens where .* gives 256"),
+        (
+            "processor_config.json",
+            "image_processor",
+            {"size": {"height": 48, "width": 48}, "crop_size": {"height": 48, "width": 48}},
+            r"Input image size \(48\*48\) doesn't match model \(96\*96\)",
+        ),
+        ("config.json", None, {"vision_feature_layer": 99}, "IndexError"),
+        ("config.json", None, {"vision_feature_layer": 0}, "TypeError"),
+    ],
+)
+def test_a_processor_of_another_tower_is_named(file, section, values, match, pocket_copy):
+    """Found out at loading, by one image."""
+    edit_config(pocket_copy, section, file, **values)
+    refused(pocket_copy, rf"{match}.*compare vision_feature_layer and .* patch_size")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_another_kind_are_not_cast_without_a_word(dtype, pocket_copy):
+    name = "language_model.model.layers.3.mlp.down_proj.weight"
+    edit_weights(pocket_copy, lambda weights: {**weights, name: weights[name].to(dtype)})
+    refused(pocket_copy, r"1 weights are stored as \w+ without a quantization_config: .*layers\.3\.mlp\.down_proj")
 
 
 def test_truncated_weights_are_refused(pocket_copy):

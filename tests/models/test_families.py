@@ -12,7 +12,7 @@ from hypothesis import given, settings
 import dop_search as dop
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.models import FAMILIES, adapter_for
-from dop_search.models.prompts import chat_prompt
+from dop_search.models.prompts import chat_prompt, model_inputs
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
@@ -22,7 +22,7 @@ from dop_search.testing.naive import naive_divergence
 from dop_search.testing.processors import VIDEO_FAMILIES, drawn_image, drawn_video, tiny_processor
 from dop_search.testing.reference import masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import corner_strategy, dop_strategies, random_rankings
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.errors import DataError, DopError, UnsupportedModelError
 
 SIZES = ((56, 40), (30, 70), (50, 50), (29, 28))
 QUESTIONS = ("What is this?", "How many?", "Is there a red shape, or not?")
@@ -282,3 +282,24 @@ def _teacher(loaded):
 
     data = ValidationSet("drawn", "search", 0, validation_set().samples[:2])
     return make_teacher(loaded, data, make_selector("random"), max_new_tokens=3), data.samples
+
+
+# -- images of extreme shapes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 1), (4, 300)])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_unpadding_that_leaves_no_row_or_no_column(family, size):
+    """The plain model runs on them: of the tiles nothing is left, or newlines alone."""
+    model, processor = model_of(family), processor_of(family)
+    inputs = model_inputs(processor, [Sample("a", drawn_image(*size), "What?", (), "all")], torch.device("cpu"))
+    for selector in ("received_attention", "uniform_grid", *(("hired", "scope") if family == "llava_next" else ())):
+        strategy = dop.Strategy.depthwise(4, 2, 3, 1, 3, selector=selector)
+        with torch.no_grad(), dop.pruned(model, strategy):
+            assert bool(model(**inputs).logits.isfinite().all())
+
+
+def test_an_image_that_the_processor_refuses_is_named():
+    samples = [Sample(n, drawn_image(*size), "What?", (), "all") for n, size in (("a", (40, 40)), ("b/7", (900, 4)))]
+    with pytest.raises(DataError, match=r"the sample 'b/7': .*aspect ratio.*its images are 900x4 pixels: leave it out"):
+        model_inputs(processor_of("qwen2_vl"), samples, torch.device("cpu"))

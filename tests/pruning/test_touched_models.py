@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,3 +174,28 @@ def test_a_shallow_copy_is_refused_too(model):
             with pytest.raises(DopError, match="cannot be copied"):
                 copy.copy(part)
     assert not is_pruned(copy.copy(model))
+
+
+# -- other things than a model, a strategy, rankings ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"strategy": "strategy.json"}, r"must be a Strategy, but got 'strategy.json'; .*Strategy\.load"),
+        ({"strategy": None}, "must be a Strategy, but got None"),
+        ({"rankings": 5}, "`rankings` must have one entry per sample .* but got 5"),
+        ({"rankings": []}, r"but got \[\]"),
+        ({"rankings": [None]}, r"but got \[None\]"),
+        ({"rankings": [[0.5, 0.25]]}, r"but got \[\[0.5, 0.25\]\]"),
+        ({"rankings": [[[0, 1]]]}, "`rankings` must have one entry per sample"),
+        ({"text": 5}, "`text` must be TextGroups, but got 5"),
+        ({"model": 5}, "`model` must be a model, but got int; pass a model of transformers"),
+        ({"model": None}, "`model` must be a model, but got NoneType"),
+        ({"model": SimpleNamespace(model=torch.nn.Linear(1, 1))}, r"got SimpleNamespace; pass its `\.model`"),
+        ({"model": torch.nn.Linear(1, 1)}, "no adapter for Linear"),
+    ],
+)
+def test_anything_else_is_refused_in_a_sentence(arguments, match):
+    with pytest.raises(DopError, match=match):
+        dop.prune_(**{"model": model_of("llava"), "strategy": STRATEGY, **arguments})

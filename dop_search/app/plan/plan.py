@@ -22,6 +22,7 @@ from dop_search.divergence.memory import (
     limit_bytes,
 )
 from dop_search.divergence.profiling import SAVE_EVERY, make_space
+from dop_search.models.loading import DEVICE_MAP_RULE, DEVICE_MAPS, named_device
 from dop_search.search import CurveGrid
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops
@@ -105,15 +106,19 @@ def least_bytes(config: SearchConfig, limit: int) -> int:
 
 
 def _num_devices(config: SearchConfig) -> int:
-    return max(2, torch.cuda.device_count()) if config.model.device_map == "auto" else 1
+    return max(2, torch.cuda.device_count()) if config.model.device_map in DEVICE_MAPS else 1
 
 
 def _device(config: SearchConfig) -> tuple[torch.device, bool]:
-    has_cuda = torch.cuda.is_available()
-    if config.model.device == "auto" and config.model.device_map in (None, "auto"):
-        device = torch.device("cuda" if has_cuda or config.model.device_map else "cpu")
+    has_cuda, place = torch.cuda.is_available(), config.model.device_map
+    if place in DEVICE_MAPS:
+        device = torch.device("cuda")
+    elif place is not None:
+        device = named_device(place, DEVICE_MAP_RULE)
+    elif config.model.device == "auto":
+        device = torch.device("cuda" if has_cuda else "cpu")
     else:
-        device = torch.device(config.model.device_map or config.model.device)
+        device = named_device(config.model.device)
     return device, device.type == "cpu" or (device.type == "cuda" and has_cuda)
 
 

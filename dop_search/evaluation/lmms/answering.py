@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from dop_search.evaluation.runnable import Runnable, reading, running
 from dop_search.models.fast_linear import fast_linear
 from dop_search.models.generation import plain_generation
 from dop_search.models.loading import LoadedModel
-from dop_search.models.prompts import image_tokens_checked
+from dop_search.models.prompts import PROCESSOR_ERRORS, image_tokens_checked, unprepared
 from dop_search.utils.errors import DataError
 
 __all__ = ["Generation", "Part", "Prompt", "Turn", "Video", "answer_prompts"]
@@ -149,7 +150,11 @@ def _inputs(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | No
         media["videos"] = videos
         if num_frames is not None:
             media |= {"num_frames": num_frames, "do_sample_frames": True}
-    batch = processor(text=texts, padding=True, return_tensors="pt", **media)
+    try:
+        batch = processor(text=texts, padding=True, return_tensors="pt", **media)
+    except PROCESSOR_ERRORS as error:
+        what = f"one of {len(prompts)} prompts, the first of which is {shorten(texts[0], 200)!r}"
+        raise unprepared(what, images, error) from error
     return {name: value.to(loaded.adapter.device) for name, value in batch.items() if isinstance(value, Tensor)}
 
 
