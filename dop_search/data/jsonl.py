@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from dop_search.utils.errors import DataError
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SPELLINGS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 """Key of a conversation → the keys of its turns."""
+_KEYS = ("image", "images", "context", "question", "answer", "system", "id", "family", *_SPELLINGS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
     ``image`` is a path relative to the file, or a list of paths. With one image a ``<image>`` in the question is left
     out, and the image comes first, as in LLaVA's training; of several images each may have its ``<image>`` in the
     question, and they come first if none has. An ``answer`` that is missing, ``null`` or blank is not known. ``system``
-    is the system prompt. Ids default to the line number, the family to ``"all"``.
+    is the system prompt. Ids default to the line number, the family to ``"all"``. Other keys are left alone, unless
+    they are nearly one of these that is missing.
 
     Instead of question, answer and system a line may have ``conversations`` (turns with ``from`` and ``value``, as in
     LLaVA's files) or ``messages`` (``role`` and ``content``): the first question with its answer is taken. A file may
@@ -131,6 +134,7 @@ def _row(file: Path, number: int, where: str, item: Any) -> JsonlRow:
         if "image" in fields:
             raise DataError(f"{where} has both `image` and `images`; leave one out")
         fields["image"] = fields["images"]
+    _check_spelling(fields, where)
     about = "context" if "context" in fields and "image" not in fields else "image"
     missing = [name for name in (about, "question") if fields.get(name) in (None, "", [])]
     if missing:
@@ -154,8 +158,20 @@ def _row(file: Path, number: int, where: str, item: Any) -> JsonlRow:
         question=question,
         answers=_answers(fields.get("answer"), where),
         family=_name(fields.get("family"), "family", "all", where),
-        system=_text(fields.get("system") or "", "system", where),
+        system="" if fields.get("system") is None else _text(fields["system"], "system", where),
     )
+
+
+def _check_spelling(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that are nearly one that the line lacks: their values would be left out without a word."""
+    wanted = set(_KEYS) - {"id", *fields} - (set(_SPELLINGS) if "question" in fields else set())
+    if "image" in fields:
+        wanted -= {"images", "context"}
+    for key in set(fields) - set(_KEYS):
+        plain = key.strip().casefold()
+        near = [name for name in get_close_matches(plain, wanted, cutoff=0.8) if abs(len(name) - len(plain)) <= 1]
+        if near:
+            raise DataError(f"{where}: did you mean `{near[0]}` by {key!r}? Rename it, or leave it out")
 
 
 def _exchange(item: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -163,8 +179,9 @@ def _exchange(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     key = next((key for key in _SPELLINGS if key in item), None)
     if key is None:
         return {}
-    if "question" in item:
-        raise DataError(f"{where} has both `question` and `{key}`; leave one out")
+    for other in ("question", *_SPELLINGS):
+        if other != key and other in item:
+            raise DataError(f"{where} has both `{other}` and `{key}`; leave one out")
     said, text = _SPELLINGS[key]
     turns = item[key]
     fields: dict[str, Any] = {}
@@ -180,10 +197,13 @@ def _exchange(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif role == "assistant" and "question" in fields:
             fields["answer"] = value
             break
-        elif role == "system" and "question" not in fields:
+        elif role == "system" and not fields:
             fields["system"] = value
         else:
-            raise DataError(f"{where}: `{key}` must begin with a question, a system prompt before it aside")
+            raise DataError(f"{where}: `{key}` must begin with a question, and may have one system prompt before it")
+    for name in fields:
+        if item.get(name) is not None:
+            raise DataError(f"{where} has `{name}` both in `{key}` and beside it; leave one out")
     return fields
 
 
@@ -209,7 +229,10 @@ def _name(value: Any, name: str, default: str, where: str) -> str:
     if value is None:
         return default
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return _text(str(value) if is_number else value, name, where)
+    text = _text(str(value) if is_number else value, name, where)
+    if not text.strip():
+        raise DataError(f"{where}: `{name}` is blank; leave it out for {default!r}")
+    return text
 
 
 def _answers(value: Any, where: str) -> tuple[str, ...]:

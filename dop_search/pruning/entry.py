@@ -91,6 +91,7 @@ class Prefill(Attached):
                 f"selector {decoder.strategy.selector!r} ranks whole prompts inside the decoder; leave "
                 "`prefill_chunk_size` unset"
             )
+        decoder.rankings.begin(arguments.get("mm_encoder_outputs"))
         decoder.rankings.read(input_ids)
         embeds = adapter.multimodal.get_input_embeddings()(input_ids)
         for modality, output in (arguments.get("mm_encoder_outputs") or {}).items():

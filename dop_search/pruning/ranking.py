@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -54,11 +55,20 @@ def _spanned(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Ranked(threading.local):
-    """What the call that runs in this thread has shown: tower values by field, and rankings that were prepared."""
+    """What the call that runs in this thread has shown.
+
+    Attributes:
+        captured: tower values by field.
+        prepared: rankings for the call that is under way.
+        encoded: what ``generate()`` has encoded for the call.
+        choices: the latest choices with what they are of: encoded images, and tokens ``[batch, length]``.
+    """
 
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] = {}
         self.prepared: list[np.ndarray] | None = None
+        self.encoded: list[weakref.ref[Any]] = []
+        self.choices: tuple[list[weakref.ref[Any]], Tensor | None, list[Choice]] = ([], None, [])
 
 
 class RankingSource(Attached):
@@ -131,6 +141,18 @@ class RankingSource(Attached):
                 check_images(self.adapter, self.selector, count) for count in counts if count
             )
 
+    def begin(self, encoded: Mapping[str, Any] | None) -> None:
+        """A call of the model begins in this thread, with images that ``generate()`` has ``encoded`` or others.
+
+        The steps of a generation without a cache read the same ones, and keep the choices of the first.
+        """
+        local = self._local
+        local.encoded = [weakref.ref(output) for output in (encoded or {}).values() if output is not None]
+        if not local.encoded:
+            self.forget()
+        if [*map(id, local.encoded)] != [*map(id, local.choices[0])]:  # an object has one reference of this kind
+            local.choices = ([], None, [])
+
     def forget(self) -> None:
         """This thread's images have been read, or come from an earlier call: a ranking has to have its own."""
         self._local.captured, self._local.prepared = {}, None
@@ -171,13 +193,16 @@ class RankingSource(Attached):
         """
         if self.selector is None:
             return embeds
-        choices = []
-        for inputs in self.sample_inputs(visual_counts(visual), embeds, input_ids, visual, valid):
-            if inputs.num_visual_tokens == 0:
-                choices.append(Choice(np.empty(0, dtype=np.int64)))
-                continue
-            total = inputs.num_visual_tokens if num_kept is None else num_kept(inputs.num_visual_tokens)
-            choices.append(self._choose(inputs, total, embeds.dtype))
+        encoded, prompt, choices = self._local.encoded, *self._local.choices[1:]
+        if prompt is None or not torch.equal(input_ids[:, : prompt.shape[1]], prompt):
+            counts = visual_counts(visual)
+            seen = self.sample_inputs(counts, embeds, input_ids, visual, valid)
+            totals = [count if num_kept is None else num_kept(count) for count in counts]
+            choices = [
+                self._choose(inputs, total, embeds.dtype) if count else Choice(np.empty(0, dtype=np.int64))
+                for count, inputs, total in zip(counts, seen, totals, strict=True)
+            ]
+            self._local.choices = (encoded, input_ids if encoded else None, choices)
         self._local.prepared = [choice.order for choice in choices]
         if all(choice.embeds is None for choice in choices):
             return embeds

@@ -81,8 +81,9 @@ class PrunedDecoder(Attached):
             beside = call.beside_embeds
             fits = beside is not None and beside.shape == embeds.shape[:2]
             call.input_ids = beside if fits else self.adapter.placeholder_ids(None, embeds)
-        if not kwargs.get("mm_encoder_outputs"):  # where these are given, `generate()` has just encoded the images
-            self.rankings.forget()
+        encoded = kwargs.get("mm_encoder_outputs")
+        self.rankings.begin(encoded)
+        if not encoded:  # otherwise `generate()` has encoded the images just before
             self.rankings.expect(call.input_ids)
 
     # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.

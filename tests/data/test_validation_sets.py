@@ -79,6 +79,23 @@ def test_a_seed_fixes_the_set(file):
             r"line 13: .* must begin with a question",
         ),
         ('{"image": "0.png", "question": "?", "messages": []}', r"line 13 has both `question` and `messages`"),
+        (
+            '{"image": "0.png", "conversations": [{"from": "system", "value": "a"}, {"from": "system", "value": "b"}]}',
+            r"line 13: `conversations` must begin with a question, and may have one system prompt",
+        ),
+        (
+            '{"image": "0.png", "system": "a", "messages": [{"role": "system", "content": "b"}, '
+            '{"role": "user", "content": "?"}]}',
+            r"line 13 has `system` both in `messages` and beside it",
+        ),
+        ('{"image": "0.png", "conversations": [], "messages": []}', r"has both `messages` and `conversations`"),
+        ('{"image": "0.png", "question": "?", "answers": ["x"]}', r"line 13: did you mean `answer` by 'answers'\?"),
+        ('{"image": "0.png", "question": "?", "anwser": "x"}', r"line 13: did you mean `answer` by 'anwser'\?"),
+        ('{"image": "0.png", "question": "?", "Answer": "x"}', r"line 13: did you mean `answer` by 'Answer'\?"),
+        ('{"image": "0.png", "question": "?", "system": 0}', r"line 13: `system` must be a text, but got 0"),
+        ('{"image": "0.png", "question": "?", "system": []}', r"line 13: `system` must be a text, but got \[\]"),
+        ('{"image": "0.png", "question": "?", "id": ""}', r"line 13: `id` is blank; leave it out for 'mine/000013'"),
+        ('{"image": "0.png", "question": "?", "family": " "}', r"line 13: `family` is blank; leave it out for 'all'"),
         ('{"a":' * 20_000, r"line 13 is not JSON: maximum recursion depth"),
         ('{"image": "0.png", "question": "?", "answer": {"a": 1}}', r"line 13: `answer` must be a text, a number or"),
         ('{"image": "0.png", "question": "?", "id": "mine/000002"}', r"line 13 has the id 'mine/000002' of .* line 2;"),
@@ -90,6 +107,14 @@ def test_a_bad_line_is_named(file, line, message):
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
         read_jsonl(file)
+
+
+def test_keys_of_others_are_left_alone_and_a_system_prompt_may_stand_beside_turns(file):
+    turns = '"messages": [{"role": "user", "content": "?"}], "system": "Be brief.", "answer": "x"'
+    names = '"question_id": 3, "image_id": 4, "question_type": "a", "answer_type": "b", "idx": 5, "content": "c"'
+    file.write_text('{"image": "0.png", ' + turns + ", " + names + "}")
+    (row,) = read_jsonl(file)
+    assert (row.question, row.answers, row.system) == ("?", ("x",), "Be brief.")
 
 
 def test_bad_requests_name_the_remedy(file, tmp_path):

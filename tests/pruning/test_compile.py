@@ -54,3 +54,18 @@ def test_whole_model_can_be_compiled_around_the_pruned_decoder() -> None:
         expected = model(**inputs).logits
         logits = torch.compile(model, backend="eager")(**inputs).logits
     assert max_text_difference(model, inputs, logits, expected) <= 2e-5
+
+
+def test_a_compiled_model_that_has_run_is_pruned_and_restored() -> None:
+    model = tiny_llava(num_layers=2)
+    inputs = tiny_inputs(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        full = compiled(**inputs).logits
+        with dop.pruned(model, strategy(2)):
+            expected = model(**inputs).logits
+        with dop.pruned(compiled, strategy(2)):
+            assert max_text_difference(model, inputs, compiled(**inputs).logits, expected) <= 2e-5
+            tokens = compiled.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
+        assert torch.equal(compiled(**inputs).logits, full)

@@ -207,6 +207,29 @@ def test_images_of_an_earlier_call_rank_nothing(selector):
                 model(**again)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "selector"),
+    [
+        ("llava", "cls_attention"),
+        ("llava", "visionzip"),
+        ("llava", "tome"),
+        ("llava", "cdpruner_llm"),
+        ("llava_next", "hired"),
+        ("qwen2_5_vl", "received_attention"),
+    ],
+)
+def test_generation_without_a_cache_keeps_the_ranking_of_its_prompt(family, selector, beams):
+    """As with a cache, which keeps it by itself; two generations, of different images, in a row."""
+    model = model_of(family)
+    for seed in (0, 1):
+        inputs = collate([tiny_sample(model, 3, 4, seed=seed), tiny_sample(model, 5, 4, seed=seed + 7)])
+        arguments = {**inputs, "max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams, "do_sample": False}
+        with dop.pruned(model, strategy(selector, 7)):
+            expected = model.generate(**arguments)
+            assert model.generate(**arguments, use_cache=False).tolist() == expected.tolist()
+
+
 # -- a prompt in chunks ----------------------------------------------------------------------------------------------
 
 
