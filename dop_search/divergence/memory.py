@@ -211,7 +211,7 @@ class Footprint:
         if masked and keys < query:
             attend += 2 * (offered + len(rows.keys) * past) * query
         copied = 2 * places * query if uneven else 0
-        mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.intermediate_size)
+        mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.mlp_width)
         attending = attend * self.element + self._scores(rows, past, masked)
         return max((project + copied) * self.element, attending, mlp * self.element) + self.unpacked
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
@@ -44,6 +46,8 @@ class ModelAdapter(ABC):
     """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
     """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
+    decoder_output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPast
+    """What the decoder returns."""
     decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS
     """Classes of decoder layers (or their bases, by name) that compute what pruned layers compute."""
 

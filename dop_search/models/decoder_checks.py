@@ -23,13 +23,23 @@ DECODER_LAYERS = frozenset(
         "Qwen2VLDecoderLayer",
         "Qwen2_5_VLDecoderLayer",
         "Qwen3VLTextDecoderLayer",
+        "Qwen3VLMoeTextDecoderLayer",
     }
 )
 """Classes of transformers whose arithmetic is that of :func:`dop_search.pruning.layer.run_layer`. Names of modules do
 not tell: Granite's layers look like Llama's and scale their residuals."""
 
 PLAIN_RMS_NORMS = frozenset(
-    {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"}
+    {
+        "LlamaRMSNorm",
+        "MistralRMSNorm",
+        "Qwen2RMSNorm",
+        "Qwen2VLRMSNorm",
+        "Qwen2_5_VLRMSNorm",
+        "Qwen3RMSNorm",
+        "Qwen3VLTextRMSNorm",
+        "Qwen3VLMoeTextRMSNorm",
+    }
 )
 """Norms that are exactly ``x / rms(x) * weight``, so that one fused kernel can stand for their eight."""
 

@@ -38,6 +38,16 @@ class LlavaAdapter(ModelAdapter):
         return self.model.model.vision_tower
 
     @property
+    def feature_layer(self) -> Any:
+        """The hidden states of the tower that feed the projector: ``0`` enters the first layer."""
+        return self.model.config.vision_feature_layer
+
+    @property
+    def select_strategy(self) -> str:
+        """Whether the CLS token is left out (``"default"``) or not (``"full"``)."""
+        return str(getattr(self.model.config, "vision_feature_select_strategy", "default"))
+
+    @property
     def patches_per_side(self) -> int:
         """Patches of a tile in one direction."""
         vision = self.model.config.vision_config
@@ -52,7 +62,7 @@ class LlavaAdapter(ModelAdapter):
         """
         config, model = self.model.config, self.model.model
         layer, kind = config.vision_feature_layer, config.vision_config.model_type
-        strategy = config.vision_feature_select_strategy
+        strategy = self.select_strategy
         has_cls = kind == "clip_vision_model"
         if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or not layer:
             raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
@@ -100,7 +110,7 @@ class LlavaAdapter(ModelAdapter):
     def received_attention_module(self) -> Any:
         """See base class."""
         self._check_only_patches()
-        feature_layer = self.model.config.vision_feature_layer
+        feature_layer = self.feature_layer
         if not isinstance(feature_layer, int):
             raise UnsupportedModelError(
                 f"attention of the vision tower is captured in the layer that feeds the projector, but this model has "
@@ -117,10 +127,7 @@ class LlavaAdapter(ModelAdapter):
 
     def _only_patches(self) -> bool:
         """Whether no CLS token enters the decoder: it is cut off, or the tower has none."""
-        config = self.model.config
-        return config.vision_feature_select_strategy == "default" or config.vision_config.model_type.startswith(
-            "siglip"
-        )
+        return self.select_strategy == "default" or self.model.config.vision_config.model_type.startswith("siglip")
 
     def _check_only_patches(self) -> None:
         if not self._only_patches():

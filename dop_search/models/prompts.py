@@ -72,13 +72,12 @@ def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device
     Raises:
         DataError: naming the first sample that the processor cannot prepare.
     """
-    several = any(sample.more_images for sample in samples)
     texts = [sample_prompt(processor, sample) for sample in samples]
     if hasattr(processor, "image_processor") and (bare := next((s.id for s in samples if s.image is None), None)):
         raise DataError(f"the model reads images, but the sample {bare!r} has none; use data=pocket, or data=jsonl")
     try:
         batch = processor(
-            images=[list(sample.images) if several else sample.image for sample in samples],
+            images=[list(sample.images) for sample in samples],  # a flat list may be one prompt's
             text=texts,
             padding=True,
             return_tensors="pt",

@@ -1,13 +1,17 @@
-"""Qwen3-VL: as Qwen2-VL, with vision features of several depths added after the first decoder layers (deepstack)."""
+"""Qwen3-VL, dense and with experts: as Qwen2-VL, with deepstack: vision features that enter after the first layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dop_search.models.qwen2_vl import Qwen2VLAdapter
+from dop_search.strategy.operations import ModelDims
+from dop_search.utils.errors import UnsupportedModelError
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
@@ -24,3 +28,32 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     def deepstack_arguments(self, visual: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
         """See base class."""
         return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(features)} if features else {}
+
+
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """``Qwen3VLMoeForConditionalGeneration``: every MLP is a mixture of experts."""
+
+    model_types = ("qwen3_vl_moe",)
+    decoder_output = MoeModelOutputWithPast
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See base class: all layers must cost the same."""
+        text = config.get_text_config()
+        if text.mlp_only_layers or text.decoder_sparse_step != 1:
+            raise UnsupportedModelError(
+                "every layer must have experts, as in the published models, but this model has mlp_only_layers="
+                f"{text.mlp_only_layers} and decoder_sparse_step={text.decoder_sparse_step}"
+            )
+
+    @property
+    def dims(self) -> ModelDims:
+        """See base class."""
+        text = self.text_config
+        return replace(
+            super().dims,
+            intermediate_size=text.moe_intermediate_size,
+            gated_mlp=True,
+            num_experts=text.num_experts,
+            active_experts=text.num_experts_per_tok,
+        )

@@ -133,7 +133,9 @@ def input_limit(adapter: ModelAdapter) -> InputLimit | None:
         "qwen2_vl": MaxPixels,
         "qwen2_5_vl": MaxPixels,
         "qwen3_vl": MaxPixels,
+        "qwen3_vl_moe": MaxPixels,
         "llava_next": MaxCrops,
+        "llava_next_video": MaxCrops,
         "llava_onevision": MaxCrops,
         "internvl": MaxTiles,
     }

@@ -288,7 +288,7 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     The softmax runs over all keys, a CLS token included. Works block by block of queries, with any backend.
     """
-    if hasattr(attention, "qkv"):
+    if kwargs.get("position_embeddings") is not None:
         return _received_packed(attention, args, kwargs)
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
     first = 1 if _has_cls(attention) else 0
@@ -329,18 +329,32 @@ def _vit_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], qu
 
 
 def _received_packed(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Qwen's towers: patches of all images in one row, attention within ``cu_seqlens``; ``[1, patches]``."""
+    """Towers with rotary positions (Qwen, Pixtral): patches of all images in one row; ``[1, patches]``."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    length = hidden.shape[0]
-    query, key, _ = attention.qkv(hidden).reshape(length, 3, attention.num_heads, -1).unbind(1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if hasattr(attention, "qkv"):
+        query, key, _ = attention.qkv(rows).reshape(len(rows), 3, attention.num_heads, -1).unbind(1)
+    else:
+        query, key = (
+            part(rows).unflatten(-1, (attention.num_heads, -1)) for part in (attention.q_proj, attention.k_proj)
+        )
     cos, sin = (part.float()[:, None, :] for part in kwargs["position_embeddings"])
     query, key = (_rotate(heads.float(), cos, sin).to(hidden.dtype).transpose(0, 1)[None] for heads in (query, key))
-    ends = kwargs["cu_seqlens"].tolist()
     parts = [
         _mean_received(query[:, :, start:stop], key[:, :, start:stop], attention.scaling)
-        for start, stop in itertools.pairwise(ends)
+        for start, stop in itertools.pairwise(_image_ends(kwargs, len(rows)))
     ]
     return torch.cat(parts, dim=1)
+
+
+def _image_ends(kwargs: dict[str, Any], num_patches: int) -> list[int]:
+    """Where the images of a packed row end, from 0 on: by their lengths, or by a mask of blocks."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None:
+            return [int(end) for end in kwargs[name]]
+    seen = kwargs["attention_mask"][0, 0] == 0  # additive
+    first = seen.int().argmax(dim=-1)  # the first patch that each patch sees
+    return [*(first.diff(prepend=first[:1] - 1).nonzero()[:, 0].tolist()), num_patches]
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

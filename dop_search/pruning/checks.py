@@ -13,7 +13,7 @@ from dop_search.models.decoder_checks import check_layer
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-OUTPUTS = ("output_hidden_states", "output_attentions")
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 CAPTURING = "transformers.utils.output_capturing"
 """Its hooks stay on the layers of a model that was once asked for hidden states, and do nothing unless asked again."""
 

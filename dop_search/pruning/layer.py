@@ -225,7 +225,13 @@ def finish(
         context = context.index_select(0, unpad)
     hidden = add_rows(hidden, query_rows, layer.self_attn.o_proj(context))
     mlp_in = hidden if mlp_rows is None else hidden.index_select(0, mlp_rows)
-    return add_rows(hidden, mlp_rows, layer.mlp(normalize(layer.post_attention_layernorm, mlp_in)))
+    return add_rows(hidden, mlp_rows, run_mlp(layer.mlp, normalize(layer.post_attention_layernorm, mlp_in)))
+
+
+def run_mlp(mlp: Any, rows: Tensor) -> Tensor:
+    """The MLP on ``[rows, hidden_size]``; blocks of experts ask for a batch axis."""
+    result: Tensor = mlp(rows[None])[0] if hasattr(mlp, "experts") else mlp(rows)
+    return result
 
 
 def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
@@ -97,7 +97,7 @@ class PrunedDecoder(Attached):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """Same contract as the decoder's own forward; hidden states at tokens that left and at pads are zero."""
         deepstack = self.adapter.pop_deepstack(kwargs)
         check_outputs([self.text_model.config], kwargs)
@@ -141,7 +141,7 @@ class PrunedDecoder(Attached):
             state.open = False
         state.add_tokens(tokens.valid if packing is None else None, batch, length, device)
         hidden = self.text_model.norm(hidden.to(self.text_model.norm.weight.device))
-        return BaseModelOutputWithPast(
+        return self.adapter.decoder_output(
             last_hidden_state=hidden if packing is None else packing.gather(hidden),
             past_key_values=past_key_values,
         )

@@ -76,7 +76,11 @@ def group_sizes(groups: tuple[TokenGroup, ...], num_tokens: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes of a decoder that its cost depends on."""
+    """The sizes of a decoder that its cost depends on.
+
+    With experts ``intermediate_size`` is the width of one of ``num_experts``, of which a token runs
+    ``active_experts`` and the router.
+    """
 
     num_layers: int
     hidden_size: int
@@ -86,6 +90,13 @@ class ModelDims:
     head_dim: int
     gated_mlp: bool = True
     vocab_size: int = 0
+    num_experts: int = 0
+    active_experts: int = 1
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of all that a token runs of the MLP."""
+        return self.intermediate_size * self.active_experts
 
     @property
     def query_width(self) -> int:
@@ -99,7 +110,10 @@ class ModelDims:
 
     def fingerprint(self, model_type: str) -> str:
         """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
-        text = json.dumps({"model_type": model_type, **asdict(self)}, sort_keys=True)
+        sizes = asdict(self)
+        if not self.num_experts:  # fingerprints of dense models are older than these fields
+            del sizes["num_experts"], sizes["active_experts"]
+        text = json.dumps({"model_type": model_type, **sizes}, sort_keys=True)
         return f"{model_type}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

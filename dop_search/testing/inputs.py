@@ -6,25 +6,26 @@ A sample is the dictionary of keyword arguments of ``model(**sample)`` with a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from dop_search.models.prompts import chat_prompt
 from dop_search.models.text import MARKERS_KEY
-from dop_search.testing.models import (
-    ANYRES_TILE_SIZE,
-    IMAGE_TOKEN_ID,
-    NUM_SPECIAL_TOKENS,
-    PAD_TOKEN_ID,
-)
-from dop_search.testing.reference import decoder_of
+from dop_search.testing.families import MORE_FAMILIES
+from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.reference import decoder_of, visual_positions, visual_token_ids
+from dop_search.testing.sizes import ANYRES_TILE_SIZE, IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, PAD_TOKEN_ID
 from dop_search.utils.errors import UnsupportedModelError
 
 Inputs = dict[str, Tensor]
 
 _LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
+_DRAWN_SIZES = ((40, 28), (30, 60), (56, 50))
 _QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
 _ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
 _INTERNVL_TILES = (2, 1, 2)
@@ -58,6 +59,9 @@ def tiny_sample(
     vocabulary = model.config.get_text_config().vocab_size
     if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
         return _context_sample(blocks, _CONTEXT_LENGTHS[image_shape % NUM_IMAGE_SHAPES], markers, vocabulary, generator)
+    if model.config.model_type in MORE_FAMILIES:
+        processor = _processor_of(model.config.model_type)
+        return processed_sample(model, processor, num_text_before, num_text_after, seed, num_images, image_shape)
     vision = _vision_inputs(model, num_images, image_shape % NUM_IMAGE_SHAPES, generator)
     multimodal: Any = model  # `get_image_features` is declared by the families, not by PreTrainedModel
     with torch.no_grad():
@@ -76,6 +80,50 @@ def tiny_sample(
     if "image_grid_thw" in vision:
         sample["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN_ID).int()
     return sample
+
+
+_processor_of = cache(tiny_processor)
+
+
+def processed_sample(
+    model: PreTrainedModel,
+    processor: Any,
+    num_text_before: int = 3,
+    num_text_after: int = 4,
+    seed: int = 0,
+    num_images: int = 1,
+    image_shape: int = 0,
+) -> Inputs:
+    """As :func:`tiny_sample`, for any family: a processor prepares drawn images, and random text stands around them.
+
+    What the processor writes between visual tokens (ends of rows, names of tiles) stays.
+    """
+    size = _DRAWN_SIZES[image_shape % NUM_IMAGE_SHAPES]
+    images = [drawn_image(*size, seed=10 * seed + index) for index in range(num_images)]
+    prompt = chat_prompt(processor, "?", num_images)
+    batch = dict(processor(text=[prompt], images=[images], return_tensors="pt"))
+    visual = visual_positions(model, batch["input_ids"])[0].nonzero()[:, 0]
+    first, end = int(visual[0]), int(visual[-1]) + 1
+    blocks = [
+        random_text(model, length, seed + 1000 * part) for part, length in enumerate((num_text_before, num_text_after))
+    ]
+    sample: Inputs = {}
+    for name, value in batch.items():
+        if name in _LEFT_PADDED:
+            text = (
+                blocks if name == "input_ids" else [torch.full_like(b, int(name == "attention_mask")) for b in blocks]
+            )
+            value = torch.cat([text[0], value[0, first:end], text[1]])[None]
+        sample[name] = value.to(model.dtype) if value.is_floating_point() else value
+    return sample
+
+
+def random_text(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    """Random tokens ``[length]``, none of them a placeholder."""
+    vocabulary = torch.arange(NUM_SPECIAL_TOKENS, model.config.get_text_config().vocab_size)
+    vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(visual_token_ids(model)))]
+    generator = torch.Generator().manual_seed(seed)
+    return vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)]
 
 
 def _context_sample(
@@ -100,10 +148,11 @@ def collate(samples: Sequence[Inputs]) -> Inputs:
         tensors = [sample[name] for sample in samples]
         if name in _LEFT_PADDED:
             longest = max(tensor.shape[1] for tensor in tensors)
-            tensors = [_pad(tensor, longest, _LEFT_PADDED[name], left=True) for tensor in tensors]
-        elif tensors[0].ndim == 5:  # [images, tiles, channels, height, width]: samples differ in tiles
-            most = max(tensor.shape[1] for tensor in tensors)
-            tensors = [_pad(tensor, most, 0, left=False) for tensor in tensors]
+            value = _LEFT_PADDED[name]
+            tensors = [pad(tensor, (longest - tensor.shape[1], 0), value=value) for tensor in tensors]
+        else:  # samples differ in tiles, or in the size of images
+            shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+            tensors = [_fill(tensor, shape) for tensor in tensors]
         batch[name] = torch.cat(tensors)
     return batch
 
@@ -152,10 +201,10 @@ def tiny_inputs(
     )
 
 
-def _pad(tensor: Tensor, length: int, value: int, left: bool) -> Tensor:
-    shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-    padding = torch.full(shape, value, dtype=tensor.dtype)
-    return torch.cat([padding, tensor] if left else [tensor, padding], dim=1)
+def _fill(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros at the end of every axis but the first."""
+    more = [part for size, has in zip(shape, tensor.shape[1:], strict=True) for part in (size - has, 0)]
+    return pad(tensor, more[::-1])
 
 
 def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generator: torch.Generator) -> Inputs:
@@ -178,7 +227,7 @@ def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generato
             "pixel_values": pixels(num_images, 1 + rows * columns, 3, side, side),
             "image_sizes": torch.tensor([[rows * side, columns * side]] * num_images),
         }
-    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         merge = vision.spatial_merge_size
         height, width = (merge * n for n in _QWEN_GRIDS[shape])
         channels = getattr(vision, "in_channels", 3)
@@ -187,4 +236,4 @@ def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generato
             "pixel_values": pixels(num_images * height * width, width_of_patch),
             "image_grid_thw": torch.tensor([[1, height, width]] * num_images),
         }
-    raise UnsupportedModelError(f"no tiny inputs for the family {family!r}; write your own `make_sample`")
+    raise UnsupportedModelError(f"no tiny inputs for the family {family!r}; use `processed_sample`")

@@ -8,7 +8,6 @@ skipping any operation moves the logits far more than rounding does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,39 +27,24 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
 from dop_search.models.families import TEXT_MODELS, auto_class
 from dop_search.models.text import MARKERS_KEY
+from dop_search.testing.families import MORE_FAMILIES
+from dop_search.testing.sizes import ANYRES_TILE_SIZE as ANYRES_TILE_SIZE
+from dop_search.testing.sizes import (
+    IMAGE_TOKEN_ID,
+    NUM_SPECIAL_TOKENS,
+    PAD_TOKEN_ID,
+    VIDEO_TOKEN_ID,
+    VISION_END_TOKEN_ID,
+    VISION_START_TOKEN_ID,
+    TinySizes,
+)
 from dop_search.utils.errors import UnsupportedModelError
-
-PAD_TOKEN_ID = 0
-IMAGE_TOKEN_ID = 1
-VIDEO_TOKEN_ID = 2
-VISION_START_TOKEN_ID = 3
-VISION_END_TOKEN_ID = 4
-NUM_SPECIAL_TOKENS = 5
-"""Token ids below this are never text: drawn by no input, suppressed in ``generate``."""
-
-ANYRES_TILE_SIZE = 28
-"""Side of a tile of the any-resolution families in pixels; 2 x 2 patches."""
-
-
-@dataclass(frozen=True)
-class TinySizes:
-    """Sizes of a tiny decoder; the defaults have two query heads per key head."""
-
-    num_hidden_layers: int = 4
-    hidden_size: int = 32
-    intermediate_size: int = 48
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    vocab_size: int = 96
-
-    def text(self, **extra: Any) -> dict[str, Any]:
-        """Keyword arguments of a Llama-like text config; no token ends a generation."""
-        return {**asdict(self), "bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD_TOKEN_ID, **extra}
 
 
 def _clip(image_size: int, patch_size: int) -> dict[str, Any]:
@@ -153,7 +137,7 @@ def _qwen2_5_vl(sizes: TinySizes) -> PretrainedConfig:
     return Qwen2_5_VLConfig(vision_config=vision, text_config=text, **_QWEN_TOKENS)
 
 
-def _qwen3_vl(sizes: TinySizes) -> PretrainedConfig:
+def _qwen3_vl(sizes: TinySizes, kind: Any = Qwen3VLConfig, **extra: Any) -> PretrainedConfig:
     """Deepstack: features of two tower layers are added to the visual tokens after decoder layers 0 and 1."""
     vision = {
         "depth": 3,
@@ -166,8 +150,14 @@ def _qwen3_vl(sizes: TinySizes) -> PretrainedConfig:
         "deepstack_visual_indexes": [0, 1],
     }
     head_dim = sizes.hidden_size // sizes.num_attention_heads
-    text = sizes.text(rope_parameters=_mrope(sizes), head_dim=head_dim)
-    return Qwen3VLConfig(vision_config=vision, text_config=text, **_QWEN_TOKENS)
+    text = sizes.text(rope_parameters=_mrope(sizes), head_dim=head_dim, **extra)
+    config: PretrainedConfig = kind(vision_config=vision, text_config=text, **_QWEN_TOKENS)
+    return config
+
+
+def _qwen3_vl_moe(sizes: TinySizes) -> PretrainedConfig:
+    """As Qwen3-VL, with two of five experts in each layer."""
+    return _qwen3_vl(sizes, Qwen3VLMoeConfig, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24)
 
 
 def _internvl(sizes: TinySizes) -> PretrainedConfig:
@@ -207,6 +197,8 @@ TINY_CONFIGS: dict[str, Callable[[TinySizes], PretrainedConfig]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    **{model_type: family.config for model_type, family in MORE_FAMILIES.items()},
     **{model_type: _text(model_type) for model_type in TEXT_MODELS},
 }
 """Config builder of each family, by ``model_type``."""
@@ -275,6 +267,8 @@ def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if id(parameter) in embeddings:
                 value = noise
+            elif ".experts." in name:  # [experts, out, in]
+                value = noise * gain / parameter.shape[-1] ** 0.5
             elif parameter.ndim >= 2:
                 value = noise * gain / parameter[0].numel() ** 0.5
             elif name.endswith("weight"):

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from dop_search.models import adapter_for
 from dop_search.models.tower import METHODS, Modality
+from dop_search.utils.errors import UnsupportedModelError
 
-PATCHES_TRIED = 24
+PATCHES_TRIED = 16
 COLOUR = 5.0
+PROJECTORS = ("multi_modal_projector", "connector", "aligner", "vision_projection")
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,35 @@ class Canvas:
     num_extra: int = 0
 
 
-def canvas_of(model: PreTrainedModel) -> Canvas:
-    """The input of the projector or merger; for InternVL what the tower's last layer returns."""
-    whole: Any = model.model
+def canvas_of(model: PreTrainedModel, modality: Modality = "image") -> Canvas:
+    """The input of the projector or merger; where that comes after patches are joined, what the tower returns.
+
+    Raises:
+        UnsupportedModelError: if the projector has another name.
+    """
+    whole: Any = adapter_for(model).multimodal
     if hasattr(whole, "visual"):
         return Canvas(whole.visual.merger)
     if model.config.model_type == "internvl":  # its projector comes after the pixel shuffle
         return Canvas(whole.vision_tower.encoder.layer[-1], of_output=True, num_extra=1)
-    return Canvas(whole.multi_modal_projector)
+    if modality == "video" and hasattr(whole, "vision_resampler"):  # pools frames in front of the projector
+        return Canvas(whole.vision_resampler)
+    if model.config.model_type == "ovis2":
+        return Canvas(whole.vision_tower.transformer.rms_norm, of_output=True)
+    for name in PROJECTORS:
+        if hasattr(whole, name):
+            return Canvas(getattr(whole, name))
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no projector by the name of {', '.join(PROJECTORS)}; say by `canvas` where its "
+        "tower's patches can be painted"
+    )
 
 
 def vision_arguments(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], modality: Modality = "image"
 ) -> dict[str, Any]:
     """What of ``inputs`` belongs to the images (or videos)."""
-    known = inspect.signature(getattr(model.model, METHODS[modality])).parameters
+    known = inspect.signature(getattr(adapter_for(model).multimodal, METHODS[modality])).parameters
     return {name: value for name, value in inputs.items() if name in known}
 
 
@@ -92,7 +108,7 @@ def check_painted_patches(
         hook = module.register_forward_hook(after) if canvas.of_output else module.register_forward_pre_hook(before)
         try:
             with torch.no_grad():
-                output = getattr(model.model, METHODS[modality])(**arguments, return_dict=True)
+                output = getattr(adapter_for(model).multimodal, METHODS[modality])(**arguments, return_dict=True)
         finally:
             hook.remove()
         return torch.cat([feature.reshape(-1, feature.shape[-1]) for feature in output.pooler_output])

@@ -5,13 +5,11 @@ Image and video processors are the family's own classes with small sizes; the to
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     GotOcr2ImageProcessor,
@@ -23,7 +21,6 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
@@ -32,78 +29,30 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from dop_search.testing.models import (
-    ANYRES_TILE_SIZE,
-    IMAGE_TOKEN_ID,
-    NUM_SPECIAL_TOKENS,
-    PAD_TOKEN_ID,
-    VIDEO_TOKEN_ID,
-    VISION_END_TOKEN_ID,
-    VISION_START_TOKEN_ID,
-)
+from dop_search.testing.families import MORE_FAMILIES
+from dop_search.testing.sizes import ANYRES_TILE_SIZE
+from dop_search.testing.tokenizer import VICUNA, chatml, square, tiny_tokenizer
 from dop_search.utils.errors import UnsupportedModelError
 
-VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
-END_TOKEN = "</s>"
-_VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+VIDEO_FAMILIES = (
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "internvl",
+    "llava_next_video",
 )
-
-
-def _chatml(image: str, video: str) -> str:
-    return (
-        "{% for m in messages %}[{{ m['role'] }}]\n{% for part in m['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + "{% elif part['type'] == 'video' %}" + video + "{% else %}"
-        "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
-    )
-
-
-def tiny_tokenizer(image: str, video: str = "<video>", start: str = "<img>", end: str = "</img>", **extra: str) -> Any:
-    """One token per character, and the special tokens of the tiny models at their ids.
-
-    Args:
-        image, video, start, end: how the family writes its placeholder tokens.
-        extra: further names under which processors look a token up, e.g. ``context_image_token="<IMG_CONTEXT>"``.
-    """
-    special = {
-        "<pad>": PAD_TOKEN_ID,
-        image: IMAGE_TOKEN_ID,
-        video: VIDEO_TOKEN_ID,
-        start: VISION_START_TOKEN_ID,
-        end: VISION_END_TOKEN_ID,
-    }
-    characters = string.ascii_letters + string.digits + "\n .,:;?!<>/-[]'()"
-    vocabulary = {**special, END_TOKEN: NUM_SPECIAL_TOKENS, "<unk>": NUM_SPECIAL_TOKENS + 1}
-    vocabulary |= {character: len(vocabulary) + index for index, character in enumerate(characters)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (*special, END_TOKEN)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token=END_TOKEN,
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={"image_token": image, "video_token": video, **extra},
-    )
-
-
-def _square(side: int) -> dict[str, int]:
-    return {"height": side, "width": side}
 
 
 def _llava() -> Any:
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=_square(28)),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=square(28)),
         tokenizer=tiny_tokenizer("<image>"),
         patch_size=7,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_VICUNA,
+        chat_template=VICUNA,
     )
 
 
@@ -115,25 +64,25 @@ def _llava_next() -> Any:
     side = ANYRES_TILE_SIZE
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": side}, crop_size=_square(side), image_grid_pinpoints=_pinpoints(side)
+            size={"shortest_edge": side}, crop_size=square(side), image_grid_pinpoints=_pinpoints(side)
         ),
         tokenizer=tiny_tokenizer("<image>"),
         patch_size=side // 2,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_VICUNA,
+        chat_template=VICUNA,
     )
 
 
 def _llava_onevision() -> Any:
     side = ANYRES_TILE_SIZE
     return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=_square(side), image_grid_pinpoints=_pinpoints(side)),
+        image_processor=LlavaOnevisionImageProcessor(size=square(side), image_grid_pinpoints=_pinpoints(side)),
         tokenizer=tiny_tokenizer("<image>"),
-        video_processor=LlavaOnevisionVideoProcessor(size=_square(side)),
+        video_processor=LlavaOnevisionVideoProcessor(size=square(side)),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
-        chat_template=_chatml("<image>", "<video>"),
+        chat_template=chatml("<image>", "<video>"),
     )
 
 
@@ -150,18 +99,18 @@ def _qwen(processor: Any, videos: Any) -> Any:
             cap_pixels_per_frame=False,
             **sizes,
         ),
-        chat_template=_chatml(in_vision("<|image_pad|>"), in_vision("<|video_pad|>")),
+        chat_template=chatml(in_vision("<|image_pad|>"), in_vision("<|video_pad|>")),
     )
 
 
 def _internvl() -> Any:
     tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     return InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(size=_square(42), crop_to_patches=True, min_patches=1, max_patches=3),
+        image_processor=GotOcr2ImageProcessor(size=square(42), crop_to_patches=True, min_patches=1, max_patches=3),
         tokenizer=tiny_tokenizer("<IMG_CONTEXT>", **tokens),
-        video_processor=InternVLVideoProcessor(size=_square(42)),
+        video_processor=InternVLVideoProcessor(size=square(42)),
         image_seq_length=9,
-        chat_template=_chatml("<IMG_CONTEXT>\n", "<video>\n"),
+        chat_template=chatml("<IMG_CONTEXT>\n", "<video>\n"),
     )
 
 
@@ -172,7 +121,9 @@ TINY_PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": lambda: _qwen(Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": lambda: _qwen(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
     "qwen3_vl": lambda: _qwen(Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": lambda: _qwen(Qwen3VLProcessor, Qwen3VLVideoProcessor),
     "internvl": _internvl,
+    **{model_type: family.processor for model_type, family in MORE_FAMILIES.items()},
 }
 """Processor builder of each family, by ``model_type``."""
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dop_search.models import adapter_for
 from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import MODULES, Module
@@ -46,15 +47,13 @@ def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     model that reads text alone those of its markers.
 
     Raises:
-        UnsupportedModelError: if the config names no image token.
+        UnsupportedModelError: if the config names no image token, and there is no adapter to ask.
     """
     if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
         return tuple(token for marker in markers for token in marker)
     names = ("image_token_id", "video_token_id")
     ids = tuple(token for name in names if (token := getattr(model.config, name, None)) is not None)
-    if not ids:
-        raise UnsupportedModelError(f"the config of {type(model).__name__} has no `image_token_id`")
-    return ids
+    return ids or adapter_for(model).visual_token_ids
 
 
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -79,9 +78,9 @@ def _between(row: list[int], opening: list[int], closing: list[int]) -> list[boo
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder, which is all of ``model.model`` where there is no vision tower."""
-    inner = model.get_submodule("model")
-    return getattr(inner, "language_model", inner)
+    """The decoder as transformers itself finds it, not the adapter."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder
 
 
 def text_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -204,7 +203,7 @@ def append_tokens(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor
     """The same prompt with text ``tokens`` ``[batch, new]`` after it."""
     result = dict(inputs)
     result["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
         if name in inputs:
             new = torch.full(tokens.shape, value, dtype=inputs[name].dtype, device=tokens.device)
             result[name] = torch.cat([inputs[name], new], dim=1)

@@ -63,7 +63,7 @@ def random_rankings(num_visual_tokens: list[int], seed: int) -> list[np.ndarray]
     return [generator.permutation(count) for count in num_visual_tokens]
 
 
-def _corners(num_layers: int) -> dict[str, Strategy]:
+def _corners(num_layers: int, num_visual: int = 16) -> dict[str, Strategy]:
     def depthwise(q: int, kv: int, mlp: int, num_visual_tokens: int | None = None) -> Strategy:
         return Strategy.depthwise(num_layers, q, kv, mlp, num_visual_tokens, selector="explicit")
 
@@ -74,15 +74,17 @@ def _corners(num_layers: int) -> dict[str, Strategy]:
     return {
         "no_visual_token": depthwise(last, last, last, 0),
         "one_visual_token": depthwise(last, last, last, 1),
-        "half_of_the_tokens": depthwise(last, last, last, 8),
+        "half_of_the_tokens": depthwise(last, last, last, num_visual // 2),
         "no_operation": depthwise(0, 0, 0),
         "keys_only": depthwise(0, last, 0),
         "no_keys": depthwise(last, 0, last),
         "no_queries": depthwise(0, last, last),
         "no_mlp": depthwise(last, last, 0),
         "half_depth": depthwise(last // 2, last // 2, last // 2),
-        "first_layer_only": depthwise(1, 1, 1, 5),
-        "layer_sets": Strategy.from_array(sets, shares=[0.25, 0.75], num_visual_tokens=11, selector="explicit"),
+        "first_layer_only": depthwise(1, 1, 1, max(1, num_visual * 5 // 16)),
+        "layer_sets": Strategy.from_array(
+            sets, shares=[0.25, 0.75], num_visual_tokens=num_visual * 11 // 16, selector="explicit"
+        ),
     }
 
 
@@ -90,6 +92,6 @@ CORNERS: tuple[str, ...] = tuple(_corners(2))
 """Names of the strategies at the corners of the space; none of them is empty."""
 
 
-def corner_strategy(name: str, num_layers: int, selector: str = "explicit") -> Strategy:
-    """The corner ``name`` for a model of ``num_layers >= 2`` layers."""
-    return replace(_corners(num_layers)[name], selector=selector)
+def corner_strategy(name: str, num_layers: int, selector: str = "explicit", num_visual: int = 16) -> Strategy:
+    """The corner ``name`` for a model of ``num_layers >= 2`` layers and prompts of ``num_visual`` visual tokens."""
+    return replace(_corners(num_layers, num_visual)[name], selector=selector)

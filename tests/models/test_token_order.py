@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from dop_search.models import FAMILIES, adapter_for
+from dop_search.models import adapter_for
 from dop_search.models.internvl import InternVLAdapter
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
@@ -45,23 +43,13 @@ def image_arguments(family):
     return {name: batch[name] for name in names if name in batch}
 
 
-def video_arguments(family):
-    processor = tiny_processor(family)
-    batch = processor.video_processor([drawn_video(4, 24, 40)], return_tensors="pt", return_metadata=False)
-    return {name: batch[name] for name in ("pixel_values_videos", "video_grid_thw") if name in batch}
-
-
-CASES = [(family, False) for family in FAMILIES] + [(f, True) for f in ("llava_onevision", "qwen2_5_vl", "qwen3_vl")]
-
-
-@pytest.mark.parametrize(("family", "video"), CASES)
-def test_a_painted_patch_is_found_where_its_feature_went(family, video):
-    """On finer grids than the conformance suite has, with images that are padded and with videos."""
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_a_painted_patch_is_found_where_its_feature_went(family):
+    """On finer grids than the conformance suite has, with images that are padded."""
     model = finer_model(family)
-    arguments = video_arguments(family) if video else image_arguments(family)
-    num_tokens = check_painted_patches(model, canvas_of(model), arguments, "video" if video else "image")
-    newlines = len(features_of(model, arguments, video)) - num_tokens
-    assert (newlines > 0) == (family in ("llava_next", "llava_onevision"))
+    arguments = image_arguments(family)
+    num_tokens = check_painted_patches(model, canvas_of(model), arguments)
+    assert len(features_of(model, arguments)) > num_tokens  # newlines
 
 
 def test_patches_at_other_tokens_are_noticed(monkeypatch):
@@ -85,40 +73,6 @@ def test_newline_tokens_get_the_mean_of_their_row():
     for end in newline.nonzero()[:2, 0].tolist():
         assert tokens[end] == pytest.approx(tokens[start:end].mean().item())
         start = end + 1
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_received_attention_is_what_the_eager_tower_computes(family, monkeypatch):
-    """Against the full attention maps that transformers' own eager function returns."""
-    model = tiny_model(family, attn_implementation="eager")
-    adapter = adapter_for(model)
-    attention = adapter.received_attention_module()
-    module = sys.modules[type(attention).__module__]
-    original, maps = module.eager_attention_forward, []
-
-    def recording(called, *args, **kwargs):
-        output = original(called, *args, **kwargs)
-        if called is attention:
-            maps.append(output[1])
-        return output
-
-    monkeypatch.setattr(module, "eager_attention_forward", recording)
-    received = []
-    handle = adapter.capture_received_attention(received.append)
-    processor = tiny_processor(family)
-    images = [[drawn_image(56, 40)], [drawn_image(30, 70, 1)]]
-    batch = processor(images=images, text=[chat_prompt(processor, "What?")] * 2, padding=True, return_tensors="pt")
-    try:
-        with torch.no_grad():
-            model(**batch)
-        first = int(family in ("llava", "llava_next", "internvl"))  # the CLS token neither asks nor is ranked
-        means = [part.mean(dim=1)[:, first:, first:].mean(dim=1) for part in maps]
-        expected = adapter.to_token_order(torch.cat(means, dim=1)[..., None])[:, 0]
-    finally:
-        handle.remove()
-    assert len(received) == 1
-    torch.testing.assert_close(received[0], expected, atol=1e-6, rtol=1e-5)
-    assert received[0].std() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["llava_next", "internvl"])

@@ -16,12 +16,13 @@ from transformers import (
 )
 
 from dop_search.models import FAMILIES
-from dop_search.testing.conformance import PruningConformance
+from dop_search.testing.conformance import AdapterConformance, PruningConformance
 from dop_search.testing.models import IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, randomize_, tiny_model
+from dop_search.testing.processors import VIDEO_FAMILIES, tiny_processor
 
 
 class Family(PruningConformance):
-    """What is common to the tests of all families."""
+    """What is common to the tests of families whose decoders differ: every test."""
 
     __test__ = False
     model_type: ClassVar[str]
@@ -30,58 +31,33 @@ class Family(PruningConformance):
     def make_model(self, attn_implementation: str) -> PreTrainedModel:
         return tiny_model(self.model_type, attn_implementation=attn_implementation)
 
+    def make_processor(self) -> Any:
+        return tiny_processor(self.model_type)
+
 
 class TestLlava(Family):
     """Grouped-query attention, four layers; the others share its runtime and get fewer examples."""
 
     __test__ = True
     model_type = "llava"
-    max_examples = 15
-
-
-@pytest.mark.slow
-class TestLlavaNext(Family):
-    """Any-resolution tiles and newline tokens."""
-
-    __test__ = True
-    model_type = "llava_next"
-
-
-@pytest.mark.slow
-class TestLlavaOnevision(Family):
-    """SigLIP tower, Qwen2 decoder."""
-
-    __test__ = True
-    model_type = "llava_onevision"
-
-
-@pytest.mark.slow
-class TestQwen2VL(Family):
-    """Multimodal RoPE, dynamic resolution."""
-
-    __test__ = True
-    model_type = "qwen2_vl"
-
-
-class TestQwen2_5VL(Family):
-    """Windowed attention in the tower."""
-
-    __test__ = True
-    model_type = "qwen2_5_vl"
+    max_examples = 10
 
 
 class TestQwen3VL(Family):
-    """Deepstack: features that enter after decoder layers 0 and 1."""
+    """Multimodal RoPE, dynamic resolution, deepstack: features that enter after decoder layers 0 and 1."""
 
     __test__ = True
     model_type = "qwen3_vl"
+    takes_videos = True
 
 
-class TestInternVL(Family):
-    """Tiles of an image without a separator."""
+class TestQwen3VLMoe(Family):
+    """Experts."""
 
     __test__ = True
-    model_type = "internvl"
+    model_type = "qwen3_vl_moe"
+    max_examples = 2
+    takes_videos = True
 
 
 class TestContexts(Family):
@@ -91,23 +67,22 @@ class TestContexts(Family):
     model_type = "llama"
     test_painted_patches_are_found_at_their_tokens = None  # type: ignore[assignment]  # nothing is painted
 
-
-FAMILY_TESTS: dict[str, type[Family]] = {
-    test.model_type: test
-    for test in (
-        TestLlava,
-        TestLlavaNext,
-        TestLlavaOnevision,
-        TestQwen2VL,
-        TestQwen2_5VL,
-        TestQwen3VL,
-        TestInternVL,
-    )
-}
+    def make_processor(self) -> Any:
+        return None
 
 
-def test_every_family_is_tested() -> None:
-    assert set(FAMILY_TESTS) == set(FAMILIES)
+class Sharing(AdapterConformance):
+    """Families whose decoder layers are those of the families above: what is their own."""
+
+    __test__ = False
+    model_type: ClassVar[str]
+    make_model, make_processor = Family.make_model, Family.make_processor
+
+
+for _name in [name for name in FAMILIES if name not in ("llava", "qwen3_vl", "qwen3_vl_moe")]:
+    _fields = {"__test__": True, "model_type": _name, "takes_videos": _name in VIDEO_FAMILIES}
+    _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
+    globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)
 
 
 class WithBidirectionalPrefix(PruningConformance):

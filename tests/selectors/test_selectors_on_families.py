@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dop_search as dop
-from dop_search.models import FAMILIES, adapter_for
+from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
@@ -19,7 +19,9 @@ from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import drawn_image, tiny_processor
 from dop_search.utils.errors import UnsupportedModelError
 
-HAS_CLS = ("llava", "llava_next", "internvl")
+TOWERS = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "vipllava")
+"""Families whose towers or projectors differ in what selectors see of them."""
+HAS_CLS = ("llava", "llava_next", "vipllava", "internvl")
 EVERYWHERE = {"cdpruner_llm", "divprune", "divprune_lazy", "random", "received_attention", "uniform_grid"}
 MERGING_BEHIND_THE_PROJECTOR = {"avg_pool", "trim_llm"}
 
@@ -35,23 +37,23 @@ def model_of(family):
 
 def working(family):
     """What the families offer, from how they are built; CLIP's text encoder is in none of them."""
-    names = EVERYWHERE | (set() if family == "qwen3_vl" else MERGING_BEHIND_THE_PROJECTOR)
+    names = EVERYWHERE | (set() if family in ("qwen3_vl", "qwen3_vl_moe") else MERGING_BEHIND_THE_PROJECTOR)
     if family in HAS_CLS:
         names |= {"cls_attention", "holov"}
     if family in ("llava", "llava_next"):
         names |= {"hired", "prumerge_plus", "prunesid", "scope", "vispruner", "visionzip", "vscan"}
-    if family != "internvl":
+    if family not in ("internvl", "vipllava"):
         names |= {"hiprune"}
     if family == "llava":
         names |= {"flowcut", "resize", "tome"}
     return names
 
 
-WORKING = [(family, name) for family in FAMILIES for name in sorted(working(family))]
-REFUSED = [(family, name) for family in FAMILIES for name in sorted(set(SELECTORS) - working(family))]
+WORKING = [(family, name) for family in TOWERS for name in sorted(working(family))]
+REFUSED = [(family, name) for family in TOWERS for name in sorted(set(SELECTORS) - working(family))]
 BY_RECEIVED = [
     (family, name)
-    for family in FAMILIES
+    for family in TOWERS
     for name in ("holov", "scope", "vispruner")
     if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
 ]
@@ -100,7 +102,7 @@ def test_prunesid_runs_by_loadings_without_a_cls_token(family):
     check_runs(family, "prunesid", {"score": "loading"})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TOWERS)
 def test_methods_that_rank_inside_the_decoder_run_everywhere(family):
     """Whatever the tower and the positions are; a batch of two is two batches of one."""
     model, batch = model_of(family), prompts(family, (0, 2))

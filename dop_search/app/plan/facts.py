@@ -146,8 +146,8 @@ def _parts(meta: Any, adapter: ModelAdapter) -> dict[str, nn.Module]:
     """The decoder's layers, what else belongs to the text, and the tower with the projector."""
     language = adapter.text_model
     others = nn.ModuleList([module for name, module in language.named_children() if name != "layers"])
-    around = meta.model.named_children() if adapter.has_tower else ()
-    tower = nn.ModuleList([module for name, module in around if name != "language_model"])
+    around = meta.model.children() if adapter.has_tower else ()
+    tower = nn.ModuleList([module for module in around if module is not language])
     return {"layers": language.layers, "text": nn.ModuleList([others, meta.lm_head]), "tower": tower}
 
 

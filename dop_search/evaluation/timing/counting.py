@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.integrations import moe as moe  # registers the operator that stands in for torch's on old devices
 
+from dop_search.models import adapter_for
 from dop_search.models.fast_linear import available as fast_linear_available
 
 Flops = int
@@ -17,8 +19,8 @@ Flops = int
 def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Flops:
     """Count the FLOPs (1 MAC = 2 FLOPs) of all decoder layers in one prefill, by dispatched operators.
 
-    Everything that runs inside ``model.model.language_model`` counts except its rotary embedding: vision tower,
-    projector and ``lm_head`` run outside of it. Causality is not discounted. The counter knows no price for SDPA on
+    Everything that runs inside the decoder module counts except its rotary embedding: vision tower, projector and
+    ``lm_head`` run outside of it. Causality is not discounted. The counter knows no price for SDPA on
     the CPU (it would say 0), so the model must use ``eager`` attention.
 
     Raises:
@@ -27,11 +29,14 @@ def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Fl
     backend = model.config.get_text_config()._attn_implementation
     if backend != "eager":
         raise ValueError(f"`attn_implementation` must be 'eager' to count FLOPs, but got {backend!r}")
-    prices = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if fast_linear_available() else {}
+    prices = {torch.ops.aten._grouped_mm: _expert_flops, torch.ops.transformers.grouped_mm_fallback: _expert_flops}
+    if fast_linear_available():
+        prices[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     with FlopCounterMode(display=False, custom_mapping=prices) as counter, torch.no_grad():
         model(**inputs)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    where = "model.language_model" if hasattr(model.get_submodule("model"), "language_model") else "model"
+    text_model = adapter_for(model).text_model
+    where = next(name for name, module in model.named_modules() if module is text_model)
     decoder = f"{type(model).__name__}.{where}"
     if not by_module.get(decoder):
         raise ValueError(f"nothing was counted under {decoder!r}; counted modules: {sorted(by_module)}")
@@ -41,6 +46,11 @@ def count_decoder_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Fl
 def _linear_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: Any) -> Flops:
     """A linear layer that runs through oneDNN, see ``fast_linear``; arguments are shapes."""
     return 2 * rows.numel() * weight[0]
+
+
+def _expert_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: Any) -> Flops:
+    """Rows in groups, each through the weight ``[experts, in, out]`` of its expert; arguments are shapes."""
+    return 2 * rows.numel() * weight[-1]
 
 
 def cache_bytes(cache: Any) -> int:

@@ -7,6 +7,7 @@ MLP width ``m``, ``H`` query heads and ``H_kv`` key/value heads of width ``d_h``
     k_proj, v_proj     2 * 2 * n_kv * d * (H_kv * d_h)
     scores, values     2 * 2 * n_q * n_kv * (H * d_h)
     mlp                2 * 3 * n_mlp * d * m            (2 * 2 where the MLP is not gated)
+    with E experts     2 * n_mlp * d * (3 * k * m + E)  (k of width m per token, and the router)
 
 Attention is not discounted for causality, as in the literature. Left out: norms, activations, RoPE, softmax,
 embeddings, ``lm_head``, and the vision tower with its projector, which is reported beside this, never in it.
@@ -67,7 +68,7 @@ def flops_coefficients(dims: ModelDims) -> CostCoefficients:
         q=4 * dims.hidden_size * dims.query_width,
         kv=4 * dims.hidden_size * dims.kv_width,
         score=4 * dims.query_width,
-        mlp=2 * (3 if dims.gated_mlp else 2) * dims.hidden_size * dims.intermediate_size,
+        mlp=2 * dims.hidden_size * ((3 if dims.gated_mlp else 2) * dims.mlp_width + dims.num_experts),
     )
 
 

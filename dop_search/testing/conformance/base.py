@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import Inputs, collate, tiny_sample
+from dop_search.testing.inputs import Inputs, collate, processed_sample, tiny_sample
 from dop_search.testing.reference import text_positions, visual_positions
-from dop_search.testing.strategies import random_rankings
+from dop_search.testing.strategies import corner_strategy, random_rankings
 
 BACKENDS = ("sdpa", "eager")
 TEXT_LENGTHS = ((3, 4), (5, 7))
@@ -65,7 +67,7 @@ def for_all(**drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], 
 
 
 class ConformanceBase:
-    """Override :meth:`make_model`, and :meth:`make_sample` for a family without tiny inputs."""
+    """Override :meth:`make_model`, and :meth:`make_processor` or :meth:`make_sample`."""
 
     max_examples: ClassVar[int] = 15
     """Random strategies per property."""
@@ -86,8 +88,23 @@ class ConformanceBase:
         image_shape: int = 0,
         num_images: int = 1,
     ) -> Inputs:
-        """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be none."""
+        """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be none.
+
+        By default the family's processor makes it, or where there is none its tiny inputs.
+        """
+        if (processor := self.processor()) is not None:
+            return processed_sample(model, processor, num_text_before, num_text_after, seed, num_images, image_shape)
         return tiny_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
+
+    def make_processor(self) -> Any:
+        """The family's processor for the small model, with a chat template; ``None``: nothing is tested with one."""
+        return None
+
+    @classmethod
+    @functools.cache
+    def processor(cls) -> Any:
+        """:meth:`make_processor`, once per class."""
+        return cls().make_processor()
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -116,6 +133,11 @@ class ConformanceBase:
     def rankings(self, model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> list[np.ndarray]:
         """A random permutation of the visual tokens of each sample."""
         return random_rankings(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist(), seed)
+
+    def corner(self, name: str, model: PreTrainedModel, *prompts: Inputs, selector: str = "explicit") -> Strategy:
+        """One of the corners of the space, with numbers of tokens that fit the smallest of the prompts."""
+        counts = torch.cat([visual_positions(model, prompt["input_ids"]).sum(dim=1) for prompt in prompts])
+        return corner_strategy(name, self.num_layers(model), selector, max(2, int(counts.min())))
 
     @staticmethod
     def num_layers(model: PreTrainedModel) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
+from dop_search.models import adapter_for
 from dop_search.testing.conformance.base import (
     PROMPTS,
     ConformanceBase,
@@ -20,9 +21,9 @@ from dop_search.testing.conformance.base import (
     max_difference,
 )
 from dop_search.testing.inputs import Inputs, collate
-from dop_search.testing.models import NUM_SPECIAL_TOKENS
+from dop_search.testing.inputs import random_text as text_tokens
 from dop_search.testing.reference import append_tokens, masked_forward, masked_generate, visual_token_ids
-from dop_search.testing.strategies import corner_strategy, dop_strategies
+from dop_search.testing.strategies import dop_strategies
 from dop_search.utils.errors import DopError
 
 NUM_NEW_TOKENS = 7
@@ -84,7 +85,7 @@ class DecodingConformance(ConformanceBase):
         """Hundreds of steps on the shorter caches, a padded batch: positions and masks do not drift."""
         model = models("sdpa")
         inputs = collate(self.samples(model))
-        strategy = corner_strategy("layer_sets", self.num_layers(model))
+        strategy = self.corner("layer_sets", model, inputs)
         rankings = self.rankings(model, inputs)
         arguments = {**generate_arguments(model), "max_new_tokens": NUM_LONG_TOKENS, "min_new_tokens": NUM_LONG_TOKENS}
         with dop.pruned(model, strategy, rankings=rankings):
@@ -220,15 +221,13 @@ def before_each_new(logits: Tensor) -> Tensor:
 
 def random_text(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Random text tokens ``[batch, length]``."""
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (batch, length), generator=generator)
+    return text_tokens(model, batch * length, length).view(batch, length)
 
 
 def continuation_arguments(model: PreTrainedModel, inputs: Inputs, num_new: int) -> Inputs:
     """Mask and positions of the last ``num_new`` tokens, continuing those that the prefill chose by default."""
     attention_mask = inputs["attention_mask"]
-    deltas = getattr(model.model, "rope_deltas", None)
+    deltas = getattr(adapter_for(model).multimodal, "rope_deltas", None)
     if deltas is not None:  # M-RoPE: text positions, shifted per sample
         positions = (attention_mask.cumsum(dim=-1) - 1)[:, -num_new:]
         return {"attention_mask": attention_mask, "position_ids": (positions[None] + deltas).expand(3, -1, -1)}

@@ -76,7 +76,7 @@ class PrefillConformance(ConformanceBase):
         """
         model = models(backend)
         inputs = collate(self.samples(model))
-        strategy = corner_strategy(corner, self.num_layers(model))
+        strategy = self.corner(corner, model, inputs)
         expected = self.check_prefill(model, inputs, strategy)
         with torch.no_grad():
             full = model(**inputs).logits
@@ -157,7 +157,7 @@ class PrefillConformance(ConformanceBase):
         model = self.make_model("sdpa").to("cuda", torch.bfloat16)  # type: ignore[arg-type]
         inputs = {name: _on_gpu(value) for name, value in collate(self.samples(model)).items()}
         rankings = self.rankings(model, inputs)
-        strategies = [corner_strategy(corner, self.num_layers(model)) for corner in CORNERS]
+        strategies = [self.corner(corner, model, inputs) for corner in CORNERS]
         expected = [masked_forward(model, inputs, strategy, rankings) for strategy in strategies]
         model.set_attn_implementation("flash_attention_2")
         for strategy, reference in zip(strategies, expected, strict=True):

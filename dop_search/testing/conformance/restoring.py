@@ -10,7 +10,6 @@ from dop_search.strategy import Strategy
 from dop_search.testing.conformance.base import ConformanceBase, Models, backends, generate
 from dop_search.testing.inputs import collate
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.strategies import corner_strategy
 from dop_search.utils.errors import DopError
 
 
@@ -23,7 +22,7 @@ class RestoringConformance(ConformanceBase):
         """No attribute, hook or flag is left over, and the logits are the old ones to the last bit."""
         model = models(backend)
         inputs = collate(self.samples(model))
-        strategy = corner_strategy("layer_sets", self.num_layers(model))
+        strategy = self.corner("layer_sets", model, inputs)
         rankings = self.rankings(model, inputs)
         with torch.no_grad():
             expected = model(**inputs).logits
@@ -45,7 +44,7 @@ class RestoringConformance(ConformanceBase):
         before = model_state(model)
         with torch.no_grad():
             expected = model(**inputs).logits
-            strategy = corner_strategy("half_depth", self.num_layers(model))
+            strategy = self.corner("half_depth", model, inputs)
             handle = dop.prune_(model, strategy, rankings=self.rankings(model, inputs))
             assert not torch.equal(model(**inputs).logits, expected)
             handle.restore()
@@ -57,7 +56,7 @@ class RestoringConformance(ConformanceBase):
         """A model is pruned by one strategy at a time; the outer context survives the error."""
         model = models("sdpa")
         inputs = self.samples(model)[0]
-        strategy = corner_strategy("half_depth", self.num_layers(model))
+        strategy = self.corner("half_depth", model, inputs)
         rankings = self.rankings(model, inputs)
         with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
             expected = model(**inputs).logits
@@ -81,7 +80,7 @@ class RestoringConformance(ConformanceBase):
         inputs = self.samples(model)[0]
         (ranking,) = self.rankings(model, inputs)
         before = model_state(model)
-        strategy = corner_strategy("half_of_the_tokens", self.num_layers(model))
+        strategy = self.corner("half_of_the_tokens", model, inputs)
         for wrong in (ranking[:-1], ranking.clip(1), ranking + 1):
             with pytest.raises(DopError), torch.no_grad(), dop.pruned(model, strategy, rankings=[wrong]):
                 model(**inputs)

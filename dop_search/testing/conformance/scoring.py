@@ -17,7 +17,7 @@ from dop_search.testing.conformance.base import PROMPTS, ConformanceBase, Models
 from dop_search.testing.conformance.decoding import random_text
 from dop_search.testing.inputs import Inputs
 from dop_search.testing.reference import masked_forward
-from dop_search.testing.strategies import CORNERS, corner_strategy
+from dop_search.testing.strategies import CORNERS
 
 NUM_ANSWER_TOKENS = 4
 SELECTOR = "random"
@@ -41,7 +41,7 @@ class ScoringConformance(ConformanceBase):
             with torch.no_grad():
                 log_probs = log_probs_of(model(**with_answer(sample, answer[:, :-1])).logits, sample)
             known.append(TeacherSample(str(number), encoded, tuple(answer[0].tolist()), log_probs))
-        strategies = [corner_strategy(name, self.num_layers(model), selector=SELECTOR) for name in CORNERS]
+        strategies = [self.corner(name, model, *samples, selector=SELECTOR) for name in CORNERS]
         rows = list(zip(samples, answers, known, strict=True))
         expected = np.array([[self.divergence(model, *row, chosen) for row in rows] for chosen in strategies])
         assert expected.min() >= 0.0
