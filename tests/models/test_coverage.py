@@ -1,0 +1,34 @@
+"""The table of what can be pruned is what the installed transformers says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dop_search.models
+from dop_search.models.coverage import coverage, table
+
+README = Path(dop_search.models.__file__).parent / "README.md"
+
+
+@pytest.mark.slow
+def test_the_readme_holds_the_table() -> None:
+    assert table() in README.read_text(encoding="utf-8"), "write it anew: python -m dop_search.models.coverage"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "status", "reason"),
+    [
+        ("smolvlm", "covered", ""),
+        ("janus", "refused", "nothing but an adapter"),
+        ("paligemma", "refused", "not causal"),
+        ("gemma3", "refused", r"sliding_attention.*other norms.*not causal"),
+        ("mllama", "not applicable", "cross attention"),
+    ],
+)
+def test_reasons(model_type: str, status: str, reason: str) -> None:
+    row = coverage(model_type)
+    assert row.status == status
+    assert re.search(reason, row.reason)
