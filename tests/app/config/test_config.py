@@ -76,6 +76,14 @@ def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> Non
     assert len(" ".join(line for line in lines[3:] if line.startswith("# "))) > 60  # what it should show
 
 
+def test_models_without_a_cls_token_bring_a_selector_that_works_there() -> None:
+    with_cls = ("llava_1_5", "llava_next", "internvl", "vipllava", "pocket")
+    for path in (config_dir() / "model").glob("*.yaml"):
+        asked = "cls_attention" if path.stem.startswith(with_cls) else "received_attention"
+        assert composed(f"model={path.stem}").selector.name == asked, path.stem
+        assert composed(f"model={path.stem}", "selector=divprune").selector.name == "divprune"
+
+
 def test_the_six_models_of_the_paper_are_there() -> None:
     hub_ids = {
         composed(choice).model.name_or_path
