@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from support.small_studies import PUBLISHED, STUDY_EXPERIMENTS, StudyRunner, study_config
 
-from dop_search.app import study_run
+from dop_search.app import begin
 from dop_search.app.config import SearchConfig, parse_config
 from dop_search.app.results import ResultFile, plain, read_result
 from dop_search.app.study import check_study, find_study, open_study, study_names
@@ -31,7 +31,7 @@ def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(study_run, "load", forbidden)
+    monkeypatch.setattr(begin, "load", forbidden)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def decoder_arguments(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
 
-    handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     full_logits(model, inputs)
     handle.remove()
     return seen
@@ -178,7 +178,7 @@ def test_dropped_tokens_might_as_well_be_removed(family: str, num_kept: int) -> 
         extra["visual_pos_masks"] = arguments["visual_pos_masks"][:, keep]
         extra["deepstack_visual_embeds"] = [x[kept_visual] for x in arguments["deepstack_visual_embeds"]]
     with torch.no_grad():
-        hidden = model.model.language_model(
+        hidden = model.get_decoder()(
             inputs_embeds=arguments["inputs_embeds"][:, keep],
             position_ids=positions[..., keep],
             use_cache=False,
@@ -188,7 +188,8 @@ def test_dropped_tokens_might_as_well_be_removed(family: str, num_kept: int) -> 
     text_of_kept = ~visual[keep]
     difference = (logits[:, ~visual] - expected[:, text_of_kept]).abs().max() / expected.abs().max()
     assert difference < TOLERANCE
-    assert distance(model, inputs, logits, full_logits(model, inputs)) > 500 * TOLERANCE
+    if num_kept < len(ranking):
+        assert distance(model, inputs, logits, full_logits(model, inputs)) > 500 * TOLERANCE
 
 
 # -- facts of the definition ----------------------------------------------------------------------------------------
