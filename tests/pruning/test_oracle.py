@@ -69,6 +69,8 @@ def decoder_arguments(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     handle = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     full_logits(model, inputs)
     handle.remove()
+    if seen.get("inputs_embeds") is None:  # a model of text alone
+        seen["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
     return seen
 
 
