@@ -35,6 +35,8 @@ from experiments.compare.overhead import prefill_times
 from experiments.main_table.tables import cells, markdown, tables
 
 FULL = "full"
+SHOWN = frozenset({"model", "method", "budget", "FLOPs %", "mean %", "95 % CI", "p", "prefill"})
+"""Columns of the table in a terminal."""
 TIMED_SAMPLES = 4
 """Prompts of the batch whose prefill is timed."""
 
@@ -135,13 +137,14 @@ class MainTable(Study):
 
     @staticmethod
     def table(result: Result) -> Table:
-        """A line per model, method and budget."""
+        """A line per model, method and budget, as far as a terminal is wide; ``table.md`` has every benchmark."""
         head, lines = cells(result)
+        shown = [index for index, name in enumerate(head) if name in SHOWN]
         made = Table(title=markdown.__doc__, title_justify="left")
-        for name in head:
-            made.add_column(name, justify="right")
+        for index in shown:
+            made.add_column(head[index], justify="right")
         for line in lines:
-            made.add_row(*line)
+            made.add_row(*(line[index] for index in shown))
         return made
 
     # -- one model, one method ----------------------------------------------------------------------
