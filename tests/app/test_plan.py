@@ -66,6 +66,7 @@ def test_published_sizes_add_up_to_the_published_number_of_parameters(name: str)
         assert round(total / 1e9, 2) == {"7b": 7.06, "13b": 13.35}[name.rsplit("_", 1)[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_100_samples_fit_24_and_80_gib(name: str) -> None:
     """On 24 GiB a 13B model needs its weights in fewer bits, the others do not."""
@@ -80,6 +81,7 @@ def test_100_samples_fit_24_and_80_gib(name: str) -> None:
         assert all(stage.flops > 0 and stage.num_layer_forwards > 0 for stage in plan.stages[1:])
 
 
+@pytest.mark.slow
 def test_more_memory_never_computes_more() -> None:
     plans = [planned("llava_next_7b", memory) for memory in (20, 24, 48, 80, 140)]
     work = [sum(stage.num_layer_forwards for stage in plan.stages) for plan in plans]
@@ -88,6 +90,7 @@ def test_more_memory_never_computes_more() -> None:
     assert all(plan.peak_bytes > 0.6 * plan.limit_bytes for plan in plans[:3]), "and what is there is used"
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("model=llava_next_13b", "memory=24", "data=gqa")
     with pytest.raises(MemoryLimitError, match="does not fit") as caught:
@@ -126,6 +129,7 @@ def test_an_unknown_checkpoint_is_named() -> None:
         make_plan(configured("model.name_or_path=me/mine"))
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_is_measured() -> None:
     """The bundled model on a CPU: curves and generation within 15 per cent of what torch's allocator reports."""
     from dop_search.models.loading import load

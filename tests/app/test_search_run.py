@@ -41,6 +41,7 @@ def finished(tmp_path_factory):
     return path, record
 
 
+@pytest.mark.slow
 def test_leaves_record_strategies_curves_and_pictures(finished):
     path, record = finished
     names = {str(file.relative_to(path / "out")) for file in (path / "out").rglob("*") if file.is_file()}
@@ -211,6 +212,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     assert result.kl_search == pytest.approx(min(measured))
 
 
+@pytest.mark.slow
 def test_kv_budget_and_groups(finished, tmp_path):
     path, _ = finished
     space = {"name": "dop_groups", "shares": [0.25, 0.75], "num_depth_levels": 2, "num_token_levels": 3}

@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [curve_strategies, random_strategies], ids=["curves", "random"])
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_is_what_is_counted_and_measured(case, make):
@@ -96,6 +97,7 @@ def limit(adapter, teacher, activations: float) -> float:
     return (weight_bytes(adapter.model) + teacher.nbytes + activations) / GIB
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
     loaded, teacher = precise
     strategies = random_strategies(12, 144, 24)
@@ -118,6 +120,7 @@ def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
     assert len(cuts) >= 3, "the limits must lead to different chunks"
 
 
+@pytest.mark.slow
 def test_kept_on_the_host_or_nowhere_changes_no_bit(precise):
     loaded, teacher = precise
     strategies = random_strategies(12, 144, 5)
@@ -145,6 +148,7 @@ def test_refuses_what_is_no_limit(precise, memory):
         DivergenceEngine(*(precise[0].adapter, precise[1]), memory=memory)
 
 
+@pytest.mark.slow
 def test_halves_what_does_not_fit_and_remembers(precise, monkeypatch):
     """Whatever forecasts say, a device may be fuller than it seemed."""
     loaded, teacher = precise

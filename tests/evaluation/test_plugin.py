@@ -238,6 +238,7 @@ def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, tmp_path
     assert said == {sample.doc_id: sample.prediction for sample in ours["mme"].samples}
 
 
+@pytest.mark.slow
 def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, tmp_path):
     """As ``torchrun`` and ``accelerate launch`` start them; the results lie in a folder of the strategy's name."""
     work_dir, suite = few_rows

@@ -43,6 +43,7 @@ class TestLlava(Family):
     max_examples = 10
 
 
+@pytest.mark.slow
 class TestQwen3VL(Family):
     """Multimodal RoPE, dynamic resolution, deepstack: features that enter after decoder layers 0 and 1."""
 
@@ -51,6 +52,7 @@ class TestQwen3VL(Family):
     takes_videos = True
 
 
+@pytest.mark.slow
 class TestQwen3VLMoe(Family):
     """Experts."""
 

@@ -76,6 +76,7 @@ def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> Non
     assert len(" ".join(line for line in lines[3:] if line.startswith("# "))) > 60  # what it should show
 
 
+@pytest.mark.slow
 def test_models_without_a_cls_token_bring_a_selector_that_works_there() -> None:
     with_cls = ("llava_1_5", "llava_next", "internvl", "vipllava", "pocket")
     for path in (config_dir() / "model").glob("*.yaml"):

@@ -301,6 +301,7 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     assert log_study(config, {**result, "summary": {"best": "b"}}, tmp_path) is not None
 
 
+@pytest.mark.slow
 def test_processes_that_end_together_on_a_new_store_all_log(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
