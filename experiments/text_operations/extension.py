@@ -134,14 +134,14 @@ class ExtensionStudy(Study):
         keys = self.keys(bench)
         curves, searches = ([key for key in keys if key["part"] == part] for part in (CURVE, SEARCH))
         with bench.watch() as notify:
-            rows = results.measure(curves, partial(self.row, bench), notify, "operations varied alone", "parameter")
+            rows = results.measure(curves, partial(self.row, bench), notify, "operations varied alone", ("parameter",))
         full = self.extension(bench).full
         self._curves.update({name: {depth: 0.0} for name, depth in full.items()})
         for row in rows:
             if "kl_search" in row:
                 self._curves[row["parameter"]][row["depth"]] = row["kl_search"]
         with bench.watch() as notify:
-            results.measure(searches, partial(self.row, bench), notify, "searches with and without", "budget")
+            results.measure(searches, partial(self.row, bench), notify, "searches with and without", ("budget",))
         results.summarize({"both_minus_visual": list(_differences(bench, results))})
 
     def row(self, bench: Workbench, part: str, **key: Any) -> Measured:

@@ -49,8 +49,8 @@ def planned(model: str, memory: int, *overrides: str) -> Plan:
 
 
 def test_every_configured_model_is_known() -> None:
-    names = {path.stem for path in (config_dir() / "model").glob("*.yaml")} - {"pocket", "smollm2"}
-    assert names == set(PARAMETERS)
+    """The nine whose sizes the plan brings along; of any other it reads the configuration, from the hub or a folder."""
+    assert {path.stem for path in (config_dir() / "model").glob("*.yaml")} > set(PARAMETERS)
     for name, (hub_id, _) in PARAMETERS.items():
         assert configured(f"model={name}").model.name_or_path == hub_id
 

@@ -72,8 +72,8 @@ def test_plain_divergence_equals_the_engine(pocket, few_samples, teacher) -> Non
 
 def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(pocket, few_samples, monkeypatch) -> None:
     """A caption follows the image; the engine, cached continuation and ``generate`` all read the image's last token."""
-    template = "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}USER: <image>"
-    template += "{% endif %}{% endfor %}{% endfor %}"
+    template = "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
+    template += "{% endif %}{% endfor %} <image>{% endfor %}"
     monkeypatch.setattr(pocket.processor, "chat_template", template)
     samples = few_samples.samples[:2]
     teacher = make_teacher(
