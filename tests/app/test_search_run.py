@@ -199,7 +199,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     assert result.kl_search == min(item.kl_search for item in result.candidates)
     assert result.uniform_strategy.selector == result.strategy.selector
     assert result.uniform.flops_ratio <= 0.3
-    (file,) = (file for file in (path / "cache").glob("study-*.journal") if "bookkeeping" not in file.name)
+    (file,) = (file for file in (path / "cache").glob("study-*-joint-*.journal") if "bookkeeping" not in file.name)
     storage = open_storage(file)
     (name,) = (name for name in optuna.get_all_study_names(storage) if "-joint-tpe-flops0.3-" in name)
     study = optuna.load_study(study_name=name, storage=storage)
