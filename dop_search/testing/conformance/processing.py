@@ -19,7 +19,6 @@ from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource, visual_counts
-from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
 from dop_search.testing.conformance.base import ConformanceBase, Models, generate, max_text_difference
 from dop_search.testing.inputs import Inputs
@@ -191,6 +190,10 @@ class ProcessingConformance(ConformanceBase):
 
     def test_from_a_folder_to_pruned_generation(self, loaded: Callable[[], dop.LoadedModel]) -> None:
         """Saved and loaded, profiled, solved for a budget, and generated with the strategy."""
+        for package in ("scipy", "pyarrow"):  # a search needs dop-search[search]
+            pytest.importorskip(package)
+        from dop_search.search import CurveGrid
+
         model, data = loaded(), drawn_samples()
         profile = dop.profile(
             model,
