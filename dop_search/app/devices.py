@@ -12,7 +12,7 @@ import torch
 from dop_search.utils.processes import hold
 
 _MOST = 64
-"""Processes on one device that are told apart."""
+"""The most processes that are counted on a device."""
 _held: dict[str, IO[bytes]] = {}
 
 

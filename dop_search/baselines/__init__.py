@@ -92,6 +92,17 @@ def parse_method(name: str) -> tuple[Method, str | None]:
     return method, selector
 
 
+def known_methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names as they are.
+
+    Raises:
+        ConfigError: if one is no ``METHOD`` or ``METHOD@SELECTOR``.
+    """
+    for name in names:
+        parse_method(name)
+    return names
+
+
 __all__ = [
     "BASELINES",
     "OWN",
@@ -100,6 +111,7 @@ __all__ = [
     "Method",
     "Outcome",
     "baseline",
+    "known_methods",
     "parse_method",
     "plain_answers",
     "plain_divergence",

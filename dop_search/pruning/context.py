@@ -164,7 +164,8 @@ def prune_(
 
 
 def _attach(handle: PruneHandle, adapter: ModelAdapter, decoder: PrunedDecoder, *, several_images: bool) -> None:
-    try:
+    with ExitStack() as undo:
+        undo.callback(handle.restore)
         handle.on_restore(adapter.multimodal.register_forward_pre_hook(decoder.see_call, with_kwargs=True).remove)
         handle.replace(adapter.text_model, "forward", decoder.forward)
         whole: Any = adapter.model
@@ -173,9 +174,7 @@ def _attach(handle: PruneHandle, adapter: ModelAdapter, decoder: PrunedDecoder, 
             handle.replace(whole, "generate", Generate(decoder, whole.generate))
         if hasattr(whole, "_prefill"):  # a method of transformers' own: without it chunked prefill is refused
             handle.replace(whole, "_prefill", Prefill(decoder, whole._prefill))
-    except BaseException:
-        handle.restore()
-        raise
+        undo.pop_all()
 
 
 @contextmanager

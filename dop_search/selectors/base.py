@@ -94,6 +94,12 @@ class SelectorInputs:
         }
         return replace(self, **tensors)
 
+    def survivors_first(self) -> np.ndarray:
+        """A ranking where the tower merged or dropped tokens: what is left of them first, in the image's order."""
+        if self.tower_sizes is None:
+            return np.arange(self.num_visual_tokens)
+        return np.argsort(self.tower_sizes.cpu().numpy() == 0, kind="stable")
+
 
 @dataclass(frozen=True)
 class Selection:

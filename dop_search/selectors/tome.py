@@ -46,9 +46,7 @@ class ToMeSelector(Selector):
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        if inputs.tower_sizes is None:
-            return np.arange(inputs.num_visual_tokens)
-        return np.argsort(inputs.tower_sizes.cpu().numpy() == 0, kind="stable")
+        return inputs.survivors_first()
 
     def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
         """See base class."""

@@ -25,7 +25,7 @@ from dop_search.app.report.style import FAINT, LOOKS, SMALLEST_KL, Look, styled
 from dop_search.app.results import FAILED, ResultFile, Row
 from dop_search.app.study import Measured, Result, Study, save_strategy
 from dop_search.app.workbench import Workbench
-from dop_search.baselines import BASELINES, OWN, FittedMethod, parse_method
+from dop_search.baselines import BASELINES, OWN, FittedMethod, known_methods
 from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from experiments.compare.overhead import counted_over_closed_form, prefill_times
@@ -48,12 +48,7 @@ class Compare(Study):
     num_timing_rounds: NonNegativeInt = 3
     """Paired measurements of the prefill per row; 0: no times."""
 
-    @field_validator("methods")
-    @classmethod
-    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            parse_method(name)
-        return value
+    _are_known = field_validator("methods")(known_methods)
 
     @property
     def names(self) -> list[str]:

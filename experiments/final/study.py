@@ -19,7 +19,7 @@ from dop_search.app.config.section import Listed
 from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
-from dop_search.baselines import parse_method, plain_outcome
+from dop_search.baselines import known_methods, plain_outcome
 from dop_search.data.samples import ValidationSet
 from dop_search.data.validation import validation_set
 from dop_search.divergence import Teacher, make_teacher
@@ -45,12 +45,7 @@ class Final(Study):
 
     _final: tuple[ValidationSet, Teacher] | None = PrivateAttr(default=None)
 
-    @field_validator("methods")
-    @classmethod
-    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            parse_method(name)
-        return value
+    _are_known = field_validator("methods")(known_methods)
 
     def check(self, config: SearchConfig) -> None:
         """See base class."""

@@ -23,7 +23,7 @@ from dop_search.app.results import FAILED, INFEASIBLE, ResultFile, Row
 from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge
 from dop_search.app.study import Measured, Result, Study, save_strategy
 from dop_search.app.workbench import Workbench
-from dop_search.baselines import FittedMethod, parse_method
+from dop_search.baselines import FittedMethod, known_methods
 from dop_search.evaluation import SuiteScores, difference_ci95
 from dop_search.models.loading import load
 from dop_search.utils.conf import config_dir
@@ -76,12 +76,7 @@ class MainTable(Study):
     _judge_name: str = PrivateAttr(default="")
     _judged: _Judged | None = PrivateAttr(default=None)
 
-    @field_validator("methods")
-    @classmethod
-    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            parse_method(name)
-        return value
+    _are_known = field_validator("methods")(known_methods)
 
     def check(self, config: SearchConfig) -> None:
         """See base class."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dop_search as dop
+from dop_search.models import FAMILIES
 from dop_search.models.fingerprint import weights_fingerprint
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
 from dop_search.testing.models import tiny_model
@@ -73,15 +74,15 @@ def without(part):
 # -- weights and configuration at odds ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "internvl", "smolvlm"])
-def test_missing_and_left_over_weights_are_named(family, saved, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_and_left_over_weights_of_every_family_are_named(family, saved, tmp_path):
     folder = Path(shutil.copytree(saved(family), tmp_path / family))
     for layers, match in ((5, r"are missing: .*layers\.4\."), (3, r"are left over: .*layers\.3\.")):
         edit_config(folder, "text_config", num_hidden_layers=layers, layer_types=["full_attention"] * layers)
         refused(folder, rf"do not fit its config.json: \d+ {match}")
     shutil.copy(saved(family) / "config.json", folder)
-    edit_weights(folder, without("layers.1.mlp.down_proj"))
-    refused(folder, r"1 are missing: .*layers\.1\.mlp\.down_proj\.weight\.")
+    edit_weights(folder, without("layers.1.self_attn.o_proj.weight"))
+    refused(folder, r"1 are missing: .*layers\.1\.self_attn\.o_proj\.weight\.")
 
 
 def test_a_checkpoint_without_its_projector_is_refused(pocket_copy):

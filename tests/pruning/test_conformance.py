@@ -34,13 +34,56 @@ class Family(PruningConformance):
     def make_processor(self) -> Any:
         return tiny_processor(self.model_type)
 
+    def __init_subclass__(cls) -> None:
+        cls.takes_videos = cls.model_type in VIDEO_FAMILIES
+
 
 class TestLlava(Family):
     """Grouped-query attention, four layers; the others share its runtime and get fewer examples."""
 
     __test__ = True
     model_type = "llava"
-    max_examples = 10
+    max_examples = 15
+
+
+@pytest.mark.slow
+class TestLlavaNext(Family):
+    """Any-resolution tiles and newline tokens."""
+
+    __test__ = True
+    model_type = "llava_next"
+
+
+@pytest.mark.slow
+class TestLlavaOnevision(Family):
+    """SigLIP tower, Qwen2 decoder."""
+
+    __test__ = True
+    model_type = "llava_onevision"
+
+
+@pytest.mark.slow
+class TestQwen2VL(Family):
+    """Multimodal RoPE, dynamic resolution."""
+
+    __test__ = True
+    model_type = "qwen2_vl"
+
+
+@pytest.mark.slow
+class TestQwen2_5VL(Family):
+    """Windowed attention in the tower."""
+
+    __test__ = True
+    model_type = "qwen2_5_vl"
+
+
+@pytest.mark.slow
+class TestInternVL(Family):
+    """Tiles of an image without a separator, Qwen2 decoder."""
+
+    __test__ = True
+    model_type = "internvl"
 
 
 @pytest.mark.slow
@@ -49,7 +92,6 @@ class TestQwen3VL(Family):
 
     __test__ = True
     model_type = "qwen3_vl"
-    takes_videos = True
 
 
 @pytest.mark.slow
@@ -59,7 +101,6 @@ class TestQwen3VLMoe(Family):
     __test__ = True
     model_type = "qwen3_vl_moe"
     max_examples = 2
-    takes_videos = True
 
 
 class TestContexts(Family):
@@ -81,7 +122,8 @@ class Sharing(AdapterConformance):
     make_model, make_processor = Family.make_model, Family.make_processor
 
 
-for _name in [name for name in FAMILIES if name not in ("llava", "qwen3_vl", "qwen3_vl_moe")]:
+WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
+for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     _fields = {"__test__": True, "model_type": _name, "takes_videos": _name in VIDEO_FAMILIES}
     _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)

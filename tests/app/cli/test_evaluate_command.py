@@ -129,7 +129,7 @@ def test_help_lists_its_own_groups_with_every_option(capsys: pytest.CaptureFixtu
         assert listed[group] == options - ({"accuracy", "none"} if group == "eval" else set())
 
 
-def test_strategies_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_strategies_of_the_same_name_are_called_by_their_folders(tmp_path: Path) -> None:
     files = []
     for folder in ("one", "two"):
         files.append(str(tmp_path / folder / "strategy-0.3.json"))
