@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dop_search.app.record import EvalRecord, Record, RelativeMean, ScoreComparison
+from dop_search.app.record import EvalRecord, Record, RelativeMean, ScoreComparison, SuiteInfo
 from dop_search.app.report.style import FAINT, FOUND, UNIFORM, styled
+from dop_search.app.report.table import plain_table
 from dop_search.app.report.text import NONE, percent_text
 
 SCORE_NOTES = (
@@ -33,7 +34,7 @@ def score_rows(scores: Mapping[str, ScoreComparison], mean: RelativeMean | None)
     """Benchmark, full, found, interval of the difference, uniform, per cent kept by found and by uniform."""
     rows: list[tuple[str, ...]] = [
         (
-            name if item.unit == "%" else f"{name} ({item.unit})",
+            _with_unit(name, item.unit),
             score_text(item.full),
             score_text(item.pruned),
             change_text(item.ci95),
@@ -86,34 +87,33 @@ def eval_summary(record: EvalRecord) -> RenderableType:
         parts.append(Text(f"{item.name}: {item.description}{flops}", style="bold"))
         parts += [_table(item.scores, item.relative_mean), Text("")]
     if not record.strategies:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for name in ("benchmark", "full", "samples"):
-            table.add_column(name, justify="left" if name == "benchmark" else "right")
+        table = plain_table(("benchmark", "full", "samples"), "benchmark")
         for name, score in record.full.items():
-            unit = record.units[name]
-            shown = name if unit == "%" else f"{name} ({unit})"
-            table.add_row(shown, score_text(score), str(record.num_samples[name]))
+            table.add_row(_with_unit(name, record.units[name]), score_text(score), str(record.num_samples[name]))
         parts += [table, Text("")]
-    limit = f", at most {record.suite.limit} samples each" if record.suite.limit else ""
-    notes = [f"{record.model.name} on {record.suite.suite}{limit}.", *(SCORE_NOTES if record.strategies else ())]
+    notes = _notes(record.model.name, record.suite)[: None if record.strategies else 1]
     return Group(*parts, Text("\n".join(notes), style="dim"))
 
 
 def score_notes(record: Record) -> list[str]:
     """What has to be known to read the scores."""
-    if record.scores is None:
-        return []
-    limit = f", at most {record.scores.limit} samples each" if record.scores.limit else ""
-    return [f"{record.model.name} on {record.scores.suite}{limit}.", *SCORE_NOTES]
+    return [] if record.scores is None else _notes(record.model.name, record.scores)
+
+
+def _notes(model: str, suite: SuiteInfo) -> list[str]:
+    limit = f", at most {suite.limit} samples each" if suite.limit else ""
+    return [f"{model} on {suite.suite}{limit}.", *SCORE_NOTES]
+
+
+def _with_unit(name: str, unit: str) -> str:
+    return name if unit == "%" else f"{name} ({unit})"
 
 
 def _table(scores: Mapping[str, ScoreComparison], mean: RelativeMean | None) -> Table:
     rows = score_rows(scores, mean)
     has_uniform = any(item.uniform is not None for item in scores.values())
     kept = [i for i, name in enumerate(HEAD) if has_uniform or not name.startswith("uniform")]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for i in kept:
-        table.add_column(HEAD[i], justify="left" if i == 0 else "right", no_wrap=True)
+    table = plain_table([HEAD[i] for i in kept], HEAD[0])
     for row in rows:
         table.add_row(*(row[i] for i in kept), style="bold" if row[0] == "mean" else None)
     return table

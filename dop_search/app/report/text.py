@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dop_search.app.record import Record, Result
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import Module
@@ -32,31 +30,20 @@ def percent_text(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}"
 
 
-@dataclass(frozen=True)
-class PolicyText:
-    """The paper's policy ``(D_A, D_P, n_v)`` in words, one entry per token group.
+def policy_text(strategy: Strategy) -> dict[str, str]:
+    """The paper's ``D_A``, ``D_P`` and ``n_v``, and the depths as shares of the layers; groups are parted by commas.
 
-    ``attention`` (``D_A``) is one number where q and kv are tied, ``q/kv`` where they differ; a free layer set
-    reads as the number of its layers in braces.
+    ``D_A`` is one number where q and kv are tied, ``q/kv`` where they differ; a free layer set reads as the number of
+    its layers in braces.
     """
-
-    attention: tuple[str, ...]
-    attention_ratio: tuple[str, ...]
-    mlp: tuple[str, ...]
-    mlp_ratio: tuple[str, ...]
-    num_visual_tokens: str
-
-
-def policy_text(strategy: Strategy) -> PolicyText:
-    """Describe a strategy by depths and depth ratios."""
-    num_layers = strategy.num_layers
-    return PolicyText(
-        attention=tuple(_attention(group, None) for group in strategy.groups),
-        attention_ratio=tuple(_attention(group, num_layers) for group in strategy.groups),
-        mlp=tuple(_depth(group, Module.MLP, None) for group in strategy.groups),
-        mlp_ratio=tuple(_depth(group, Module.MLP, num_layers) for group in strategy.groups),
-        num_visual_tokens="all" if strategy.num_visual_tokens is None else str(strategy.num_visual_tokens),
-    )
+    groups, num_layers = strategy.groups, strategy.num_layers
+    return {
+        "D_A": ",".join(_attention(group, None) for group in groups),
+        "D_P": ",".join(_depth(group, Module.MLP, None) for group in groups),
+        "n_v": "all" if strategy.num_visual_tokens is None else str(strategy.num_visual_tokens),
+        "D_A_ratio": ",".join(_attention(group, num_layers) for group in groups),
+        "D_P_ratio": ",".join(_depth(group, Module.MLP, num_layers) for group in groups),
+    }
 
 
 def _attention(group: GroupPolicy, num_layers: int | None) -> str:

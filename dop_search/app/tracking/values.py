@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import Any
 
 from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison
-from dop_search.app.report.text import NONE, interval_text, kl_text, percent_text, policy_text
+from dop_search.app.report.table import markdown
+from dop_search.app.report.text import policy_text
 from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
 
@@ -21,24 +22,16 @@ FULL_STEP = 10_000
 
 
 def result_params(result: Result) -> dict[str, str]:
-    """The strategy in the paper's terms and by module; groups are separated by ``, ``."""
+    """The strategy in the paper's terms and by module; groups are parted by commas."""
     return {"budget": result.budget.text, **strategy_params(result.strategy)}
 
 
 def strategy_params(strategy: Strategy) -> dict[str, str]:
     """Depths, depth ratios and visual tokens, as in :func:`result_params`."""
-    policy = policy_text(strategy)
-    params = {
-        "D_A": ", ".join(policy.attention),
-        "D_P": ", ".join(policy.mlp),
-        "n_v": policy.num_visual_tokens,
-        "D_A_ratio": ", ".join(policy.attention_ratio),
-        "D_P_ratio": ", ".join(policy.mlp_ratio),
-        "strategy": strategy.describe(),
-    }
+    params = {**policy_text(strategy), "strategy": strategy.describe()}
     for module, depths in (strategy.depths() or {}).items():
-        params[f"depth_{module}"] = ", ".join(map(str, depths))
-        params[f"depth_ratio_{module}"] = ", ".join(f"{depth / strategy.num_layers:.4f}" for depth in depths)
+        params[f"depth_{module}"] = ",".join(map(str, depths))
+        params[f"depth_ratio_{module}"] = ",".join(f"{depth / strategy.num_layers:.4f}" for depth in depths)
     return params
 
 
@@ -108,26 +101,6 @@ def strategy_name(record: Record, result: Result) -> str:
     return re.sub(r"[^\w.]+", "-", f"{record.model.name}-{result.budget.name} {result.budget.value:g}").strip("-")
 
 
-def note(record: Record) -> str:
-    """The result as a Markdown table, which MLflow shows on top of a run."""
-    lines = [
-        "| budget | strategy | FLOPs % | KL (search) | KL (held-out) | uniform | accuracy % |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for item in record.results:
-        cells = (
-            item.budget.text,
-            item.strategy.describe(),
-            percent_text(item.flops_ratio),
-            kl_text(item.kl_search),
-            f"{kl_text(item.kl_heldout)} ({interval_text(item.kl_heldout_ci95)})",
-            kl_text(item.uniform.kl_heldout) if item.uniform else NONE,
-            percent_text(item.accuracy_pruned),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def shared_metrics(record: Record) -> dict[str, float]:
     """Numbers of the search as a whole; ``under 0.3/kl_heldout`` per budget, ``lowest/…`` of the lowest KL."""
     metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
@@ -163,7 +136,7 @@ def search_tags(record: Record) -> dict[str, str]:
     """Facts to filter runs by."""
     result = {"kind": "search", "model_fingerprint": record.model.fingerprint}
     result |= {f"data_fingerprint.{name}": value for name, value in record.data.fingerprints.items()}
-    return result | {"mlflow.note.content": note(record)} | provenance_tags(record.provenance)
+    return result | {"mlflow.note.content": markdown(record)} | provenance_tags(record.provenance)
 
 
 def provenance_tags(provenance: Provenance | None) -> dict[str, str]:

@@ -23,25 +23,24 @@ def rendered(record: Record, width: int) -> list[str]:
 
 def test_split_attention_shows_both_depths() -> None:
     text = policy_text(Strategy.depthwise(12, q=3, kv=9, mlp=6, num_visual_tokens=72))
-    assert (text.attention, text.attention_ratio) == (("3/9",), ("0.25/0.75",))
-    assert (text.mlp, text.mlp_ratio, text.num_visual_tokens) == (("6",), ("0.50",), "72")
+    assert text == {"D_A": "3/9", "D_A_ratio": "0.25/0.75", "D_P": "6", "D_P_ratio": "0.50", "n_v": "72"}
 
 
 def test_tied_attention_reads_the_same_with_and_without_its_dead_query() -> None:
     tied = Strategy.depthwise(12, q=8, kv=8, mlp=4)
     assert tied.canonical() != tied
     assert policy_text(tied) == policy_text(tied.canonical())
-    assert policy_text(tied).attention == ("8",)
-    assert policy_text(Strategy.full(12).canonical()).attention == ("12",)
+    assert policy_text(tied)["D_A"] == "8"
+    assert policy_text(Strategy.full(12).canonical())["D_A"] == "12"
 
 
 def test_groups_and_free_layer_sets() -> None:
     groups = Strategy.depthwise(12, q=[8, 2], kv=[9, 4], mlp=[4, 1], shares=[0.25, 0.75])
-    assert policy_text(groups).attention == ("9", "2/4")
+    assert policy_text(groups)["D_A"] == "9,2/4"
     runs = np.ones((1, 12, 3), dtype=bool)
     runs[0, 3, 1] = False
     free = policy_text(Strategy.from_array(runs))
-    assert (free.attention, free.attention_ratio, free.mlp) == (("12/{11}",), ("1.00/–",), ("12",))
+    assert (free["D_A"], free["D_A_ratio"], free["D_P"]) == ("12/{11}", "1.00/–", "12")
 
 
 def test_numbers() -> None:

@@ -137,7 +137,7 @@ def test_metrics_hold_only_what_was_measured() -> None:
 def test_params_of_groups() -> None:
     strategy = Strategy.depthwise(12, q=[8, 2], kv=[9, 4], mlp=[4, 1], shares=[0.25, 0.75])
     params = result_params(example_record({0.3: strategy}).results[0])
-    assert (params["D_A"], params["D_P"], params["n_v"], params["depth_q"]) == ("9, 2/4", "4, 1", "all", "8, 2")
+    assert (params["D_A"], params["D_P"], params["n_v"], params["depth_q"]) == ("9,2/4", "4,1", "all", "8,2")
 
 
 def test_the_line_that_opens_the_runs_works_from_anywhere(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
