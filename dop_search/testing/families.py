@@ -1,59 +1,30 @@
-"""Tiny configurations and processors of the families that need no inputs of their own: their processor makes them."""
+"""Tiny configurations and real processors of every family, one entry each: nothing is downloaded.
+
+Image and video processors are the family's own classes with small sizes; the tokenizer spells every character.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    DeepseekVLConfig,
-    DeepseekVLImageProcessor,
-    DeepseekVLProcessor,
-    Idefics3Config,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
-    LightOnOcrConfig,
-    LightOnOcrProcessor,
-    LlamaConfig,
-    LlavaNextImageProcessor,
-    LlavaNextVideoConfig,
-    LlavaNextVideoProcessor,
-    LlavaNextVideoVideoProcessor,
-    LlavaProcessor,
-    Mistral3Config,
-    MistralConfig,
-    Ovis2Config,
-    Ovis2ImageProcessor,
-    Ovis2Processor,
-    PixtralImageProcessor,
-    PixtralProcessor,
-    PixtralVisionConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipVisionConfig,
-    SmolVLMConfig,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-    VipLlavaConfig,
-)
+import transformers as hf
 
-from dop_search.testing.sizes import IMAGE_TOKEN_ID, PAD_TOKEN_ID, VIDEO_TOKEN_ID, TinySizes
+from dop_search.testing.sizes import (
+    ANYRES_TILE_SIZE,
+    IMAGE_TOKEN_ID,
+    PAD_TOKEN_ID,
+    VIDEO_TOKEN_ID,
+    VISION_END_TOKEN_ID,
+    VISION_START_TOKEN_ID,
+    TinySizes,
+)
 from dop_search.testing.tokenizer import VICUNA, chatml, square, tiny_tokenizer
 
-SIDE, PATCH = 28, 7
-TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-}
+SIDE, PATCH = ANYRES_TILE_SIZE, 7
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,25 +32,147 @@ class TinyFamily:
     """What the kit needs of a family.
 
     Attributes:
-        config: a tiny model's configuration.
-        processor: the family's own processor with small sizes and the tiny tokenizer.
+        values: of a tiny model's configuration, besides those of its decoder and its tower.
+        vision: those of its tower.
+        processor: makes the family's own processor with small sizes and the tiny tokenizer.
+        text: those of its decoder besides :meth:`TinySizes.text`.
+        sized: both, where they depend on the sizes: of the decoder and of the tower.
+        takes_videos: whether the processor takes ``videos=`` and the model has tokens of their own for them.
     """
 
-    config: Callable[[TinySizes], PretrainedConfig]
+    values: Values
+    vision: Values
     processor: Callable[[], Any]
+    text: Values = field(default_factory=dict)
+    sized: Callable[[TinySizes], tuple[Values, Values]] = lambda sizes: ({}, {})
+    takes_videos: bool = False
+
+    def config(self, model_type: str, sizes: TinySizes) -> hf.PretrainedConfig:
+        """The configuration of a tiny model."""
+        text, vision = self.sized(sizes)
+        return hf.AutoConfig.for_model(
+            model_type,
+            text_config={**sizes.text(), **self.text, **text},
+            vision_config={**self.vision, **vision},
+            **self.values,
+        )
 
 
-# -- Idefics3, SmolVLM: 4 visual tokens per tile, up to 2 x 2 tiles and the whole image ---------------------------
+def _tower(kind: str, patch_size: int = PATCH, **values: Any) -> Values:
+    """A tower of three layers; ``(28 / patch_size) ** 2`` patches per image or tile."""
+    return {
+        "model_type": kind,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": patch_size,
+        **values,
+    }
 
 
-def _idefics3(kind: Any) -> Callable[[TinySizes], PretrainedConfig]:
-    return lambda sizes: kind(
-        vision_config=dict(TOWER),
-        text_config=LlamaConfig(**sizes.text()).to_dict(),
-        image_token_id=IMAGE_TOKEN_ID,
-        pad_token_id=PAD_TOKEN_ID,
-        scale_factor=2,
+def _head_dim(sizes: TinySizes) -> tuple[Values, Values]:
+    return {"head_dim": sizes.hidden_size // sizes.num_attention_heads}, {}
+
+
+# -- LLaVA and its relatives: CLIP with a CLS token or SigLIP without; tiles with newlines --------------------------
+
+_LLAMA, _QWEN2 = {"model_type": "llama"}, {"model_type": "qwen2"}
+_IMAGE, _VIDEO = {"image_token_index": IMAGE_TOKEN_ID}, {"video_token_index": VIDEO_TOKEN_ID}
+_CROP: Values = {"size": {"shortest_edge": SIDE}, "crop_size": square(SIDE)}
+
+
+def _llava_processor(kind: Any, images: Any, patch_size: int = PATCH, template: str = VICUNA, **more: Any) -> Any:
+    return kind(
+        image_processor=images,
+        tokenizer=tiny_tokenizer("<image>"),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+        **more,
     )
+
+
+def _plain_llava_processor() -> Any:
+    return _llava_processor(hf.LlavaProcessor, hf.CLIPImageProcessor(**_CROP))
+
+
+def _llava_next_processor() -> Any:
+    images = hf.LlavaNextImageProcessor(**_CROP, image_grid_pinpoints=PINPOINTS)
+    return _llava_processor(hf.LlavaNextProcessor, images, SIDE // 2)
+
+
+def _llava_next_video_processor() -> Any:
+    return _llava_processor(
+        hf.LlavaNextVideoProcessor,
+        hf.LlavaNextImageProcessor(**_CROP, image_grid_pinpoints=PINPOINTS),
+        SIDE // 2,
+        chatml("<image>", "<video>"),
+        video_processor=hf.LlavaNextVideoVideoProcessor(**_CROP),
+    )
+
+
+def _llava_onevision_processor() -> Any:
+    return hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(size=square(SIDE), image_grid_pinpoints=PINPOINTS),
+        tokenizer=tiny_tokenizer("<image>"),
+        video_processor=hf.LlavaOnevisionVideoProcessor(size=square(SIDE)),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=chatml("<image>", "<video>"),
+    )
+
+
+# -- Qwen-VL: any grid of merged 2 x 2 patches, M-RoPE --------------------------------------------------------------
+
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE_TOKEN_ID,
+    "video_token_id": VIDEO_TOKEN_ID,
+    "vision_start_token_id": VISION_START_TOKEN_ID,
+    "vision_end_token_id": VISION_END_TOKEN_ID,
+}
+
+
+def _qwen_vision(**values: Any) -> Values:
+    return {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, **values}
+
+
+def _mrope(width: str, head_dim: bool = False) -> Callable[[TinySizes], tuple[Values, Values]]:
+    """Rotary sections of the decoder, and the tower's name for the decoder's width."""
+
+    def sized(sizes: TinySizes) -> tuple[Values, Values]:
+        half = sizes.hidden_size // sizes.num_attention_heads // 2
+        sections = [half - 2 * (half // 3), half // 3, half // 3]
+        text: Values = {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+            **(_head_dim(sizes)[0] if head_dim else {}),
+        }
+        return text, {width: sizes.hidden_size}
+
+    return sized
+
+
+def _qwen(processor: Any, videos: Any) -> Any:
+    sizes: Values = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    in_vision = "<|vision_start|>{}<|vision_end|>".format
+    return processor(
+        image_processor=hf.Qwen2VLImageProcessor(size={"shortest_edge": 16 * 16, "longest_edge": 40 * 40}, **sizes),
+        tokenizer=tiny_tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+        video_processor=videos(
+            size={"shortest_edge": 16 * 16, "longest_edge": 4 * 24 * 24},
+            do_sample_frames=False,
+            cap_pixels_per_frame=False,
+            **sizes,
+        ),
+        chat_template=chatml(in_vision("<|image_pad|>"), in_vision("<|video_pad|>")),
+    )
+
+
+# -- Idefics3, SmolVLM: 4 visual tokens per tile, up to 2 x 2 tiles and the whole image -----------------------------
+
+_IDEFICS = {"image_token_id": IMAGE_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID, "scale_factor": 2}
 
 
 def _idefics3_processor(kind: Any, images: Any, **extra: Any) -> Any:
@@ -94,24 +187,12 @@ def _idefics3_processor(kind: Any, images: Any, **extra: Any) -> Any:
 
 # -- Mistral Small 3, LightOnOCR: images of any size, a visual token per 2 x 2 patches ------------------------------
 
-
-def _pixtral(kind: Any, text: Any) -> Callable[[TinySizes], PretrainedConfig]:
-    def build(sizes: TinySizes) -> PretrainedConfig:
-        decoder = text(**sizes.text(head_dim=sizes.hidden_size // sizes.num_attention_heads, sliding_window=None))
-        config: PretrainedConfig = kind(
-            vision_config=PixtralVisionConfig(**{**TOWER, "image_size": 2 * SIDE}).to_dict(),
-            text_config=decoder.to_dict(),
-            image_token_id=IMAGE_TOKEN_ID,
-            spatial_merge_size=2,
-        )
-        return config
-
-    return build
+_PIXTRAL = {"image_token_id": IMAGE_TOKEN_ID, "spatial_merge_size": 2}
 
 
 def _pixtral_processor(kind: Any, **extra: str) -> Any:
     return kind(
-        image_processor=PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=square(2 * PATCH)),
+        image_processor=hf.PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=square(2 * PATCH)),
         tokenizer=tiny_tokenizer("[IMG]", "[VID]", "[IMG_BREAK]", "[IMG_END]", **extra),
         patch_size=PATCH,
         spatial_merge_size=2,
@@ -119,116 +200,155 @@ def _pixtral_processor(kind: Any, **extra: str) -> Any:
     )
 
 
-# -- the others ---------------------------------------------------------------------------------------------------
+# -- tiles of one size ----------------------------------------------------------------------------------------------
 
-OVIS_TOKENS = ("<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>")
+_OVIS_TOKENS = ("<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>")
 
 
-def _ovis2(sizes: TinySizes) -> PretrainedConfig:
-    """Tiles of 2 x 2 visual tokens, each of 2 x 2 patches."""
-    ids = tiny_tokenizer("<IMG_ATOM>", "<video>", "<IMG_START>", "<IMG_END>", OVIS_TOKENS).convert_tokens_to_ids
-    vision = {**TOWER, "hidden_stride": 2, "vocab_size": 40, "num_visual_indicator_tokens": 5}
-    return Ovis2Config(
-        vision_config=vision,
-        text_config=Qwen2Config(**sizes.text()).to_dict(),
-        image_token_id=IMAGE_TOKEN_ID,
-        visual_indicator_token_ids=ids(["<IMG_START>", *OVIS_TOKENS, "<IMG_END>"]),
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-    )
+def _ovis2_tokenizer() -> Any:
+    return tiny_tokenizer("<IMG_ATOM>", "<video>", "<IMG_START>", "<IMG_END>", _OVIS_TOKENS)
 
 
 def _ovis2_processor() -> Any:
-    return Ovis2Processor(
-        image_processor=Ovis2ImageProcessor(size=square(SIDE), crop_to_patches=True, min_patches=1, max_patches=3),
-        tokenizer=tiny_tokenizer("<IMG_ATOM>", "<video>", "<IMG_START>", "<IMG_END>", OVIS_TOKENS),
+    return hf.Ovis2Processor(
+        image_processor=hf.Ovis2ImageProcessor(size=square(SIDE), crop_to_patches=True, min_patches=1, max_patches=3),
+        tokenizer=_ovis2_tokenizer(),
         image_seq_length=4,
         chat_template=chatml("<image>", ""),
     )
 
 
-def _deepseek_vl(sizes: TinySizes) -> PretrainedConfig:
-    """16 visual tokens per image."""
-    return DeepseekVLConfig(
-        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False).to_dict(),
-        text_config=LlamaConfig(**sizes.text()).to_dict(),
-        image_token_id=IMAGE_TOKEN_ID,
-    )
-
-
 def _deepseek_vl_processor() -> Any:
-    return DeepseekVLProcessor(
-        image_processor=DeepseekVLImageProcessor(size=square(SIDE), min_size=PATCH),
+    return hf.DeepseekVLProcessor(
+        image_processor=hf.DeepseekVLImageProcessor(size=square(SIDE), min_size=PATCH),
         tokenizer=tiny_tokenizer("<image>"),
         num_image_tokens=16,
         chat_template=chatml("<image>", ""),
     )
 
 
-def _vipllava(sizes: TinySizes) -> PretrainedConfig:
-    """16 visual tokens per image from two layers of the tower."""
-    return VipLlavaConfig(
-        vision_config=CLIPVisionConfig(**TOWER).to_dict(),
-        text_config=LlamaConfig(**sizes.text()).to_dict(),
-        image_token_index=IMAGE_TOKEN_ID,
-        vision_feature_layer=[-2, 1],
+def _internvl_processor() -> Any:
+    tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    return hf.InternVLProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=square(42), crop_to_patches=True, min_patches=1, max_patches=3),
+        tokenizer=tiny_tokenizer("<IMG_CONTEXT>", **tokens),
+        video_processor=hf.InternVLVideoProcessor(size=square(42)),
+        image_seq_length=9,
+        chat_template=chatml("<IMG_CONTEXT>\n", "<video>\n"),
     )
 
 
-def _vipllava_processor() -> Any:
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square(SIDE)),
-        tokenizer=tiny_tokenizer("<image>"),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA,
-    )
+_DEEPSTACK = _qwen_vision(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
 
-
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-
-
-def _llava_next_video(sizes: TinySizes) -> PretrainedConfig:
-    """Tiles of 2 x 2 visual tokens with newlines; of a video one token per frame."""
-    return LlavaNextVideoConfig(
-        vision_config=CLIPVisionConfig(**{**TOWER, "patch_size": SIDE // 2}).to_dict(),
-        text_config=LlamaConfig(**sizes.text()).to_dict(),
-        image_token_index=IMAGE_TOKEN_ID,
-        video_token_index=VIDEO_TOKEN_ID,
-        image_grid_pinpoints=PINPOINTS,
-    )
-
-
-def _llava_next_video_processor() -> Any:
-    crop: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": square(SIDE)}
-    return LlavaNextVideoProcessor(
-        image_processor=LlavaNextImageProcessor(**crop, image_grid_pinpoints=PINPOINTS),
-        video_processor=LlavaNextVideoVideoProcessor(**crop),
-        tokenizer=tiny_tokenizer("<image>"),
-        patch_size=SIDE // 2,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chatml("<image>", "<video>"),
-    )
-
-
-MORE_FAMILIES: dict[str, TinyFamily] = {
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "llava": TinyFamily(_IMAGE, _tower("clip_vision_model"), _plain_llava_processor, _LLAMA),
+    "llava_next": TinyFamily(
+        {**_IMAGE, "image_grid_pinpoints": PINPOINTS},
+        _tower("clip_vision_model", SIDE // 2),
+        _llava_next_processor,
+        _LLAMA,
+    ),
+    "llava_onevision": TinyFamily(
+        {**_IMAGE, **_VIDEO, "image_grid_pinpoints": PINPOINTS},
+        _tower("siglip_vision_model", SIDE // 2, vision_use_head=False),
+        _llava_onevision_processor,
+        _QWEN2,
+        takes_videos=True,
+    ),
+    "qwen2_vl": TinyFamily(
+        _QWEN_TOKENS,
+        {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4},
+        lambda: _qwen(hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+        sized=_mrope("hidden_size"),
+        takes_videos=True,
+    ),
+    "qwen2_5_vl": TinyFamily(  # windowed attention in the tower, whose features the model permutes back
+        _QWEN_TOKENS,
+        _qwen_vision(depth=2, window_size=16, fullatt_block_indexes=[1]),
+        lambda: _qwen(hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+        sized=_mrope("out_hidden_size"),
+        takes_videos=True,
+    ),
+    "qwen3_vl": TinyFamily(  # features of two tower layers are added after decoder layers 0 and 1
+        _QWEN_TOKENS,
+        _DEEPSTACK,
+        lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+        sized=_mrope("out_hidden_size", head_dim=True),
+        takes_videos=True,
+    ),
+    "internvl": TinyFamily(  # tiles of 3 x 3 visual tokens after pixel shuffle
+        {"image_token_id": IMAGE_TOKEN_ID},
+        _tower("internvl_vision", num_hidden_layers=2, image_size=42),
+        _internvl_processor,
+        _QWEN2,
+        takes_videos=True,
+    ),
+    "qwen3_vl_moe": TinyFamily(  # two of five experts in each layer
+        _QWEN_TOKENS,
+        _DEEPSTACK,
+        lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        _mrope("out_hidden_size", head_dim=True),
+        takes_videos=True,
+    ),
     "idefics3": TinyFamily(
-        _idefics3(Idefics3Config), lambda: _idefics3_processor(Idefics3Processor, Idefics3ImageProcessor)
+        _IDEFICS,
+        _tower("idefics3_vision"),
+        lambda: _idefics3_processor(hf.Idefics3Processor, hf.Idefics3ImageProcessor),
+        _LLAMA,
     ),
     "smolvlm": TinyFamily(
-        _idefics3(SmolVLMConfig),
-        lambda: _idefics3_processor(SmolVLMProcessor, SmolVLMImageProcessor, video_processor=SmolVLMVideoProcessor()),
+        _IDEFICS,
+        _tower("smolvlm_vision"),
+        lambda: _idefics3_processor(
+            hf.SmolVLMProcessor, hf.SmolVLMImageProcessor, video_processor=hf.SmolVLMVideoProcessor()
+        ),
+        _LLAMA,
     ),
-    "mistral3": TinyFamily(_pixtral(Mistral3Config, MistralConfig), lambda: _pixtral_processor(PixtralProcessor)),
+    "mistral3": TinyFamily(
+        _PIXTRAL,
+        _tower("pixtral", image_size=2 * SIDE),
+        lambda: _pixtral_processor(hf.PixtralProcessor),
+        {"model_type": "mistral", "sliding_window": None},
+        _head_dim,
+    ),
     "lighton_ocr": TinyFamily(
-        _pixtral(LightOnOcrConfig, Qwen3Config),
-        lambda: _pixtral_processor(LightOnOcrProcessor, image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
+        _PIXTRAL,
+        _tower("pixtral", image_size=2 * SIDE),
+        lambda: _pixtral_processor(
+            hf.LightOnOcrProcessor, image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"
+        ),
+        {"model_type": "qwen3", "sliding_window": None},
+        _head_dim,
     ),
-    "ovis2": TinyFamily(_ovis2, _ovis2_processor),
-    "deepseek_vl": TinyFamily(_deepseek_vl, _deepseek_vl_processor),
-    "vipllava": TinyFamily(_vipllava, _vipllava_processor),
-    "llava_next_video": TinyFamily(_llava_next_video, _llava_next_video_processor),
+    "ovis2": TinyFamily(  # tiles of 2 x 2 visual tokens, each of 2 x 2 patches
+        {
+            "image_token_id": IMAGE_TOKEN_ID,
+            "visual_indicator_token_ids": _ovis2_tokenizer().convert_tokens_to_ids(
+                ["<IMG_START>", *_OVIS_TOKENS, "<IMG_END>"]
+            ),
+            "vocab_size": TinySizes().vocab_size,
+            "hidden_size": TinySizes().hidden_size,
+        },
+        _tower("ovis2_vision", hidden_stride=2, vocab_size=40, num_visual_indicator_tokens=5),
+        _ovis2_processor,
+        _QWEN2,
+    ),
+    "deepseek_vl": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID},
+        _tower("siglip_vision_model", vision_use_head=False),
+        _deepseek_vl_processor,
+        _LLAMA,
+    ),
+    "vipllava": TinyFamily(  # reads two layers of the tower
+        {**_IMAGE, "vision_feature_layer": [-2, 1]}, _tower("clip_vision_model"), _plain_llava_processor, _LLAMA
+    ),
+    "llava_next_video": TinyFamily(  # of a video one token per frame
+        {**_IMAGE, **_VIDEO, "image_grid_pinpoints": PINPOINTS},
+        _tower("clip_vision_model", SIDE // 2),
+        _llava_next_video_processor,
+        _LLAMA,
+        takes_videos=True,
+    ),
 }
 """By ``model_type``."""

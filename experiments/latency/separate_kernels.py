@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dop_search.evaluation.timing.shapes import build, shape_named
+from dop_search.evaluation.timing.shapes import SHAPES, build
 from dop_search.evaluation.timing.timing import now_ms
 from dop_search.evaluation.timing.validation import random_strategies
 from dop_search.models.families import adapter_for
@@ -36,7 +36,7 @@ def main() -> None:
     data = json.loads(options.validation.read_text())
     torch.set_num_threads(data["environment"]["num_threads"])
     clock, counts = data["environment"]["clock"], TokenCounts(data["text_tokens"], data["visual_tokens"])
-    layer = adapter_for(build(shape_named("small"), CPU, torch.float32)).layers[0]
+    layer = adapter_for(build(SHAPES["small"], CPU, torch.float32)).layers[0]
     strategies = random_strategies(8, counts.visual, len(data["predictions"]), seed=0)
     errors = []
     known: dict[tuple[int, int, int], float] = {}

@@ -11,7 +11,7 @@ from dop_search.models.internvl import InternVLAdapter
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
-from dop_search.testing.models import TINY_CONFIGS, TinySizes, randomize_, tiny_model
+from dop_search.testing.models import TinySizes, randomize_, tiny_config, tiny_model
 from dop_search.testing.painting import canvas_of, check_painted_patches
 from dop_search.testing.processors import drawn_image, drawn_video, tiny_processor
 
@@ -20,7 +20,7 @@ def finer_model(family):
     """Any-resolution families with 4 x 4 patches a tile, so that unpadding cuts rows; OneVision resizes them."""
     if family not in ("llava_next", "llava_onevision"):
         return tiny_model(family)
-    config = TINY_CONFIGS[family](TinySizes())
+    config = tiny_config(family, TinySizes())
     config.vision_config.patch_size = 7
     if family == "llava_onevision":
         config.vision_aspect_ratio = "anyres_max_1"

@@ -17,8 +17,9 @@ from transformers import (
 
 from dop_search.models import FAMILIES
 from dop_search.testing.conformance import AdapterConformance, PruningConformance
+from dop_search.testing.families import TINY_FAMILIES
 from dop_search.testing.models import IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, randomize_, tiny_model
-from dop_search.testing.processors import VIDEO_FAMILIES, tiny_processor
+from dop_search.testing.processors import tiny_processor
 
 
 class Family(PruningConformance):
@@ -35,7 +36,7 @@ class Family(PruningConformance):
         return tiny_processor(self.model_type)
 
     def __init_subclass__(cls) -> None:
-        cls.takes_videos = cls.model_type in VIDEO_FAMILIES
+        cls.takes_videos = cls.model_type in TINY_FAMILIES and TINY_FAMILIES[cls.model_type].takes_videos
 
 
 class TestLlava(Family):
@@ -124,7 +125,7 @@ class Sharing(AdapterConformance):
 
 WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
 for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
-    _fields = {"__test__": True, "model_type": _name, "takes_videos": _name in VIDEO_FAMILIES}
+    _fields = {"__test__": True, "model_type": _name, "takes_videos": TINY_FAMILIES[_name].takes_videos}
     _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)
 

@@ -21,7 +21,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.operations import MODULES
 from dop_search.testing.inputs import Inputs, collate, tiny_inputs, tiny_sample
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import TINY_CONFIGS, tiny_llava, tiny_model
+from dop_search.testing.models import TINY_MODELS, tiny_llava, tiny_model
 from dop_search.testing.reference import (
     masked_forward,
     masked_generate,
@@ -35,7 +35,7 @@ from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelErr
 NUM_LAYERS = 4
 TOLERANCE = 2e-5
 
-families = pytest.mark.parametrize("family", list(TINY_CONFIGS))
+families = pytest.mark.parametrize("family", TINY_MODELS)
 PROPERTY = settings(max_examples=20, derandomize=True, database=None, deadline=None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -18,24 +17,32 @@ from dop_search.selectors import make_selector
 ANSWER = tuple(range(100, 108))
 
 
+def narrow(shape: Shape, layers: int, hidden: int, vocabulary: int, **fields) -> Shape:
+    """The architecture and the prompt of ``shape`` at a small width."""
+    given, heads, half = shape.values["text_config"], 4, hidden // 8
+    text = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * given["intermediate_size"] // given["hidden_size"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads * given["num_key_value_heads"] // given["num_attention_heads"]),
+        "vocab_size": vocabulary,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48}
+    if "rope_parameters" in given:  # Qwen
+        sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+        text["rope_parameters"] = {**given["rope_parameters"], "mrope_section": sections}
+        vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": hidden, "fullatt_block_indexes": []}
+    else:
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    return shape.sized(text, vision, **fields)
+
+
 def random_model(
     shape: Shape, *, layers: int, hidden: int, vocabulary: int = 1000, dtype=torch.float32, attention: str = "sdpa"
 ) -> tuple[ModelAdapter, Shape]:
-    """The architecture and the prompt of ``shape`` at a small width."""
-    heads = 4
-    small = replace(
-        shape,
-        layers=layers,
-        hidden=hidden,
-        mlp=hidden * shape.mlp // shape.hidden,
-        heads=heads,
-        kv_heads=max(1, heads * shape.kv_heads // shape.heads),
-        vocabulary=vocabulary,
-        vision_layers=2,
-        vision_hidden=32,
-        vision_heads=2,
-        vision_mlp=48,
-    )
+    """A model of that architecture with random weights."""
+    small = narrow(shape, layers, hidden, vocabulary)
     return adapter_for(build(small, torch.device("cpu"), dtype, attention)), small
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dop_search.evaluation.timing.comparison import Comparison, compare, environment
 from dop_search.evaluation.timing.layer_times import measure_table
-from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model, shape_named
+from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model
 from dop_search.evaluation.timing.text import comparison_text
 from dop_search.evaluation.timing.validation import (
     Prediction,
@@ -268,7 +268,7 @@ def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[st
         raise ConfigError(f"`--device` must be auto, cpu or cuda[:index], but got {name!r}") from error
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     if options.model is None:
-        shape = shape_named(options.shape or "small")
+        shape = SHAPES[options.shape or "small"]
         model = build(shape, device, dtype, options.attn)
         words = f"{shape.name} ({shape.source}), random weights"
         return words, model, prompt(shape, model, options.text_tokens, options.batch)

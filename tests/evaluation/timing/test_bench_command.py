@@ -15,7 +15,7 @@ import torch
 from dop_search.app.cli.bench import main
 from dop_search.evaluation.timing.comparison import Comparison, Row, compare
 from dop_search.evaluation.timing.counting import count_decoder_flops
-from dop_search.evaluation.timing.shapes import build, prompt, shape_named
+from dop_search.evaluation.timing.shapes import SHAPES, build, prompt
 from dop_search.evaluation.timing.text import comparison_text
 from dop_search.evaluation.timing.timing import Reading, read_generation
 from dop_search.evaluation.timing.variants import Prompt, Variant, make_variants, nearest
@@ -72,7 +72,7 @@ def test_on_a_bare_machine_it_times_everything_and_says_what(tmp_path: Path) -> 
 
 
 def test_flops_of_the_baselines_are_counted_ones() -> None:
-    shape = shape_named("tiny")
+    shape = SHAPES["tiny"]
     model = build(shape, torch.device("cpu"), torch.float32, "eager")
     adapter = adapter_for(model)
     given = Prompt.of(adapter, prompt(shape, model, 12))
@@ -89,7 +89,7 @@ def test_flops_of_the_baselines_are_counted_ones() -> None:
 
 
 def test_what_cannot_reach_its_flops_is_said() -> None:
-    shape = shape_named("tiny")
+    shape = SHAPES["tiny"]
     model = build(shape, torch.device("cpu"), torch.float32)
     adapter = adapter_for(model)
     given = Prompt.of(adapter, prompt(shape, model, 12))
@@ -152,7 +152,7 @@ def test_spread_is_the_median_and_covers_it() -> None:
 
 
 def test_rounds_are_interleaved_and_the_warmup_does_not_count() -> None:
-    shape = shape_named("tiny")
+    shape = SHAPES["tiny"]
     model = build(shape, torch.device("cpu"), torch.float32)
     inputs = prompt(shape, model, 6)
     visits: list[str] = []
@@ -171,7 +171,7 @@ def test_rounds_are_interleaved_and_the_warmup_does_not_count() -> None:
 def test_reading_leaves_the_model_as_it_was() -> None:
     from dop_search.testing.measure import model_state, state_difference
 
-    shape = shape_named("tiny")
+    shape = SHAPES["tiny"]
     model = build(shape, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         model(**prompt(shape, model, 6))  # on its first call transformers installs hooks of its own

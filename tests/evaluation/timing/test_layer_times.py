@@ -18,7 +18,7 @@ from dop_search.evaluation.timing.layer_times import (
     synthetic_prompt,
     table_for,
 )
-from dop_search.evaluation.timing.shapes import build, shape_named
+from dop_search.evaluation.timing.shapes import SHAPES, build
 from dop_search.evaluation.timing.validation import random_strategies, summary, validate_table
 from dop_search.models.families import adapter_for
 from dop_search.pruning.steps import layer_steps
@@ -33,7 +33,7 @@ COUNTS = [TokenCounts(6, 64), TokenCounts(9, 64)]
 
 @pytest.fixture(scope="module")
 def model():
-    return build(shape_named("tiny"), torch.device("cpu"), torch.float32)
+    return build(SHAPES["tiny"], torch.device("cpu"), torch.float32)
 
 
 def fake_clock(monkeypatch, shares=(1.0,)):

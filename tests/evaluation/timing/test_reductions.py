@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from support.random_teacher import narrow
 
 from dop_search.evaluation.timing.reductions import (
     dropped_by_hooks,
@@ -15,7 +15,7 @@ from dop_search.evaluation.timing.reductions import (
     kept_columns,
     reduced_before_decoder,
 )
-from dop_search.evaluation.timing.shapes import IMAGE_TOKEN_ID, build, prompt, shape_named
+from dop_search.evaluation.timing.shapes import IMAGE_TOKEN_ID, SHAPES, build, prompt
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.testing.measure import model_state, state_difference
@@ -26,11 +26,11 @@ LAYERS, KEPT = 4, 30
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def subject(request):
     torch.manual_seed(0)
-    model = build(shape_named("tiny"), torch.device("cpu"), torch.float32, request.param)
+    model = build(SHAPES["tiny"], torch.device("cpu"), torch.float32, request.param)
     with torch.no_grad():  # the usual initialisation leaves attention flat: make mistakes visible
         for parameter in model.parameters():
             parameter.mul_(3.0)
-    inputs = prompt(shape_named("tiny"), model, num_text=8, batch=2)
+    inputs = prompt(SHAPES["tiny"], model, num_text=8, batch=2)
     visual = inputs["input_ids"] == IMAGE_TOKEN_ID
     ranking = np.argsort(~np.isin(np.arange(200), evenly_spaced(200, KEPT)), kind="stable")
     with torch.no_grad():
@@ -85,19 +85,12 @@ def test_evenly_spaced_are_so_many_different_tokens(visual, kept):
     "name", ["llava_1_5_7b", "llava_1_5_13b", "llava_next_7b", "qwen2_5_vl_7b", "internvl3_8b", "small"]
 )
 def test_every_shape_is_a_model_that_sees_its_visual_tokens(name):
-    """At a small width; the full sizes are the configuration's."""
-    shape = shape_named(name)
-    config = shape.config(shape).get_text_config()
-    sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_key_value_heads)
-    assert sizes == (shape.layers, shape.hidden, shape.mlp, shape.kv_heads)
-    if shape.num_visual > 600:  # fewer images: the tower is slow at the real resolution
-        few = {"num_images": 1, "num_visual": shape.num_visual // shape.num_images}
-        shape = shape if name == "qwen2_5_vl_7b" else replace(shape, **few)
-    heads = {"heads": 4, "kv_heads": max(1, 4 * shape.kv_heads // shape.heads), "vision_heads": 2}
-    sizes = {"layers": 3, "hidden": 64, "mlp": 96, "vision_layers": 2, "vision_hidden": 32, "vision_mlp": 48}
-    narrow = replace(shape, vocabulary=256, **sizes, **heads)
-    model = build(narrow, torch.device("cpu"), torch.float32)
-    inputs = prompt(narrow, model, num_text=5)
+    """At a small width, with one image or tile: the tower is slow at the real resolution."""
+    shape = SHAPES[name]
+    fields = {"num_images": 1, "num_visual": shape.num_visual // shape.num_images}
+    small = narrow(shape, layers=3, hidden=64, vocabulary=256, **fields)
+    model = build(small, torch.device("cpu"), torch.float32)
+    inputs = prompt(small, model, num_text=5)
     seen = []
     handle = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -107,5 +100,5 @@ def test_every_shape_is_a_model_that_sees_its_visual_tokens(name):
     handle.remove()
     is_image = inputs["input_ids"][0] == IMAGE_TOKEN_ID
     embedded = model.get_input_embeddings()(torch.tensor([IMAGE_TOKEN_ID]))
-    assert int(is_image.sum()) == narrow.num_visual
+    assert int(is_image.sum()) == small.num_visual
     assert not torch.isclose(seen[0][0, is_image], embedded).all(dim=1).any(), "an image token was not replaced"
