@@ -119,6 +119,7 @@ class UniformSearch(Method):
             try:
                 fitted = UniformReduction(selector).fit(context, flops_ratio)
                 store = context.needs_store(self.name, selector)
-            except DopError:  # not for this model, or not so cheap
+                divergence = float(store.evaluate([fitted.needs_strategy()]).mean())
+            except DopError:  # not for this model, or not so cheap, which merging finds out as it runs
                 continue
-            yield float(store.evaluate([fitted.needs_strategy()]).mean()), fitted
+            yield divergence, fitted
