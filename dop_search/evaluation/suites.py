@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dop_search.evaluation.aggregates import make_aggregate
+from dop_search.evaluation.aggregates import AGGREGATES
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import unknown
-
-__all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
 
 SOURCES = ("hub", "rendered")
 _CHECKED: dict[str, Any] = {"extra": "forbid"}
@@ -199,7 +197,7 @@ def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
         raise ConfigError(
             f"benchmark {name!r} is malformed ({error}); see conf/benchmarks.yaml for its keys"
         ) from error
-    aggregate = make_aggregate(benchmark.aggregate)
+    aggregate = AGGREGATES.find(benchmark.aggregate)
     if aggregate.num_keys != len(benchmark.keys):
         raise ConfigError(
             f"benchmark {name!r}: the aggregate {aggregate.name!r} needs {aggregate.num_keys} keys, but got "

@@ -17,8 +17,6 @@ from dop_search.models.tower import Grids, VisionCall
 class LlavaNextAdapter(LlavaAdapter):
     """``LlavaNextForConditionalGeneration`` (LLaVA-1.6)."""
 
-    model_types = ("llava_next",)
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; the newline tokens are the last column of the tiles' grid."""
         tiles = self.tiles_per_image(call)

@@ -14,8 +14,6 @@ from dop_search.models.tower import Grids, VisionCall
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """``LlavaOnevisionForConditionalGeneration`` (arXiv 2408.03326)."""
 
-    model_types = ("llava_onevision",)
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; of a video, one grid per frame and its newline token."""
         if call.modality == "image":

@@ -17,7 +17,6 @@ from dop_search.utils.errors import UnsupportedModelError
 class Qwen3VLAdapter(Qwen2VLAdapter):
     """``Qwen3VLForConditionalGeneration`` (deepstack: arXiv 2406.04334)."""
 
-    model_types = ("qwen3_vl",)
     has_deepstack = True
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -33,7 +32,6 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 class Qwen3VLMoeAdapter(Qwen3VLAdapter):
     """``Qwen3VLMoeForConditionalGeneration``: every MLP is a mixture of experts."""
 
-    model_types = ("qwen3_vl_moe",)
     decoder_output = MoeModelOutputWithPast
 
     @classmethod

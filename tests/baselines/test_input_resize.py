@@ -139,7 +139,7 @@ def test_benchmarks_are_asked_through_the_fitted_processor(monkeypatch: pytest.M
     fitted, _ = fitted_on(loaded, 0.8)
     asked = []
     monkeypatch.setattr(answering, "_generate", lambda reader, prompts, frames: asked.append(reader) or ["x"])
-    prompt = answering.Prompt((answering.Turn("user", (drawn_image(60, 50, 0), "What?")),), answering.Generation(2))
+    prompt = answering.Prompt.of_user([answering.part("image", drawn_image(60, 50, 0))], answering.Generation(2))
     for method in (fitted, None):
         assert answering.answer_prompts(loaded, [lambda: prompt], method) == ["x"]
     largest = [reader.processor.image_processor.size["longest_edge"] for reader in asked]

@@ -12,8 +12,6 @@ from dop_search.data.rendered.scenes import Scene, sample_scene
 
 Row: TypeAlias = dict[str, Any]
 
-__all__ = ["hallusionbench_rows", "mme_rows"]
-
 _MME_FAMILIES = {"existence": "exist", "color": "attribute", "position": "relation"}
 _MME_SUFFIX = " Please answer yes or no."
 _TRIES = 30

@@ -14,8 +14,6 @@ from dop_search.data.rendered.formats import Mention, Question
 from dop_search.data.rendered.reading import ask_chart, ask_chart_extreme, ask_diagram, ask_ocr, ask_read
 from dop_search.data.rendered.scenes import COLORS, SHAPES, SIZE_PX, Item, Scene, SceneKind
 
-__all__ = ["COLORS_ZH", "FAMILY_ANSWERS", "FAMILY_KINDS", "PLACES", "PLACES_ZH", "SHAPES_ZH", "ask"]
-
 Ask = Callable[[Random, Scene, str], Question | None]
 
 PLACES = (
@@ -45,26 +43,16 @@ def _pick(rng: Random, candidates: Sequence[int]) -> int | None:
     return rng.choice(candidates) if candidates else None
 
 
-def _unique_shapes(scene: Scene) -> list[int]:
-    """Items whose shape no other item has."""
-    names = [scene.items[i].shape for i in scene.shapes]
-    return [i for i in scene.shapes if names.count(scene.items[i].shape) == 1]
-
-
-def _unique_colors(scene: Scene) -> list[int]:
-    names = [scene.items[i].color for i in scene.shapes]
-    return [i for i in scene.shapes if names.count(scene.items[i].color) == 1]
-
-
-def _unique_pairs(scene: Scene) -> list[int]:
-    pairs = [(scene.items[i].color, scene.items[i].shape) for i in scene.shapes]
-    return [i for i in scene.shapes if pairs.count((scene.items[i].color, scene.items[i].shape)) == 1]
+def _unique(scene: Scene, *attributes: str) -> list[int]:
+    """Shapes that no other one has these attributes in common with."""
+    values = {i: [getattr(scene.items[i], name) for name in attributes] for i in scene.shapes}
+    return [i for i, value in values.items() if list(values.values()).count(value) == 1]
 
 
 def _name(rng: Random, scene: Scene, index: int) -> str:
     """A noun phrase without article that fits this item alone; the item must be unique as a pair."""
     item = scene.items[index]
-    if index in _unique_shapes(scene) and rng.random() < 0.6:
+    if index in _unique(scene, "shape") and rng.random() < 0.6:
         return item.shape
     return f"{item.color} {item.shape}"
 
@@ -81,7 +69,7 @@ def _stem(template: str, *named: tuple[str, tuple[int, ...]]) -> tuple[str, tupl
 
 
 def _color(rng: Random, scene: Scene, want: str) -> Question | None:
-    target = _pick(rng, [i for i in _unique_shapes(scene) if want in ("", scene.items[i].color)])
+    target = _pick(rng, [i for i in _unique(scene, "shape") if want in ("", scene.items[i].color)])
     if target is None:
         return None
     template = rng.choice(("What color is the {}?", "What is the color of the {}?"))
@@ -90,7 +78,7 @@ def _color(rng: Random, scene: Scene, want: str) -> Question | None:
 
 
 def _shape(rng: Random, scene: Scene, want: str) -> Question | None:
-    target = _pick(rng, [i for i in _unique_colors(scene) if want in ("", scene.items[i].shape)])
+    target = _pick(rng, [i for i in _unique(scene, "color") if want in ("", scene.items[i].shape)])
     if target is None:
         return None
     template = rng.choice(("What shape is the {} object?", "What is the shape of the {} thing?"))
@@ -127,7 +115,7 @@ _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "abov
 
 
 def _relation(rng: Random, scene: Scene, want: str) -> Question | None:
-    candidates = _unique_pairs(scene)
+    candidates = _unique(scene, "color", "shape")
     if len(candidates) < 2:
         return None
     first, second = rng.sample(candidates, 2)
@@ -158,7 +146,7 @@ def _place(item: Item) -> int | None:
 
 
 def _where(rng: Random, scene: Scene, want: str) -> Question | None:
-    places = {i: _place(scene.items[i]) for i in _unique_pairs(scene)}
+    places = {i: _place(scene.items[i]) for i in _unique(scene, "color", "shape")}
     chosen = [(i, p) for i, p in places.items() if p is not None and want in ("", PLACES[p])]
     if not chosen:
         return None
@@ -193,7 +181,7 @@ def _exist(rng: Random, scene: Scene, want: str) -> Question | None:
 def _attribute(rng: Random, scene: Scene, want: str) -> Question | None:
     yes = want == "yes" or (want == "" and rng.random() < 0.5)
     by_color = rng.random() < 0.6
-    target = _pick(rng, _unique_shapes(scene) if by_color else _unique_colors(scene))
+    target = _pick(rng, _unique(scene, "shape") if by_color else _unique(scene, "color"))
     if target is None:
         return None
     item = scene.items[target]

@@ -7,8 +7,6 @@ from random import Random
 from dop_search.data.rendered.formats import Mention, Question
 from dop_search.data.rendered.scenes import LETTERS, SHAPES, Scene
 
-__all__ = ["ask_chart", "ask_chart_extreme", "ask_diagram", "ask_ocr", "ask_read"]
-
 
 def _signs(scene: Scene) -> list[int]:
     return [i for i, item in enumerate(scene.items) if item.kind == "sign"]

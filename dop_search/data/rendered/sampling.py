@@ -16,8 +16,6 @@ from dop_search.data.rendered.scenes import SPLITS, Scene, Split, sample_scene
 from dop_search.data.samples import Sample
 from dop_search.utils.registry import unknown
 
-__all__ = ["FAMILIES", "LONG_FAMILIES", "RenderedQuestion", "derived_rng", "rendered_questions", "rendered_samples"]
-
 FAMILIES: tuple[str, ...] = tuple(FAMILY_BENCHMARKS)
 """The question families, in the order in which ``rendered_samples`` goes round."""
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Silenced", "silenced"]
-
 
 class _LogFile(io.TextIOBase):
     """Stands in for a standard stream. ``rich`` asks it for the stream behind it, so our own bars stay visible."""

@@ -13,8 +13,6 @@ from dop_search.utils.errors import DopError
 Logged: TypeAlias = dict[str, Any]
 """One entry of ``results["samples"][task]``."""
 
-__all__ = ["VALUES", "lmms_score", "sample_scores", "static_mmbench_cn", "static_mmbench_en"]
-
 
 def sample_scores(
     suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged], rows: Sequence[int]

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.comparison import OnProgress, environment
-from dop_search.evaluation.timing.timing import Clock, read_prefill
+from dop_search.evaluation.timing.comparison import environment
+from dop_search.evaluation.timing.timing import Clock, OnProgress, interleaved, read_prefill
 from dop_search.models.families import adapter_for
 from dop_search.models.text import TextAdapter
 from dop_search.pruning import pruned
@@ -216,24 +216,19 @@ def _strategy(layers: int, q: Any, kv: Any, mlp: Any, tokens: int, **fields: Any
 def _time(
     jobs: Sequence[_Job], rounds: int, clock: Clock, seed: int, on_progress: OnProgress | None
 ) -> dict[Key, list[float]]:
-    """Measurements of every job, in another order every round."""
-    order = np.random.default_rng(seed)
-    readings: dict[Key, list[float]] = {job.key: [] for job in jobs}
+    """Measurements of every job."""
+
+    def measure(index: int, before: list[float]) -> float | None:
+        if len(before) >= LONG_ROUNDS and min(before) > LONG_MS:
+            return None
+        job = jobs[index]
+        with job.enter():
+            return steady_prefill(job.model, job.inputs, clock)
+
     warmup = 1 if jobs[0].model.device.type == "cuda" else 0
-    done, total = 0, (rounds + warmup) * len(jobs)
-    for step in range(rounds + warmup):
-        for index in order.permutation(len(jobs)):
-            job = jobs[index]
-            done += 1
-            if len(readings[job.key]) >= LONG_ROUNDS and min(readings[job.key]) > LONG_MS:
-                continue
-            with job.enter():
-                reading = steady_prefill(job.model, job.inputs, clock)
-            if step >= warmup:
-                readings[job.key].append(reading)
-            if on_progress is not None:
-                on_progress(done, total, "layer times on this device")
-    return readings
+    names = ["layer times on this device"] * len(jobs)
+    readings = interleaved(measure, names, rounds=rounds, warmup=warmup, seed=seed, on_progress=on_progress)
+    return {job.key: values for job, values in zip(jobs, readings, strict=True)}
 
 
 def _table(

@@ -192,7 +192,7 @@ class LatencyTable:
             raise ConfigError(
                 "the latency table is not for this model on this device:\n  "
                 + "\n  ".join(differences)
-                + "\nMeasure it here, or pass `any_environment=True` to use it all the same"
+                + "\nMeasure it here"
             )
 
     # -- files ----------------------------------------------------------------------------------
@@ -227,26 +227,15 @@ class LatencyTable:
         write_json(path, self.to_json(), indent=1)
 
     @classmethod
-    def load(
-        cls, path: str | Path, environment: Mapping[str, Any] | None = None, any_environment: bool = False
-    ) -> LatencyTable:
-        """Read a table.
-
-        Args:
-            path: its file.
-            environment: where it is to be used; a table of another one is refused.
-            any_environment: do not ask.
+    def load(cls, path: str | Path, environment: Mapping[str, Any] | None = None) -> LatencyTable:
+        """Read a table; one of another environment than is given is refused.
 
         Raises:
             CacheError: if the file is no table.
             ConfigError: if it was measured elsewhere.
         """
         table = cls.from_json(FORMAT.read(path))
-        if not any_environment:
-            if environment is None:
-                raise ConfigError(
-                    "say where the latency table is used (`environment=`), or pass `any_environment=True`"
-                )
+        if environment is not None:
             table.check_environment(environment)
         return table
 
