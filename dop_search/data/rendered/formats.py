@@ -13,6 +13,17 @@ class Mention:
     items: tuple[int, ...]
 
 
+def stem_of(template: str, *named: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[Mention, ...]]:
+    """Fill ``{}`` slots with nouns in order, and note where each ends and which items it names."""
+    pieces = template.split("{}")
+    text, mentions = pieces[0], []
+    for (noun, items), rest in zip(named, pieces[1:], strict=True):
+        text += noun
+        mentions.append(Mention(len(text), items))
+        text += rest
+    return text, tuple(mentions)
+
+
 @dataclass(frozen=True)
 class Question:
     """A question about a scene, before a benchmark's format is applied.
