@@ -18,8 +18,9 @@ from dop_search.models import adapter_for
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs, with_answer
 from dop_search.selectors import make_selector
-from dop_search.testing.models import ANYRES_TILE_SIZE, tiny_model
+from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.sizes import ANYRES_TILE_SIZE
 from dop_search.utils.errors import BudgetError, DopError
 
 SIDE = ANYRES_TILE_SIZE

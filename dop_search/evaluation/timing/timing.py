@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -136,7 +137,6 @@ class Reading:
     end_to_end_ms: float
     peak_bytes: int | None
     kv_bytes: int | None
-    decode_all_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
 def read_generation(
@@ -157,7 +157,7 @@ def read_generation(
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
-    steps = tuple(after - before for before, after in zip(tokens.times, tokens.times[1:], strict=False))
+    steps = [after - before for before, after in pairwise(tokens.times)]
     return Reading(
         vision_ms=timer.first_call[0] - start,
         prefill_ms=timer.ms,
@@ -166,7 +166,6 @@ def read_generation(
         end_to_end_ms=tokens.times[-1] - start,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         kv_bytes=timer.kv_bytes,
-        decode_all_ms=steps,
     )
 
 

@@ -78,16 +78,8 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         grid = (len(self.text), len(self.visual))
-        shapes = {
-            "keys_ms": grid,
-            "queries_ms": grid,
-            "mlp_ms": grid,
-            "queries_part_ms": (*grid, len(self.shares)),
-            "mlp_part_ms": (*grid, len(self.shares)),
-            "fixed_ms": (len(self.lengths),),
-            "full_ms": (len(self.lengths),),
-        }
-        for name, shape in shapes.items():
+        part, whole = (*grid, len(self.shares)), (len(self.lengths),)
+        for name, shape in zip(_ARRAYS, (grid, grid, grid, part, part, whole, whole), strict=True):
             values = np.asarray(getattr(self, name), dtype=np.float64).reshape(shape)
             if not np.isfinite(values).all():
                 raise CacheError(f"`{name}` of a latency table must be finite, but got {values}; measure it again")
