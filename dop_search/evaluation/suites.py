@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ class Suite:
     def to_json(self) -> dict[str, Any]:
         """The fields as in a configuration: benchmarks of ``conf/benchmarks.yaml`` by their names."""
         shown = [
-            item.name if _catalogue().get(item.name) == item else dataclasses.asdict(item) for item in self.benchmarks
+            item.name if catalogue().get(item.name) == item else dataclasses.asdict(item) for item in self.benchmarks
         ]
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"benchmarks": shown}
 
@@ -159,22 +159,18 @@ def suite_names() -> tuple[str, ...]:
     return tuple(path.stem for path in files if "benchmarks" in (yaml.safe_load(path.read_text("utf-8")) or {}))
 
 
-def benchmark_names() -> tuple[str, ...]:
-    """Benchmarks of ``conf/benchmarks.yaml``."""
-    return tuple(_catalogue())
-
-
-@lru_cache(maxsize=1)
-def _catalogue() -> dict[str, Benchmark]:
+@cache
+def catalogue() -> dict[str, Benchmark]:
+    """Benchmarks of ``conf/benchmarks.yaml`` by name."""
     entries = yaml.safe_load((config_dir() / "benchmarks.yaml").read_text(encoding="utf-8"))
     return {name: _parse(name, fields) for name, fields in entries.items()}
 
 
 def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
     if isinstance(item, str):
-        if item not in _catalogue():
-            raise ConfigError(unknown("benchmark", item, _catalogue()))
-        return _catalogue()[item]
+        if item not in catalogue():
+            raise ConfigError(unknown("benchmark", item, catalogue()))
+        return catalogue()[item]
     if not isinstance(item, Mapping):
         raise ConfigError(f"a benchmark is a name or a mapping, but got {item!r}")
     fields = dict(item)

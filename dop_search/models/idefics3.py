@@ -16,7 +16,6 @@ class Idefics3Adapter(ModelAdapter):
 
     @property
     def merge_size(self) -> int:
-        """See base class."""
         return int(self.model.config.scale_factor)
 
     def token_grids(self, call: VisionCall) -> list[Grids]:

@@ -13,5 +13,4 @@ class InternVLAdapter(ModelAdapter):
 
     @property
     def merge_size(self) -> int:
-        """See base class."""
         return round(1 / self.model.config.downsample_ratio)

@@ -78,11 +78,9 @@ class LlavaAdapter(ModelAdapter):
         )
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
         return [self._grids_of_one_image()] * len(call.arguments["pixel_values"])
 
     def to_token_order(self, values: Tensor) -> Tensor:
-        """See base class."""
         self._check_only_patches()
         return values.flatten(0, 1)
 
@@ -96,7 +94,6 @@ class LlavaAdapter(ModelAdapter):
         return [grids * (count // per_image) for count in num_visual]
 
     def received_attention_module(self) -> Any:
-        """See base class."""
         self._check_only_patches()
         return super().received_attention_module()
 

@@ -25,7 +25,6 @@ class LlavaNextAdapter(LlavaAdapter):
         return [self._grids(tokens[:, 0] < 0.5, count) for tokens, count in zip(packed, tiles, strict=True)]
 
     def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
-        """See base class."""
         return ModelAdapter.image_grids(self, num_visual)
 
     def to_token_order(self, values: Tensor) -> Tensor:

@@ -41,6 +41,5 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
 
     def packing_arguments(self, call: VisionCall) -> dict[str, Any]:
-        """See base class."""
         given = call.arguments.get("vision_aspect_ratio")
         return {"vision_aspect_ratio": self.model.config.vision_aspect_ratio if given is None else given}

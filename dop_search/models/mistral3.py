@@ -17,7 +17,6 @@ class Mistral3Adapter(ModelAdapter):
 
     @property
     def merge_size(self) -> int:
-        """See base class."""
         return int(self.model.config.spatial_merge_size)
 
     def _patch_grids(self, call: VisionCall) -> list[tuple[int, int]]:
@@ -26,7 +25,6 @@ class Mistral3Adapter(ModelAdapter):
         return [(int(height) // patch, int(width) // patch) for height, width in call.arguments["image_sizes"]]
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
         merge = self.merge_size
         return [((rows // merge, columns // merge),) for rows, columns in self._patch_grids(call)]
 

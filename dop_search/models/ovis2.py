@@ -12,5 +12,4 @@ class Ovis2Adapter(ModelAdapter):
 
     @property
     def merge_size(self) -> int:
-        """See base class."""
         return int(self.model.config.vision_config.hidden_stride)

@@ -28,7 +28,6 @@ class Qwen2VLAdapter(ModelAdapter):
 
     @property
     def merge_size(self) -> int:
-        """See base class."""
         return int(self.vision_tower.spatial_merge_size)
 
     def token_grids(self, call: VisionCall) -> list[Grids]:

@@ -20,12 +20,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     has_deepstack = True
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """See base class."""
         kwargs.pop("visual_pos_masks", None)
         return tuple(kwargs.pop("deepstack_visual_embeds", None) or ())
 
     def deepstack_arguments(self, visual: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
-        """See base class."""
         return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(features)} if features else {}
 
 
@@ -46,7 +44,6 @@ class Qwen3VLMoeAdapter(Qwen3VLAdapter):
 
     @property
     def dims(self) -> ModelDims:
-        """See base class."""
         text = self.text_config
         return replace(
             super().dims,

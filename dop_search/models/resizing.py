@@ -63,7 +63,6 @@ class MaxPixels(InputLimit):
         return num_visual
 
     def facts(self, images: Any, limit: int) -> dict[str, int]:
-        """See base class."""
         return {self.name: self._pixels(images, limit)}
 
     def limit(self, images: Any, limit: int) -> None:
@@ -83,11 +82,9 @@ class MaxCrops(InputLimit):
     name = "max_crops"
 
     def highest(self, images: Any, num_visual: int) -> int:
-        """See base class."""
         return max(self._crops(size) for size in images.image_grid_pinpoints)
 
     def limit(self, images: Any, limit: int) -> None:
-        """See base class."""
         images.image_grid_pinpoints = self._pinpoints(images.image_grid_pinpoints, limit)
 
     @contextmanager
@@ -119,11 +116,9 @@ class MaxTiles(InputLimit):
     name = "max_patches"
 
     def highest(self, images: Any, num_visual: int) -> int:
-        """See base class."""
         return int(images.max_patches)
 
     def limit(self, images: Any, limit: int) -> None:
-        """See base class."""
         images.min_patches, images.max_patches = min(images.min_patches, limit), limit
 
 
