@@ -106,12 +106,7 @@ class Strategy:
                     )
             depths[name] = [int(depth) for depth in values]
         groups = tuple(
-            GroupPolicy(
-                q=tuple(range(depths["q"][i])),
-                kv=tuple(range(depths["kv"][i])),
-                mlp=tuple(range(depths["mlp"][i])),
-                group=TokenGroup(share),
-            )
+            GroupPolicy(group=TokenGroup(share), **{name: tuple(range(values[i])) for name, values in depths.items()})
             for i, share in enumerate(shares)
         )
         return cls(num_layers=num_layers, groups=groups, num_visual_tokens=num_visual_tokens, **fields)
@@ -239,9 +234,7 @@ class Strategy:
         scaled = {name: [int(ratio * num_layers + 0.5) for ratio in values] for name, values in ratios.items()}
         return Strategy.depthwise(
             num_layers,
-            scaled["q"],
-            scaled["kv"],
-            scaled["mlp"],
+            **scaled,
             num_visual_tokens=self.num_visual_tokens,
             shares=[policy.group.share for policy in self.groups],
             selector=self.selector,
