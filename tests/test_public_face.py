@@ -110,7 +110,7 @@ def test_a_fit_asks_the_full_model_itself_and_names_what_is_wrong(pocket, few_sa
 
 def test_found_strategy_prunes_generation(pocket, few_samples):
     """A strategy that leaves every visual token out answers without looking; all tokens kept answers as ever."""
-    from dop_search.evaluation import answer_questions
+    from support.answers import answer_questions
 
     samples = few_samples.samples
     full = answer_questions(pocket, samples)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dop_search.app.config import DataConfig
 from dop_search.data.pools import check_sources, refuse_overlap
 from dop_search.data.samples import no_answer
-from dop_search.data.sources import origin
+from dop_search.data.sources import Location, Origin
 from dop_search.data.validation import Split, file_rows, sources_of
-from dop_search.evaluation import Suite
+from dop_search.evaluation.suites import Suite
 
 
 def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged: Sequence[Split] = ("test",)) -> None:
@@ -42,5 +42,6 @@ def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
         DataError: naming the source, the benchmark and the split.
     """
     if suite.benchmarks and suite.source == "hub":
-        scored = {b.name: origin(b.dataset.path, b.dataset.name, b.dataset.split, None) for b in suite.benchmarks}
+        data = {b.name: b.dataset for b in suite.benchmarks}
+        scored = {name: Origin.of(Location(its.path, its.name), its.split) for name, its in data.items()}
         refuse_overlap(sources_of(config.name, config.sources), scored)

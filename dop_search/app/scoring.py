@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dop_search.app.record import RelativeMean, Result, ScoreComparison, SuiteInfo
-from dop_search.evaluation import Suite, SuiteScores, difference_ci95, relative, relative_mean
 from dop_search.evaluation.runnable import Runnable, strategy_of
+from dop_search.evaluation.scores import SuiteScores, difference_ci95, relative, relative_mean
+from dop_search.evaluation.suites import Suite
 from dop_search.models.loading import LoadedModel
 from dop_search.utils.progress import Progress, watch
 

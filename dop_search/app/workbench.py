@@ -18,7 +18,7 @@ from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.validation import Split, validation_set
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
 from dop_search.divergence.profiling import MeasuredProfile, default_shares, evaluation_store, profile
-from dop_search.evaluation import correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import LoadedModel
 from dop_search.search import CurveGrid, EvaluationStore
 from dop_search.selectors import Selector, make_selector

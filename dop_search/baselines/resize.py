@@ -53,10 +53,10 @@ class InputResize(UniformReduction):
         def ratio(limit: int) -> float:
             return CostModel(context.dims, counts(limit)).full_total / context.pricing.cost_model.full_total
 
-        limit = _solve(limits, ratio, limits.highest(processor, context.num_visual), flops_ratio)
+        limit = _solve(limits, ratio, limits.highest(processor.image_processor, context.num_visual), flops_ratio)
         visual = [item.visual for item in counts(limit)]
         mean = round(float(np.mean(visual)), 2)
-        facts = {**limits.facts(processor, limit), "mean_visual_tokens": mean}
+        facts = {**limits.facts(processor.image_processor, limit), "mean_visual_tokens": mean}
         notes = [f"{min(visual)} to {max(visual)} visual tokens per sample"]
         return FittedMethod(
             method=self.name,

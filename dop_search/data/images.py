@@ -11,8 +11,6 @@ from PIL import Image, ImageOps
 
 from dop_search.utils.errors import DataError
 
-__all__ = ["check_image", "read_image"]
-
 _MIN_FULL_RANGE = 4096
 """16-bit images without a larger value hold 8- to 12-bit data: scaled by their format they would be all but black."""
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dop_search.data.images import read_image
 from dop_search.data.samples import IMAGE_PLACE, Sample, without_places
-from dop_search.data.sources import DatasetSource, Origin, Source, TaskSource, origin
+from dop_search.data.sources import DatasetSource, Location, Origin, Source, TaskSource
 from dop_search.data.tables import check_reachable, load_table, need_columns
-from dop_search.data.tasks import scored_origin, task_fields, task_file, task_on
+from dop_search.data.tasks import scored_origin, task_fields, task_file, task_location, task_on
 from dop_search.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,12 +40,28 @@ def open_pool(source: Source) -> Pool:
     return TaskPool(source) if isinstance(source, TaskSource) else DatasetPool(source)
 
 
-def source_origin(source: Source) -> Origin:
-    """The data that a source reads; needs neither the data nor lmms-eval's code."""
+def location_of(source: Source) -> Location:
+    """The data set that a source reads, its task's own where it names none. Needs neither that nor lmms-eval's code.
+
+    Raises:
+        DataError: if neither names one.
+    """
     if isinstance(source, DatasetSource):
-        return origin(source.path, source.name, source.split, source.data_files)
-    fields = _task_data(source)
-    return origin(fields["path"], fields["name"], source.split, fields["files"], fields["base"])
+        return Location(source.path, source.name, source.data_files, source.revision)
+    file = task_file(source.task)
+    fields = task_fields(file)
+    if source.dataset_path is not None:
+        return Location(source.dataset_path, source.dataset_name, source.data_files, source.revision)
+    if not fields.get("dataset_path"):
+        raise DataError(f"the task {source.task!r} names no data set; give dataset_path")
+    own = task_location(fields, file)
+    return Location(
+        own.path,
+        source.dataset_name or own.name,
+        source.data_files or own.data_files,
+        source.revision or own.revision,
+        own.base if source.data_files is None else None,
+    )
 
 
 def check_sources(sources: Sequence[Source]) -> None:
@@ -55,11 +71,7 @@ def check_sources(sources: Sequence[Source]) -> None:
         DataError: naming the cache variables and the data that needs no network.
     """
     for source in sources:
-        if isinstance(source, DatasetSource):
-            check_reachable(source.path, source.name)
-        else:
-            fields = _task_data(source)
-            check_reachable(fields["path"], fields["name"])
+        check_reachable(location_of(source))
 
 
 def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> None:
@@ -73,7 +85,7 @@ def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> N
         DataError: naming source, benchmark and split.
     """
     for source in sources:
-        ours = source_origin(source)
+        ours = Origin.of(location_of(source), source.split)
         for benchmark, theirs in scored.items():
             if ours.overlaps(theirs):
                 raise DataError(
@@ -88,9 +100,7 @@ class DatasetPool(Pool):
 
     def __init__(self, source: DatasetSource) -> None:
         self.label, self._source = source.label, source
-        self._table = load_table(
-            source.path, source.name, source.split, revision=source.revision, data_files=source.data_files
-        )
+        self._table = load_table(location_of(source), source.split)
         columns = {name: getattr(source, name) for name in ("image", "question", "answer", "id", "family")}
         need_columns(self._table, columns, f"the data set {source.path!r}")
         if source.id is not None:
@@ -132,28 +142,20 @@ class TaskPool(Pool):
     def __init__(self, source: TaskSource) -> None:
         self.label, self._source = source.label, source
         refuse_overlap([source], {source.label: scored_origin(source.task)})
-        fields = _task_data(source)
-        table = load_table(
-            fields["path"],
-            fields["name"],
-            source.split,
-            revision=fields["revision"],
-            data_files=fields["files"],
-            base=fields["base"],
-        )
+        where = location_of(source)
+        table = load_table(where, source.split)
         self._task = task_on(source.task, table, source.split, run_process_docs=source.images is None)
         self._table: Dataset = self._task.task_docs
         self._images: Dataset | None = None
         self._image_rows: dict[Any, int] = {}
         if source.images is not None:
-            self._images = load_table(
-                fields["path"], source.images.dataset_name, source.images.split, revision=fields["revision"]
-            )
-            need_columns(self._table, {"images.key": source.images.key}, f"the data set {fields['path']!r}")
+            images = Location(where.path, source.images.dataset_name, revision=where.revision)
+            self._images = load_table(images, source.images.split)
+            need_columns(self._table, {"images.key": source.images.key}, f"the data set {where.path!r}")
             needed = {"images.id": source.images.id, "images.image": source.images.image}
-            need_columns(self._images, needed, f"the images {source.images.dataset_name!r} of {fields['path']!r}")
+            need_columns(self._images, needed, f"the images {source.images.dataset_name!r} of {where.path!r}")
             self._image_rows = {name: row for row, name in enumerate(self._images[source.images.id])}
-        need_columns(self._table, {"target": source.target}, f"the data set {fields['path']!r}")
+        need_columns(self._table, {"target": source.target}, f"the data set {where.path!r}")
 
     def __len__(self) -> int:
         return len(self._table)
@@ -209,21 +211,3 @@ def accepted_answers(value: Any, where: str) -> tuple[str, ...]:
     if not answers or value is None:
         raise DataError(f"{where} has no answer; drop the row, or name another column (answer or target)")
     return answers
-
-
-def _task_data(source: TaskSource) -> dict[str, Any]:
-    """The data set of a task's source: its own where the source names none."""
-    file = task_file(source.task)
-    fields = task_fields(file)
-    own = fields.get("dataset_kwargs") or {}
-    path = source.dataset_path or fields.get("dataset_path")
-    if not path:
-        raise DataError(f"the task {source.task!r} names no data set; give dataset_path")
-    is_own = source.dataset_path is None
-    return {
-        "path": path,
-        "name": source.dataset_name or (fields.get("dataset_name") if is_own else None),
-        "files": source.data_files or (own.get("data_files") if is_own else None),
-        "revision": source.revision or (own.get("revision") if is_own else None),
-        "base": file.parent if source.data_files is None and is_own else None,
-    }

@@ -11,20 +11,6 @@ from PIL import Image
 
 from dop_search.utils.errors import DataError
 
-__all__ = [
-    "CONTEXT_END",
-    "CONTEXT_START",
-    "IMAGE_PLACE",
-    "Sample",
-    "ValidationSet",
-    "alike_batches",
-    "check_places",
-    "no_answer",
-    "score_answer",
-    "with_context",
-    "without_places",
-]
-
 IMAGE_PLACE = "<image>"
 """In a question: where an image stands, in the order of the images; without it they stand in front."""
 

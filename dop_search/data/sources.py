@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,45 @@ Source = TaskSource | DatasetSource
 
 
 @dataclass(frozen=True)
+class Location:
+    """Where a data set is.
+
+    Attributes:
+        path: hub id, local folder, local file, or the name of a file format with ``data_files``.
+        name: configuration of the data set.
+        data_files: as in ``datasets.load_dataset``; relative paths are taken from ``base``.
+        revision: commit of a hub data set.
+        base: folder of the file that names the data set.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: DataFiles | None = None
+    revision: str | None = None
+    base: Path | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the path names a single local file."""
+        return self.path.endswith((".parquet", ".json", ".jsonl", ".csv"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the hub is not asked."""
+        return self.path in LOCAL_BUILDERS or Path(self.path).exists()
+
+    @property
+    def shown(self) -> str:
+        """For messages."""
+        return repr(self.path) if self.name is None else f"{self.path!r} ({self.name})"
+
+    def files_of(self, split: str) -> list[str]:
+        """The files of a split."""
+        files = self.data_files.get(split, ()) if isinstance(self.data_files, Mapping) else self.data_files
+        return [files] if isinstance(files, str) else [str(file) for file in files or ()]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Which data a source or a benchmark reads, for telling whether two read the same.
 
@@ -132,6 +171,18 @@ class Origin:
     files: frozenset[str]
     text: str
 
+    @classmethod
+    def of(cls, where: Location, split: str) -> Origin:
+        """The data of a split."""
+        files: list[Path] = []
+        if where.path in LOCAL_BUILDERS and where.data_files is not None:
+            files = [(where.base or Path()) / file for file in where.files_of(split)]
+        elif where.is_file:
+            files = [Path(where.path)]
+        text = f"{where.path}{f' ({where.name})' if where.name else ''}, split {split!r}"
+        paths = frozenset(str(file.resolve()) for file in files)
+        return cls(Path(where.path).name.lower(), base_splits(split), paths, text)
+
     def overlaps(self, other: Origin) -> bool:
         """Whether both read the same split of the same data set, or a common file."""
         if self.files or other.files:
@@ -141,34 +192,11 @@ class Origin:
         return bool(self.splits & other.splits) or "all" in self.splits | other.splits
 
 
-def origin(path: str, name: str | None, split: str, data_files: DataFiles | None, base: Path | None = None) -> Origin:
-    """The data of a data set's path, configuration and split; relative files are taken from ``base``."""
-    files: frozenset[str] = frozenset()
-    if path in LOCAL_BUILDERS and data_files is not None:
-        chosen = data_files.get(split, ()) if isinstance(data_files, Mapping) else data_files
-        files = frozenset(str(((base or Path()) / file).resolve()) for file in _flat(chosen))
-    elif is_file(path):
-        files = frozenset({str(Path(path).resolve())})
-    shown = f"{path}{f' ({name})' if name else ''}, split {split!r}"
-    return Origin(Path(path).name.lower(), base_splits(split), files, shown)
-
-
 def base_splits(split: str) -> frozenset[str]:
     """The splits that ``train+test[:100]``, as ``datasets`` reads it, takes rows of."""
     return frozenset(part.split("[")[0].strip().lower() for part in split.split("+"))
 
 
-def is_file(path: str) -> bool:
-    """Whether a data set's path names a single local file."""
-    return path.endswith((".parquet", ".json", ".jsonl", ".csv"))
-
-
 def _check_weight(weight: float) -> None:
     if not weight > 0.0:
         raise DataError(f"`weight > 0` must hold for a source, but got {weight!r}")
-
-
-def _flat(files: Any) -> Iterable[str]:
-    if isinstance(files, str):
-        return (files,)
-    return tuple(str(file) for file in files)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dop_search.data.sources import Origin, origin
+from dop_search.data.sources import Location, Origin
 from dop_search.utils.errors import DataError
 from dop_search.utils.extras import check_extras
 from dop_search.utils.registry import did_you_mean
@@ -78,8 +78,14 @@ def scored_origin(task: str) -> Origin:
     split = fields.get("test_split") or fields.get("validation_split")
     if not fields.get("dataset_path") or not split:
         raise DataError(f"the task {task!r} names no data set or split to score; see {str(file)!r}")
-    files = (fields.get("dataset_kwargs") or {}).get("data_files")
-    return origin(fields["dataset_path"], fields.get("dataset_name"), split, files, file.parent)
+    return Origin.of(task_location(fields, file), split)
+
+
+def task_location(fields: Mapping[str, Any], file: Path) -> Location:
+    """Where a task's own data set is."""
+    own = fields.get("dataset_kwargs") or {}
+    path, name = fields["dataset_path"], fields.get("dataset_name")
+    return Location(path, name, own.get("data_files"), own.get("revision"), file.parent)
 
 
 def task_on(task: str, table: Dataset, split: str, *, run_process_docs: bool) -> Any:

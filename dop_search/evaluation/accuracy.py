@@ -1,4 +1,4 @@
-"""Task accuracy: greedy answers of a model under a strategy, compared with the annotation."""
+"""Task accuracy: greedy answers of a model, compared with the annotation."""
 
 from __future__ import annotations
 
@@ -10,33 +10,6 @@ from dop_search.data.samples import Sample, alike_batches, score_answer
 from dop_search.divergence import Memory
 from dop_search.divergence.teacher import generate_ids
 from dop_search.models.loading import LoadedModel
-from dop_search.pruning import pruned
-from dop_search.strategy import Strategy
-
-
-def answer_questions(
-    loaded: LoadedModel,
-    samples: Sequence[Sample],
-    strategy: Strategy | None = None,
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 16,
-    memory: Memory = "auto",
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Greedy answers, one per sample, through ``generate()`` of the (pruned) model.
-
-    Args:
-        loaded: the model.
-        samples: questions with their images.
-        strategy: what runs; ``None``: everything.
-        batch_size: most samples per call.
-        max_new_tokens: longest answer.
-        memory: GiB on the model's device, weights included, or ``auto``; a call takes fewer samples where need be.
-        on_progress: called with (done, total) samples.
-    """
-    with pruned(loaded.model, strategy or Strategy.full(loaded.adapter.dims.num_layers)):
-        return generate_answers(loaded, samples, batch_size, max_new_tokens, on_progress, memory)
 
 
 def generate_answers(
@@ -47,7 +20,16 @@ def generate_answers(
     on_progress: Callable[[int, int], None] | None = None,
     memory: Memory = "auto",
 ) -> list[str]:
-    """Greedy answers of the model as it is now, whatever prunes it; see :func:`answer_questions`."""
+    """Greedy answers, one per sample, through ``generate()`` of the model as it is now, whatever prunes it.
+
+    Args:
+        loaded: the model.
+        samples: questions with their images.
+        batch_size: most samples per call.
+        max_new_tokens: longest answer.
+        on_progress: called with (done, total) samples.
+        memory: GiB on the model's device, weights included, or ``auto``; a call takes fewer samples where need be.
+    """
     answers: dict[int, str] = {}
     for batch in alike_batches(samples, batch_size):
         ids = generate_ids(loaded, [samples[index] for index in batch], max_new_tokens, memory)

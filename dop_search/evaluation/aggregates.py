@@ -18,8 +18,6 @@ from dop_search.utils.registry import Registry
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-__all__ = ["AGGREGATES", "Aggregate", "SampleScore", "Units", "make_aggregate"]
-
 
 @dataclass(frozen=True)
 class SampleScore:
@@ -92,15 +90,6 @@ class Aggregate:
                     f"has {sample.keys}"
                 )
         return self.units(samples)
-
-
-def make_aggregate(name: str) -> Aggregate:
-    """The aggregate of that name.
-
-    Raises:
-        DopError: on an unknown name, with near names.
-    """
-    return AGGREGATES.find(name)
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

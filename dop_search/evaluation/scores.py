@@ -6,27 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dop_search.evaluation.aggregates import SampleScore, make_aggregate
+from dop_search.evaluation.aggregates import AGGREGATES, SampleScore
 from dop_search.utils.errors import CacheError, DopError
 from dop_search.utils.files import write_atomic
 from dop_search.utils.statistics import stratified_bootstrap_ci95
 from dop_search.utils.versioned import Format, write_json
-
-__all__ = [
-    "BenchmarkScore",
-    "SampleScore",
-    "SuiteScores",
-    "difference_ci95",
-    "fingerprint",
-    "relative",
-    "relative_mean",
-]
 
 FORMAT = Format("a file of scores", "dop_search.scores", 1, "run the evaluation again")
 _AS_JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
@@ -42,7 +32,7 @@ class BenchmarkScore:
         unit: ``"%"`` or ``"points"``.
         num_samples: questions answered.
         samples: what each one was worth, ordered by ``doc_id``.
-        aggregate: name in ``AGGREGATES``; ``make_aggregate(aggregate)(samples) == score``.
+        aggregate: name in ``AGGREGATES``; ``AGGREGATES[aggregate](samples) == score``.
 
     Raises:
         DopError: if score, count and samples contradict each other.
@@ -58,7 +48,7 @@ class BenchmarkScore:
     def __post_init__(self) -> None:
         if self.num_samples != len(self.samples):
             raise DopError(f"{self.benchmark}: num_samples is {self.num_samples}, but there are {len(self.samples)}")
-        again = make_aggregate(self.aggregate)(self.samples)
+        again = AGGREGATES.find(self.aggregate)(self.samples)
         if not math.isclose(again, self.score, rel_tol=1e-6, abs_tol=1e-6):
             raise DopError(
                 f"{self.benchmark}: the score is given as {self.score}, but the aggregate {self.aggregate!r} of its "
@@ -69,33 +59,22 @@ class BenchmarkScore:
     def of(cls, benchmark: str, unit: str, aggregate: str, samples: tuple[SampleScore, ...]) -> BenchmarkScore:
         """The score that ``samples`` make."""
         ordered = tuple(sorted(samples, key=lambda sample: sample.doc_id))
-        score = make_aggregate(aggregate)(ordered)
+        score = AGGREGATES.find(aggregate)(ordered)
         return cls(benchmark, score, unit, len(ordered), ordered, aggregate)
 
     def save(self, folder: Path, fingerprint: str) -> None:
         """Write ``<benchmark>.parquet`` (one row per sample), then ``<benchmark>.json``, which says that it is done."""
         import pandas as pd
 
-        rows = {
-            "doc_id": [s.doc_id for s in self.samples],
-            "prediction": [s.prediction for s in self.samples],
-            "targets": [list(s.targets) for s in self.samples],
-            "value": [s.value for s in self.samples],
-            "keys": [list(s.keys) for s in self.samples],
-        }
-        write_atomic(folder / f"{self.benchmark}.parquet", lambda path: pd.DataFrame(rows).to_parquet(path))
-        write_json(folder / f"{self.benchmark}.json", self._summary(fingerprint), **_AS_JSON)
+        rows = pd.DataFrame([asdict(sample) for sample in self.samples])
+        write_atomic(folder / f"{self.benchmark}.parquet", rows.to_parquet)
+        data = {**FORMAT.stamp, "fingerprint": fingerprint, "benchmark": self.benchmark, **self.summary}
+        write_json(folder / f"{self.benchmark}.json", data, **_AS_JSON)
 
-    def _summary(self, fingerprint: str) -> dict[str, Any]:
-        return {
-            **FORMAT.stamp,
-            "fingerprint": fingerprint,
-            "benchmark": self.benchmark,
-            "score": self.score,
-            "unit": self.unit,
-            "num_samples": self.num_samples,
-            "aggregate": self.aggregate,
-        }
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The score without its samples, for JSON."""
+        return {name: getattr(self, name) for name in ("score", "unit", "num_samples", "aggregate")}
 
     @classmethod
     def load(cls, folder: Path, benchmark: str) -> tuple[BenchmarkScore, str]:
@@ -110,20 +89,12 @@ class BenchmarkScore:
         try:
             table = pd.read_parquet(folder / f"{benchmark}.parquet")
             samples = tuple(
-                SampleScore(int(doc_id), prediction, tuple(targets), float(value), tuple(keys))
-                for doc_id, prediction, targets, value, keys in zip(
-                    *(table[name] for name in ("doc_id", "prediction", "targets", "value", "keys")), strict=True
-                )
+                SampleScore(int(row.doc_id), row.prediction, tuple(row.targets), float(row.value), tuple(row.keys))
+                for row in table.itertuples(index=False)
             )
-            score = cls(
-                summary["benchmark"],
-                summary["score"],
-                summary["unit"],
-                summary["num_samples"],
-                samples,
-                summary["aggregate"],
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            facts = {name: summary[name] for name in ("benchmark", "score", "unit", "num_samples", "aggregate")}
+            score = cls(samples=samples, **facts)
+        except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
             raise CacheError(
                 f"the scores of {benchmark!r} in {str(folder)!r} are corrupt ({error}); delete {benchmark}.json and "
                 f"{benchmark}.parquet there and run again"
@@ -169,15 +140,7 @@ class SuiteScores:
             "strategy": self.strategy,
             "limit": self.limit,
             "fingerprint": self.fingerprint,
-            "scores": {
-                name: {
-                    "score": score.score,
-                    "unit": score.unit,
-                    "num_samples": score.num_samples,
-                    "aggregate": score.aggregate,
-                }
-                for name, score in self.scores.items()
-            },
+            "scores": {name: score.summary for name, score in self.scores.items()},
         }
 
     @classmethod
@@ -241,7 +204,7 @@ def difference_ci95(
             f"a difference needs the same benchmark and aggregate, but got {pruned.benchmark!r} ({pruned.aggregate}) "
             f"and {full.benchmark!r} ({full.aggregate})"
         )
-    aggregate = make_aggregate(full.aggregate)
+    aggregate = AGGREGATES.find(full.aggregate)
     sides = [aggregate.checked_units(side.samples) for side in (pruned, full)]
     if sides[0].names != sides[1].names:
         missing = sorted(set(sides[0].names) ^ set(sides[1].names))[:5]

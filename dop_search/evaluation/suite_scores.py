@@ -21,8 +21,6 @@ from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError
 from dop_search.utils.network import hub_is_reachable, offline
 
-__all__ = ["score_suite"]
-
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total) samples and the benchmark's title."""
 

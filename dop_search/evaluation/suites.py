@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from dop_search.evaluation.aggregates import make_aggregate
+from dop_search.evaluation.aggregates import AGGREGATES
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import unknown
-
-__all__ = ["SOURCES", "Benchmark", "HubDataset", "Suite", "benchmark_names", "load_suite", "make_suite", "suite_names"]
 
 SOURCES = ("hub", "rendered")
 _CHECKED: dict[str, Any] = {"extra": "forbid"}
@@ -100,7 +98,7 @@ class Suite:
     def to_json(self) -> dict[str, Any]:
         """The fields as in a configuration: benchmarks of ``conf/benchmarks.yaml`` by their names."""
         shown = [
-            item.name if _catalogue().get(item.name) == item else dataclasses.asdict(item) for item in self.benchmarks
+            item.name if catalogue().get(item.name) == item else dataclasses.asdict(item) for item in self.benchmarks
         ]
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"benchmarks": shown}
 
@@ -161,22 +159,18 @@ def suite_names() -> tuple[str, ...]:
     return tuple(path.stem for path in files if "benchmarks" in (yaml.safe_load(path.read_text("utf-8")) or {}))
 
 
-def benchmark_names() -> tuple[str, ...]:
-    """Benchmarks of ``conf/benchmarks.yaml``."""
-    return tuple(_catalogue())
-
-
-@lru_cache(maxsize=1)
-def _catalogue() -> dict[str, Benchmark]:
+@cache
+def catalogue() -> dict[str, Benchmark]:
+    """Benchmarks of ``conf/benchmarks.yaml`` by name."""
     entries = yaml.safe_load((config_dir() / "benchmarks.yaml").read_text(encoding="utf-8"))
     return {name: _parse(name, fields) for name, fields in entries.items()}
 
 
 def _benchmark(item: str | Mapping[str, Any]) -> Benchmark:
     if isinstance(item, str):
-        if item not in _catalogue():
-            raise ConfigError(unknown("benchmark", item, _catalogue()))
-        return _catalogue()[item]
+        if item not in catalogue():
+            raise ConfigError(unknown("benchmark", item, catalogue()))
+        return catalogue()[item]
     if not isinstance(item, Mapping):
         raise ConfigError(f"a benchmark is a name or a mapping, but got {item!r}")
     fields = dict(item)
@@ -199,7 +193,7 @@ def _parse(name: str, fields: Mapping[str, Any]) -> Benchmark:
         raise ConfigError(
             f"benchmark {name!r} is malformed ({error}); see conf/benchmarks.yaml for its keys"
         ) from error
-    aggregate = make_aggregate(benchmark.aggregate)
+    aggregate = AGGREGATES.find(benchmark.aggregate)
     if aggregate.num_keys != len(benchmark.keys):
         raise ConfigError(
             f"benchmark {name!r}: the aggregate {aggregate.name!r} needs {aggregate.num_keys} keys, but got "

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
+from dop_search.models.capture import TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
-from dop_search.models.tower import (
-    Grids,
-    TowerCapture,
-    VisionCall,
-    VisionWatch,
-    cls_attention,
-    received_attention,
-)
+from dop_search.models.tower import Grids, TowerCapture, VisionCall, VisionWatch
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
@@ -31,15 +22,21 @@ UNKNOWN_TOKEN = -1
 """Stands for text of which only the embeddings are known."""
 
 
-class ModelAdapter(ABC):
+class ModelAdapter:
     """One multimodal model: where its decoder is, where visual tokens stand, what its vision tower offers.
 
-    Subclasses cover one family each and are found by the ``model_type`` of the configuration; the README beside this
-    file says how to add one. The decoder layers must have the Llama layout: ``input_layernorm``, ``self_attn`` with
-    ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``post_attention_layernorm`` and ``mlp``.
+    Subclasses cover one family each and are listed by the ``model_type`` of the configuration in ``families.py``; the
+    README beside this file says how to add one. The decoder layers must have the Llama layout: ``input_layernorm``,
+    ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``post_attention_layernorm`` and ``mlp``.
     """
 
-    model_types: ClassVar[tuple[str, ...]]
+    decoder_name: ClassVar[str] = "language_model"
+    tower_name: ClassVar[str] = "vision_tower"
+    """What decoder and image encoder are called in the multimodal module."""
+    tower_attention: str = "encoder.layers.{}.self_attn"
+    """Where the tower's layers have their attention."""
+    has_cls: bool = False
+    """Whether the tower has a CLS token."""
     has_tower: ClassVar[bool] = True
     """Whether there is a vision tower for selectors to look at."""
     input_fields: ClassVar[frozenset[str]] = frozenset()
@@ -83,7 +80,7 @@ class ModelAdapter(ABC):
     @property
     def text_model(self) -> Any:
         """The decoder: has ``layers``, ``norm`` and ``rotary_emb``; receives ``inputs_embeds``."""
-        return self.model.model.language_model
+        return getattr(self.model.model, self.decoder_name)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -218,9 +215,9 @@ class ModelAdapter(ABC):
     # -- what the vision tower shows --------------------------------------------------------------
 
     @property
-    @abstractmethod
     def vision_tower(self) -> Any:
         """The image encoder."""
+        return getattr(self.model.model, self.tower_name)
 
     @property
     def tower_width(self) -> int:
@@ -229,9 +226,23 @@ class ModelAdapter(ABC):
         return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
 
     @property
-    def patches_per_token(self) -> int:
-        """Patches of the vision tower that one visual token is made of; overridden where patches are merged."""
+    def merge_size(self) -> int:
+        """Patches per side of the square that one visual token is made of."""
         return 1
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches of the vision tower that one visual token is made of."""
+        return self.merge_size**2
+
+    @property
+    def tile_grid(self) -> tuple[int, int]:
+        """Rows and columns of the visual tokens of an image (or tile), where all have one size."""
+        vision = self.model.config.vision_config
+        size, patch = (
+            (value, value) if isinstance(value, int) else value for value in (vision.image_size, vision.patch_size)
+        )
+        return size[0] // patch[0] // self.merge_size, size[1] // patch[1] // self.merge_size
 
     @property
     def tower_view(self) -> TowerView:
@@ -248,15 +259,14 @@ class ModelAdapter(ABC):
         model: Any = self.model
         return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
 
-    @abstractmethod
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """Where the visual tokens of each image (or video) of a call stand: rows and columns, part after part.
 
         The sizes of an image's grids add up to its visual tokens. Newline tokens are a column of their grid, or a
-        ``(1, 1)`` grid where they stand alone.
+        ``(1, 1)`` grid where they stand alone. By default each image, or each tile, is a grid of its own.
         """
+        return [(self.tile_grid,)] * len(call.arguments["pixel_values"])
 
-    @abstractmethod
     def to_token_order(self, values: Tensor) -> Tensor:
         """Carry values of the vision tower's patches to the visual tokens that are made of them.
 
@@ -266,60 +276,58 @@ class ModelAdapter(ABC):
 
         Returns:
             ``[visual tokens, channels]`` in the order of the placeholder tokens of images, or of videos. Tokens made
-            of several patches get their mean, tokens made of none (newlines) the mean of their row.
+            of several patches get their mean, tokens made of none (newlines) the mean of their row. By default a
+            token is made of a square of patches, row by row.
         """
+        merge = self.merge_size
+        if merge == 1:
+            return values.flatten(0, 1)
+        rows, columns = self.tile_grid
+        return values.unflatten(1, (rows, merge, columns, merge)).mean(dim=(2, 4)).flatten(0, 2)
 
     def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
         """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut."""
         return [None] * len(num_visual)
 
-    def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
+    def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
         """Hand ``receive`` a field of ``SelectorInputs`` by visual token, whenever the decoder is about to read images.
 
         Raises:
             UnsupportedModelError: if the vision tower cannot give it; the message names selectors that work.
         """
-        if name in ATTENTION_FIELDS:
-            of_attention: dict[str, Callable[..., RemovableHandle | TowerCapture]] = {
-                "cls_attention": self.capture_cls_attention,
-                "received_attention": self.capture_received_attention,
-            }
-            return of_attention[name](receive)
         return capture_field(self, name, receive)
 
-    def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
-        """Hand ``receive`` the CLS token's attention whenever the decoder is about to read new images.
+    @property
+    def feature_layer(self) -> Any:
+        """The hidden states of the tower that feed the projector: ``0`` would enter the first layer."""
+        return getattr(self.model.config, "vision_feature_layer", -1)
 
-        The tensor is ``[visual tokens of the batch]``, averaged over heads, from the vision layer that feeds the
-        projector.
+    def received_attention_module(self) -> Any:
+        """The tower's attention module that is looked into: of the layer that feeds the projector.
 
-        Raises:
-            UnsupportedModelError: if the vision tower has no CLS token; the message names selectors that work.
+        Where layers see parts of images alone, the last one before that which attends to whole images.
         """
-        return TowerCapture(self, self.cls_attention_module(), cls_attention, receive)
-
-    def capture_received_attention(self, receive: Callable[[Tensor], None]) -> TowerCapture:
-        """As :meth:`capture_cls_attention`, with the attention that each patch receives from all patches.
-
-        The mean over heads and querying patches, in the last vision layer before the projector that attends to whole
-        images: what VisionZip (arXiv 2412.04467) and VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
-        """
-        return TowerCapture(self, self.received_attention_module(), received_attention, receive)
+        layer = self.feature_layer
+        if not isinstance(layer, int) or not layer:
+            raise UnsupportedModelError(
+                "attention of the vision tower is captured in the layer that feeds the projector, but this model has "
+                f"vision_feature_layer={layer}; use selector=uniform_grid or selector=random"
+            )
+        layers, name = self.tower_attention.split(".{}.")
+        return self.vision_tower.get_submodule(layers)[layer - (layer > 0)].get_submodule(name)
 
     def cls_attention_module(self) -> Any:
-        """The tower's attention module whose CLS row is captured; families with a CLS token override this."""
-        self.refuse_cls_attention("its vision tower has no CLS token")
+        """The same, for the attention of a CLS token.
 
-    @abstractmethod
-    def received_attention_module(self) -> Any:
-        """The tower's attention module whose received attention is captured."""
-
-    def refuse_cls_attention(self, reason: str) -> NoReturn:
-        """Say which selectors work where ``cls_attention`` does not."""
-        raise UnsupportedModelError(
-            f"`cls_attention` is not available for {type(self.model).__name__}: {reason}; use "
-            "selector=received_attention, selector=uniform_grid or selector=random"
-        )
+        Raises:
+            UnsupportedModelError: if the tower has none; names selectors that work.
+        """
+        if not self.has_cls:
+            raise UnsupportedModelError(
+                f"`cls_attention` is not available for {type(self.model).__name__}: its vision tower has no CLS token; "
+                "use selector=received_attention, selector=uniform_grid or selector=random"
+            )
+        return self.received_attention_module()
 
     def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
         """Rows and columns of the visual tokens of each sample, image after image.

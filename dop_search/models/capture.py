@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention
+from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention, received_attention
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from dop_search.models.adapter import ModelAdapter
 
-ATTENTION_FIELDS = ("cls_attention", "received_attention")
-"""Captured by methods of the adapter, which know more towers than :class:`TowerView` covers."""
-
-VIEW_FIELDS = (
+TOWER_FIELDS = (
+    "cls_attention",
+    "received_attention",
     "first_cls_attention",
     "shallow_cls_attention",
     "last_cls_attention",
@@ -32,9 +31,8 @@ VIEW_FIELDS = (
     "cls_feature",
     "patch_states",
 )
-"""Captured through a :class:`TowerView`; see ``dop_search.selectors.SelectorInputs`` for their meaning."""
-
-TOWER_FIELDS = (*ATTENTION_FIELDS, *VIEW_FIELDS)
+"""See ``dop_search.selectors.SelectorInputs`` for their meaning. The first two are had from more towers than
+:class:`TowerView` covers, the others through one."""
 
 CLS_FIELDS = frozenset(
     {"first_cls_attention", "shallow_cls_attention", "last_cls_attention", "cls_feature", "patch_states"}
@@ -87,11 +85,18 @@ def refuse(wanted: Iterable[str], why: str) -> UnsupportedModelError:
 
 
 def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-    """Capture one of :data:`VIEW_FIELDS` as :class:`TowerCapture` does.
+    """Capture one of :data:`TOWER_FIELDS` as :class:`TowerCapture` does.
+
+    Attention is averaged over heads. What each patch receives from all patches is what VisionZip (arXiv 2412.04467) and
+    VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
 
     Raises:
         UnsupportedModelError: if the tower is not covered, or has no CLS token and the field needs one.
     """
+    if name == "cls_attention":
+        return TowerCapture(adapter, adapter.cls_attention_module(), cls_attention, receive)
+    if name == "received_attention":
+        return TowerCapture(adapter, adapter.received_attention_module(), received_attention, receive)
     view = adapter.tower_view
     if not view.has_cls and name in CLS_FIELDS:
         raise refuse([name], "the vision tower has no CLS token (try the selector's option attention=received)")

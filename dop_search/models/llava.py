@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TowerView, refuse
@@ -16,10 +17,8 @@ from dop_search.utils.errors import DopError, UnsupportedModelError
 class LlavaAdapter(ModelAdapter):
     """``LlavaForConditionalGeneration`` (arXiv 2310.03744)."""
 
-    model_types = ("llava",)
     vision_towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model", "dinov2")
     """Kinds of towers whose patches are the visual tokens: as many for every image, or for every tile."""
-    towers_with_cls: ClassVar[tuple[str, ...]] = ("clip_vision_model", "dinov2")
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -32,15 +31,12 @@ class LlavaAdapter(ModelAdapter):
                 f"{', '.join(cls.vision_towers)}"
             )
 
-    @property
-    def vision_tower(self) -> Any:
-        """See base class."""
-        return self.model.model.vision_tower
-
-    @property
-    def feature_layer(self) -> Any:
-        """The hidden states of the tower that feed the projector: ``0`` enters the first layer."""
-        return self.model.config.vision_feature_layer
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        kind = model.config.vision_config.model_type
+        self.has_cls = kind in ("clip_vision_model", "dinov2")
+        if kind == "dinov2":
+            self.tower_attention = "encoder.layer.{}.attention"
 
     @property
     def select_strategy(self) -> str:
@@ -63,10 +59,9 @@ class LlavaAdapter(ModelAdapter):
         config, model = self.model.config, self.model.model
         layer, kind = config.vision_feature_layer, config.vision_config.model_type
         strategy = self.select_strategy
-        has_cls = kind == "clip_vision_model"
         if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or not layer:
             raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
-        if strategy != ("default" if has_cls else "full"):
+        if strategy != ("default" if self.has_cls else "full"):
             raise refuse(["what it computes"], f"vision_feature_select_strategy={strategy!r} on {kind!r}")
         layers, side = self.vision_tower.encoder.layers, self.patches_per_side
         one_run_per_image = config.model_type == "llava"
@@ -74,7 +69,7 @@ class LlavaAdapter(ModelAdapter):
             module=self.vision_tower,
             layers=layers,
             feature_layer=layer % len(layers) if layer < 0 else layer - 1,
-            has_cls=has_cls,
+            has_cls=self.has_cls,
             width=config.vision_config.hidden_size,
             patch_size=config.vision_config.patch_size,
             grid=(side, side) if one_run_per_image else None,
@@ -83,11 +78,9 @@ class LlavaAdapter(ModelAdapter):
         )
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
         return [self._grids_of_one_image()] * len(call.arguments["pixel_values"])
 
     def to_token_order(self, values: Tensor) -> Tensor:
-        """See base class."""
         self._check_only_patches()
         return values.flatten(0, 1)
 
@@ -100,26 +93,9 @@ class LlavaAdapter(ModelAdapter):
                 raise DopError(f"a prompt has {count} visual tokens, but each image has {per_image}")
         return [grids * (count // per_image) for count in num_visual]
 
-    def cls_attention_module(self) -> Any:
-        """See base class."""
-        tower = self.model.config.vision_config.model_type
-        if tower not in self.towers_with_cls:
-            self.refuse_cls_attention(f"its vision tower {tower!r} has no CLS token")
-        return self.received_attention_module()
-
     def received_attention_module(self) -> Any:
-        """See base class."""
         self._check_only_patches()
-        feature_layer = self.feature_layer
-        if not isinstance(feature_layer, int):
-            raise UnsupportedModelError(
-                f"attention of the vision tower is captured in the layer that feeds the projector, but this model has "
-                f"vision_feature_layer={feature_layer}; use selector=uniform_grid or selector=random"
-            )
-        encoder = self.vision_tower.encoder
-        is_dino = self.model.config.vision_config.model_type == "dinov2"
-        layer = (encoder.layer if is_dino else encoder.layers)[feature_layer - (feature_layer > 0)]
-        return layer.attention if is_dino else layer.self_attn
+        return super().received_attention_module()
 
     def _grids_of_one_image(self) -> Grids:
         side = self.patches_per_side
@@ -127,7 +103,7 @@ class LlavaAdapter(ModelAdapter):
 
     def _only_patches(self) -> bool:
         """Whether no CLS token enters the decoder: it is cut off, or the tower has none."""
-        return self.select_strategy == "default" or self.model.config.vision_config.model_type.startswith("siglip")
+        return self.select_strategy == "default" or not self.has_cls
 
     def _check_only_patches(self) -> None:
         if not self._only_patches():

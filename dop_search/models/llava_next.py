@@ -17,8 +17,6 @@ from dop_search.models.tower import Grids, VisionCall
 class LlavaNextAdapter(LlavaAdapter):
     """``LlavaNextForConditionalGeneration`` (LLaVA-1.6)."""
 
-    model_types = ("llava_next",)
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; the newline tokens are the last column of the tiles' grid."""
         tiles = self.tiles_per_image(call)
@@ -27,7 +25,6 @@ class LlavaNextAdapter(LlavaAdapter):
         return [self._grids(tokens[:, 0] < 0.5, count) for tokens, count in zip(packed, tiles, strict=True)]
 
     def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
-        """See base class."""
         return ModelAdapter.image_grids(self, num_visual)
 
     def to_token_order(self, values: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from dop_search.models.tower import Grids, VisionCall
 class LlavaNextVideoAdapter(LlavaNextAdapter):
     """``LlavaNextVideoForConditionalGeneration``."""
 
-    model_types = ("llava_next_video",)
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; of a video, one grid per frame."""
         if call.modality == "image":

@@ -14,8 +14,6 @@ from dop_search.models.tower import Grids, VisionCall
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """``LlavaOnevisionForConditionalGeneration`` (arXiv 2408.03326)."""
 
-    model_types = ("llava_onevision",)
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; of a video, one grid per frame and its newline token."""
         if call.modality == "image":
@@ -43,6 +41,5 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
 
     def packing_arguments(self, call: VisionCall) -> dict[str, Any]:
-        """See base class."""
         given = call.arguments.get("vision_aspect_ratio")
         return {"vision_aspect_ratio": self.model.config.vision_aspect_ratio if given is None else given}

@@ -15,8 +15,6 @@ from dop_search.utils.errors import UnsupportedModelError
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
     """``Qwen2_5_VLForConditionalGeneration`` (arXiv 2502.13923)."""
 
-    model_types = ("qwen2_5_vl",)
-
     def to_token_order(self, values: Tensor) -> Tensor:
         """See base class; the order by windows is undone as the model undoes it."""
         tower = self.vision_tower

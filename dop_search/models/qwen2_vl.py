@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.tower import Grids, TowerCapture, VisionCall, received_attention
@@ -15,7 +14,7 @@ from dop_search.models.tower import Grids, TowerCapture, VisionCall, received_at
 class Qwen2VLAdapter(ModelAdapter):
     """``Qwen2VLForConditionalGeneration`` (arXiv 2409.12191)."""
 
-    model_types = ("qwen2_vl",)
+    tower_name, tower_attention = "visual", "blocks.{}.attn"
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """See base class; axes are time, height and width, with the text's own in front when ``generate()`` calls."""
@@ -28,39 +27,27 @@ class Qwen2VLAdapter(ModelAdapter):
         return position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
 
     @property
-    def vision_tower(self) -> Any:
-        """See base class."""
-        return self.model.model.visual
-
-    @property
-    def patches_per_token(self) -> int:
-        """See base class: the tower's merger joins a square of patches."""
-        return int(self.vision_tower.spatial_merge_size**2)
+    def merge_size(self) -> int:
+        return int(self.vision_tower.spatial_merge_size)
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; a video has one grid per pair of frames."""
-        merge = self.vision_tower.spatial_merge_size
+        merge = self.merge_size
         return [((rows // merge, columns // merge),) * times for times, rows, columns in grid_thw(call).tolist()]
 
     def to_token_order(self, values: Tensor) -> Tensor:
         """See base class; the processor already orders patches by the cell that they are merged in."""
-        cell = self.vision_tower.spatial_merge_size**2
-        mean: Tensor = values.reshape(-1, cell, values.shape[-1]).mean(dim=1)
-        return mean
-
-    def received_attention_module(self) -> Any:
-        """See base class."""
-        return self.vision_tower.blocks[-1].attn
+        return values.reshape(-1, self.patches_per_token, values.shape[-1]).mean(dim=1)
 
     def middle_attention_module(self) -> Any:
         """The attention halfway up the tower, whose ``middle_global_attention`` is captured (HiPrune: 16 of 32)."""
         blocks = self.vision_tower.blocks
         return blocks[max(1, len(blocks) // 2) - 1].attn
 
-    def capture(self, name: str, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
+    def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
         """See base class; without a CLS token attention of all tokens is attention of all patches."""
         if name == "global_attention":
-            return self.capture_received_attention(receive)
+            name = "received_attention"
         if name == "middle_global_attention":
             return TowerCapture(self, self.middle_attention_module(), received_attention, receive)
         return super().capture(name, receive)

@@ -17,23 +17,19 @@ from dop_search.utils.errors import UnsupportedModelError
 class Qwen3VLAdapter(Qwen2VLAdapter):
     """``Qwen3VLForConditionalGeneration`` (deepstack: arXiv 2406.04334)."""
 
-    model_types = ("qwen3_vl",)
     has_deepstack = True
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """See base class."""
         kwargs.pop("visual_pos_masks", None)
         return tuple(kwargs.pop("deepstack_visual_embeds", None) or ())
 
     def deepstack_arguments(self, visual: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
-        """See base class."""
         return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(features)} if features else {}
 
 
 class Qwen3VLMoeAdapter(Qwen3VLAdapter):
     """``Qwen3VLMoeForConditionalGeneration``: every MLP is a mixture of experts."""
 
-    model_types = ("qwen3_vl_moe",)
     decoder_output = MoeModelOutputWithPast
 
     @classmethod
@@ -48,7 +44,6 @@ class Qwen3VLMoeAdapter(Qwen3VLAdapter):
 
     @property
     def dims(self) -> ModelDims:
-        """See base class."""
         text = self.text_config
         return replace(
             super().dims,

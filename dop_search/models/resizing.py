@@ -27,12 +27,16 @@ class InputLimit:
     adapter: ModelAdapter
     name: ClassVar[str]
 
-    def highest(self, processor: Any, num_visual: int) -> int:
+    def highest(self, images: Any, num_visual: int) -> int:
         """The limit at which nothing changes for samples of at most ``num_visual`` tokens."""
         raise NotImplementedError
 
-    def facts(self, processor: Any, limit: int) -> dict[str, int]:
-        """The limit as the processor's documentation calls it."""
+    def limit(self, images: Any, limit: int) -> None:
+        """Put an image processor under the limit."""
+        raise NotImplementedError
+
+    def facts(self, images: Any, limit: int) -> dict[str, int]:
+        """The limit as the image processor's documentation calls it."""
         return {self.name: limit}
 
     def limited(self, processor: Any, limit: int) -> Any:
@@ -41,10 +45,6 @@ class InputLimit:
         limited.image_processor = copy.copy(processor.image_processor)
         self.limit(limited.image_processor, limit)
         return limited
-
-    def limit(self, images: Any, limit: int) -> None:
-        """Put an image processor under the limit."""
-        raise NotImplementedError
 
     @contextmanager
     def reading(self, model: Any, limit: int) -> Iterator[None]:
@@ -58,13 +58,12 @@ class MaxPixels(InputLimit):
 
     name = "max_pixels"
 
-    def highest(self, processor: Any, num_visual: int) -> int:
+    def highest(self, images: Any, num_visual: int) -> int:
         """See base class: no image has more tokens than its sample."""
         return num_visual
 
-    def facts(self, processor: Any, limit: int) -> dict[str, int]:
-        """See base class."""
-        return {self.name: self._pixels(processor.image_processor, limit)}
+    def facts(self, images: Any, limit: int) -> dict[str, int]:
+        return {self.name: self._pixels(images, limit)}
 
     def limit(self, images: Any, limit: int) -> None:
         """See base class; a lower ``min_pixels`` goes with it, as otherwise small images would exceed the limit."""
@@ -82,12 +81,10 @@ class MaxCrops(InputLimit):
 
     name = "max_crops"
 
-    def highest(self, processor: Any, num_visual: int) -> int:
-        """See base class."""
-        return max(self._crops(size) for size in processor.image_processor.image_grid_pinpoints)
+    def highest(self, images: Any, num_visual: int) -> int:
+        return max(self._crops(size) for size in images.image_grid_pinpoints)
 
     def limit(self, images: Any, limit: int) -> None:
-        """See base class."""
         images.image_grid_pinpoints = self._pinpoints(images.image_grid_pinpoints, limit)
 
     @contextmanager
@@ -118,26 +115,19 @@ class MaxTiles(InputLimit):
 
     name = "max_patches"
 
-    def highest(self, processor: Any, num_visual: int) -> int:
-        """See base class."""
-        return int(processor.image_processor.max_patches)
+    def highest(self, images: Any, num_visual: int) -> int:
+        return int(images.max_patches)
 
     def limit(self, images: Any, limit: int) -> None:
-        """See base class."""
         images.min_patches, images.max_patches = min(images.min_patches, limit), limit
 
 
 def input_limit(adapter: ModelAdapter) -> InputLimit | None:
     """How the processor of a model makes fewer tokens; ``None`` where every image has the same number."""
-    kinds: dict[str, type[InputLimit]] = {
-        "qwen2_vl": MaxPixels,
-        "qwen2_5_vl": MaxPixels,
-        "qwen3_vl": MaxPixels,
-        "qwen3_vl_moe": MaxPixels,
-        "llava_next": MaxCrops,
-        "llava_next_video": MaxCrops,
-        "llava_onevision": MaxCrops,
-        "internvl": MaxTiles,
+    kinds: dict[type[InputLimit], tuple[str, ...]] = {
+        MaxPixels: ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        MaxCrops: ("llava_next", "llava_next_video", "llava_onevision"),
+        MaxTiles: ("internvl",),
     }
-    kind = kinds.get(adapter.model.config.model_type)
-    return None if kind is None else kind(adapter)
+    model_type = adapter.model.config.model_type
+    return next((kind(adapter) for kind, families in kinds.items() if model_type in families), None)

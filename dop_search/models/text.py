@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import TowerView, refuse
-from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.capture import refuse
+from dop_search.models.tower import Grids
 from dop_search.utils.errors import UnsupportedModelError
 
 MARKERS_KEY = "context_markers"
@@ -24,7 +24,6 @@ class TextAdapter(ModelAdapter):
     template and the markers themselves are text, which is never pruned. An extension of the paper.
     """
 
-    model_types = ("llama", "mistral", "qwen2", "qwen3")
     has_tower: ClassVar[bool] = False
     input_fields: ClassVar[frozenset[str]] = frozenset({"received_attention"})
 
@@ -68,37 +67,15 @@ class TextAdapter(ModelAdapter):
         """See base class: the context tokens of a sample in one row."""
         return [((1, count),) if count else () for count in num_visual]
 
-    # -- what there is no tower for; selectors that ask are refused before ------------------------
-
     @property
     def vision_tower(self) -> Any:
-        """See base class."""
-        raise self._refuse()
+        """See base class: there is none; selectors that ask are refused before."""
+        raise refuse(["what a vision tower computes"], f"{type(self.model).__name__} reads text alone")
 
     @property
     def tower_width(self) -> int:
         """See base class: what selectors look at has the decoder's own width."""
         return int(self.text_config.hidden_size)
-
-    @property
-    def tower_view(self) -> TowerView:
-        """See base class."""
-        raise self._refuse()
-
-    def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
-        raise self._refuse()
-
-    def to_token_order(self, values: Tensor) -> Tensor:
-        """See base class."""
-        raise self._refuse()
-
-    def received_attention_module(self) -> Any:
-        """See base class."""
-        raise self._refuse()
-
-    def _refuse(self) -> UnsupportedModelError:
-        return refuse(["what a vision tower computes"], f"{type(self.model).__name__} reads text alone")
 
 
 def context_mask(input_ids: Tensor, opening: Sequence[int], closing: Sequence[int]) -> Tensor:

@@ -8,7 +8,6 @@ from dop_search.models.llava import LlavaAdapter
 class VipLlavaAdapter(LlavaAdapter):
     """``VipLlavaForConditionalGeneration`` (arXiv 2312.00784)."""
 
-    model_types = ("vipllava",)
     vision_towers = ("clip_vision_model",)
 
     @property

@@ -30,7 +30,8 @@ class GroupPolicy:
 
     def layers(self, module: Module) -> Layers:
         """The layers in which ``module`` runs."""
-        return {Module.Q: self.q, Module.KV: self.kv, Module.MLP: self.mlp}[module]
+        layers: Layers = getattr(self, module.value)
+        return layers
 
     def depth(self, module: Module) -> int | None:
         """The exit depth ``d`` when the module runs in exactly the layers ``< d``, else ``None``."""

@@ -106,12 +106,7 @@ class Strategy:
                     )
             depths[name] = [int(depth) for depth in values]
         groups = tuple(
-            GroupPolicy(
-                q=tuple(range(depths["q"][i])),
-                kv=tuple(range(depths["kv"][i])),
-                mlp=tuple(range(depths["mlp"][i])),
-                group=TokenGroup(share),
-            )
+            GroupPolicy(group=TokenGroup(share), **{name: tuple(range(values[i])) for name, values in depths.items()})
             for i, share in enumerate(shares)
         )
         return cls(num_layers=num_layers, groups=groups, num_visual_tokens=num_visual_tokens, **fields)
@@ -239,9 +234,7 @@ class Strategy:
         scaled = {name: [int(ratio * num_layers + 0.5) for ratio in values] for name, values in ratios.items()}
         return Strategy.depthwise(
             num_layers,
-            scaled["q"],
-            scaled["kv"],
-            scaled["mlp"],
+            **scaled,
             num_visual_tokens=self.num_visual_tokens,
             shares=[policy.group.share for policy in self.groups],
             selector=self.selector,
@@ -280,7 +273,13 @@ class Strategy:
         Raises:
             StrategyError: saying which field is missing, unknown or wrong.
         """
-        return _parse(data)
+        FORMAT.check(data)
+        _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
+        if data["num_layers"] > MAX_LAYERS:
+            raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
+        groups = tuple(_parse_group(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
+        fields = {name: data[name] for name in _OPTIONAL if name in data and name != "depth_ratios"}
+        return cls(num_layers=data["num_layers"], groups=groups, **fields)
 
     def save(self, path: str | Path) -> None:
         """Write the strategy as JSON, atomically."""
@@ -327,21 +326,13 @@ _OPTIONAL = {
 }
 
 
-def _parse(data: Any) -> Strategy:
-    FORMAT.check(data)
-    _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
-    if data["num_layers"] > MAX_LAYERS:
-        raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
-    groups = []
-    for index, item in enumerate(data["groups"]):
-        where = f"groups[{index}]"
-        if not isinstance(item, dict):
-            raise StrategyError(f"{where} must be an object, but got {item!r}")
-        _check_fields(item, {"share": (int, float), **{m.value: (int, list) for m in MODULES}}, {}, where)
-        layers = {m.value: _parse_layers(item[m.value], data["num_layers"], f"{where}.{m.value}") for m in MODULES}
-        groups.append(GroupPolicy(group=TokenGroup(float(item["share"])), **layers))
-    fields = {name: data[name] for name in _OPTIONAL if name in data and name != "depth_ratios"}
-    return Strategy(num_layers=data["num_layers"], groups=tuple(groups), **fields)
+def _parse_group(item: Any, index: int, num_layers: int) -> GroupPolicy:
+    where = f"groups[{index}]"
+    if not isinstance(item, dict):
+        raise StrategyError(f"{where} must be an object, but got {item!r}")
+    _check_fields(item, {"share": (int, float), **{m.value: (int, list) for m in MODULES}}, {}, where)
+    layers = {m.value: _parse_layers(item[m.value], num_layers, f"{where}.{m.value}") for m in MODULES}
+    return GroupPolicy(group=TokenGroup(float(item["share"])), **layers)
 
 
 def _parse_layers(value: int | list[Any], num_layers: int, where: str) -> Layers:

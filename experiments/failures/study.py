@@ -24,7 +24,7 @@ from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
 from dop_search.data.samples import Sample
-from dop_search.evaluation import correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.search.rerank import rerank
 from dop_search.search.solution import uniform_strategy
 from dop_search.strategy import Strategy

@@ -30,7 +30,7 @@ from dop_search.data.samples import alike_batches
 from dop_search.data.validation import Split
 from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.teacher import generate_ids
-from dop_search.evaluation import correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.pruning import pruned
 from dop_search.search import rerank_all, uniform_strategy
 from dop_search.strategy import Strategy

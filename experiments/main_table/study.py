@@ -24,7 +24,7 @@ from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge
 from dop_search.app.study import Measured, Result, Study, save_strategy
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import FittedMethod, known_methods
-from dop_search.evaluation import SuiteScores, difference_ci95
+from dop_search.evaluation.scores import SuiteScores, difference_ci95
 from dop_search.models.loading import load
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import ConfigError, DopError

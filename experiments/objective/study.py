@@ -22,7 +22,7 @@ from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
 from dop_search.data.validation import Split
 from dop_search.divergence import kl_divergence
-from dop_search.evaluation import correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.search import Problem
 from dop_search.search.candidates import best_candidates
 from dop_search.search.solution import fill_tokens

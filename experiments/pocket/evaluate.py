@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
-from dop_search.data.rendered.questions import FAMILY_ANSWERS
+from dop_search.data.rendered.questions import QUESTION_FAMILIES
 from dop_search.data.samples import Sample, score_answer
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
 from dop_search.models.prompts import model_inputs
@@ -56,7 +56,7 @@ def chance(samples: Sequence[Sample]) -> float:
         form = next((form for form in ("left or to the right", "above or below") if form in stem), "")
         answers[form][sample.answers[0]] += 1
     majority = sum(max(counter.values()) for counter in answers.values()) / len(samples)
-    accepted = {answer for answer in FAMILY_ANSWERS[samples[0].family] if answer}
+    accepted = {answer for answer in QUESTION_FAMILIES[samples[0].family].answers if answer}
     return max(majority, 1 / len(accepted) if accepted else 0.0)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from dop_search.data.rendered.drawing import draw_scene_with_ids
 from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, LONG_FAMILY_BENCHMARKS, Question, prompt
 from dop_search.data.rendered.glyphs import CHARACTERS
-from dop_search.data.rendered.questions import FAMILY_ANSWERS, FAMILY_KINDS, ask
+from dop_search.data.rendered.questions import QUESTION_FAMILIES
 from dop_search.data.rendered.sampling import FAMILIES, LONG_FAMILIES, derived_rng
 from dop_search.data.rendered.scenes import COLORS, SHAPES, SIZE_PX, Item, Scene, SceneKind, Split, sample_scene
 
@@ -62,14 +62,14 @@ def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int, long_ans
     first: Question | None = None
     if long_answers and rng.random() < LONG_SHARE:
         family = rng.choice(LONG_FAMILIES)
-        kind = FAMILY_KINDS[family]
+        kind = QUESTION_FAMILIES[family].kind
         while first is None:
             scene = sample_scene(rng, kind, split)
-            first = ask(rng, scene, family, rng.choice(FAMILY_ANSWERS[family]))
+            first = QUESTION_FAMILIES[family].ask(rng, scene, rng.choice(QUESTION_FAMILIES[family].answers))
     else:
         kind = rng.choices(tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values()))[0]
         scene = sample_scene(rng, kind, split)
-    families = [f for f in FAMILIES if FAMILY_KINDS[f] == kind]
+    families = [f for f in FAMILIES if QUESTION_FAMILIES[f].kind == kind]
     weights = [FAMILY_WEIGHTS.get(f, 1.0) for f in families]
     image, ids = draw_scene_with_ids(scene)
     row = _empty_row()
@@ -82,7 +82,7 @@ def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int, long_ans
         length, segment = _append(row, tokenizer, scene, first, text, 0, 1), 1
     for _ in range(4 * MAX_QUESTIONS):
         family = rng.choices(families, weights)[0]
-        question = ask(rng, scene, family, rng.choice(FAMILY_ANSWERS[family]))
+        question = QUESTION_FAMILIES[family].ask(rng, scene, rng.choice(QUESTION_FAMILIES[family].answers))
         if question is None or (question.stem, question.options) in seen:
             continue
         text = prompt(question, rng.choice(FAMILY_BENCHMARKS[family]))

@@ -16,7 +16,8 @@ from dop_search.app.data_checks import refuse_scored_data
 from dop_search.app.record import RECORD_FILE, SAMPLES_FILE, Record
 from dop_search.app.scoring import SuiteJudge, compare
 from dop_search.app.search import run
-from dop_search.evaluation import BenchmarkScore, SampleScore, SuiteScores
+from dop_search.evaluation.aggregates import SampleScore
+from dop_search.evaluation.scores import BenchmarkScore, SuiteScores
 from dop_search.evaluation.suites import Suite, load_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError

@@ -18,8 +18,9 @@ from dop_search.models import adapter_for
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs, with_answer
 from dop_search.selectors import make_selector
-from dop_search.testing.models import ANYRES_TILE_SIZE, tiny_model
+from dop_search.testing.models import tiny_model
 from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.sizes import ANYRES_TILE_SIZE
 from dop_search.utils.errors import BudgetError, DopError
 
 SIDE = ANYRES_TILE_SIZE
@@ -139,7 +140,7 @@ def test_benchmarks_are_asked_through_the_fitted_processor(monkeypatch: pytest.M
     fitted, _ = fitted_on(loaded, 0.8)
     asked = []
     monkeypatch.setattr(answering, "_generate", lambda reader, prompts, frames: asked.append(reader) or ["x"])
-    prompt = answering.Prompt((answering.Turn("user", (drawn_image(60, 50, 0), "What?")),), answering.Generation(2))
+    prompt = answering.Prompt.of_user([answering.part("image", drawn_image(60, 50, 0))], answering.Generation(2))
     for method in (fitted, None):
         assert answering.answer_prompts(loaded, [lambda: prompt], method) == ["x"]
     largest = [reader.processor.image_processor.size["longest_edge"] for reader in asked]

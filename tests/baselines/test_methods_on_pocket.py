@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.answers import answer_questions
 
 from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence, plain_outcome
 from dop_search.baselines.fitprune import measured_counts, prune_layer_by_layer, received_sums
@@ -17,7 +18,6 @@ from dop_search.baselines.short_lvlm import bridge, final_states, layer_influenc
 from dop_search.baselines.shortv import layer_contributions
 from dop_search.baselines.vtw import withdrawal_layer
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
-from dop_search.evaluation import answer_questions
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError

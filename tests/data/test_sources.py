@@ -14,9 +14,9 @@ from PIL import Image
 
 from dop_search.data.disjoint import shares, split_of
 from dop_search.data.named import known_names, named_sources, parse_source
-from dop_search.data.pools import check_sources, open_pool, refuse_overlap, source_origin
+from dop_search.data.pools import check_sources, location_of, open_pool, refuse_overlap
 from dop_search.data.samples import Sample
-from dop_search.data.sources import DatasetSource, ImageTable, TaskSource, origin
+from dop_search.data.sources import DatasetSource, ImageTable, Location, Origin, TaskSource
 from dop_search.data.tables import load_table
 from dop_search.data.tasks import scored_origin, task_file
 from dop_search.data.validation import SPLITS, validation_set
@@ -152,7 +152,7 @@ def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["test", "test[:500]", "train[10%:]+TEST", "all"])
 def test_a_part_of_a_scored_split_is_scored_data(split: str) -> None:
-    scored = {"pope": origin("lmms-lab/POPE", None, "test", None)}
+    scored = {"pope": Origin.of(Location("lmms-lab/POPE"), "test")}
     with pytest.raises(DataError, match="must not be searched on the samples that judge it"):
         refuse_overlap([DatasetSource("lmms-lab/POPE", split)], scored)
     refuse_overlap([DatasetSource("lmms-lab/POPE", "train[:500]+validation")], scored)
@@ -221,7 +221,8 @@ def test_every_named_data_set_avoids_what_its_benchmark_scores() -> None:
     mirror = TaskSource("gqa", "testdev", dataset_path="lmms-lab/GQA", dataset_name="testdev_all_instructions")
     with pytest.raises(DataError, match=r"lmms-lab/GQA.*testdev.*'gqa' scores"):
         refuse_overlap([mirror], scored)
-    assert not source_origin(mirror).overlaps(origin("lmms-lab/GQA", None, "val", None))
+    read = Origin.of(location_of(mirror), "testdev")
+    assert not read.overlaps(Origin.of(Location("lmms-lab/GQA"), "val"))
 
 
 def test_without_network_the_remedy_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +249,7 @@ def test_an_error_of_the_hubs_http_client_is_one_of_the_user(monkeypatch: pytest
     monkeypatch.setattr("dop_search.data.tables.check_reachable", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"cannot load the data set 'owner/name'.*the server closed the connection"):
-        load_table("owner/name", None, "train")
+        load_table(Location("owner/name"), "train")
 
 
 def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
@@ -276,8 +277,8 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
 def test_reading_sources_imports_neither_lmms_eval_nor_datasets() -> None:
     code = (
         "import sys, dop_search.app.config; from dop_search.data.named import named_sources;"
-        "from dop_search.data.pools import source_origin; from dop_search.data.tasks import scored_origin;"
-        "[source_origin(s) for s in named_sources('mixed')]; scored_origin('mme');"
+        "from dop_search.data.pools import location_of; from dop_search.data.tasks import scored_origin;"
+        "[location_of(s) for s in named_sources('mixed')]; scored_origin('mme');"
         "sys.exit(str([m for m in ('lmms_eval', 'datasets', 'torch') if m in sys.modules] or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.answers import answer_questions
 from transformers import GenerationConfig
 
 from dop_search.divergence import make_teacher
 from dop_search.divergence import teacher as teacher_module
-from dop_search.evaluation import answer_questions
 from dop_search.models.generation import end_tokens
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector

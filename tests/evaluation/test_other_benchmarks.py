@@ -13,7 +13,7 @@ from PIL import Image
 from dop_search.evaluation.lmms.quiet import silenced
 from dop_search.evaluation.lmms.run import run_benchmark
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
-from dop_search.evaluation.suites import benchmark_names, make_suite
+from dop_search.evaluation.suites import catalogue, make_suite
 
 GREY = Image.new("RGB", (8, 8), "grey")
 
@@ -109,5 +109,5 @@ def test_every_benchmark_is_rendered_or_tested_here_or_alike():
     from dop_search.data.benchmarks import RENDERED_BENCHMARKS
 
     alike = {"textcaps": "nocaps", "videomme": "mlvu"}
-    assert set(benchmark_names()) == {*RENDERED_BENCHMARKS, *ROWS, *alike}
+    assert set(catalogue()) == {*RENDERED_BENCHMARKS, *ROWS, *alike}
     assert dataclasses.asdict(make_suite("s", ["textcaps"]).benchmarks[0])["needs"] == ("java",)

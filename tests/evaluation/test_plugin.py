@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from support.answers import answer_questions
 
 from dop_search.data.benchmarks import benchmark_rows, parquet
 from dop_search.data.samples import Sample
-from dop_search.evaluation import answer_questions, load_suite, make_suite, score_suite
-from dop_search.evaluation.lmms.answering import Generation, Prompt, Turn, Video, answer_prompts
+from dop_search.evaluation.lmms.answering import Generation, Prompt, answer_prompts, part
 from dop_search.evaluation.lmms.tasks import write_tasks
+from dop_search.evaluation.suite_scores import score_suite
+from dop_search.evaluation.suites import load_suite, make_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import CacheError, DataError, DopError
 
@@ -120,7 +122,8 @@ def test_prompts_without_and_with_several_images_share_no_batch(dop):
     image = benchmark_rows("pope", 1)[0]["image"]
     generation = Generation(4)
     prompts = [
-        Prompt((Turn("user", (*[image] * number, f"Question {number}?")),), generation) for number in (1, 0, 2, 1)
+        Prompt.of_user([*[part("image", image)] * number, part("text", f"Question {number}?")], generation)
+        for number in (1, 0, 2, 1)
     ]
     together = answer_prompts(dop.loaded, [lambda p=p: p for p in prompts], STRATEGY, batch_size=4)
     alone = [answer_prompts(dop.loaded, [lambda p=p: p], STRATEGY)[0] for p in prompts]
@@ -128,7 +131,7 @@ def test_prompts_without_and_with_several_images_share_no_batch(dop):
 
 
 def test_videos_need_a_processor_that_takes_them(dop):
-    prompt = Prompt((Turn("user", (Video("clip.mp4"), "What happens?")),), Generation(4))
+    prompt = Prompt.of_user([part("video", "clip.mp4"), part("text", "What happens?")], Generation(4))
     with pytest.raises(DataError, match=r"the processor of 'pocket' \(LlavaProcessor\) takes no videos"):
         answer_prompts(dop.loaded, [lambda: prompt])
 
@@ -137,10 +140,10 @@ def test_what_a_task_gives_becomes_images_and_videos(tmp_path):
     from dop_search.evaluation.lmms.model import _flat, _media
 
     grey = Image.new("L", (3, 2))
-    assert _media(grey).mode == "RGB"
+    assert _media(grey)["image"].mode == "RGB"
     grey.save(tmp_path / "a.png")
-    assert _media(str(tmp_path / "a.png")).size == (3, 2)
-    assert _media("/videos/a.mp4") == Video("/videos/a.mp4")
+    assert _media(str(tmp_path / "a.png"))["image"].size == (3, 2)
+    assert _media("/videos/a.mp4") == part("video", "/videos/a.mp4")
     assert _flat([[1], [2, [3]]]) == [1, 2, 3]
     assert _flat(None) == []
     with pytest.raises(DataError, match="audio"):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dop_search.evaluation.aggregates import AGGREGATES, SampleScore, make_aggregate
+from dop_search.evaluation.aggregates import AGGREGATES, SampleScore
 from dop_search.evaluation.scores import (
     BenchmarkScore,
     SuiteScores,
@@ -84,7 +84,7 @@ def test_bad_scores_are_refused():
     with pytest.raises(DopError, match="needs 2 keys per sample"):
         _score("mme", [1, 1])
     with pytest.raises(DopError, match=r"did you mean 'circular'"):
-        make_aggregate("circulr")
+        AGGREGATES.find("circulr")
 
 
 def _invented(aggregate, seed, num_units=60):
@@ -140,7 +140,7 @@ def _by_hand(pruned, full, rng):
             elif side.aggregate == "hallusionbench":
                 keys = (keys[0] + copy, *keys[1:])
             copies.append(dataclasses.replace(sample, doc_id=position, keys=keys))
-        return make_aggregate(side.aggregate)(copies)
+        return AGGREGATES.find(side.aggregate)(copies)
 
     return rescored(pruned) - rescored(full)
 

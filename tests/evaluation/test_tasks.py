@@ -16,7 +16,7 @@ from dop_search.data.tasks import task_fields, tasks_root
 from dop_search.evaluation.lmms.hub import check_suite
 from dop_search.evaluation.lmms.quiet import silenced
 from dop_search.evaluation.lmms.tasks import scored_rows, task_manager, write_tasks
-from dop_search.evaluation.suites import benchmark_names, load_suite, make_suite, suite_names
+from dop_search.evaluation.suites import catalogue, load_suite, make_suite, suite_names
 from dop_search.utils.errors import ConfigError, DataError, DopError
 
 SUITE = load_suite("pocket13")
@@ -170,7 +170,7 @@ def test_a_metric_that_disagrees_is_an_error(manager, tmp_path):
         run_benchmark(FixedAnswers(_three_of_four("gqa")), SUITE, misread, manager)
 
 
-@pytest.mark.parametrize("name", benchmark_names())
+@pytest.mark.parametrize("name", catalogue())
 def test_the_catalogue_says_what_lmms_eval_says(name):
     """Data set, config and split of every benchmark equal those in lmms-eval's own file."""
     benchmark = next(b for s in suite_names() for b in load_suite(s).benchmarks if b.name == name)

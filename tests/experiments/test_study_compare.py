@@ -12,8 +12,7 @@ from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothi
 from dop_search.app.results import ResultFile
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import plain_answers
-from dop_search.evaluation import correct_answers
-from dop_search.evaluation.accuracy import relative_family_mean
+from dop_search.evaluation.accuracy import correct_answers, relative_family_mean
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError

@@ -14,7 +14,9 @@ from dop_search.app.config import DataConfig
 from dop_search.app.config.schema import FINAL_SEED
 from dop_search.app.results import ResultFile
 from dop_search.app.study import open_study
-from dop_search.evaluation import load_suite, relative_mean, score_suite
+from dop_search.evaluation.scores import relative_mean
+from dop_search.evaluation.suite_scores import score_suite
+from dop_search.evaluation.suites import load_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from experiments.main_table.study import summarize

@@ -10,7 +10,7 @@ import torch
 from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.app.workbench import Workbench
-from dop_search.evaluation import correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError

@@ -20,9 +20,9 @@ from dop_search.pruning.asking import attention_from_text
 from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import collate, tiny_sample
 from dop_search.testing.models import tiny_model
-from dop_search.testing.processors import tiny_tokenizer
 from dop_search.testing.reference import _between, masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import corner_strategy, random_rankings
+from dop_search.testing.tokenizer import tiny_tokenizer
 from dop_search.utils.errors import DataError, DopError, UnsupportedModelError
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}[assistant]\n"

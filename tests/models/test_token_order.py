@@ -80,7 +80,7 @@ def test_cls_attention_is_what_the_eager_tower_computes(family):
     model = tiny_model(family, attn_implementation="eager")
     adapter = adapter_for(model)
     received = []
-    handle = adapter.capture_cls_attention(received.append)
+    handle = adapter.capture("cls_attention", received.append)
     processor = tiny_processor(family)
     batch = processor(images=[drawn_image(56, 40)], text=[chat_prompt(processor, "What?")], return_tensors="pt")
     tiles = []

@@ -93,7 +93,7 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
     if cost_kind == "latency":
         model = CostModel(dims, counts, "latency", latency=random_table(num_layers, counts, rng))
     else:
-        model = CostModel(dims, counts, kind=cost_kind, last_layer_read_tokens=draw(st.none() | st.integers(1, 6)))
+        model = CostModel(dims, counts, kind=cost_kind)
     return Problem(space, model, Surrogate(space, random_curves(space, rng, monotone=draw(st.booleans()))))
 
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from support.answers import answer_questions
 
 import dop_search as dop
 from dop_search.data.validation import validation_set
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence import teacher as teacher_module
-from dop_search.evaluation import answer_questions, correct_answers
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
 from dop_search.selectors import SELECTORS, Selection, Selector, make_selector

@@ -11,7 +11,7 @@ import pytest
 
 from dop_search.app.record import EvalRecord, Record
 from dop_search.divergence.profiling import Profile
-from dop_search.evaluation import SuiteScores
+from dop_search.evaluation.scores import SuiteScores
 from dop_search.search import EvaluationStore
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
@@ -24,7 +24,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "evaluation": ("scores.json", lambda path: EvalRecord.load(path)),
     "suite scores": ("scores.json", lambda path: SuiteScores.load(path.parent)),
     "profile": ("profile.json", lambda path: Profile.load(path.parent)),
-    "latency table": ("table.json", lambda path: LatencyTable.load(path, any_environment=True)),
+    "latency table": ("table.json", lambda path: LatencyTable.load(path)),
     "evaluations": ("kl.jsonl", lambda path: EvaluationStore(lambda *args: args[0], 2, path)),
 }
 

@@ -6,13 +6,11 @@ import re
 from random import Random
 from typing import Any, TypeAlias
 
-from dop_search.data.rendered.questions import ask
+from dop_search.data.rendered.questions import QUESTION_FAMILIES
 from dop_search.data.rendered.sampling import derived_rng
 from dop_search.data.rendered.scenes import Scene, sample_scene
 
 Row: TypeAlias = dict[str, Any]
-
-__all__ = ["hallusionbench_rows", "mme_rows"]
 
 _MME_FAMILIES = {"existence": "exist", "color": "attribute", "position": "relation"}
 _MME_SUFFIX = " Please answer yes or no."
@@ -54,7 +52,7 @@ def _pair(rng: Random, category: str) -> tuple[Scene, dict[str, str]]:
 
 def _stem(rng: Random, scene: Scene, category: str, answer: str) -> str | None:
     for _ in range(_TRIES):
-        question = ask(rng, scene, _MME_FAMILIES[category], answer)
+        question = QUESTION_FAMILIES[_MME_FAMILIES[category]].ask(rng, scene, answer)
         if question is not None and (category != "color" or " object a " not in question.stem):
             return question.stem
     return None
@@ -94,7 +92,7 @@ def _contradicting(rng: Random) -> tuple[tuple[Scene, Scene], tuple[str, str]]:
     question = None
     while question is None:
         first = sample_scene(rng, "objects", "test")
-        question = ask(rng, first, "compare", "yes")
+        question = QUESTION_FAMILIES["compare"].ask(rng, first, "yes")
     _, more, fewer = re.split(" more | than ", question.stem.rstrip("?"))
     nouns = more, fewer
     while True:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 
 from dop_search.data.benchmarks.rows import NUM_ROWS, SEED, Row, benchmark_rows
+from dop_search.data.tables import quiet
 from dop_search.utils.files import write_atomic
 
 VERSION = 1
@@ -32,28 +31,7 @@ def rendered_version() -> str:
 
 
 def _write(rows: list[Row], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    encoded = [{**row, "image": {"bytes": _png(row), "path": None}} for row in rows]
-    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.Table.from_pylist(encoded)
-    columns = [table[name].cast(image) if name == "image" else table[name] for name in table.column_names]
-    table = pa.table(dict(zip(table.column_names, columns, strict=True)))
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(_features(table))}), path)
-
-
-def _png(row: Row) -> bytes:
-    buffer = io.BytesIO()
-    row["image"].save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _features(table: object) -> dict[str, object]:
-    """What ``datasets`` writes into its own Parquet files, so that ``image`` is read as an image."""
     import datasets
 
-    schema = table.schema  # type: ignore[attr-defined]
-    features = datasets.Features.from_arrow_schema(schema)
-    features["image"] = datasets.Image()
-    return {"info": {"features": features.to_dict()}}
+    with quiet():
+        datasets.Dataset.from_list(rows).to_parquet(path)

@@ -20,8 +20,6 @@ from dop_search.utils.errors import DataError
 
 Row: TypeAlias = dict[str, Any]
 
-__all__ = ["NUM_ROWS", "RENDERED_BENCHMARKS", "SEED", "benchmark_rows"]
-
 SEED = 1300
 """The first of as many seeds as there are benchmarks, so that no two of them ask the same questions."""
 NUM_ROWS = 100

@@ -5,20 +5,8 @@ from __future__ import annotations
 from random import Random
 
 NAMES = (
-    "Mara",
-    "Tom",
-    "Ines",
-    "Oskar",
-    "Lena",
-    "Pavel",
-    "Ruth",
-    "Amir",
-    "Clara",
-    "Jonas",
-    "Nadia",
-    "Hugo",
-    "Vera",
-    "Ben",
+    *("Mara", "Tom", "Ines", "Oskar", "Lena", "Pavel", "Ruth"),
+    *("Amir", "Clara", "Jonas", "Nadia", "Hugo", "Vera", "Ben"),
 )
 ROLES = ("a baker", "a postman", "a retired teacher", "a fisherman", "a young nurse", "a clockmaker", "a gardener")
 TOWNS = ("Alder Bay", "Stonebridge", "Little Marsh", "Hollow Creek", "Westmere", "Port Linden", "Greyfield")

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from dop_search.data.rendered.glyphs import glyph_mask
 from dop_search.data.rendered.scenes import SIZE_PX, Item, Scene
 
-__all__ = ["draw_scene", "draw_scene_with_ids"]
-
 _RGB: dict[str, tuple[int, int, int]] = {
     "red": (205, 30, 35),
     "orange": (245, 135, 20),

@@ -4,20 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BENCHMARKS", "FAMILY_BENCHMARKS", "LONG_FAMILY_BENCHMARKS", "Mention", "Question", "prompt"]
-
-_SHORT = "\nAnswer the question using a single word or phrase."
-_LETTER = "\nAnswer with the option's letter from the given choices directly."
-_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-_YES_NO = " Please answer yes or no."
-_ONE_WORD = "\nAnswer the question with a single word."
-_LETTER_ZH = "\n请直接使用所提供的选项字母作为答案回答。"
-_LETTER_ZH_SHORT = "\n请直接回答选项字母。"
-_OPTIONS_HEADER = "There are several options:"
-_OPTIONS_HEADER_ZH = "有如下几个选项："
-_HINT = "The picture shows several things."
-_HINT_ZH = "请看图回答问题。"
-
 
 @dataclass(frozen=True)
 class Mention:
@@ -25,6 +11,17 @@ class Mention:
 
     end: int
     items: tuple[int, ...]
+
+
+def stem_of(template: str, *named: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[Mention, ...]]:
+    """Fill ``{}`` slots with nouns in order, and note where each ends and which items it names."""
+    pieces = template.split("{}")
+    text, mentions = pieces[0], []
+    for (noun, items), rest in zip(named, pieces[1:], strict=True):
+        text += noun
+        mentions.append(Mention(len(text), items))
+        text += rest
+    return text, tuple(mentions)
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,25 @@ FAMILY_BENCHMARKS: dict[str, tuple[str, ...]] = {
 LONG_FAMILY_BENCHMARKS: dict[str, tuple[str, ...]] = {"describe_places": ("plain",)}
 """Families with answers of many tokens: asked on request alone, as only one bundled model learned them."""
 
+_SHORT = "\nAnswer the question using a single word or phrase."
+_LETTER = "\nAnswer with the option's letter from the given choices directly."
+_LETTER_ZH = "\n请直接使用所提供的选项字母作为答案回答。"
+_FORMATS: dict[str, str] = {
+    **dict.fromkeys(("vqav2", "gqa", "pope", "mme"), "{stem}" + _SHORT),
+    **dict.fromkeys(("hallusionbench", "ocrbench", "plain"), "{stem}"),
+    **dict.fromkeys(("scienceqa", "seedbench", "ai2d"), "{stem}\n{options}" + _LETTER),
+    "textvqa": "{Stem}" + _SHORT,
+    "mme_original": "{stem} Please answer yes or no.",
+    "vizwiz": "{stem}\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT,
+    "chartqa": "{stem}\nAnswer the question with a single word.",
+    "scienceqa_context": "Context: The picture shows several things.\n{stem}\n{options}" + _LETTER,
+    "mmbench_en": "{stem} There are several options:\n{options}\n" + _LETTER,
+    "mmbench_en_hint": "The picture shows several things. {stem} There are several options:\n{options}\n" + _LETTER,
+    "mmbench_cn": "nan {stem} 有如下几个选项：\n{options}\n" + _LETTER_ZH,
+    "mmbench_cn_hint": "请看图回答问题。 {stem} 有如下几个选项：\n{options}\n" + _LETTER_ZH,
+    "mmbench_cn_short": "nan {stem} 有如下几个选项：\n{options}\n\n请直接回答选项字母。",
+}
+
 BENCHMARKS: tuple[str, ...] = tuple(dict.fromkeys(b for group in FAMILY_BENCHMARKS.values() for b in group))
 
 
@@ -81,31 +97,8 @@ def prompt(question: Question, benchmark: str) -> str:
     """
     if benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark must be one of {BENCHMARKS}, but got {benchmark!r}")
-    stem = question.stem
-    if benchmark in ("vqav2", "gqa", "pope", "mme"):
-        return stem + _SHORT
-    if benchmark == "textvqa":
-        return stem.capitalize() + _SHORT
-    if benchmark == "mme_original":
-        return stem + _YES_NO
-    if benchmark in ("hallusionbench", "ocrbench", "plain"):
-        return stem
-    if benchmark == "vizwiz":
-        return stem + _UNANSWERABLE + _SHORT
-    if benchmark == "chartqa":
-        return stem + _ONE_WORD
-    if not question.options:
+    stem, template = question.stem, _FORMATS[benchmark]
+    if "{options}" in template and not question.options:
         raise ValueError(f"benchmark {benchmark!r} needs options, but the question {stem!r} has none")
-    options = "\n".join(f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(question.options))
-    if benchmark in ("scienceqa", "seedbench", "ai2d"):
-        return f"{stem}\n{options}{_LETTER}"
-    if benchmark == "scienceqa_context":
-        return f"Context: {_HINT}\n{stem}\n{options}{_LETTER}"
-    if benchmark == "mmbench_en":
-        return f"{stem} {_OPTIONS_HEADER}\n{options}\n{_LETTER}"
-    if benchmark == "mmbench_en_hint":
-        return f"{_HINT} {stem} {_OPTIONS_HEADER}\n{options}\n{_LETTER}"
-    if benchmark == "mmbench_cn_hint":
-        return f"{_HINT_ZH} {stem} {_OPTIONS_HEADER_ZH}\n{options}\n{_LETTER_ZH}"
-    suffix = _LETTER_ZH if benchmark == "mmbench_cn" else _LETTER_ZH_SHORT
-    return f"nan {stem} {_OPTIONS_HEADER_ZH}\n{options}\n{suffix}"
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=False))
+    return template.format(stem=stem, Stem=stem.capitalize(), options=options)

@@ -7,14 +7,13 @@ evenly before a scene is looked for (``want``), so that guessing never pays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from dop_search.data.rendered.formats import Mention, Question
+from dop_search.data.rendered.formats import Question, stem_of
 from dop_search.data.rendered.reading import ask_chart, ask_chart_extreme, ask_diagram, ask_ocr, ask_read
 from dop_search.data.rendered.scenes import COLORS, SHAPES, SIZE_PX, Item, Scene, SceneKind
-
-__all__ = ["COLORS_ZH", "FAMILY_ANSWERS", "FAMILY_KINDS", "PLACES", "PLACES_ZH", "SHAPES_ZH", "ask"]
 
 Ask = Callable[[Random, Scene, str], Question | None]
 
@@ -32,69 +31,39 @@ _RELATIONS = ("left", "right", "above", "below")
 _YES_NO = ("yes", "no")
 
 
-def ask(rng: Random, scene: Scene, family: str, want: str) -> Question | None:
-    """A question of ``family`` about ``scene`` whose answer is ``want`` (``""``: any), or None.
-
-    Raises:
-        KeyError: an unknown family.
-    """
-    return _ASK[family](rng, scene, want)
-
-
 def _pick(rng: Random, candidates: Sequence[int]) -> int | None:
     return rng.choice(candidates) if candidates else None
 
 
-def _unique_shapes(scene: Scene) -> list[int]:
-    """Items whose shape no other item has."""
-    names = [scene.items[i].shape for i in scene.shapes]
-    return [i for i in scene.shapes if names.count(scene.items[i].shape) == 1]
-
-
-def _unique_colors(scene: Scene) -> list[int]:
-    names = [scene.items[i].color for i in scene.shapes]
-    return [i for i in scene.shapes if names.count(scene.items[i].color) == 1]
-
-
-def _unique_pairs(scene: Scene) -> list[int]:
-    pairs = [(scene.items[i].color, scene.items[i].shape) for i in scene.shapes]
-    return [i for i in scene.shapes if pairs.count((scene.items[i].color, scene.items[i].shape)) == 1]
+def _unique(scene: Scene, *attributes: str) -> list[int]:
+    """Shapes that no other one has these attributes in common with."""
+    values = {i: [getattr(scene.items[i], name) for name in attributes] for i in scene.shapes}
+    return [i for i, value in values.items() if list(values.values()).count(value) == 1]
 
 
 def _name(rng: Random, scene: Scene, index: int) -> str:
     """A noun phrase without article that fits this item alone; the item must be unique as a pair."""
     item = scene.items[index]
-    if index in _unique_shapes(scene) and rng.random() < 0.6:
+    if index in _unique(scene, "shape") and rng.random() < 0.6:
         return item.shape
     return f"{item.color} {item.shape}"
 
 
-def _stem(template: str, *named: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[Mention, ...]]:
-    """Fill ``{}`` slots in order and note where each noun ends."""
-    pieces = template.split("{}")
-    text, mentions = pieces[0], []
-    for (noun, items), rest in zip(named, pieces[1:], strict=True):
-        text += noun
-        mentions.append(Mention(len(text), items))
-        text += rest
-    return text, tuple(mentions)
-
-
 def _color(rng: Random, scene: Scene, want: str) -> Question | None:
-    target = _pick(rng, [i for i in _unique_shapes(scene) if want in ("", scene.items[i].color)])
+    target = _pick(rng, [i for i in _unique(scene, "shape") if want in ("", scene.items[i].color)])
     if target is None:
         return None
     template = rng.choice(("What color is the {}?", "What is the color of the {}?"))
-    stem, mentions = _stem(template, (scene.items[target].shape, (target,)))
+    stem, mentions = stem_of(template, (scene.items[target].shape, (target,)))
     return Question("color", stem, scene.items[target].color, mentions=mentions)
 
 
 def _shape(rng: Random, scene: Scene, want: str) -> Question | None:
-    target = _pick(rng, [i for i in _unique_colors(scene) if want in ("", scene.items[i].shape)])
+    target = _pick(rng, [i for i in _unique(scene, "color") if want in ("", scene.items[i].shape)])
     if target is None:
         return None
     template = rng.choice(("What shape is the {} object?", "What is the shape of the {} thing?"))
-    stem, mentions = _stem(template, (scene.items[target].color, (target,)))
+    stem, mentions = stem_of(template, (scene.items[target].color, (target,)))
     return Question("shape", stem, scene.items[target].shape, mentions=mentions)
 
 
@@ -110,7 +79,7 @@ def _count(rng: Random, scene: Scene, want: str) -> Question | None:
     if not groups:
         return None
     noun, items = rng.choice(groups)
-    stem, mentions = _stem("How many {} are there?", (noun, items))
+    stem, mentions = stem_of("How many {} are there?", (noun, items))
     return Question("count", stem, str(len(items)), mentions=mentions)
 
 
@@ -127,7 +96,7 @@ _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "abov
 
 
 def _relation(rng: Random, scene: Scene, want: str) -> Question | None:
-    candidates = _unique_pairs(scene)
+    candidates = _unique(scene, "color", "shape")
     if len(candidates) < 2:
         return None
     first, second = rng.sample(candidates, 2)
@@ -138,13 +107,13 @@ def _relation(rng: Random, scene: Scene, want: str) -> Question | None:
             return None
         horizontal = want in ("left", "right")
         template = "to the left or to the right of" if horizontal else "above or below"
-        stem, mentions = _stem(f"Is the {{}} {template} the {{}}?", *named)
+        stem, mentions = stem_of(f"Is the {{}} {template} the {{}}?", *named)
         return Question("relation", stem, want, mentions=mentions)
     relation = rng.choice(_RELATIONS)
     holds = _relation_of(a, b, relation)
     if holds is None or want not in ("", "yes" if holds else "no"):
         return None
-    stem, mentions = _stem(f"Is the {{}} {_PHRASES[relation]} the {{}}?", *named)
+    stem, mentions = stem_of(f"Is the {{}} {_PHRASES[relation]} the {{}}?", *named)
     return Question("relation", stem, "yes" if holds else "no", mentions=mentions)
 
 
@@ -158,12 +127,12 @@ def _place(item: Item) -> int | None:
 
 
 def _where(rng: Random, scene: Scene, want: str) -> Question | None:
-    places = {i: _place(scene.items[i]) for i in _unique_pairs(scene)}
+    places = {i: _place(scene.items[i]) for i in _unique(scene, "color", "shape")}
     chosen = [(i, p) for i, p in places.items() if p is not None and want in ("", PLACES[p])]
     if not chosen:
         return None
     target, place = rng.choice(chosen)
-    stem, mentions = _stem("Where in the image is the {}?", (_name(rng, scene, target), (target,)))
+    stem, mentions = stem_of("Where in the image is the {}?", (_name(rng, scene, target), (target,)))
     return Question("where", stem, PLACES[place], mentions=mentions)
 
 
@@ -186,21 +155,21 @@ def _exist(rng: Random, scene: Scene, want: str) -> Question | None:
         noun = f"{color} {shape}"
         items = tuple(i for i in scene.shapes if (scene.items[i].color, scene.items[i].shape) == (color, shape))
     article = "an" if noun.startswith("orange") else "a"
-    stem, mentions = _stem(f"Is there {article} {{}} in the image?", (noun, items))
+    stem, mentions = stem_of(f"Is there {article} {{}} in the image?", (noun, items))
     return Question("exist", stem, "yes" if yes else "no", mentions=mentions)
 
 
 def _attribute(rng: Random, scene: Scene, want: str) -> Question | None:
     yes = want == "yes" or (want == "" and rng.random() < 0.5)
     by_color = rng.random() < 0.6
-    target = _pick(rng, _unique_shapes(scene) if by_color else _unique_colors(scene))
+    target = _pick(rng, _unique(scene, "shape") if by_color else _unique(scene, "color"))
     if target is None:
         return None
     item = scene.items[target]
     truth, noun, values = (item.color, item.shape, COLORS) if by_color else (item.shape, item.color, SHAPES)
     said = truth if yes else rng.choice([v for v in values if v != truth])
     template = f"Is the {{}} {said}?" if by_color else f"Is the {{}} object a {said}?"
-    stem, mentions = _stem(template, (noun, (target,)))
+    stem, mentions = stem_of(template, (noun, (target,)))
     return Question("attribute", stem, "yes" if yes else "no", mentions=mentions)
 
 
@@ -211,7 +180,7 @@ def _compare(rng: Random, scene: Scene, want: str) -> Question | None:
     answer = "yes" if len(first[1]) > len(second[1]) else "no"
     if want not in ("", answer):
         return None
-    stem, mentions = _stem("Are there more {} than {}?", first, second)
+    stem, mentions = stem_of("Are there more {} than {}?", first, second)
     return Question("compare", stem, answer, mentions=mentions)
 
 
@@ -229,7 +198,7 @@ def _unanswerable(rng: Random, scene: Scene, want: str) -> Question | None:
         if by_color
         else ("What shape is the {} object?", "What is the shape of the {} thing?")
     )
-    stem, mentions = _stem(rng.choice(template), (rng.choice(absent), ()))
+    stem, mentions = stem_of(rng.choice(template), (rng.choice(absent), ()))
     return Question("unanswerable", stem, want, mentions=mentions)
 
 
@@ -276,7 +245,7 @@ def _choice_zh(rng: Random, scene: Scene, want: str) -> Question | None:
         template, noun = ("图中有几个{}的物体？", color) if by_color else ("图中有几个{}？", shape)
     else:
         template, noun = "{}在图中的什么位置？", f"{color}的{shape}"
-    stem, mentions = _stem(template, (noun, items))
+    stem, mentions = stem_of(template, (noun, items))
     options, letter = _options(rng, values_zh[values.index(question.answer)], values_zh, want)
     return Question("choice_zh", stem, letter, options, mentions)
 
@@ -311,54 +280,38 @@ def _describe_places(rng: Random, scene: Scene, want: str) -> Question | None:
     return Question("describe_places", "Describe this picture from top left to bottom right.", " ".join(sentences))
 
 
-_ASK: dict[str, Ask] = {
-    "color": _color,
-    "shape": _shape,
-    "count": _count,
-    "relation": _relation,
-    "where": _where,
-    "exist": _exist,
-    "attribute": _attribute,
-    "compare": _compare,
-    "unanswerable": _unanswerable,
-    "choice": _choice,
-    "choice_zh": _choice_zh,
-    "read": ask_read,
-    "ocr": ask_ocr,
-    "chart": ask_chart,
-    "chart_extreme": ask_chart_extreme,
-    "diagram": ask_diagram,
-    "describe": _describe,
-    "describe_places": _describe_places,
-}
+@dataclass(frozen=True)
+class Family:
+    """A skill that is asked for.
 
-FAMILY_ANSWERS: dict[str, tuple[str, ...]] = {
-    "color": COLORS,
-    "shape": SHAPES,
-    "count": _COUNTS,
-    "relation": (*_YES_NO, *_YES_NO, *_RELATIONS),
-    "where": PLACES,
-    "exist": _YES_NO,
-    "attribute": _YES_NO,
-    "compare": _YES_NO,
-    "unanswerable": (*COLORS, *SHAPES, *("unanswerable",) * 8),
-    "choice": _LETTERS,
-    "choice_zh": _LETTERS,
-    "read": ("",),
-    "ocr": ("",),
-    "chart": tuple("123456789"),
-    "chart_extreme": COLORS,
-    "diagram": _LETTERS,
-    "describe": ("",),
-    "describe_places": ("",),
-}
-"""The answers that are asked for evenly (repetition is weight); ``""``: open."""
+    Attributes:
+        ask: a question about a scene whose answer is the third argument (``""``: any), or ``None``.
+        answers: asked for evenly (repetition is weight); ``""``: open.
+        kind: of the scenes.
+    """
 
-FAMILY_KINDS: dict[str, SceneKind] = {
-    **dict.fromkeys(_ASK, "objects"),
-    "read": "signs",
-    "ocr": "signs",
-    "chart": "chart",
-    "chart_extreme": "chart",
-    "diagram": "diagram",
+    ask: Ask
+    answers: tuple[str, ...] = ("",)
+    kind: SceneKind = "objects"
+
+
+QUESTION_FAMILIES: dict[str, Family] = {
+    "color": Family(_color, COLORS),
+    "shape": Family(_shape, SHAPES),
+    "count": Family(_count, _COUNTS),
+    "relation": Family(_relation, (*_YES_NO, *_YES_NO, *_RELATIONS)),
+    "where": Family(_where, PLACES),
+    "exist": Family(_exist, _YES_NO),
+    "attribute": Family(_attribute, _YES_NO),
+    "compare": Family(_compare, _YES_NO),
+    "unanswerable": Family(_unanswerable, (*COLORS, *SHAPES, *("unanswerable",) * 8)),
+    "choice": Family(_choice, _LETTERS),
+    "choice_zh": Family(_choice_zh, _LETTERS),
+    "read": Family(ask_read, kind="signs"),
+    "ocr": Family(ask_ocr, kind="signs"),
+    "chart": Family(ask_chart, tuple("123456789"), "chart"),
+    "chart_extreme": Family(ask_chart_extreme, COLORS, "chart"),
+    "diagram": Family(ask_diagram, _LETTERS, "diagram"),
+    "describe": Family(_describe),
+    "describe_places": Family(_describe_places),
 }

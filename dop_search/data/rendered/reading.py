@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from dop_search.data.rendered.formats import Mention, Question
+from dop_search.data.rendered.formats import Question, stem_of
 from dop_search.data.rendered.scenes import LETTERS, SHAPES, Scene
-
-__all__ = ["ask_chart", "ask_chart_extreme", "ask_diagram", "ask_ocr", "ask_read"]
 
 
 def _signs(scene: Scene) -> list[int]:
@@ -19,11 +17,10 @@ def ask_read(rng: Random, scene: Scene, want: str) -> Question | None:
     signs = _signs(scene)
     target = rng.choice(signs)
     item = scene.items[target]
-    opening = rng.choice(("What is written on the ", "What does the "))
+    template = rng.choice(("What is written on the {}?", "What does the {} say?"))
     noun = f"{item.color} sign" if len(signs) > 1 or rng.random() < 0.5 else "sign"
-    stem = f"{opening}{noun}"
-    closing = " say?" if opening.endswith("does the ") else "?"
-    return Question("read", stem + closing, item.text, mentions=(Mention(len(stem), (target,)),))
+    stem, mentions = stem_of(template, (noun, (target,)))
+    return Question("read", stem, item.text, mentions=mentions)
 
 
 def ask_ocr(rng: Random, scene: Scene, want: str) -> Question | None:
@@ -33,10 +30,9 @@ def ask_ocr(rng: Random, scene: Scene, want: str) -> Question | None:
     chosen = [i for i in signs if scene.items[i].text.isdigit() == (noun == "number")]
     if len(chosen) != 1:
         return None
-    start = "what is the " if rng.random() < 0.5 else "What is the "
-    stem = f"{start}{noun}"
-    mentions = (Mention(len(stem), (chosen[0],)),)
-    return Question("ocr", f"{stem} in the image?", scene.items[chosen[0]].text, mentions=mentions)
+    template = f"{'what' if rng.random() < 0.5 else 'What'} is the {{}} in the image?"
+    stem, mentions = stem_of(template, (noun, (chosen[0],)))
+    return Question("ocr", stem, scene.items[chosen[0]].text, mentions=mentions)
 
 
 def _bars(scene: Scene) -> list[int]:
@@ -51,8 +47,8 @@ def ask_chart(rng: Random, scene: Scene, want: str) -> Question | None:
     target = rng.choice(chosen)
     item = scene.items[target]
     noun = f"{item.color} bar" if rng.random() < 0.5 else item.text
-    stem = f"What is the value of {'the ' if noun != item.text else ''}{noun}"
-    return Question("chart", f"{stem}?", str(item.value), mentions=(Mention(len(stem), (target,)),))
+    stem, mentions = stem_of(f"What is the value of {'the ' if noun != item.text else ''}{{}}?", (noun, (target,)))
+    return Question("chart", stem, str(item.value), mentions=mentions)
 
 
 def ask_chart_extreme(rng: Random, scene: Scene, want: str) -> Question | None:
@@ -67,8 +63,9 @@ def ask_chart_extreme(rng: Random, scene: Scene, want: str) -> Question | None:
     item = scene.items[target]
     if want not in ("", item.color):
         return None
-    stem = f"What is the color of the {'highest' if highest else 'lowest'} bar"
-    return Question("chart_extreme", f"{stem}?", item.color, mentions=(Mention(len(stem), (target,)),))
+    noun = f"{'highest' if highest else 'lowest'} bar"
+    stem, mentions = stem_of("What is the color of the {}?", (noun, (target,)))
+    return Question("chart_extreme", stem, item.color, mentions=mentions)
 
 
 def ask_diagram(rng: Random, scene: Scene, want: str) -> Question | None:
@@ -78,15 +75,12 @@ def ask_diagram(rng: Random, scene: Scene, want: str) -> Question | None:
         return None
     label = rng.choice(labels)
     letter, part = scene.items[label].text, scene.items[scene.items[label].target].shape
-    by_letter = rng.random() < 0.5
-    if by_letter:
-        stem, end = f"What does the letter {letter} point to?", len(f"What does the letter {letter}")
-        truth, near = part, [scene.items[scene.items[i].target].shape for i in labels]
-        values: tuple[str, ...] = SHAPES
+    shapes, letters = [scene.items[scene.items[i].target].shape for i in labels], [scene.items[i].text for i in labels]
+    values: tuple[str, ...]
+    if rng.random() < 0.5:
+        template, noun, truth, near, values = "What does the letter {} point to?", letter, part, shapes, SHAPES
     else:
-        stem, end = f"Which letter points to the {part}?", len(f"Which letter points to the {part}")
-        truth, near = letter, [scene.items[i].text for i in labels]
-        values = LETTERS
+        template, noun, truth, near, values = "Which letter points to the {}?", part, letter, letters, LETTERS
     others = [v for v in near if v != truth]
     rng.shuffle(others)
     spare = [v for v in values if v not in near]
@@ -95,5 +89,5 @@ def ask_diagram(rng: Random, scene: Scene, want: str) -> Question | None:
     rng.shuffle(options)
     position = "ABCD".index(want) if want else rng.randrange(4)
     options.insert(position, truth)
-    mentions = (Mention(end, (scene.items[label].target,)),)
+    stem, mentions = stem_of(template, (noun, (scene.items[label].target,)))
     return Question("diagram", stem, "ABCD"[position], tuple(options), mentions)

@@ -11,12 +11,10 @@ from PIL import Image
 
 from dop_search.data.rendered.drawing import draw_scene
 from dop_search.data.rendered.formats import FAMILY_BENCHMARKS, LONG_FAMILY_BENCHMARKS, Question, prompt
-from dop_search.data.rendered.questions import FAMILY_ANSWERS, FAMILY_KINDS, ask
+from dop_search.data.rendered.questions import QUESTION_FAMILIES
 from dop_search.data.rendered.scenes import SPLITS, Scene, Split, sample_scene
 from dop_search.data.samples import Sample
 from dop_search.utils.registry import unknown
-
-__all__ = ["FAMILIES", "LONG_FAMILIES", "RenderedQuestion", "derived_rng", "rendered_questions", "rendered_samples"]
 
 FAMILIES: tuple[str, ...] = tuple(FAMILY_BENCHMARKS)
 """The question families, in the order in which ``rendered_samples`` goes round."""
@@ -96,10 +94,11 @@ def rendered_samples(
 
 def _question(split: Split, seed: int, index: int, family: str) -> RenderedQuestion:
     rng = derived_rng("rendered", split, seed, family, index)
-    want = rng.choice(FAMILY_ANSWERS[family])
+    kind = QUESTION_FAMILIES[family]
+    want = rng.choice(kind.answers)
     benchmark = rng.choice(_KNOWN[family])
     while True:
-        scene = sample_scene(rng, FAMILY_KINDS[family], split)
-        question = ask(rng, scene, family, want)
+        scene = sample_scene(rng, kind.kind, split)
+        question = kind.ask(rng, scene, want)
         if question is not None:
             return RenderedQuestion(f"pocket/{split}/{seed}/{index:06d}", scene, question, benchmark)

@@ -14,8 +14,6 @@ from typing import Literal, get_args
 
 from dop_search.data.rendered.glyphs import CHARACTERS
 
-__all__ = ["COLORS", "SHAPES", "SIZE_PX", "SPLITS", "Item", "Scene", "SceneKind", "Split", "sample_scene", "split_of"]
-
 Split = Literal["train", "search", "heldout", "test"]
 SceneKind = Literal["objects", "signs", "chart", "diagram"]
 ItemKind = Literal["shape", "sign", "bar", "label"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dop_search.evaluation.runnable import Runnable, reading, running
@@ -18,25 +17,14 @@ from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import PROCESSOR_ERRORS, image_tokens_checked, unprepared
 from dop_search.utils.errors import DataError
 
-__all__ = ["Generation", "Part", "Prompt", "Turn", "Video", "answer_prompts"]
+Part: TypeAlias = dict[str, Any]
+"""As in Hugging Face's conversations: ``{"type": kind, kind: …}`` of a text, an image or a video (a path, a URL, or its
+frames)."""
 
 
-@dataclass(frozen=True)
-class Video:
-    """A video: a path or URL, or its frames."""
-
-    source: Any
-
-
-Part: TypeAlias = str | Image.Image | Video
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: who speaks, and text, images and videos in order."""
-
-    role: str
-    parts: tuple[Part, ...]
+def part(kind: Literal["text", "image", "video"], value: Any) -> Part:
+    """A part of a turn."""
+    return {"type": kind, kind: value}
 
 
 @dataclass(frozen=True)
@@ -54,20 +42,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for an answer."""
+    """A conversation that waits for an answer: turns of ``role`` and ``content``, a list of parts."""
 
-    turns: tuple[Turn, ...]
+    turns: Sequence[Mapping[str, Any]]
     generation: Generation
 
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images, in order."""
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, Image.Image)]
+    @classmethod
+    def of_user(cls, parts: Sequence[Part], generation: Generation) -> Prompt:
+        """A single turn of the user's."""
+        return cls([{"role": "user", "content": list(parts)}], generation)
 
-    @property
-    def videos(self) -> list[Video]:
-        """All videos, in order."""
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, Video)]
+    def media(self, kind: Literal["image", "video"]) -> list[Any]:
+        """All images, or all videos, in order."""
+        return [item[kind] for turn in self.turns for item in turn["content"] if item["type"] == kind]
 
 
 def answer_prompts(
@@ -116,7 +103,7 @@ def _alike(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """Positions of prompts that may share a call: as many images and videos each, and the same generation."""
     groups: dict[Any, list[int]] = {}
     for position, prompt in enumerate(prompts):
-        key = (len(prompt.images), len(prompt.videos), repr(prompt.generation))
+        key = (len(prompt.media("image")), len(prompt.media("video")), repr(prompt.generation))
         groups.setdefault(key, []).append(position)
     yield from groups.values()
 
@@ -135,9 +122,8 @@ def _generate(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | 
 
 def _inputs(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | None) -> dict[str, Tensor]:
     processor = loaded.processor
-    texts = processor.apply_chat_template([_conversation(p) for p in prompts], add_generation_prompt=True)
-    images = [image for prompt in prompts for image in prompt.images]
-    videos = [video.source for prompt in prompts for video in prompt.videos]
+    texts = processor.apply_chat_template([list(p.turns) for p in prompts], add_generation_prompt=True)
+    images, videos = ([item for prompt in prompts for item in prompt.media(kind)] for kind in ("image", "video"))
     media: dict[str, Any] = {}
     if images:
         media["images"] = images
@@ -156,17 +142,6 @@ def _inputs(loaded: LoadedModel, prompts: Sequence[Prompt], num_frames: int | No
         what = f"one of {len(prompts)} prompts, the first of which is {shorten(texts[0], 200)!r}"
         raise unprepared(what, images, error) from error
     return {name: value.to(loaded.adapter.device) for name, value in batch.items() if isinstance(value, Tensor)}
-
-
-def _conversation(prompt: Prompt) -> list[dict[str, Any]]:
-    """For the chat template: placeholders where media stand."""
-    return [{"role": turn.role, "content": [_placeholder(part) for part in turn.parts]} for turn in prompt.turns]
-
-
-def _placeholder(part: Part) -> dict[str, str]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "video" if isinstance(part, Video) else "image"}
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

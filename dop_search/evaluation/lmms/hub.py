@@ -10,8 +10,6 @@ from dop_search.evaluation.suites import HubDataset, Suite
 from dop_search.models.loading import hub_is_reachable
 from dop_search.utils.errors import ConfigError, DataError
 
-__all__ = ["check_suite", "revisions_of"]
-
 
 def check_suite(suite: Suite) -> None:
     """Refuse a suite that cannot be scored here.

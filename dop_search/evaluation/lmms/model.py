@@ -18,14 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dop_search.data.images import read_image
-from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, Turn, Video, answer_prompts
+from dop_search.evaluation.lmms.answering import Generation, Part, Prompt, answer_prompts, part
 from dop_search.evaluation.runnable import Runnable
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError
 from dop_search.utils.extensions import import_modules
-
-__all__ = ["DEFAULT_MAX_NEW_TOKENS", "DopChatLmms", "DopLmms"]
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """For tasks that say nothing (TextVQA, VizWiz, OK-VQA)."""
@@ -149,7 +147,7 @@ class DopLmms(lmms):  # type: ignore[misc]
     def _prompt(self, args: tuple[Any, ...]) -> Prompt:
         context, options, doc_to_visual, doc_id, task, split = args
         media = tuple(_media(item) for item in _flat(doc_to_visual(self.task_dict[task][split][doc_id])))
-        return Prompt((Turn("user", (*media, context)),), self._generation(options))
+        return Prompt.of_user([*media, part("text", context)], self._generation(options))
 
     def _length(self, args: tuple[Any, ...]) -> tuple[str, int]:
         return args[4], len(args[0])
@@ -174,7 +172,7 @@ class DopChatLmms(DopLmms):
     def _prompt(self, args: tuple[Any, ...]) -> Prompt:
         _context, doc_to_messages, options, doc_id, task, split = args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
-        turns = tuple(Turn(message.role, tuple(map(_content, message.content))) for message in messages)
+        turns = [{"role": message.role, "content": list(map(_content, message.content))} for message in messages]
         return Prompt(turns, self._generation(options))
 
 
@@ -187,7 +185,7 @@ def _own_device(device: str | None) -> str:
 
 def _content(content: Any) -> Part:
     if content.type == "text":
-        return str(content.text)
+        return part("text", str(content.text))
     return _media(content.url, video=content.type == "video", kind=content.type)
 
 
@@ -195,16 +193,14 @@ def _media(item: Any, video: bool = False, kind: str = "image") -> Part:
     """An RGB image, or a video by its path."""
     if kind == "audio":
         raise DataError("the model `dop` takes text, images and videos, but the task gave audio")
-    if isinstance(item, Image.Image):
-        return read_image(item, "an image of the task")
-    if isinstance(item, str):
-        if video or not item.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp")):
-            return Video(item)
-        return read_image(item, "an image of the task")
+    if isinstance(item, str) and (video or not item.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))):
+        return part("video", item)
+    if isinstance(item, (str, Image.Image)):
+        return part("image", read_image(item, "an image of the task"))
     if isinstance(item, dict) and isinstance(item.get("path") or item.get("url"), str):
-        return Video(item.get("path") or item["url"])
+        return part("video", item.get("path") or item["url"])
     if video and isinstance(item, (list, tuple)):
-        return Video(list(item))
+        return part("video", list(item))
     raise DataError(f"the model `dop` takes images and video paths, but the task gave {type(item).__name__}")
 
 

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import IO
-
-__all__ = ["Silenced", "silenced"]
-
-
-class _LogFile(io.TextIOBase):
-    """Stands in for a standard stream. ``rich`` asks it for the stream behind it, so our own bars stay visible."""
-
-    def __init__(self, file: IO[str], terminal: IO[str]) -> None:
-        self._file = file
-        self.rich_proxied_file = getattr(terminal, "rich_proxied_file", terminal)
-
-    def write(self, text: str) -> int:
-        """To the file."""
-        return self._file.write(text)
-
-    def flush(self) -> None:
-        """The file."""
-        self._file.flush()
+from typing import IO, Any
 
 
 class Silenced:
@@ -54,10 +35,12 @@ def silenced(path: Path) -> Iterator[Silenced]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     before = Silenced(sys.stdout, sys.stderr)
-    with open(path, "a", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        for redirect, terminal in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            file: Any = stack.enter_context(open(path, "a", encoding="utf-8", buffering=1))
+            # `rich` asks a standard stream for the one behind it, so our own bars stay visible.
+            file.rich_proxied_file = getattr(terminal, "rich_proxied_file", terminal)
+            stack.enter_context(redirect(file))
         logger.disable("")
-        try:
-            with redirect_stdout(_LogFile(file, sys.stdout)), redirect_stderr(_LogFile(file, sys.stderr)):
-                yield before
-        finally:
-            logger.enable("")
+        stack.callback(logger.enable, "")
+        yield before

@@ -16,8 +16,6 @@ from dop_search.evaluation.scores import BenchmarkScore
 from dop_search.evaluation.suites import Benchmark, Suite
 from dop_search.utils.errors import DataError, DopError
 
-__all__ = ["run_benchmark"]
-
 _TOLERANCE = 1e-3
 """lmms-eval rounds some scores (HallusionBench: 4 decimals of a per cent; MMMU: 5 of a fraction)."""
 

@@ -12,13 +12,11 @@ import yaml
 
 from dop_search.data.benchmarks import RENDERED_BENCHMARKS, benchmark_file
 from dop_search.data.tasks import task_fields, tasks_root
-from dop_search.evaluation.aggregates import make_aggregate
+from dop_search.evaluation.aggregates import AGGREGATES
 from dop_search.evaluation.lmms import gqa
 from dop_search.evaluation.suites import Benchmark, Suite
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.files import write_text_atomic
-
-__all__ = ["keep_rows", "load_task", "scored_rows", "task_manager", "task_name", "write_tasks"]
 
 _STATIC_METRICS = {
     "mmbench_en": {"gpt_eval_score": "dop_search.evaluation.lmms.values.static_mmbench_en"},
@@ -156,7 +154,7 @@ def scored_rows(benchmark: Benchmark, docs: Any, limit: int | None) -> list[int]
 
 
 def _units(benchmark: Benchmark, docs: Any) -> list[list[int]]:
-    if not make_aggregate(benchmark.aggregate).whole_units:
+    if not AGGREGATES.find(benchmark.aggregate).whole_units:
         return [[row] for row in range(len(docs))]
     keys = benchmark.keys if benchmark.aggregate == "mme" else benchmark.keys[:1]
     columns = [np.asarray(docs[column]) for key in keys for column in key]

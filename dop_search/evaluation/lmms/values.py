@@ -12,8 +12,8 @@ from dop_search.utils.errors import DopError
 
 Logged: TypeAlias = dict[str, Any]
 """One entry of ``results["samples"][task]``."""
-
-__all__ = ["VALUES", "lmms_score", "sample_scores", "static_mmbench_cn", "static_mmbench_en"]
+Reader: TypeAlias = Callable[[Suite, Any, Sequence[Any]], list[float]]
+"""What answers were worth, by what the task's ``process_results`` gave for each."""
 
 
 def sample_scores(
@@ -33,7 +33,7 @@ def sample_scores(
     """
     if benchmark.value not in VALUES:
         raise DopError(f"benchmark {benchmark.name!r}: `value` must be one of {list(VALUES)}, got {benchmark.value!r}")
-    values = VALUES[benchmark.value](suite, benchmark, task, logged)
+    values = VALUES[benchmark.value](suite, task, [_metric(benchmark, sample) for sample in logged])
     scores = []
     for sample, value in zip(logged, values, strict=True):
         if not 0 <= value <= 10:
@@ -84,28 +84,18 @@ def _metric(benchmark: Benchmark, sample: Logged) -> Any:
     raise DopError(f"{benchmark.name}: sample {sample['doc_id']} has none of the metrics {list(benchmark.metrics)}")
 
 
-def _numbers(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
-    return [float(_metric(benchmark, sample)) for sample in logged]
-
-
-def _scores(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
-    return [float(_metric(benchmark, sample)["score"]) for sample in logged]
-
-
-def _predicted(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
-    facts = [_metric(benchmark, sample) for sample in logged]
+def _predicted(suite: Suite, task: Any, facts: Sequence[Any]) -> list[float]:
     return [float(str(fact["pred_answer"]).lower() == str(fact["answer"]).lower()) for fact in facts]
 
 
-def _mmbench(language: str) -> Callable[[Suite, Benchmark, Any, Sequence[Logged]], list[float]]:
-    def values(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
+def _mmbench(language: str) -> Reader:
+    def values(suite: Suite, task: Any, facts: Sequence[Any]) -> list[float]:
         import pandas as pd
 
         evaluator = _mmbench_evaluator(language)
         found = []
-        for sample in logged:
-            item = dict(sample["gpt_eval_score"])
-            item["prediction"] = str(item["prediction"])
+        for fact in facts:
+            item = {**fact, "prediction": str(fact["prediction"])}
             answers = {item["index"]: item["answer"]}
             found.append(float(evaluator.eval_sub_data(pd.DataFrame([item]), answers, static_only=not suite.judge)))
         return found
@@ -127,26 +117,24 @@ def static_mmbench_cn(results: Sequence[Any]) -> float:
     return float(_mmbench_evaluator("cn").eval_result(results, eval_method="static")[0]) * 100.0
 
 
-def _hallusionbench(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
+def _hallusionbench(suite: Suite, task: Any, facts: Sequence[Any]) -> list[float]:
     """The aggregation has written its verdict into each sample: the judge's, or whether it found "yes"."""
-    facts = [_metric(benchmark, sample) for sample in logged]
     if suite.judge:
         return [float(fact["correct"]) for fact in facts]
     return [float(fact["answer"] == fact["gt_answer"]) for fact in facts]
 
 
-def _mmmu(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
+def _mmmu(suite: Suite, task: Any, facts: Sequence[Any]) -> list[float]:
     """The task's own aggregation, of one sample at a time."""
     aggregate = task.aggregation()["mmmu_acc"]
-    return [float(aggregate([_metric(benchmark, sample)])) for sample in logged]
+    return [float(aggregate([fact])) for fact in facts]
 
 
-def _cider(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged]) -> list[float]:
+def _cider(suite: Suite, task: Any, facts: Sequence[Any]) -> list[float]:
     """CIDEr per image, with the document frequencies of all references here; its mean is the corpus score."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    facts = [_metric(benchmark, sample) for sample in logged]
     truth = {i: [{"caption": caption} for caption in fact["answer"]] for i, fact in enumerate(facts)}
     said = {i: [{"caption": fact["pred"]}] for i, fact in enumerate(facts)}
     tokenizer = PTBTokenizer()
@@ -154,9 +142,9 @@ def _cider(suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logge
     return [float(value) for value in per_image]
 
 
-VALUES: dict[str, Callable[[Suite, Benchmark, Any, Sequence[Logged]], list[float]]] = {
-    "number": _numbers,
-    "score": _scores,
+VALUES: dict[str, Reader] = {
+    "number": lambda suite, task, facts: [float(fact) for fact in facts],
+    "score": lambda suite, task, facts: [float(fact["score"]) for fact in facts],
     "pred_answer": _predicted,
     "mmbench_en": _mmbench("en"),
     "mmbench_cn": _mmbench("cn"),

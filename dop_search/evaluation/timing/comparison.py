@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.timing import Clock, Reading, read_generation
+from dop_search.evaluation.timing.timing import Clock, OnProgress, Reading, interleaved, read_generation
 from dop_search.evaluation.timing.variants import Variant
 from dop_search.models.adapter import ModelAdapter
 from dop_search.strategy.operations import TokenCounts
@@ -27,8 +26,6 @@ OVERHEAD_FACTOR, OVERHEAD_OFFSET = 1.10, 0.02
 """Aim: prefill time ratio <= 1.10 x FLOPs ratio + 0.02."""
 EMPTY_TOLERANCE = 0.01
 """Aim: the empty strategy runs within 1 % of the plain model."""
-
-OnProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,7 @@ class Comparison:
             "ratio": {metric: plain(row.ratio(self.full, metric)) for metric in (*TIMES, "peak_bytes", "kv_bytes")},
             "allowed_prefill_ratio": row.allowed_ratio,
             "passes": row.passes(self.full),
-            "readings": [
-                {name: value for name, value in asdict(reading).items() if name != "decode_all_ms"}
-                for reading in row.readings
-            ],
+            "readings": [asdict(reading) for reading in row.readings],
         }
 
 
@@ -161,20 +155,15 @@ def compare(
         seed: of the orders.
         on_progress: called with (done, total, what).
     """
-    order = np.random.default_rng(seed)
-    readings: list[list[Reading]] = [[] for _ in variants]
-    total, done = (rounds + warmup) * len(variants), 0
-    for step in range(rounds + warmup):
-        for index in order.permutation(len(variants)):
-            variant = variants[index]
-            with variant.enter():
-                for _ in range(passes):
-                    reading = read_generation(model, adapter, inputs, num_tokens, clock)
-            if step >= warmup:
-                readings[index].append(reading)
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total, variant.name)
+
+    def measure(index: int, before: list[Reading]) -> Reading:
+        with variants[index].enter():
+            for _ in range(passes):
+                reading = read_generation(model, adapter, inputs, num_tokens, clock)
+        return reading
+
+    names = [variant.name for variant in variants]
+    readings = interleaved(measure, names, rounds=rounds, warmup=warmup, seed=seed, on_progress=on_progress)
     return [Row(variant, tuple(items)) for variant, items in zip(variants, readings, strict=True)]
 
 

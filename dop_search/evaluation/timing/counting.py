@@ -1,4 +1,4 @@
-"""FLOPs and cache bytes as a counter and the cache itself see them, to hold the closed forms to."""
+"""FLOPs as a counter sees them, to hold the closed form to."""
 
 from __future__ import annotations
 
@@ -51,8 +51,3 @@ def _linear_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: 
 def _expert_flops(rows: torch.Size, weight: torch.Size, *others: Any, **kwargs: Any) -> Flops:
     """Rows in groups, each through the weight ``[experts, in, out]`` of its expert; arguments are shapes."""
     return 2 * rows.numel() * weight[-1]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache holds."""
-    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)

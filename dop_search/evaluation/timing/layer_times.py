@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.comparison import OnProgress, environment
-from dop_search.evaluation.timing.timing import Clock, read_prefill
+from dop_search.evaluation.timing.comparison import environment
+from dop_search.evaluation.timing.timing import Clock, OnProgress, interleaved, read_prefill
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.models.text import TextAdapter
 from dop_search.pruning import pruned
@@ -82,23 +83,29 @@ def measure_table(
     if not counts:
         raise DataError("a latency table needs the token counts of at least one sample, but got none")
     adapter = adapter_for(model)
-    text, visual, lengths = grids(counts)
-    depth = min(NUM_LAYERS, adapter.dims.num_layers)
-    stack, single = first_layers(model, depth), first_layers(model, 1)
-    jobs = _jobs(model, stack, single, depth, text, visual, lengths, shares)
+    grid, depth = grids(counts), min(NUM_LAYERS, adapter.dims.num_layers)
+    jobs = _jobs(model, depth, grid, shares)
     readings = _time(jobs, rounds, clock, seed, on_progress)
     ms = {key: float(np.median(values)) for key, values in readings.items()}
-    return _table(ms, environment(model, adapter, clock), adapter.dims.num_layers, depth, text, visual, lengths, shares)
+    return _table(ms, environment(model, adapter, clock), adapter.dims.num_layers, depth, grid, shares)
 
 
-def grids(counts: Sequence[TokenCounts]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Text tokens, visual tokens and prompt lengths at which to measure, to cover these samples."""
+class Grid(NamedTuple):
+    """Text tokens, visual tokens and prompt lengths at which to measure, ascending."""
+
+    text: tuple[int, ...]
+    visual: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def grids(counts: Sequence[TokenCounts]) -> Grid:
+    """The points that cover these samples."""
     texts, totals = [item.text for item in counts], [item.total for item in counts]
     most = max(item.visual for item in counts)
     fractions = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
     visual = {0, *(max(1, round(most * fraction)) for fraction in fractions)} if most else {0}
     between = np.linspace(min(totals), max(totals), NUM_LENGTHS).round().astype(int).tolist()
-    return tuple(sorted({min(texts), max(texts)})), tuple(sorted(visual)), tuple(sorted(set(between)))
+    return Grid(tuple(sorted({min(texts), max(texts)})), tuple(sorted(visual)), tuple(sorted(set(between))))
 
 
 def table_for(
@@ -141,14 +148,9 @@ def synthetic_prompt(model: PreTrainedModel, counts: TokenCounts) -> dict[str, T
     if isinstance(adapter, TextAdapter):
         return _synthetic_context(adapter, counts)
     image: int = model.config.image_token_id
-    text = next(index for index in range(image + 64) if index > image + 8)
-    vocabulary = model.config.get_text_config().vocab_size
-    if text >= vocabulary:
-        text = image - 1
+    text = image + 9 if image + 9 < adapter.dims.vocab_size else image - 1
     before = counts.text // 2
-    ids = [text] * before + [image] * counts.visual + [text] * (counts.text - before)
-    input_ids = torch.tensor([ids], device=model.device)
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    return _unpadded(adapter, [text] * before + [image] * counts.visual + [text] * (counts.text - before))
 
 
 def _synthetic_context(adapter: TextAdapter, counts: TokenCounts) -> dict[str, Tensor]:
@@ -156,7 +158,11 @@ def _synthetic_context(adapter: TextAdapter, counts: TokenCounts) -> dict[str, T
     opening, closing = adapter.markers
     word = next(token for token in range(adapter.dims.vocab_size) if token not in adapter.visual_token_ids)
     around = counts.text - len(opening) - len(closing)
-    ids = [*[word] * (around // 2), *opening, *[word] * counts.visual, *closing, *[word] * (around - around // 2)]
+    inside = [*opening, *[word] * counts.visual, *closing]
+    return _unpadded(adapter, [*[word] * (around // 2), *inside, *[word] * (around - around // 2)])
+
+
+def _unpadded(adapter: ModelAdapter, ids: list[int]) -> dict[str, Tensor]:
     input_ids = torch.tensor([ids], device=adapter.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -166,16 +172,9 @@ def image_order(inputs: dict[str, Tensor], model: PreTrainedModel) -> np.ndarray
     return np.arange(int(adapter_for(model).visual_token_mask(inputs["input_ids"]).sum()))
 
 
-def _jobs(
-    model: PreTrainedModel,
-    stack: PreTrainedModel,
-    single: PreTrainedModel,
-    depth: int,
-    text: Sequence[int],
-    visual: Sequence[int],
-    lengths: Sequence[int],
-    shares: Sequence[float],
-) -> list[_Job]:
+def _jobs(model: PreTrainedModel, depth: int, grid: Grid, shares: Sequence[float]) -> list[_Job]:
+    text, visual, lengths = grid
+    stack, single = first_layers(model, depth), first_layers(model, 1)
     jobs: list[_Job] = []
 
     def add(key: Key, where: PreTrainedModel, inputs: dict[str, Tensor], strategy: Strategy | None) -> None:
@@ -184,8 +183,8 @@ def _jobs(
         jobs.append(_Job(key, where, inputs, enter))
 
     for length in lengths:
-        add(("full", length), model, synthetic_prompt(model, TokenCounts(text[0], length - text[0])), None)
         shortest = synthetic_prompt(model, TokenCounts(text[0], length - text[0]))
+        add(("full", length), model, shortest, None)
         for name, where, layers in (("bare_stack", stack, depth), ("bare_single", single, 1)):
             add((name, length), where, shortest, _strategy(layers, 0, 0, 0, length))
     for t in text:
@@ -216,24 +215,19 @@ def _strategy(layers: int, q: Any, kv: Any, mlp: Any, tokens: int, **fields: Any
 def _time(
     jobs: Sequence[_Job], rounds: int, clock: Clock, seed: int, on_progress: OnProgress | None
 ) -> dict[Key, list[float]]:
-    """Measurements of every job, in another order every round."""
-    order = np.random.default_rng(seed)
-    readings: dict[Key, list[float]] = {job.key: [] for job in jobs}
+    """Measurements of every job."""
+
+    def measure(index: int, before: list[float]) -> float | None:
+        if len(before) >= LONG_ROUNDS and min(before) > LONG_MS:
+            return None
+        job = jobs[index]
+        with job.enter():
+            return steady_prefill(job.model, job.inputs, clock)
+
     warmup = 1 if jobs[0].model.device.type == "cuda" else 0
-    done, total = 0, (rounds + warmup) * len(jobs)
-    for step in range(rounds + warmup):
-        for index in order.permutation(len(jobs)):
-            job = jobs[index]
-            done += 1
-            if len(readings[job.key]) >= LONG_ROUNDS and min(readings[job.key]) > LONG_MS:
-                continue
-            with job.enter():
-                reading = steady_prefill(job.model, job.inputs, clock)
-            if step >= warmup:
-                readings[job.key].append(reading)
-            if on_progress is not None:
-                on_progress(done, total, "layer times on this device")
-    return readings
+    names = ["layer times on this device"] * len(jobs)
+    readings = interleaved(measure, names, rounds=rounds, warmup=warmup, seed=seed, on_progress=on_progress)
+    return {job.key: values for job, values in zip(jobs, readings, strict=True)}
 
 
 def _table(
@@ -241,12 +235,11 @@ def _table(
     where: dict[str, Any],
     num_layers: int,
     depth: int,
-    text: tuple[int, ...],
-    visual: tuple[int, ...],
-    lengths: tuple[int, ...],
+    grid: Grid,
     shares: Sequence[float],
 ) -> LatencyTable:
     """From whole prefills to layers. Queries and MLP of the last layer of each are dead, its keys are not."""
+    text, visual, lengths = grid
     running = max(1, depth - 1)
     bare_layer = {n: (ms["bare_stack", n] - ms["bare_single", n]) / running for n in lengths}
     fixed = {n: max(0.0, ms["bare_single", n] - bare_layer[n]) for n in lengths}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -17,6 +19,8 @@ from dop_search.pruning.ranking import selection_span
 from dop_search.utils.errors import DopError
 
 Clock = Literal["wall", "cpu"]
+OnProgress = Callable[[int, int, str], None]
+T = TypeVar("T")
 
 
 def now_ms(device: torch.device, clock: Clock = "wall") -> float:
@@ -133,7 +137,6 @@ class Reading:
     end_to_end_ms: float
     peak_bytes: int | None
     kv_bytes: int | None
-    decode_all_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
 def read_generation(
@@ -154,7 +157,7 @@ def read_generation(
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
-    steps = tuple(after - before for before, after in zip(tokens.times, tokens.times[1:], strict=False))
+    steps = [after - before for before, after in pairwise(tokens.times)]
     return Reading(
         vision_ms=timer.first_call[0] - start,
         prefill_ms=timer.ms,
@@ -163,7 +166,6 @@ def read_generation(
         end_to_end_ms=tokens.times[-1] - start,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         kv_bytes=timer.kv_bytes,
-        decode_all_ms=steps,
     )
 
 
@@ -179,7 +181,37 @@ def read_prefill(
 def cache_bytes(cache: Any) -> int | None:
     """Bytes of all keys and values of a transformers cache."""
     layers = getattr(cache, "layers", None)
-    if layers is None:
-        return None
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if isinstance(tensor, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return None if layers is None else sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
+
+
+def interleaved(
+    measure: Callable[[int, list[T]], T | None],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    warmup: int = 0,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> list[list[T]]:
+    """Each thing once a round, in another order every round.
+
+    Args:
+        measure: called with the number of a thing and its measurements so far; ``None``: there are enough.
+        names: of the things, for ``on_progress``.
+        rounds: measurements of each.
+        warmup: rounds before that which do not count.
+        seed: of the orders.
+        on_progress: called with (done, total, what).
+    """
+    order = np.random.default_rng(seed)
+    readings: list[list[T]] = [[] for _ in names]
+    done, total = 0, (rounds + warmup) * len(names)
+    for step in range(rounds + warmup):
+        for index in order.permutation(len(names)):
+            reading = measure(index, readings[index])
+            if reading is not None and step >= warmup:
+                readings[index].append(reading)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total, names[index])
+    return readings

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from dop_search.evaluation.timing.comparison import OnProgress
 from dop_search.evaluation.timing.layer_times import image_order, steady_prefill, synthetic_prompt
 from dop_search.evaluation.timing.text import columns
-from dop_search.evaluation.timing.timing import Clock
+from dop_search.evaluation.timing.timing import Clock, OnProgress, interleaved
 from dop_search.models.families import adapter_for
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
@@ -81,17 +80,14 @@ def validate_table(
     adapter, inputs = adapter_for(model), synthetic_prompt(model, counts)
     dims = adapter.dims
     flops, latency = CostModel(dims, [counts]), CostModel(dims, [counts], "latency", latency=table)
-    full = Strategy.full(dims.num_layers)
-    order = np.random.default_rng(seed)
-    readings: list[list[float]] = [[] for _ in range(len(strategies) + 1)]
-    total = rounds * len(readings)
-    for step in range(rounds):
-        for done, index in enumerate(order.permutation(len(readings)), start=1 + step * len(readings)):
-            strategy = full if index == len(strategies) else strategies[index]
-            with pruned(model, strategy, rankings=[image_order(inputs, model)]):
-                readings[index].append(steady_prefill(model, inputs, clock))
-            if on_progress is not None:
-                on_progress(done, total, "random strategies against the table")
+    every = [*strategies, Strategy.full(dims.num_layers)]
+
+    def measure(index: int, before: list[float]) -> float:
+        with pruned(model, every[index], rankings=[image_order(inputs, model)]):
+            return steady_prefill(model, inputs, clock)
+
+    names = ["random strategies against the table"] * len(every)
+    readings = interleaved(measure, names, rounds=rounds, seed=seed, on_progress=on_progress)
     full_ms = float(np.median(readings[-1]))
     result = []
     for strategy, values in zip(strategies, readings[:-1], strict=True):

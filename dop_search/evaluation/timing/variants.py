@@ -115,7 +115,7 @@ def make_variants(
     variants += [_ours(name, model, strategy, cost, None, compile=compile) for name, strategy in strategies.items()]
     missing: list[str] = []
     for ratio in ratios:
-        candidates = [_bound(model, prompt, dims, ratio), _hooks(model, prompt, dims, ratio)]
+        candidates = [_dropping(model, prompt, dims, ratio, layer) for layer in (0, HOOK_LAYER)]
         for name in depths:
             found = fit(DEPTH_RATIOS[name], ratio, cost, counts.visual, selector)
             ours = None if found is None else _ours(name, model, found, cost, ratio, compile=compile)
@@ -181,43 +181,24 @@ def dropping_flops(dims: ModelDims, counts: TokenCounts, num_kept: int, first_la
     return before + (dims.num_layers - first_layer) * layer_flops(dims, few, few, few)
 
 
-def _solve_dropping(dims: ModelDims, counts: TokenCounts, ratio: float, first_layer: int) -> tuple[int, float]:
-    full = full_flops(dims, counts)
+def _dropping(model: PreTrainedModel, prompt: Prompt, dims: ModelDims, ratio: float, first_layer: int) -> Variant | str:
+    """The bound (``first_layer=0``) or the hook baseline, or why it cannot reach its FLOPs."""
+    counts, full = prompt.counts, full_flops(dims, prompt.counts)
 
     def ratio_of(kept: int) -> float:
         return dropping_flops(dims, counts, kept, first_layer) / full
 
     kept = nearest(ratio_of, ratio, counts.visual)
-    return kept, ratio_of(kept)
-
-
-def _bound(model: PreTrainedModel, prompt: Prompt, dims: ModelDims, ratio: float) -> Variant | str:
-    kept, reached = _solve_dropping(dims, prompt.counts, ratio, 0)
-    name = "reduced before the decoder"
+    kind: Kind = "hooks" if first_layer else "bound"
+    name = f"hooks at layer {first_layer}" if first_layer else "reduced before the decoder"
     if not kept:
-        return f"{name} at {ratio:g}: without visual tokens {reached:.3f} of the FLOPs are left"
-    columns, length = kept_columns(prompt.visual, kept), prompt.counts.total
-    return Variant(
-        name,
-        "bound",
-        reached,
-        lambda: reduced_before_decoder(model, columns, length),
-        ratio,
-        num_visual_tokens=kept,
-    )
+        what = "the layers before it and the text cost" if first_layer else "without visual tokens there remain"
+        return f"{name} at {ratio:g}: {what} {ratio_of(0):.3f} of the FLOPs"
+    columns = kept_columns(prompt.visual, kept)
 
+    def enter() -> AbstractContextManager[Any]:
+        if first_layer:
+            return dropped_by_hooks(model, columns, counts.total, first_layer)
+        return reduced_before_decoder(model, columns, counts.total)
 
-def _hooks(model: PreTrainedModel, prompt: Prompt, dims: ModelDims, ratio: float) -> Variant | str:
-    kept, reached = _solve_dropping(dims, prompt.counts, ratio, HOOK_LAYER)
-    name = f"hooks at layer {HOOK_LAYER}"
-    if not kept:
-        return f"{name} at {ratio:g}: the layers before it and the text cost {reached:.3f} of the FLOPs"
-    columns, length = kept_columns(prompt.visual, kept), prompt.counts.total
-    return Variant(
-        name,
-        "hooks",
-        reached,
-        lambda: dropped_by_hooks(model, columns, length, HOOK_LAYER),
-        ratio,
-        num_visual_tokens=kept,
-    )
+    return Variant(name, kind, ratio_of(kept), enter, ratio, num_visual_tokens=kept)

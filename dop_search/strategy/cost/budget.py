@@ -10,24 +10,15 @@ from typing import Any
 from dop_search.strategy.cost.model import CostKind, CostModel
 from dop_search.utils.errors import BudgetError
 
-_KINDS: dict[str, CostKind] = {
-    "flops_ratio": "flops",
-    "kv_ratio": "kv_cache",
-    "flops": "flops",
-    "kv_bytes": "kv_cache",
-    "latency_ratio": "latency",
-    "latency_ms": "latency",
+_FIELDS: dict[str, tuple[CostKind, str, float]] = {
+    "flops_ratio": ("flops", "", 1.0),
+    "kv_ratio": ("kv_cache", "KV ", 1.0),
+    "flops": ("flops", "FLOPs ", 1.0),
+    "kv_bytes": ("kv_cache", "KV bytes ", 1.0),
+    "latency_ratio": ("latency", "time ", 1.0),
+    "latency_ms": ("latency", "ms ", 1e6),
 }
-_PER_UNIT = {"latency_ms": 1e6}
-"""The cost model's units (here nanoseconds) in one unit of the budget, where they differ."""
-_SHORT = {
-    "flops_ratio": "",
-    "kv_ratio": "KV ",
-    "flops": "FLOPs ",
-    "kv_bytes": "KV bytes ",
-    "latency_ratio": "time ",
-    "latency_ms": "ms ",
-}
+"""What each limits, how texts call it, and the cost model's units in one unit of it."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +73,9 @@ class Budget:
         if isinstance(plain, Budget):
             return plain
         given = plain if isinstance(plain, Mapping) else {"flops_ratio": plain}
-        unknown = sorted(set(given) - set(_KINDS))
+        unknown = sorted(set(given) - set(_FIELDS))
         if unknown:
-            raise BudgetError(f"a budget is one of {', '.join(_KINDS)}, but got {unknown[0]!r}")
+            raise BudgetError(f"a budget is one of {', '.join(_FIELDS)}, but got {unknown[0]!r}")
         return cls(**given)
 
     @property
@@ -106,7 +97,7 @@ class Budget:
     @property
     def text(self) -> str:
         """For tables and file names, e.g. ``0.3`` or ``KV 0.3``."""
-        return f"{_SHORT[self.name]}{self.value:g}"
+        return f"{_FIELDS[self.name][1]}{self.value:g}"
 
     @property
     def is_ratio(self) -> bool:
@@ -116,7 +107,7 @@ class Budget:
     @property
     def kind(self) -> CostKind:
         """The cost model that the limit is about."""
-        return _KINDS[self.name]
+        return _FIELDS[self.name][0]
 
     def resolve(self, cost_model: CostModel) -> float:
         """The limit as a ratio of the full model's cost, in (0, 1].
@@ -130,10 +121,10 @@ class Budget:
             )
         if self.is_ratio:
             return self.value
-        full = cost_model.full / _PER_UNIT.get(self.name, 1.0)
+        full = cost_model.full / _FIELDS[self.name][2]
         ratio = self.value / full
         if ratio > 1.0:
-            unit = self.name.split("_")[-1] if self.name in _PER_UNIT else cost_model.unit
+            unit = self.name.split("_")[-1] if self.kind == "latency" else cost_model.unit
             raise BudgetError(
                 f"`{self.name}` must not exceed the full model's {full:.6g} {unit} per "
                 f"sample, but got ({self.name}={self.value:.6g}); a budget above that asks for no pruning"
@@ -142,7 +133,7 @@ class Budget:
 
     def infeasible(self, cost_model: CostModel, smallest_ratio: float) -> BudgetError:
         """The error for a limit below ``smallest_ratio``, naming the smallest feasible value in its own unit."""
-        scale = 1.0 if self.is_ratio else cost_model.full / _PER_UNIT.get(self.name, 1.0)
+        scale = 1.0 if self.is_ratio else cost_model.full / _FIELDS[self.name][2]
         smallest, floor = smallest_ratio * scale, cost_model.floor_ratio * scale
         return BudgetError(
             f"no strategy of this space fits ({self.name}={self.value:.6g}): the smallest feasible value is "

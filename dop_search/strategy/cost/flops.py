@@ -77,35 +77,22 @@ def layer_flops(dims: ModelDims, n_q: Count, n_kv: Count, n_mlp: Count) -> Count
     return flops_coefficients(dims).layer_cost(n_q, n_kv, n_mlp)
 
 
-def layer_counts(
-    strategy: Strategy, counts: TokenCounts, last_layer_read_tokens: int | None = None
-) -> dict[Module, IntArray]:
-    """Tokens (text included) that run each module, per layer ``[L]``, for the canonical form of ``strategy``.
-
-    ``last_layer_read_tokens``: text positions whose logits are read; in the last layer only those need a query
-    and an MLP. ``None``: all of them.
-    """
+def layer_counts(strategy: Strategy, counts: TokenCounts) -> dict[Module, IntArray]:
+    """Tokens (text included) that run each module, per layer ``[L]``, for the canonical form of ``strategy``."""
     visual = np.asarray(strategy.group_sizes(counts.visual), dtype=np.int64)
     runs = strategy.canonical().to_array()
     per_module = counts.text + np.einsum("g,glm->ml", visual, runs.astype(np.int64))
-    result = {module: per_module[index] for index, module in enumerate(MODULES)}
-    if last_layer_read_tokens is not None:
-        unread = counts.text - min(last_layer_read_tokens, counts.text)
-        result[Module.Q][-1] -= unread
-        result[Module.MLP][-1] -= unread
-    return result
+    return {module: per_module[index] for index, module in enumerate(MODULES)}
 
 
-def strategy_flops(
-    dims: ModelDims, strategy: Strategy, counts: TokenCounts, last_layer_read_tokens: int | None = None
-) -> int:
+def strategy_flops(dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> int:
     """FLOPs of one sample's prefill under the canonical form of ``strategy``.
 
     Raises:
         StrategyError: if the strategy is for another number of layers.
     """
     check_num_layers(dims, strategy)
-    tokens = layer_counts(strategy, counts, last_layer_read_tokens)
+    tokens = layer_counts(strategy, counts)
     return int(layer_flops(dims, tokens[Module.Q], tokens[Module.KV], tokens[Module.MLP]).sum())
 
 

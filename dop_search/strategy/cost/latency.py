@@ -78,16 +78,8 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         grid = (len(self.text), len(self.visual))
-        shapes = {
-            "keys_ms": grid,
-            "queries_ms": grid,
-            "mlp_ms": grid,
-            "queries_part_ms": (*grid, len(self.shares)),
-            "mlp_part_ms": (*grid, len(self.shares)),
-            "fixed_ms": (len(self.lengths),),
-            "full_ms": (len(self.lengths),),
-        }
-        for name, shape in shapes.items():
+        part, whole = (*grid, len(self.shares)), (len(self.lengths),)
+        for name, shape in zip(_ARRAYS, (grid, grid, grid, part, part, whole, whole), strict=True):
             values = np.asarray(getattr(self, name), dtype=np.float64).reshape(shape)
             if not np.isfinite(values).all():
                 raise CacheError(f"`{name}` of a latency table must be finite, but got {values}; measure it again")
@@ -192,7 +184,7 @@ class LatencyTable:
             raise ConfigError(
                 "the latency table is not for this model on this device:\n  "
                 + "\n  ".join(differences)
-                + "\nMeasure it here, or pass `any_environment=True` to use it all the same"
+                + "\nMeasure it here"
             )
 
     # -- files ----------------------------------------------------------------------------------
@@ -227,26 +219,15 @@ class LatencyTable:
         write_json(path, self.to_json(), indent=1)
 
     @classmethod
-    def load(
-        cls, path: str | Path, environment: Mapping[str, Any] | None = None, any_environment: bool = False
-    ) -> LatencyTable:
-        """Read a table.
-
-        Args:
-            path: its file.
-            environment: where it is to be used; a table of another one is refused.
-            any_environment: do not ask.
+    def load(cls, path: str | Path, environment: Mapping[str, Any] | None = None) -> LatencyTable:
+        """Read a table; one of another environment than is given is refused.
 
         Raises:
             CacheError: if the file is no table.
             ConfigError: if it was measured elsewhere.
         """
         table = cls.from_json(FORMAT.read(path))
-        if not any_environment:
-            if environment is None:
-                raise ConfigError(
-                    "say where the latency table is used (`environment=`), or pass `any_environment=True`"
-                )
+        if environment is not None:
             table.check_environment(environment)
         return table
 

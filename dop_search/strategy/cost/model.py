@@ -31,7 +31,7 @@ class GroupPrices:
     Attributes:
         attention: ``[P, 2**G of the queries, 2**G of the keys]``.
         mlp: ``[P, 2**G of the MLP, 2**G of the keys]``.
-        last: ``[P, 2**G of the keys]``: the last layer, in which only text tokens that are read issue queries.
+        last: ``[P, 2**G of the keys]``: the last layer, in which only text tokens issue queries.
         fixed: price of the forwards beside their layers.
     """
 
@@ -49,8 +49,6 @@ class CostModel:
         counts: text and visual tokens of each validation sample.
         kind: ``"flops"`` (prefill), ``"kv_cache"`` (bytes after prefill) or ``"latency"`` (of prefill, by a table).
         bytes_per_element: of the cache; only for ``"kv_cache"``.
-        last_layer_read_tokens: text positions whose logits are read, see :func:`layer_counts`; the full
-            model, the denominator, always runs everything. Only for ``"flops"``.
         latency: the measured table; only for ``"latency"``.
 
     Raises:
@@ -64,7 +62,6 @@ class CostModel:
         counts: Sequence[TokenCounts],
         kind: CostKind = "flops",
         bytes_per_element: int = 2,
-        last_layer_read_tokens: int | None = None,
         latency: LatencyTable | None = None,
     ) -> None:
         if not counts:
@@ -72,15 +69,11 @@ class CostModel:
         self.dims = dims
         self.kind: CostKind = kind
         self.prices: LayerPrices = _prices(kind, dims, counts, bytes_per_element, latency)
-        if kind == "latency" and last_layer_read_tokens is not None:
-            raise ConfigError("`last_layer_read_tokens` is for FLOPs; a latency table says what was measured")
         self.num_samples = len(counts)
         unique = Counter(counts)
         self._weight = np.array(list(unique.values()), dtype=np.int64)
         self._text = np.array([item.text for item in unique], dtype=np.int64)
         self._visual = np.array([item.visual for item in unique], dtype=np.int64)
-        read = self._text if last_layer_read_tokens is None else np.minimum(self._text, last_layer_read_tokens)
-        self._unread = self._text - read
         tokens = self._text + self._visual
         self.full_total = self._sum(self.prices.full(tokens, dims.num_layers))
         self._fixed_total = self._sum(self.prices.fixed(tokens))
@@ -128,8 +121,6 @@ class CostModel:
         runs = strategy.canonical().to_array().astype(np.int64)
         text = self._text[:, None]
         tokens = {m: text + kept @ runs[:, :, i] for i, m in enumerate(MODULES)}
-        for module in (Module.Q, Module.MLP):
-            tokens[module][:, -1] -= self._unread
         cost = self.prices.attention(text, tokens[Module.Q], tokens[Module.KV])
         cost = cost + self.prices.mlp_price(text, tokens[Module.KV], tokens[Module.MLP])
         return self._sum(cost.sum(axis=1)) + self._fixed_total
@@ -151,15 +142,12 @@ class CostModel:
         shape = (len(limits), len(member), len(member))
         attention, mlp = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         last = np.zeros(shape[:2], dtype=np.int64)
-        for weight, text, unread, visual in zip(self._weight, self._text, self._unread, self._visual, strict=True):
+        for weight, text, visual in zip(self._weight, self._text, self._visual, strict=True):
             tokens = text + table[np.minimum(limits, visual)] @ member.T  # [P, 2**G]
             inner, keys = tokens[:, :, None], tokens[:, None, :]
             attention += weight * self.prices.attention(text, inner, keys)
             mlp += weight * self.prices.mlp_price(text, keys, inner)
-            readers = text - unread
-            last += weight * (
-                self.prices.attention(text, readers, tokens) + self.prices.mlp_price(text, tokens, readers)
-            )
+            last += weight * (self.prices.attention(text, text, tokens) + self.prices.mlp_price(text, tokens, text))
         return GroupPrices(attention, mlp, last, self._fixed_total)
 
     def _sum(self, per_sample: IntArray) -> int:

@@ -26,7 +26,6 @@ from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.naive import naive_divergence
 from dop_search.testing.processors import drawn_image, drawn_video
 from dop_search.testing.reference import masked_forward, visual_positions
-from dop_search.utils.errors import UnsupportedModelError
 
 SIZES = ((56, 40), (30, 70), (50, 50), (29, 28))
 QUESTIONS = ("What is this?", "How many?", "Is there a red shape, or not?")
@@ -176,11 +175,11 @@ class ProcessingConformance(ConformanceBase):
 
         monkeypatch.setattr(module, "eager_attention_forward", recording)
         received: list[Tensor] = []
-        handle = adapter.capture_received_attention(received.append)
+        handle = adapter.capture("received_attention", received.append)
         try:
             with torch.no_grad():
                 model(**inputs)
-            means = [mean_received(part.mean(dim=1), has_cls(adapter)) for part in maps]
+            means = [mean_received(part.mean(dim=1), adapter.has_cls) for part in maps]
             expected = adapter.to_token_order(torch.cat(means, dim=1)[..., None])[:, 0]
         finally:
             handle.remove()
@@ -226,15 +225,6 @@ class ProcessingConformance(ConformanceBase):
         for keep_states in (True, False):
             scores = DivergenceEngine(model.adapter, teacher, keep_states=keep_states).evaluate(strategies)
             np.testing.assert_allclose(scores, naive, rtol=2e-3, atol=2e-5)
-
-
-def has_cls(adapter: Any) -> bool:
-    """Whether the tower's first token is a CLS token, by what the adapter says of its attention."""
-    try:
-        adapter.cls_attention_module()
-    except UnsupportedModelError:
-        return False
-    return True
 
 
 def mean_received(attention: Tensor, cls: bool) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 import dop_search as dop
-from dop_search.evaluation.timing.counting import cache_bytes, count_decoder_flops
+from dop_search.evaluation.timing.counting import count_decoder_flops
+from dop_search.evaluation.timing.timing import cache_bytes
 from dop_search.models import adapter_for
 from dop_search.strategy.cost.flops import full_flops, strategy_flops
 from dop_search.strategy.cost.kv_cache import strategy_kv_bytes

@@ -32,10 +32,10 @@ depthwise = st.builds(
 
 
 @settings(max_examples=50, deadline=None)
-@given(depthwise, st.none() | st.integers(1, 5))
-def test_totals_are_sums_over_samples(strategy: Strategy, read: int | None) -> None:
-    model = CostModel(DIMS, COUNTS, last_layer_read_tokens=read)
-    assert model.total(strategy) == sum(strategy_flops(DIMS, strategy, c, read) for c in COUNTS)
+@given(depthwise)
+def test_totals_are_sums_over_samples(strategy: Strategy) -> None:
+    model = CostModel(DIMS, COUNTS)
+    assert model.total(strategy) == sum(strategy_flops(DIMS, strategy, c) for c in COUNTS)
     assert model.full_total == sum(full_flops(DIMS, c) for c in COUNTS)
     assert model.absolute(strategy) == model.total(strategy) / 4
     assert model.ratio(strategy) == model.total(strategy) / model.full_total
@@ -47,18 +47,15 @@ def test_totals_are_sums_over_samples(strategy: Strategy, read: int | None) -> N
 
 
 @pytest.mark.parametrize("kind", ["flops", "kv_cache"])
-@pytest.mark.parametrize("read", [None, 2])
-def test_floor_is_the_cost_without_visual_tokens(kind: str, read: int | None) -> None:
-    model = CostModel(DIMS, COUNTS, kind=kind, last_layer_read_tokens=read)  # type: ignore[arg-type]
-    if kind == "kv_cache" or read is None:
-        assert model.floor_ratio == model.ratio(Strategy.full(5, num_visual_tokens=0))
+def test_floor_is_the_cost_without_visual_tokens(kind: str) -> None:
+    model = CostModel(DIMS, COUNTS, kind=kind)  # type: ignore[arg-type]
+    assert model.floor_ratio == model.ratio(Strategy.full(5, num_visual_tokens=0))
     assert model.floor_total == model.total(Strategy.depthwise(5, 5, 0, 5))
 
 
 def test_group_prices_are_sums_over_samples() -> None:
     """Looked up by sets of groups, a layer costs what it costs with that many tokens, sample by sample."""
-    read = 4
-    model = CostModel(DIMS, COUNTS, last_layer_read_tokens=read)
+    model = CostModel(DIMS, COUNTS)
     limits = [0, 5, 13, 16]
     prices = model.group_prices(limits, (0.3, 0.7))
     groups = (TokenGroup(0.3), TokenGroup(0.7))
@@ -71,8 +68,7 @@ def test_group_prices_are_sums_over_samples() -> None:
                     sample.text + sum(k for g, k in enumerate(sizes) if bits >> g & 1) for bits in (queries, keys, mlps)
                 ]
                 expected += layer_flops(DIMS, *n)
-                readers = min(read, sample.text)
-                last += layer_flops(DIMS, readers, n[1], readers)
+                last += layer_flops(DIMS, sample.text, n[1], sample.text)
             assert prices.attention[row, queries, keys] + prices.mlp[row, mlps, keys] == expected
             assert prices.last[row, keys] == last
     assert prices.fixed == 0
