@@ -14,6 +14,7 @@ from dop_search.divergence.memory import (
     Allowance,
     Footprint,
     Memory,
+    SampleSize,
     check_memory,
     chunk_tokens,
     cut,
@@ -57,8 +58,10 @@ class Batches:
         self.footprint = Footprint.of(adapter)
         self.max_tokens = chunk_tokens(adapter.device.type)
         self.num_failures = 0
-        self._lengths = [sample.encoded.length for sample in teacher.samples]
-        self._answers = [len(sample.answer_ids) for sample in teacher.samples]
+        self._sizes = [
+            SampleSize.of_prompt(sample.encoded.visual[: sample.encoded.prompt_length], len(sample.answer_ids))
+            for sample in teacher.samples
+        ]
         self._allowance: Allowance | None = None
         self._kept: dict[tuple[int, ...], PackedChunk] = {}
         self._prefix: PrefixKeys | None = None
@@ -70,7 +73,7 @@ class Batches:
             MemoryLimitError: if not even one sample fits.
         """
         pending = deque(self._cut(indices))
-        everything = len(indices) == len(self._lengths)
+        everything = len(indices) == len(self._sizes)
         if everything:  # chunks of another size, from before memory ran out, are of no use any more
             self._kept = {key: chunk for key, chunk in self._kept.items() if list(key) in pending}
         while pending:
@@ -92,20 +95,20 @@ class Batches:
             pending = deque(self._cut([member for its in pending for member in its]))
 
     def _cut(self, indices: Sequence[int]) -> list[list[int]]:
-        lengths, answers = [self._lengths[i] for i in indices], [self._answers[i] for i in indices]
-        chunks = cut(lengths, answers, self.footprint, self._allowed().work, self.max_tokens, self.batch_size)
+        sizes = [self._sizes[index] for index in indices]
+        chunks = cut(sizes, self.footprint, self._allowed().work, self.max_tokens, self.batch_size)
         return [[indices[position] for position in members] for members in chunks]
 
     def _make_room(self, members: list[int], message: str) -> None:
         """After memory ran out: smaller chunks, and for a single sample nothing that is kept beside it."""
-        longest = max(self._lengths[member] for member in members)
+        longest = max(self._sizes[member].length for member in members)
         self._kept.pop(tuple(members), None)
         self._prefix = None
         self.num_failures += 1
         if len(members) > 1:
             self.max_tokens = len(members) * longest // 2
         elif not release_all():
-            needed = self.footprint.chunk([longest], self._answers[members[0]]) / GIB
+            needed = self.footprint.chunk([self._sizes[members[0]]]) / GIB
             raise MemoryLimitError(
                 f"one sample of {longest} tokens does not fit the memory of {self.adapter.device}: it takes about "
                 f"{needed:.1f} GiB beside the weights ({message}); load the model in half precision or with "
@@ -119,13 +122,11 @@ class Batches:
         if self._allowance is None:
             device = self.adapter.device.type
             free = free_bytes(self.adapter, self.memory)
-            if device == "cpu" and self.memory != "auto":
-                free -= self.teacher.nbytes
             self._allowance = Allowance.of(free, device, host_bytes(), self._check_longest(free))
-            states = self.footprint.states(sum(self._lengths), self.adapter.dims.num_layers)
+            states = self.footprint.states(sum(size.length for size in self._sizes), self.adapter.dims.num_layers)
             log.info(
                 "scoring %d samples in %.2f GiB of %s; the full model's hidden states would take %.2f GiB",
-                len(self._lengths), free / GIB, self.adapter.device, states / GIB,
+                len(self._sizes), free / GIB, self.adapter.device, states / GIB,
             )  # fmt: skip
         return self._allowance
 
@@ -135,16 +136,16 @@ class Batches:
         Raises:
             MemoryLimitError: if that is more than a limit allows.
         """
-        longest = max(range(len(self._lengths)), key=lambda index: (self._lengths[index], self._answers[index]))
-        needed = self.footprint.chunk([self._lengths[longest]], self._answers[longest])
+        longest = max(self._sizes, key=lambda size: (size.length, size.answer))
+        needed = max(self.footprint.chunk([size]) for size in set(self._sizes))
         if self.memory != "auto" and needed > free:
             enough = math.ceil(100 * (self.memory + (needed - free) / GIB)) / 100
             raise MemoryLimitError(
                 f"memory={self.memory:g} GiB leaves {max(free, 0) / GIB:.2f} GiB beside the weights, but a sample of "
-                f"{self._lengths[longest]} tokens takes {needed / GIB:.2f} GiB; set memory={enough:.2f} or more, or "
+                f"{longest.length} tokens takes {needed / GIB:.2f} GiB; set memory={enough:.2f} or more, or "
                 "load the model in half precision or with model.quantization"
             )
-        answering = self.footprint.generation(1, self._lengths[longest], self._answers[longest])
+        answering = self.footprint.generation(1, longest.length, longest.answer)
         return max(needed, min(answering, free))
 
     def _chunk(self, members: list[int], everything: bool) -> PackedChunk:
@@ -152,7 +153,7 @@ class Batches:
         if key in self._kept:
             return self._kept[key]
         samples = [self.teacher.samples[member] for member in members]
-        place = self._place(sum(self._lengths[member] for member in members)) if everything else "nowhere"
+        place = self._place(sum(self._sizes[member].length for member in members)) if everything else "nowhere"
         chunk = PackedChunk(self.adapter, samples, place, self.keep_prefix, self._prefix)
         self._prefix = chunk.prefix
         if place != "nowhere":

@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dop_search.divergence.memory import TOGETHER, Footprint, Rows
+from dop_search.divergence.memory import TOGETHER, Footprint, Rows, SampleSize
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
 from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import flops_coefficients
-
-
-@dataclass(frozen=True)
-class SampleSize:
-    """Tokens of one sample: text before the first image, text after it (with the answer), visual, and read ones."""
-
-    prefix: int
-    text: int
-    visual: int
-    answer: int
-
-    @property
-    def length(self) -> int:
-        """Tokens in the decoder."""
-        return self.prefix + self.text + self.visual
 
 
 @dataclass

@@ -82,15 +82,29 @@ def release_all() -> bool:
     return bool(holders)
 
 
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def count_told(sample: Any) -> None:
+    """Count ``nbytes`` of what the full model said about a sample, in host memory, until it is gone."""
+    _told.add(sample)
+
+
+def told_bytes() -> int:
+    """Host memory that all answers and embeddings take."""
+    return sum(sample.nbytes for sample in _told)
+
+
 def free_bytes(adapter: ModelAdapter, memory: Memory) -> int:
-    """What may be filled beside the weights and the hidden states that are kept, on the fullest device."""
+    """What may be filled beside what is there, on the fullest device: weights, hidden states that are kept, and on a
+    CPU what the full model said."""
     return min(_free_on(device, adapter.model, memory) for device in adapter.devices)
 
 
 def _free_on(device: torch.device, model: nn.Module, memory: Memory) -> int:
     if memory == "auto":
         return int(available_bytes(device) * AUTO_SHARE.get(device.type, ACCELERATOR_SHARE))
-    held = sum(holder.reserved_bytes for holder in _holders)
+    held = sum(holder.reserved_bytes for holder in _holders) + (told_bytes() if device.type == "cpu" else 0)
     return limit_bytes(memory, device.type) - weight_bytes(model, device) - held
 
 
@@ -131,6 +145,28 @@ def host_bytes() -> int:
 
 
 # -- what scoring takes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """Tokens of one sample: text before the first image, text after it (with the answer), visual, and read ones."""
+
+    prefix: int
+    text: int
+    visual: int
+    answer: int
+
+    @classmethod
+    def of_prompt(cls, visual: Tensor, answer: int) -> SampleSize:
+        """Of a prompt with visual tokens at ``visual`` (``[length]`` boolean) and an answer, the last token of which is
+        not fed."""
+        count, prefix = int(visual.sum()), min(int(visual.int().argmax()), len(visual) - 1)
+        return cls(prefix, len(visual) - count - prefix + answer - 1, count, answer)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the decoder."""
+        return self.prefix + self.text + self.visual
 
 
 class Rows(NamedTuple):
@@ -255,9 +291,14 @@ class Footprint:
         states = self.states(sum(lengths), 2 + self.deepstack)
         return states + self.arranged(lengths, past) + self.cache(past) + known
 
-    def chunk(self, lengths: Sequence[int], num_answer_tokens: int, past: int = 0) -> int:
+    def chunk(self, sizes: Sequence[SampleSize]) -> int:
         """The most that scoring a chunk can take beside the hidden states that are kept: see :meth:`standing`, the
-        states that wait, and a layer in which every token does everything, or the logits."""
+        states that wait, and a layer in which every token does everything, or the logits; with the text before the
+        images apart or, as while that is computed, not."""
+        answers, past = sum(size.answer for size in sizes), min(size.prefix for size in sizes)
+        return max(self._chunk([size.length - its for size in sizes], answers, its) for its in {past, 0})
+
+    def _chunk(self, lengths: Sequence[int], num_answer_tokens: int, past: int) -> int:
         working = max(self.layer(Rows.all(lengths), past), self.logits(num_answer_tokens))
         waiting = self.states(sum(lengths), WAITING_STATES)
         return self.standing(lengths, num_answer_tokens, past) + waiting + working
@@ -326,22 +367,21 @@ class Allowance:
 
 
 def cut(
-    lengths: Sequence[int],
-    answer_tokens: Sequence[int],
+    sizes: Sequence[SampleSize],
     footprint: Footprint,
     work_bytes: int,
     max_tokens: int,
     max_samples: int | None = None,
 ) -> list[list[int]]:
     """Indices in chunks of similar length, each within the bytes and tokens given; one sample at least."""
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    order = sorted(range(len(sizes)), key=lambda index: (sizes[index].length, index))
     chunks: list[list[int]] = []
     for index in order:
         if chunks:
             members = [*chunks[-1], index]
-            its = [lengths[member] for member in members]
-            fits = len(its) * max(its) <= max_tokens and (max_samples is None or len(its) <= max_samples)
-            if fits and footprint.chunk(its, sum(answer_tokens[member] for member in members)) <= work_bytes:
+            its = [sizes[member] for member in members]
+            fits = len(its) * its[-1].length <= max_tokens and (max_samples is None or len(its) <= max_samples)
+            if fits and footprint.chunk(its) <= work_bytes:
                 chunks[-1].append(index)
                 continue
         chunks.append([index])

@@ -20,6 +20,7 @@ from dop_search.divergence.encoding import EncodedSample, encode, full_states
 from dop_search.divergence.memory import (
     Footprint,
     Memory,
+    count_told,
     empty_caches,
     free_bytes,
     is_out_of_memory,
@@ -41,7 +42,7 @@ VERSION = 3
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TeacherSample:
     """One sample with the full model's view of its answer.
 
@@ -56,6 +57,14 @@ class TeacherSample:
     encoded: EncodedSample
     answer_ids: tuple[int, ...]
     log_probs: Tensor
+
+    def __post_init__(self) -> None:
+        count_told(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes."""
+        return self.encoded.nbytes + self.log_probs.nbytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Teacher:
     @property
     def nbytes(self) -> int:
         """Host memory that it takes."""
-        return sum(sample.encoded.nbytes + sample.log_probs.nbytes for sample in self.samples)
+        return sum(sample.nbytes for sample in self.samples)
 
 
 def teacher_fingerprint(

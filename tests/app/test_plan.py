@@ -12,14 +12,16 @@ from dop_search.app.config import SearchConfig, parse_config
 from dop_search.app.plan import Plan, make_plan, show_plan
 from dop_search.app.plan.plan import least_bytes
 from dop_search.data.validation import validation_set
-from dop_search.divergence import make_teacher
+from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence.memory import GIB, limit_bytes, weight_bytes
 from dop_search.divergence.profiling import profile
 from dop_search.divergence.teacher import generate_ids
+from dop_search.models.loading import load
 from dop_search.models.published import published_models
 from dop_search.models.quantization import meta_model
 from dop_search.search import CurveGrid
 from dop_search.selectors import make_selector
+from dop_search.strategy import Strategy
 from dop_search.testing.peak_memory import peak_memory
 from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import DopError, MemoryLimitError
@@ -108,6 +110,28 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     assert "24.9" in capsys.readouterr().out  # GiB of weights
 
 
+def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
+    """Each suggestion is feasible when it is planned, and the search itself takes the memory that would do."""
+    sizes = ("data.num_samples=6", "data.num_heldout=40", "data.num_test=0", "data.max_new_tokens=2")
+    arguments = ("model=pocket", "model.device=cpu", "model.dtype=float32", *sizes)
+    with pytest.raises(MemoryLimitError, match="does not fit") as caught:
+        show_plan(configured(*arguments, "memory=0.02"))
+    options = re.findall(r"(model\.\w+=\w+|memory=[\d.]+)", str(caught.value))
+    assert options
+    for option in options:
+        assert make_plan(
+            configured(*arguments, *(["memory=0.02"] if option.startswith("model") else []), option)
+        ).is_feasible
+    memory = float(options[0].removeprefix("memory="))
+    loaded, selector = load("pocket", dtype="float32", device="cpu"), make_selector("cls_attention")
+    drawn = [
+        validation_set("pocket", num_samples=count, split=split) for split, count in (("search", 6), ("heldout", 40))
+    ]
+    teachers = [make_teacher(loaded, data, selector, max_new_tokens=2, memory=memory) for data in drawn]
+    for teacher in teachers:
+        DivergenceEngine(loaded.adapter, teacher, memory=memory).evaluate([Strategy.depthwise(12, 3, 4, 2)])
+
+
 def test_a_device_that_is_not_here_needs_its_memory_said() -> None:
     with pytest.raises(DopError, match="set memory to its GiB, as in memory=24"):
         make_plan(configured("model=llava_1_5_7b", "model.device=cuda:1"))
@@ -132,8 +156,6 @@ def test_an_unknown_checkpoint_is_named() -> None:
 @pytest.mark.slow
 def test_the_plan_is_what_is_measured() -> None:
     """The bundled model on a CPU: curves and generation within 15 per cent of what torch's allocator reports."""
-    from dop_search.models.loading import load
-
     overrides = ("data.num_samples=16", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
     grid = ("space.num_depth_levels=5", "space.num_token_levels=4", "batch_size=8", "model.dtype=float32")
     plan = make_plan(configured("model=pocket", "model.device=cpu", "memory=2", *overrides, *grid))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dop_search.divergence.encoding import encode, full_states
-from dop_search.divergence.forecast import SampleSize
+from dop_search.divergence.memory import SampleSize
 from dop_search.divergence.teacher import Teacher, TeacherSample
 from dop_search.evaluation.timing.shapes import Shape, build, prompt
 from dop_search.models.adapter import ModelAdapter
@@ -59,11 +59,7 @@ def random_teacher(adapter: ModelAdapter, shape: Shape, num_text: Sequence[int])
 
 
 def sizes_of(teacher: Teacher) -> list[SampleSize]:
-    sizes = []
-    for sample in teacher.samples:
-        visual = sample.encoded.visual.numpy()
-        prefix = int(visual.argmax())
-        sizes.append(
-            SampleSize(prefix, len(visual) - int(visual.sum()) - prefix, int(visual.sum()), len(sample.answer_ids))
-        )
-    return sizes
+    return [
+        SampleSize.of_prompt(sample.encoded.visual[: sample.encoded.prompt_length], len(sample.answer_ids))
+        for sample in teacher.samples
+    ]

@@ -14,8 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from dop_search.app.config.schema import DataConfig, ModelConfig
 from dop_search.data.samples import Sample, with_context
 from dop_search.data.validation import OWN, validation_set
-from dop_search.divergence.forecast import SampleSize
-from dop_search.divergence.memory import Footprint, num_patches, tower_bytes
+from dop_search.divergence.memory import Footprint, SampleSize, num_patches, tower_bytes
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.models.loading import DTYPES, load_processor
@@ -185,12 +184,7 @@ def _prompts(
         samples = (Sample(id="plan", image=image, question="What is shown?", answers=(), family="plan"),)
         where = f"an image of {LARGE_IMAGE[0]} x {LARGE_IMAGE[1]} pixels"
     inputs = [model_inputs(processor, [sample], torch.device("cpu")) for sample in samples]
-    sizes = []
-    for item in inputs:
-        visual = adapter.visual_token_mask(item["input_ids"])[0]
-        prefix = int(visual.int().argmax())
-        text = len(visual) - int(visual.sum()) - prefix + answer - 1
-        sizes.append(SampleSize(prefix, text, int(visual.sum()), answer))
+    sizes = [SampleSize.of_prompt(adapter.visual_token_mask(item["input_ids"])[0], answer) for item in inputs]
     sizes = sizes if len(sizes) == count else sizes * count
     return (
         tuple(sizes),

@@ -12,9 +12,10 @@ import torch
 from dop_search.app.config import SearchConfig
 from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig
 from dop_search.app.plan.facts import ModelFacts, model_facts
-from dop_search.divergence.forecast import ChunkForecast, SampleSize, Work
+from dop_search.divergence.forecast import ChunkForecast, Work
 from dop_search.divergence.memory import (
     Allowance,
+    SampleSize,
     available_bytes,
     chunk_tokens,
     cut,
@@ -28,6 +29,9 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops
 from dop_search.strategy.operations import TokenCounts
 from dop_search.utils.errors import DopError
+
+TOKEN_BYTES = 9
+"""Of a token in the host's memory, beside its embedding: position, and whether it is visual."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,9 @@ class _Stages:
         self.sizes = plan.facts.prompts
         self.longest = max(self.sizes, key=lambda size: size.length)
         self.heldout = self._repeated(config.data.num_heldout)
-        self.teacher = self._teacher_bytes(self.sizes)
-        self.free = plan.limit_bytes - self.weights - (self.teacher if self.on_cpu else 0)
-        one = self.footprint.chunk([self.longest.length], self.longest.answer)
+        self.teachers = self._teacher_bytes([*self.sizes, *self.heldout])
+        self.free = plan.limit_bytes - self.weights - (self.teachers if self.on_cpu else 0)
+        one = max(self.footprint.chunk([size]) for size in set(self.sizes))
         self.one = max(one, self._generation_bytes(1))
         self.allowance = Allowance.of(self.free, plan.device.type, host_bytes(), self.one)
         self.kept_on = {"device": 0, "host": 0}
@@ -154,7 +158,9 @@ class _Stages:
         """With all stages, and the least memory that would do."""
         stages = [
             Stage(
-                "load", self._device({}), {} if self.on_cpu else {"a shard of weights": min(self.weights, 5 * 10**9)}
+                "load",
+                self._device({}, teachers=False),
+                {} if self.on_cpu else {"a shard of weights": min(self.weights, 5 * 10**9)},
             ),
             self._teacher(),
             self._curves(),
@@ -176,21 +182,20 @@ class _Stages:
 
     def least_bytes(self) -> int:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
-        both = self._teacher_bytes([*self.sizes, *self.heldout]) if self.on_cpu else 0
-        return self.one + self.weights + both
+        return self.one + self.weights + (self.teachers if self.on_cpu else 0)
 
     # -- what is held ---------------------------------------------------------------------------
 
-    def _device(self, others: dict[str, int], teachers: int = 0) -> dict[str, int]:
+    def _device(self, others: dict[str, int], teachers: bool = True) -> dict[str, int]:
         held = {"weights": self.weights, **others}
         if self.on_cpu and teachers:
-            held["answers and embeddings"] = teachers
+            held["answers and embeddings"] = self.teachers
         return {name: size for name, size in held.items() if size}
 
-    def _host(self, teachers: int) -> dict[str, int]:
+    def _host(self) -> dict[str, int]:
         if self.on_cpu:
             return {}
-        held = {"answers and embeddings": teachers, "hidden states": self.kept_on["host"]}
+        held = {"answers and embeddings": self.teachers, "hidden states": self.kept_on["host"]}
         return {name: size for name, size in held.items() if size}
 
     def _repeated(self, count: int) -> list[SampleSize]:
@@ -199,6 +204,7 @@ class _Stages:
     def _teacher_bytes(self, sizes: Sequence[SampleSize]) -> int:
         return sum(
             self.footprint.states(size.length + self.footprint.deepstack * size.visual)
+            + TOKEN_BYTES * size.length
             + 4 * size.answer * self.footprint.dims.vocab_size
             for size in sizes
         )
@@ -234,11 +240,10 @@ class _Stages:
             working, forwards, flops = 0, 0, 0
         observing = self.footprint.layer_of([self.longest.length]) + self.footprint.logits(self.longest.answer)
         flops += sum(self._prefill_flops(size) for size in both) + len(both) * self.facts.tower_flops
-        held = self._teacher_bytes(both)
         return Stage(
             "full model's answers",
-            self._device({"keys, values, activations": max(working, observing, self.facts.tower_bytes)}, held),
-            self._host(held),
+            self._device({"keys, values, activations": max(working, observing, self.facts.tower_bytes)}),
+            self._host(),
             forwards + len(both) * self.layers,
             flops,
         )
@@ -266,11 +271,10 @@ class _Stages:
             total.add(known[key][0])
             kept[place] += known[key][1]
         self.kept_on = {"device": kept["device"], "host": kept["host"]}
-        held = self._teacher_bytes([*self.sizes, *self.heldout])
         return Stage(
             f"curves: {len(strategies)} strategies",
-            self._device({"hidden states": kept["device"], "a chunk of samples": total.peak_bytes}, held),
-            self._host(held),
+            self._device({"hidden states": kept["device"], "a chunk of samples": total.peak_bytes}),
+            self._host(),
             total.layers_computed + total.full_layers,
             total.flops,
         )
@@ -283,9 +287,7 @@ class _Stages:
         return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
 
     def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
-        lengths, answers = [size.length for size in sizes], [size.answer for size in sizes]
-        tokens = chunk_tokens(self.base.device.type)
-        chunks = cut(lengths, answers, self.footprint, self.allowance.work, tokens)
+        chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.base.device.type))
         return [[sizes[index] for index in members] for members in chunks]
 
     def _score(self, name: str, sizes: Sequence[SampleSize], num_strategies: Sequence[int]) -> Stage:
@@ -297,13 +299,9 @@ class _Stages:
             for size in sizes
         )
         chunks = self._chunks(sizes)
-        largest = max(chunks, key=lambda chunk: sum(size.length for size in chunk))
-        past = min(size.prefix for size in largest)
-        lengths = [size.length - past for size in largest]
-        working = self.footprint.chunk(lengths, sum(size.answer for size in largest), past)
-        held = self._teacher_bytes([*self.sizes, *self.heldout])
-        device = self._device({"hidden states": self.kept_on["device"], "a chunk of samples": working}, held)
-        return Stage(name, device, self._host(held), sum(num_strategies) * self.layers * len(chunks), flops, True)
+        working = max(self.footprint.chunk(chunk) for chunk in chunks)
+        device = self._device({"hidden states": self.kept_on["device"], "a chunk of samples": working})
+        return Stage(name, device, self._host(), sum(num_strategies) * self.layers * len(chunks), flops, True)
 
     def _candidates(self) -> Stage:
         search = self.config.search
@@ -318,6 +316,5 @@ class _Stages:
 
     def _accuracy(self) -> Stage:
         working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
-        held = self._teacher_bytes([*self.sizes, *self.heldout])
-        device = self._device({"hidden states": self.kept_on["device"], "keys, values, activations": working}, held)
-        return Stage("accuracy", device, self._host(held), forwards, flops, True)
+        device = self._device({"hidden states": self.kept_on["device"], "keys, values, activations": working})
+        return Stage("accuracy", device, self._host(), forwards, flops, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import get_args
@@ -85,7 +86,8 @@ def _refusal(config: SearchConfig, plan: Plan) -> Iterator[str]:
         f"{plan.device}. What would fit:"
     )
     reserved = 0 if plan.device.type == "cpu" else RESERVED_BYTES
-    yield f"memory={(plan.needed_bytes + reserved) / GIB:.1f} (a device with that much) or more"
+    enough = math.ceil(100 * (plan.needed_bytes + reserved) / GIB) / 100
+    yield f"memory={enough:.2f} (a device with that much) or more"
     model = config.model
     if plan.facts.dtype == torch.float32:
         yield from _alternative(config, plan, "model.dtype=bfloat16", {"dtype": "bfloat16"})
