@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dop_search.models.capture import ATTENTION_FIELDS, TowerView, capture_field, refuse
+from dop_search.models.capture import TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
 from dop_search.models.tower import (
     Grids,
@@ -22,6 +22,7 @@ from dop_search.models.tower import (
     VisionCall,
     VisionWatch,
     cls_attention,
+    head_mean_keys,
     received_attention,
 )
 from dop_search.strategy.operations import ModelDims
@@ -279,12 +280,12 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModelError: if the vision tower cannot give it; the message names selectors that work.
         """
-        if name in ATTENTION_FIELDS:
-            of_attention: dict[str, Callable[..., RemovableHandle | TowerCapture]] = {
-                "cls_attention": self.capture_cls_attention,
-                "received_attention": self.capture_received_attention,
-            }
-            return of_attention[name](receive)
+        if name == "cls_attention":
+            return self.capture_cls_attention(receive)
+        if name == "received_attention":
+            return self.capture_received_attention(receive)
+        if name == "keys":
+            return TowerCapture(self, self.received_attention_module(), head_mean_keys, receive)
         return capture_field(self, name, receive)
 
     def capture_cls_attention(self, receive: Callable[[Tensor], None]) -> RemovableHandle | TowerCapture:
@@ -318,7 +319,8 @@ class ModelAdapter(ABC):
         """Say which selectors work where ``cls_attention`` does not."""
         raise UnsupportedModelError(
             f"`cls_attention` is not available for {type(self.model).__name__}: {reason}; use "
-            "selector=received_attention, selector=uniform_grid or selector=random"
+            "selector=received_attention, selector=uniform_grid or selector=random, or where a selector has it its "
+            "option attention=received"
         )
 
     def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:

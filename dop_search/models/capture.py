@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention
+from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention, received_attention
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from dop_search.models.adapter import ModelAdapter
 
-ATTENTION_FIELDS = ("cls_attention", "received_attention")
+ATTENTION_FIELDS = ("cls_attention", "received_attention", "keys")
 """Captured by methods of the adapter, which know more towers than :class:`TowerView` covers."""
 
 VIEW_FIELDS = (
     "first_cls_attention",
+    "first_received_attention",
     "shallow_cls_attention",
     "last_cls_attention",
     "global_attention",
     "middle_global_attention",
-    "keys",
     "last_keys",
     "features",
     "cls_feature",
@@ -110,20 +110,16 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
         states: Tensor = args[0][:, extra:]
         return states if norm is None else norm(states)
 
-    def keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        heads = _wide_keys(attention, args, kwargs).unflatten(-1, (attention.num_heads, attention.head_dim))
-        return heads.mean(dim=2)[:, extra:]
-
     def last_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return _wide_keys(attention, args, kwargs)[:, extra:]
 
     where: dict[str, tuple[Any, Read, bool]] = {
         "first_cls_attention": (view.layers[0].self_attn, cls_attention, False),
+        "first_received_attention": (view.layers[0].self_attn, received_attention, False),
         "shallow_cls_attention": (_at(view, SHALLOW), cls_attention, False),
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
         "global_attention": (feature.self_attn, global_attention, False),
         "middle_global_attention": (_at(view, MIDDLE), global_attention, False),
-        "keys": (feature.self_attn, keys, False),
         "last_keys": (last.self_attn, last_keys, False),
         "features": (feature, features, True),
         "cls_feature": (feature, cls_feature, True),
