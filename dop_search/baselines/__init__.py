@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.dart import Dart
 from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergence, plain_outcome
-from dop_search.baselines.fastv import FastV
+from dop_search.baselines.fastv import EntropyPrune, FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
 from dop_search.baselines.hidrop import HiDrop
@@ -28,9 +28,11 @@ from dop_search.utils.registry import Registry, unknown
 _PUBLISHED: tuple[Method, ...] = (
     InputResize(),
     FastV(),
+    EntropyPrune(),
     PyramidDrop(),
     SparseVlm(),
     SparseVlm("sparsevlm_v2"),
+    SparseVlm("adaptinfer"),
     Dart(),
     FitPrune(),
     IvcPrune(),

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
 
+T = TypeVar("T")
 ProfileOf = Callable[[str, str | None], MeasuredProfile]
 
 
@@ -124,67 +125,40 @@ class FitContext:
         """The context's selector as fields of a strategy."""
         return {"selector": self.selector, "selector_options": dict(self.selector_options)}
 
-    def needs_evaluate(self, method: str) -> Evaluate:
-        """``evaluate``.
+    # -- what not every context has; each raises a DopError that says how to make one that does --
 
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.evaluate is None:
-            raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
-        return self.evaluate
+    def needs_evaluate(self, method: str) -> Evaluate:
+        """``evaluate``."""
+        return _needed(self.evaluate, f"{method} measures divergences")
 
     def needs_evaluate_at_prompt(self, method: str) -> Evaluate:
-        """``evaluate_at_prompt``.
-
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.evaluate_at_prompt is None:
-            raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
-        return self.evaluate_at_prompt
+        """``evaluate_at_prompt``."""
+        return _needed(self.evaluate_at_prompt, f"{method} measures divergences")
 
     def needs_profile(self, space: str, selector: str | None = None) -> MeasuredProfile:
-        """The divergence curves of a space, with the context's selector or another.
-
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.profile is None:
-            raise DopError(f"{space} is searched on measured curves: use dop_search.fit(...), or give `profile`")
-        return self.profile(space, selector)
+        """The divergence curves of a space, with the context's selector or another."""
+        return _needed(self.profile, f"{space} is searched on measured curves", "profile=…")(space, selector)
 
     def needs_store(self, method: str, selector: str) -> EvaluationStore:
-        """Exact divergences by another selector.
-
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.store is None:
-            raise DopError(f"{method} measures with every selector: use dop_search.fit(...), or give `store`")
-        return self.store(selector)
+        """Exact divergences by another selector."""
+        return _needed(self.store, f"{method} measures with every selector", "store=…")(selector)
 
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
-        """Model and teacher.
-
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.loaded is None or self.teacher is None:
-            raise DopError(f"{method} looks at the model's states: make the context with FitContext.from_teacher(...)")
-        return self.loaded, self.teacher
+        """Model and teacher."""
+        why = f"{method} looks at the model's states"
+        return _needed(self.loaded, why), _needed(self.teacher, why)
 
     def needs_samples(self, method: str) -> tuple[LoadedModel, tuple[Sample, ...]]:
-        """Model and samples.
+        """Model and samples."""
+        why = f"{method} reads the images"
+        return _needed(self.loaded, why), _needed(self.samples, why, "samples=data.samples")
 
-        Raises:
-            DopError: if the context has none.
-        """
-        if self.loaded is None or self.samples is None:
-            raise DopError(
-                f"{method} reads the images: make the context with FitContext.from_teacher(..., samples=data.samples)"
-            )
-        return self.loaded, self.samples
+
+def _needed(value: T | None, why: str, given: str = "") -> T:
+    if value is None:
+        arguments = ", ".join(("loaded, teacher", *((given,) if given else ())))
+        raise DopError(f"{why}: use dop_search.fit(...), or make the context with FitContext.from_teacher({arguments})")
+    return value
 
 
 @dataclass(frozen=True)

@@ -34,23 +34,35 @@ def solve_integer(ratio: Callable[[int], float], low: int, high: int, target: fl
     return below if target - ratio(below) <= abs(ratio(above) - target) else above
 
 
+def solve_layers(
+    ratio: Callable[[int, int], float], num_layers: int, num_visual: int, target: float, what: str
+) -> tuple[int, int, list[str]]:
+    """The fewest running layers whose cost reaches the target (all if none does), and how many tokens then enter.
+
+    Args:
+        ratio: the cost of so many running layers on so many tokens.
+        num_layers: of the decoder.
+        num_visual: tokens there are.
+        target: the cost to meet.
+        what: the method, with ``{}`` for the number of layers.
+
+    Returns:
+        Layers, tokens, and notes for a table.
+    """
+    layers = next((n for n in range(num_layers) if ratio(n, num_visual) >= target), num_layers)
+    kept = solve_integer(lambda n: ratio(layers, n), 0, num_visual, target, what.format(layers))
+    notes = [] if kept == num_visual else [f"{kept} of {num_visual} tokens enter, to meet the budget exactly"]
+    return layers, kept, notes
+
+
 def solve_real(ratio: Callable[[float], float], low: float, high: float, target: float, what: str) -> float:
     """The number in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease.
 
     Raises:
         BudgetError: as :func:`solve_integer`.
     """
-    check_reach(ratio(low), ratio(high), target, what)
-    if ratio(low) >= target:
-        return low
-    below, above = low, high
-    for _ in range(REAL_STEPS):
-        middle = (below + above) / 2
-        if ratio(middle) < target:
-            below = middle
-        else:
-            above = middle
-    return below if target - ratio(below) <= abs(ratio(above) - target) else above
+    step = (high - low) / 2**REAL_STEPS
+    return low + step * solve_integer(lambda n: ratio(low + step * n), 0, 2**REAL_STEPS, target, what)
 
 
 def check_reach(cheapest: float, dearest: float, target: float, what: str) -> None:
@@ -69,11 +81,6 @@ def check_reach(cheapest: float, dearest: float, target: float, what: str) -> No
             f"{what} never costs more than {dearest:.4f} of the full model's FLOPs, but {target:.4f} is asked for",
             smallest_feasible=cheapest,
         )
-
-
-def fewest_layers(ratio: Callable[[int], float], num_layers: int, target: float) -> int:
-    """The smallest number of running layers whose cost reaches ``target`` (``num_layers`` if none does)."""
-    return next((layers for layers in range(num_layers) if ratio(layers) >= target), num_layers)
 
 
 def nested_strategy(

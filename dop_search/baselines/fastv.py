@@ -1,11 +1,12 @@
-"""FastV (Chen et al., ECCV 2024, arXiv 2403.06764): drop tokens at layer K by the last token's attention in layer K -
-1.
+"""FastV (Chen et al., ECCV 2024, arXiv 2403.06764) and EntropyPrune: drop tokens at layer K by what layer K - 1 shows.
 
-Criterion: :class:`dop_search.pruning.in_decoder.FastVSelector`. Policy: the kept ``n`` tokens have all operations, the
-others those of layers below ``K``. Published: K = 2 or 3 with half of the tokens; for an average of ``T`` tokens
-``n`` follows from ``T = (K N + (L - K) n) / L``. Here ``n`` is solved for FLOPs and ``K`` stays 2.
+FastV: the attention of the prompt's last token (:class:`dop_search.pruning.in_decoder.FastVSelector`). EntropyPrune
+(Wang et al., arXiv 2602.17196): the entropy of a token's queries (:mod:`dop_search.pruning.in_decoder.entropyprune`).
+Policy of both: the kept ``n`` tokens have all operations, the others those of layers below ``K``. Published: FastV
+K = 2 or 3 with half of the tokens, EntropyPrune K = 2 on LLaVA; for an average of ``T`` tokens ``n`` follows from
+``T = (K N + (L - K) n) / L``. Here ``n`` is solved for FLOPs and ``K`` stays 2.
 
-The released code drops once, in the prefill, and goes on from the shorter cache, as here.
+The released codes drop once, in the prefill, and go on from the shorter cache, as here.
 """
 
 from __future__ import annotations
@@ -27,3 +28,11 @@ class FastV(OneStage):
     def selector_options(self) -> Mapping[str, Any]:
         """See base class."""
         return {"stages": [self.layer - 1]}
+
+
+@dataclass(frozen=True)
+class EntropyPrune(FastV):
+    """Ranks by queries instead of attention."""
+
+    name = "entropyprune"
+    title = "EntropyPrune"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import fewest_layers, solve_integer
+from dop_search.baselines.equal_flops import solve_layers
 from dop_search.baselines.fitprune import layer_inputs
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
 from dop_search.divergence.encoding import EncodedSample, full_states
@@ -54,17 +54,13 @@ class ShortLvlm(Method):
         order = self.order or removal_order(context)
 
         def ratio(running: int, kept: int) -> float:
-            return self.flops_ratio(context, running, kept)
+            return self.flops_ratio(context, running, kept) if running else 0.0
 
-        running = fewest_layers(lambda n: ratio(n, visual) if n else 0.0, layers, flops_ratio)
-        kept = solve_integer(
-            lambda n: ratio(running, n), 0, visual, flops_ratio, f"Short-LVLM with {running} of {layers} layers"
-        )
+        running, kept, notes = solve_layers(ratio, layers, visual, flops_ratio, "Short-LVLM with {} layers")
         removed = tuple(sorted(order[: layers - running]))
         entering: dict[str, Any] = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
         repair = self._repair(context, removed) if self.repair_rank and removed else None
         achieved = ratio(running, kept)
-        notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
         return FittedMethod(
             method=self.name,
             target_ratio=flops_ratio,

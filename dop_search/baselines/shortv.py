@@ -2,7 +2,7 @@
 
 ``LC(l) = KL(visual tokens frozen in layer l ‖ full)`` at the last token of the prompt: no query and no MLP there, still
 key and value. The layers of lowest ``LC`` are frozen together. Published: 20 samples of GQA and Flickr30k, 19 of 32
-layers, 24 of 40 (:data:`PUBLISHED_ORDER`). Here ``LC`` is measured on the context's validation samples. At equal FLOPs
+layers, 24 of 40 (:meth:`ShortV.published`). Here ``LC`` is measured on the context's validation samples. At equal FLOPs
 as many layers are frozen as the budget asks for; what is still too much is taken off by entering with fewer tokens,
 chosen by the context's selector.
 """
@@ -16,11 +16,11 @@ import numpy as np
 
 from dop_search.baselines.at_prompt import Evaluate
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import fewest_layers, solve_integer
+from dop_search.baselines.equal_flops import solve_layers
 from dop_search.strategy import Strategy
 from dop_search.strategy.policy import GroupPolicy
 
-PUBLISHED_ORDER: dict[str, tuple[int, ...]] = {
+PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {
     "llava-1.5-7b": (31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17, 12, 19),
     "llava-1.5-13b": (*(39, 32, 28, 36, 27, 37, 29, 30, 1, 38, 25, 31, 2, 26, 23, 34, 0, 33, 35, 22, 24, 21, 20, 17),),
     "llava-v1.6-7b": (31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2),
@@ -43,28 +43,27 @@ class ShortV(Method):
     uses_selector = True
     order: tuple[int, ...] | None = None
 
+    @classmethod
+    def published(cls, model: str) -> Strategy:
+        """What the released code freezes of a model: a name of :data:`PUBLISHED_LAYERS`."""
+        return frozen_strategy(40 if "13b" in model else 32, PUBLISHED_LAYERS[model])
+
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
         layers, visual = context.num_layers, context.num_visual
         order = self.order or freezing_order(context)
 
         def strategy(running: int, kept: int) -> Strategy:
-            return frozen_strategy(
-                layers,
-                order[: layers - running],
-                num_visual_tokens=None if kept == visual else kept,
-                **context.ranked(),
-            )
+            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
+            return frozen_strategy(layers, order[: layers - running], **entering)
 
-        running = fewest_layers(lambda n: context.pricing.ratio(strategy(n, visual)), layers, flops_ratio)
-        kept = solve_integer(
-            lambda n: context.pricing.ratio(strategy(running, n)),
-            0,
+        running, kept, notes = solve_layers(
+            lambda n, k: context.pricing.ratio(strategy(n, k)),
+            layers,
             visual,
             flops_ratio,
-            f"ShortV with {layers - running} frozen layers",
+            "ShortV with {} running layers",
         )
-        notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
         facts = {"frozen_layers": list(order[: layers - running]), "num_visual_tokens": kept}
         return self.fitted(context, flops_ratio, strategy(running, kept), facts, notes)
 

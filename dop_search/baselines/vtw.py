@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dop_search.baselines.at_prompt import Evaluate
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import fewest_layers, solve_integer
+from dop_search.baselines.equal_flops import solve_layers
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError
 
@@ -31,36 +31,23 @@ class Vtw(Method):
         layers, visual = context.num_layers, context.num_visual
 
         def strategy(exit_layer: int, kept: int) -> Strategy:
-            return Strategy.depthwise(
-                layers,
-                exit_layer,
-                exit_layer,
-                exit_layer,
-                num_visual_tokens=None if kept == visual else kept,
-                **context.ranked(),
-            )
+            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
+            return Strategy.depthwise(layers, exit_layer, exit_layer, exit_layer, **entering)
 
-        exit_layer = fewest_layers(lambda k: context.pricing.ratio(strategy(k, visual)), layers, flops_ratio)
-        kept = solve_integer(
-            lambda n: context.pricing.ratio(strategy(exit_layer, n)), 0, visual, flops_ratio, f"VTW with K={exit_layer}"
+        exit_layer, kept, notes = solve_layers(
+            lambda k, n: context.pricing.ratio(strategy(k, n)), layers, visual, flops_ratio, "VTW with K={}"
         )
-        notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
-        return self.fitted(
-            context,
-            flops_ratio,
-            strategy(exit_layer, kept),
-            {"K": exit_layer, "num_visual_tokens": kept},
-            notes,
-        )
+        facts = {"K": exit_layer, "num_visual_tokens": kept}
+        return self.fitted(context, flops_ratio, strategy(exit_layer, kept), facts, notes)
 
 
-def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float = 0.003, first: int = 5) -> int:
+def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float, first: int = 5) -> int:
     """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``.
 
     Args:
         evaluate: ``evaluate_at_prompt`` of a :class:`FitContext`, whose values the published ``eta`` are.
         num_layers: decoder layers.
-        eta_nats: the most that may be lost.
+        eta_nats: the most that may be lost, such as one of :data:`PUBLISHED_ETA_NATS`.
         first: the first layer that is considered.
 
     Raises:

@@ -325,7 +325,8 @@ class ModelAdapter:
         if not self.has_cls:
             raise UnsupportedModelError(
                 f"`cls_attention` is not available for {type(self.model).__name__}: its vision tower has no CLS token; "
-                "use selector=received_attention, selector=uniform_grid or selector=random"
+                "use selector=received_attention, selector=uniform_grid or selector=random, or where a selector has it "
+                "its option attention=received"
             )
         return self.received_attention_module()
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.models.tower import Read, TowerCapture, cls_attention, global_attention, received_attention
+from dop_search.models.tower import (
+    Read,
+    TowerCapture,
+    cls_attention,
+    global_attention,
+    head_mean_keys,
+    received_attention,
+)
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -20,18 +27,19 @@ if TYPE_CHECKING:
 TOWER_FIELDS = (
     "cls_attention",
     "received_attention",
+    "keys",
     "first_cls_attention",
+    "first_received_attention",
     "shallow_cls_attention",
     "last_cls_attention",
     "global_attention",
     "middle_global_attention",
-    "keys",
     "last_keys",
     "features",
     "cls_feature",
     "patch_states",
 )
-"""See ``dop_search.selectors.SelectorInputs`` for their meaning. The first two are had from more towers than
+"""See ``dop_search.selectors.SelectorInputs`` for their meaning. The first three are had from more towers than
 :class:`TowerView` covers, the others through one."""
 
 CLS_FIELDS = frozenset(
@@ -97,6 +105,8 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
         return TowerCapture(adapter, adapter.cls_attention_module(), cls_attention, receive)
     if name == "received_attention":
         return TowerCapture(adapter, adapter.received_attention_module(), received_attention, receive)
+    if name == "keys":
+        return TowerCapture(adapter, adapter.received_attention_module(), head_mean_keys, receive)
     view = adapter.tower_view
     if not view.has_cls and name in CLS_FIELDS:
         raise refuse([name], "the vision tower has no CLS token (try the selector's option attention=received)")
@@ -115,20 +125,16 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
         states: Tensor = args[0][:, extra:]
         return states if norm is None else norm(states)
 
-    def keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        heads = _wide_keys(attention, args, kwargs).unflatten(-1, (attention.num_heads, attention.head_dim))
-        return heads.mean(dim=2)[:, extra:]
-
     def last_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return _wide_keys(attention, args, kwargs)[:, extra:]
 
     where: dict[str, tuple[Any, Read, bool]] = {
         "first_cls_attention": (view.layers[0].self_attn, cls_attention, False),
+        "first_received_attention": (view.layers[0].self_attn, received_attention, False),
         "shallow_cls_attention": (_at(view, SHALLOW), cls_attention, False),
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
         "global_attention": (feature.self_attn, global_attention, False),
         "middle_global_attention": (_at(view, MIDDLE), global_attention, False),
-        "keys": (feature.self_attn, keys, False),
         "last_keys": (last.self_attn, last_keys, False),
         "features": (feature, features, True),
         "cls_feature": (feature, cls_feature, True),

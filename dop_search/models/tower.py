@@ -301,6 +301,14 @@ def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return _mean_received(query, key, _scale(attention))[:, 1 if _has_cls(attention) else 0 :]
 
 
+def head_mean_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Keys of the patches, mean over heads, after their rotation if there is one: ``[images, patches, head_dim]``."""
+    if kwargs.get("position_embeddings") is not None:
+        return _packed_heads(attention, args, kwargs)[1].float().mean(dim=1)
+    key = _vit_heads(attention, args, kwargs, queries=slice(0, 1))[1]
+    return key.float().mean(dim=1)[:, 1 if _has_cls(attention) else 0 :]
+
+
 def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """``[batch, heads, queries, dim]`` and ``[batch, heads, keys, dim]`` to ``[batch, keys]``."""
     total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
@@ -330,21 +338,30 @@ def _vit_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], qu
 
 def _received_packed(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Towers with rotary positions (Qwen, Pixtral): patches of all images in one row; ``[1, patches]``."""
+    query, key = _packed_heads(attention, args, kwargs)
+    parts = [
+        _mean_received(query[:, :, start:stop], key[:, :, start:stop], attention.scaling)
+        for start, stop in itertools.pairwise(_image_ends(kwargs, key.shape[2]))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _packed_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys ``[1, heads, patches, head_dim]`` of a tower with rotary positions."""
     hidden = args[0] if args else kwargs["hidden_states"]
     rows = hidden.reshape(-1, hidden.shape[-1])
     if hasattr(attention, "qkv"):
-        query, key, _ = attention.qkv(rows).reshape(len(rows), 3, attention.num_heads, -1).unbind(1)
+        qkv, two = attention.qkv, 2 * attention.qkv.out_features // 3
+        plain = type(qkv) is nn.Linear and qkv.bias is not None  # values are not needed
+        both = nn.functional.linear(rows, qkv.weight[:two], qkv.bias[:two]) if plain else qkv(rows)[:, :two]
+        query, key = both.reshape(len(rows), 2, attention.num_heads, -1).unbind(1)
     else:
         query, key = (
             part(rows).unflatten(-1, (attention.num_heads, -1)) for part in (attention.q_proj, attention.k_proj)
         )
     cos, sin = (part.float()[:, None, :] for part in kwargs["position_embeddings"])
     query, key = (_rotate(heads.float(), cos, sin).to(hidden.dtype).transpose(0, 1)[None] for heads in (query, key))
-    parts = [
-        _mean_received(query[:, :, start:stop], key[:, :, start:stop], attention.scaling)
-        for start, stop in itertools.pairwise(_image_ends(kwargs, len(rows)))
-    ]
-    return torch.cat(parts, dim=1)
+    return query, key
 
 
 def _image_ends(kwargs: dict[str, Any], num_patches: int) -> list[int]:

@@ -12,6 +12,7 @@ from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
 from dop_search.selectors.cls_attention import ClsAttentionSelector
 from dop_search.selectors.divprune import DivPruneSelector, LazyDivPruneSelector
 from dop_search.selectors.flowcut import FlowCutSelector
+from dop_search.selectors.gprune import GPruneSelector
 from dop_search.selectors.hiprune import HiPruneSelector
 from dop_search.selectors.hired import HiredSelector
 from dop_search.selectors.holov import HoloVSelector
@@ -38,6 +39,7 @@ _SELECTORS: tuple[type[Selector], ...] = (
     DivPruneSelector,
     LazyDivPruneSelector,
     FlowCutSelector,
+    GPruneSelector,
     HiPruneSelector,
     HiredSelector,
     HoloVSelector,

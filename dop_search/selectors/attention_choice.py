@@ -1,40 +1,73 @@
-"""Which attention a method ranks by where the paper offers two: the CLS token's, or what a token receives."""
+"""Methods that rank by the CLS token's attention where there is one, and by what a token receives elsewhere."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
-from dop_search.selectors.base import SelectionSizes, SelectorInputs
+from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs
 from dop_search.utils.errors import DopError
 
-ATTENTION_FIELDS = {"cls": "cls_attention", "received": "received_attention"}
 
+@dataclass(frozen=True)
+class AttentionSelector(Selector):
+    """A method with the option ``attention``.
 
-def attention_field(attention: str) -> str:
-    """The field of :class:`SelectorInputs` for a selector's option ``attention``.
-
-    Raises:
-        DopError: on an unknown value.
+    Options:
+        attention: ``cls`` (the CLS token's row, head-mean, and the projector's inputs as features), or ``received``
+            (head-mean over all patches that ask, for towers without a CLS token; features are the tokens as the decoder
+            receives them, which every family has).
     """
-    if attention not in ATTENTION_FIELDS:
-        raise DopError(
-            f"`attention` must be cls (the CLS token's row) or received (mean over all queries, for towers without "
-            f"a CLS token), but got {attention!r}"
-        )
-    return ATTENTION_FIELDS[attention]
+
+    attention: str = "cls"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("cls", "received"):
+            raise DopError(
+                f"`attention` must be cls (the CLS token's row) or received (mean over all queries, for towers without "
+                f"a CLS token), but got {self.attention!r}"
+            )
+
+    @property
+    def by_cls(self) -> bool:
+        """Whether the CLS token's row ranks."""
+        return self.attention == "cls"
+
+    @property
+    def space(self) -> Literal["features", "embeds"]:
+        """Which states are compared and merged."""
+        return "features" if self.by_cls else "embeds"
+
+    def needs(self) -> frozenset[str]:
+        """See base class; the attention, and the states in :attr:`space`."""
+        return super().needs() | {f"{self.attention}_attention", self.space}
+
+    def scores(self, inputs: SelectorInputs) -> Tensor:
+        """``[n]`` the chosen attention."""
+        return inputs.tensor(f"{self.attention}_attention")
+
+    def attention_flops(self, sizes: SelectionSizes) -> int:
+        """What the chosen attention computes."""
+        return cls_flops(sizes) if self.by_cls else received_flops(sizes)
+
+    def states_width(self, sizes: SelectionSizes) -> int:
+        """Channels of the states in :attr:`space`."""
+        return sizes.width if self.by_cls else sizes.dims.hidden_size
 
 
-def attention_of(inputs: SelectorInputs, attention: str) -> Tensor:
-    """``[n]`` the chosen attention."""
-    return inputs.tensor(attention_field(attention))
+def cls_flops(sizes: SelectionSizes) -> int:
+    """FLOPs of one row of scores and all its keys, projected once more from the layer's input."""
+    return 2 * sizes.num_patches * sizes.width * (sizes.width + 1)
 
 
-def attention_flops(attention: str, sizes: SelectionSizes) -> int:
-    """FLOPs of the chosen attention, queries and keys projected once more, from the layer's input.
+def keys_flops(sizes: SelectionSizes) -> int:
+    """FLOPs of projecting all keys once more, for what compares them."""
+    return 2 * sizes.num_patches * sizes.width**2
 
-    ``cls``: one row of scores and all keys; ``received``: all scores, queries and keys.
-    """
+
+def received_flops(sizes: SelectionSizes) -> int:
+    """FLOPs of all scores; queries and keys are projected once more, from the layer's input."""
     patches, width = sizes.num_patches, sizes.width
-    if attention_field(attention) == "received_attention":
-        return 2 * patches * width * (2 * width + patches)
-    return 2 * patches * width * (width + 1)
+    return 2 * patches * width * (2 * width + patches)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, with_rest
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, group_sums, with_rest
 from dop_search.selectors.grid_cells import balanced_cells
 from dop_search.selectors.sharing import PerImageSelector
 from dop_search.selectors.uniform_grid import spread_order
@@ -38,8 +38,7 @@ class AvgPoolSelector(PerImageSelector):
             return Selection(order)
         embeds = inputs.tensor("embeds").float()
         index = torch.from_numpy(cells).to(embeds.device)
-        member = torch.nn.functional.one_hot(index, num_kept).T.float()  # a product adds in a fixed order
-        return Selection(order, middles, member @ embeds / member.sum(dim=1, keepdim=True))
+        return Selection(order, middles, group_sums(embeds, index, num_kept) / index.bincount()[:, None])
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """The means."""

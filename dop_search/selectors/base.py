@@ -34,11 +34,12 @@ class SelectorInputs:
         received_attention: ``[n]`` attention that a token receives there (or in the last layer that attends to whole
             images), mean over heads and over the patches that ask.
         first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
+        first_received_attention: ``[n]`` as ``received_attention``, there.
         shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
         global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
         middle_global_attention: ``[n]`` the same in layer 9 of 24 (Qwen-VL: halfway up).
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
-        keys: ``[n, head_dim]`` head-mean keys of the layer that feeds the projector.
+        keys: ``[n, head_dim]`` head-mean keys of the layer of ``received_attention``, rotated as the tower does.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
         features: ``[n, width]`` what the projector receives.
         cls_feature: ``[n, width]`` what the projector would receive for the CLS token of the token's image.
@@ -59,6 +60,7 @@ class SelectorInputs:
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
     first_cls_attention: Tensor | None = None
+    first_received_attention: Tensor | None = None
     shallow_cls_attention: Tensor | None = None
     last_cls_attention: Tensor | None = None
     global_attention: Tensor | None = None
@@ -127,8 +129,8 @@ class SelectionSizes:
         num_kept: how many of them are kept.
         dims: the decoder.
         width: channels of the vision tower.
-        num_patches: patches that the tower computes for the sample. All are taken to attend to each other, which is
-            more than towers compute on several tiles or images.
+        num_patches: patches of the tower that these tokens are made of. All are taken to attend to each other, which is
+            more than towers compute on several tiles or images; CLS tokens and padding that is cut off are left out.
     """
 
     num_visual: int
@@ -255,6 +257,16 @@ class TowerPatch(Attached, ABC):
         """Make the tower what it was."""
 
 
+def check_options(holds: bool, rule: str, **values: Any) -> None:
+    """Refuse options against a rule, with what they are.
+
+    Raises:
+        DopError: if it does not hold.
+    """
+    if not holds:
+        raise DopError(f"{rule} must hold, but got ({', '.join(f'{name}={value}' for name, value in values.items())})")
+
+
 def descending(scores: Tensor) -> np.ndarray:
     """Indices from the highest score to the lowest; ties keep the order of the tokens.
 
@@ -277,6 +289,18 @@ def cosine_matrix(rows: Tensor, columns: Tensor | None = None) -> Tensor:
     rows = torch.nn.functional.normalize(rows.detach().float(), dim=-1)
     columns = rows if columns is None else torch.nn.functional.normalize(columns.detach().float(), dim=-1)
     return rows @ columns.T
+
+
+def mean_cosine(rows: Tensor, columns: Tensor) -> Tensor:
+    """``[rows]`` mean cosine similarity of every row with all columns, by the mean of the columns' directions."""
+    direction = torch.nn.functional.normalize(columns.detach().float(), dim=-1).mean(dim=0)
+    return torch.nn.functional.normalize(rows.detach().float(), dim=-1) @ direction
+
+
+def group_sums(rows: Tensor, groups: Tensor, count: int) -> Tensor:
+    """``[count, width]`` float32 sums of ``rows`` ``[n, width]`` by ``groups`` ``[n]``, always in the same order."""
+    sizes = groups.bincount(minlength=count)
+    return torch.segment_reduce(rows.float()[groups.argsort(stable=True)], "sum", lengths=sizes)
 
 
 def finite_array(values: Tensor) -> np.ndarray:

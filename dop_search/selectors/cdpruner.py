@@ -11,14 +11,15 @@ from dop_search.selectors.base import (
     SelectionSizes,
     Selector,
     SelectorInputs,
+    check_options,
     cosine_matrix,
     finite_array,
     kept_count,
+    mean_cosine,
     with_rest,
 )
 from dop_search.selectors.clip_text import clip_text
 from dop_search.selectors.sharing import in_turns, share_of
-from dop_search.utils.errors import DopError
 
 EXHAUSTED = 1e-10
 """Conditional variance, relative to the largest, below which a kernel has no more directions to offer."""
@@ -31,12 +32,13 @@ class _CdprunerBase(Selector):
     Every image, and every tile of LLaVA-NeXT, is a process of its own, and they take turns.
     """
 
+    theta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self.theta is None or 0.0 <= self.theta < 1.0, "`0 <= theta < 1`", theta=self.theta)
+
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
         """``[n]`` higher for tokens that matter more to the text."""
-        raise NotImplementedError
-
-    def weight(self) -> float | None:
-        """The option ``theta``."""
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
@@ -45,8 +47,8 @@ class _CdprunerBase(Selector):
 
         def of_one_image(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
             relevance = normalised(to_text[tokens])
-            if (theta := self.weight()) is not None:
-                relevance = np.exp(theta / (2.0 * (1.0 - theta)) * relevance)
+            if self.theta is not None:
+                relevance = np.exp(self.theta / (2.0 * (1.0 - self.theta)) * relevance)
             similarity = finite_array(cosine_matrix(inputs.tensor("embeds")[tokens.tolist()]))
             kernel = relevance[:, None] * similarity * relevance[None, :]
             chosen = greedy_map(kernel, share_of(tokens, inputs, total))
@@ -55,8 +57,9 @@ class _CdprunerBase(Selector):
         return in_turns(inputs, of_one_image)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
-        """All pairwise cosines and the incremental Cholesky factor; the text encoder is left out."""
-        return 2 * sizes.num_visual**2 * sizes.dims.hidden_size + sizes.num_visual * sizes.num_kept**2
+        """Cosines with the text and of all pairs, and the incremental Cholesky factor; the text encoder is left out."""
+        cosines = 2 * sizes.num_visual * (sizes.num_visual + 1) * sizes.dims.hidden_size
+        return cosines + sizes.num_visual * sizes.num_kept**2
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,10 @@ class CdprunerSelector(_CdprunerBase):
     """
 
     clip: str = ""
-    theta: float | None = None
 
     name = "cdpruner"
     version = 2
     requires = frozenset({"patch_states", "text", "embeds", "tiles"})
-
-    def __post_init__(self) -> None:
-        check_theta(self.theta)
 
     def prepare(self, tower_width: int | None) -> None:
         """See base class."""
@@ -96,11 +95,7 @@ class CdprunerSelector(_CdprunerBase):
         """See base class."""
         encoder = clip_text(self.clip, "cdpruner", "cdpruner_llm", None)
         patches = encoder.project_patches(inputs.tensor("patch_states"))
-        return -cosine_matrix(patches, encoder.pieces(inputs.text or "")).mean(dim=1)
-
-    def weight(self) -> float | None:
-        """See base class."""
-        return self.theta
+        return -mean_cosine(patches, encoder.pieces(inputs.text or ""))
 
 
 @dataclass(frozen=True)
@@ -114,30 +109,16 @@ class CdprunerLlmSelector(_CdprunerBase):
         negate: turn the sign round, as CLIP's space needs it.
     """
 
-    theta: float | None = None
     negate: bool = False
 
     name = "cdpruner_llm"
     version = 2
     requires = frozenset({"embeds", "text_embeds", "tiles"})
 
-    def __post_init__(self) -> None:
-        check_theta(self.theta)
-
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
         """See base class."""
-        similarity = cosine_matrix(inputs.tensor("embeds"), inputs.tensor("text_embeds")).mean(dim=1)
+        similarity = mean_cosine(inputs.tensor("embeds"), inputs.tensor("text_embeds"))
         return -similarity if self.negate else similarity
-
-    def weight(self) -> float | None:
-        """See base class."""
-        return self.theta
-
-
-def check_theta(theta: float | None) -> None:
-    """Refuse a weight outside [0, 1)."""
-    if theta is not None and not 0.0 <= theta < 1.0:
-        raise DopError(f"`0 <= theta < 1` must hold, but got {theta}")
 
 
 def normalised(values: np.ndarray) -> np.ndarray:

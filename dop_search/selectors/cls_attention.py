@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.attention_choice import cls_flops
 from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending
 
 
@@ -29,4 +29,4 @@ class ClsAttentionSelector(Selector):
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """The CLS row of scores; keys are projected once more, from the layer's input."""
-        return attention_flops("cls", sizes)
+        return cls_flops(sizes)

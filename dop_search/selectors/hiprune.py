@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_flops
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, descending, with_rest
+from dop_search.selectors.attention_choice import received_flops
+from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, check_options, descending, with_rest
 from dop_search.selectors.sharing import PerImageSelector
-from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class HiPruneSelector(PerImageSelector):
     requires = frozenset({"global_attention", "middle_global_attention"})
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise DopError(f"`0 <= alpha <= 1` must hold, but got {self.alpha}")
+        check_options(0.0 <= self.alpha <= 1.0, "`0 <= alpha <= 1`", alpha=self.alpha)
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
@@ -50,4 +48,4 @@ class HiPruneSelector(PerImageSelector):
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """All scores of two layers with their queries and keys."""
-        return 2 * attention_flops("received", sizes)
+        return 2 * received_flops(sizes)

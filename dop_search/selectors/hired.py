@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_flops
-from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending, kept_count
+from dop_search.selectors.attention_choice import AttentionSelector
+from dop_search.selectors.base import SelectionSizes, SelectorInputs, check_options, descending, kept_count
 from dop_search.selectors.sharing import shares
 from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
-class HiredSelector(Selector):
+class HiredSelector(AttentionSelector):
     """HiRED (arXiv 2408.10945).
 
     Of ``T`` tokens the whole image gets ``⌊full_share · T⌋``. Of its ``n`` positions the ``⌊(1 − full_share) · n⌋``
@@ -22,10 +22,12 @@ class HiredSelector(Selector):
     highest CLS attention in the layer that feeds the projector (layer 22 of CLIP ViT-L, as in the paper) are kept.
     Newline tokens are not.
 
-    An image without crops (LLaVA-1.5), or several images in a sample, make this plain ``cls_attention``.
+    An image without crops (LLaVA-1.5), or several images in a sample, make this plain ``cls_attention`` or
+    ``received_attention``.
 
     Options:
         full_share: share of the budget for the whole image.
+        attention: see :class:`AttentionSelector`; the paper's towers have a CLS token, OneVision's has none.
 
     Not reproduced: the released code rounds the crops' tokens down and loses the rest; it counts horizontal strips of
     the whole image instead of the crops' regions wherever there is more than one column of crops, which is a fault.
@@ -36,16 +38,24 @@ class HiredSelector(Selector):
 
     name = "hired"
     version = 2
-    requires = frozenset({"cls_attention", "first_cls_attention", "tiles"})
+    requires = frozenset({"tiles"})
     nested = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.full_share <= 1.0:
-            raise DopError(f"`0 <= full_share <= 1` must hold, but got {self.full_share}")
+        super().__post_init__()
+        check_options(0.0 <= self.full_share <= 1.0, "`0 <= full_share <= 1`", full_share=self.full_share)
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        return self.requires | {f"{self.attention}_attention", self._first}
+
+    @property
+    def _first(self) -> str:
+        return f"first_{self.attention}_attention"
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        by_attention = descending(inputs.tensor("cls_attention"))
+        by_attention = descending(self.scores(inputs))
         if inputs.tiles is None:
             return by_attention
         tiles = inputs.tiles.cpu().numpy().astype(np.int64)
@@ -77,11 +87,11 @@ class HiredSelector(Selector):
         side = int(len(whole) ** 0.5 + 0.5)
         if side * side != len(whole):
             raise DopError(f"hired needs a square whole image, but its tile has {len(whole)} tokens")
-        scores = inputs.tensor("first_cls_attention")[inputs.tensor("tiles") == 0]
+        scores = inputs.tensor(self._first)[inputs.tensor("tiles") == 0]
         row, column = np.divmod(descending(scores)[: int(len(whole) * (1.0 - self.full_share))], side)
         crop = row * tile_grid[0] // side * tile_grid[1] + column * tile_grid[1] // side
         return np.bincount(crop, minlength=tile_grid[0] * tile_grid[1])
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
-        """The CLS rows of two layers with their keys."""
-        return 2 * attention_flops("cls", sizes)
+        """The attention of two layers."""
+        return 2 * self.attention_flops(sizes)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, finite_array
+from dop_search.selectors.attention_choice import AttentionSelector
+from dop_search.selectors.base import (
+    Selection,
+    SelectionSizes,
+    SelectorInputs,
+    check_options,
+    cosine_matrix,
+    descending,
+    finite_array,
+)
 from dop_search.selectors.sharing import PerImageSelector
-from dop_search.utils.errors import DopError
 
 EPSILON = 1e-6
 """Keeps the released code's divisions finite."""
 
 
 @dataclass(frozen=True)
-class HoloVSelector(PerImageSelector):
+class HoloVSelector(AttentionSelector, PerImageSelector):
     """HoloV (NeurIPS 2025, *Don't Just Chase "Highlighted Tokens" in MLLMs*).
 
     The tokens are cut into ``num_segments`` equal runs. A token scores
@@ -33,7 +41,7 @@ class HoloVSelector(PerImageSelector):
     Options:
         num_segments: segments per image.
         alpha: weight of the variance.
-        attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token.
+        attention: see :class:`AttentionSelector`; features are those of the decoder with both.
 
     Not reproduced: the released code puts zero tokens in the place of what a full segment cannot take, here the other
     segments get it by the same rule; positions are not renumbered.
@@ -41,24 +49,22 @@ class HoloVSelector(PerImageSelector):
 
     num_segments: int = 16
     alpha: float = 0.09
-    attention: str = "cls"
 
     name = "holov"
     version = 2
 
     def __post_init__(self) -> None:
-        attention_field(self.attention)
-        if self.num_segments < 1:
-            raise DopError(f"`num_segments >= 1` must hold, but got {self.num_segments}")
+        super().__post_init__()
+        check_options(self.num_segments >= 1, "`num_segments >= 1`", num_segments=self.num_segments)
 
-    def needs(self) -> frozenset[str]:
+    @property
+    def space(self) -> Literal["features", "embeds"]:
         """See base class."""
-        return super().needs() | frozenset({attention_field(self.attention), "embeds"})
+        return "embeds"
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        attention = attention_of(inputs, self.attention)
-        by_attention = descending(attention)
+        by_attention = descending(self.scores(inputs))
         count = inputs.num_visual_tokens
         segments = np.array_split(np.arange(count), min(self.num_segments, count))
         budgets = segment_budgets(self.segment_scores(inputs, segments), [len(part) for part in segments], num_kept)
@@ -69,7 +75,7 @@ class HoloVSelector(PerImageSelector):
 
     def segment_scores(self, inputs: SelectorInputs, segments: Sequence[np.ndarray]) -> np.ndarray:
         """``[num_segments]`` mean score of each run of tokens."""
-        attention = 1e3 * finite_array(attention_of(inputs, self.attention))
+        attention = 1e3 * finite_array(self.scores(inputs))
         embeds = inputs.tensor("embeds")
         result = []
         for segment in segments:
@@ -86,7 +92,7 @@ class HoloVSelector(PerImageSelector):
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, and the cosines within segments."""
         within = sizes.num_visual**2 // max(1, min(self.num_segments, sizes.num_visual)) * sizes.dims.hidden_size
-        return attention_flops(self.attention, sizes) + 2 * within
+        return self.attention_flops(sizes) + 2 * within
 
 
 def segment_budgets(scores: np.ndarray, sizes: Sequence[int], total: int) -> np.ndarray:

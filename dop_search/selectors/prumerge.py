@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.attention_choice import AttentionSelector, keys_flops
 from dop_search.selectors.base import (
     Selection,
     SelectionSizes,
@@ -22,7 +22,7 @@ from dop_search.selectors.sharing import PerImageSelector
 
 
 @dataclass(frozen=True)
-class PruMergePlusSelector(PerImageSelector):
+class PruMergePlusSelector(AttentionSelector, PerImageSelector):
     """LLaVA-PruMerge+ (arXiv 2403.15388), without fine-tuning, completed to a fixed number of tokens.
 
     With ``a = softmax(q_cls K^T / √C)`` over the full width of the tower's last layer, tokens above
@@ -35,6 +35,8 @@ class PruMergePlusSelector(PerImageSelector):
         num_neighbors: tokens merged into each kept one.
         iqr_factor: how far above the third quartile an outlier is.
         summary: whether one token summarises the dropped ones (from ``T = 2`` on).
+        attention: ``cls``: as published; ``received``: what a token receives in the layer that feeds the projector, and
+            that layer's head-mean keys, merged behind the projector, as is done where a tower has no CLS token.
 
     Not reproduced: the paper chooses the number of tokens by itself (about 25 % for the + variant); a fixed number is
     how later papers compare it. Positions are not renumbered. The paper's LoRA variant is another model.
@@ -45,12 +47,23 @@ class PruMergePlusSelector(PerImageSelector):
     summary: bool = True
 
     name = "prumerge_plus"
-    requires = frozenset({"last_cls_attention", "last_keys", "features"})
     merges = True
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        return self.requires | {self.space, "tiles", *self._attention_and_keys}
+
+    @property
+    def _attention_and_keys(self) -> tuple[str, str]:
+        return ("last_cls_attention", "last_keys") if self.by_cls else ("received_attention", "keys")
+
+    def scores(self, inputs: SelectorInputs) -> Tensor:
+        """See base class."""
+        return inputs.tensor(self._attention_and_keys[0])
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        attention = inputs.tensor("last_cls_attention")
+        attention = self.scores(inputs)
         by_attention, count = descending(attention), inputs.num_visual_tokens
         if not 0 < num_kept < count:
             return Selection(by_attention)
@@ -59,14 +72,15 @@ class PruMergePlusSelector(PerImageSelector):
         dropped = np.setdiff1d(np.arange(count), kept)
         merged = self.merge(inputs, kept, dropped, bool(summary))
         order = slots = np.concatenate([kept, dropped[-1:]]) if summary else kept
-        return Selection(with_rest(order, by_attention), slots, merged, "features")
+        return Selection(with_rest(order, by_attention), slots, merged, self.space)
 
     def merge(self, inputs: SelectorInputs, kept: np.ndarray, dropped: np.ndarray, summary: bool) -> Tensor:
-        """Projector inputs of the ``kept`` tokens with their neighbours, and then of the summary of the ``dropped``."""
-        features = inputs.tensor("features").float()
-        weights = inputs.tensor("last_cls_attention").to(features.device).float()[:, None]
+        """States of the ``kept`` tokens with their neighbours, and then of the summary of the ``dropped``."""
+        features = inputs.tensor(self.space).float()
+        weights = self.scores(inputs).to(features.device).float()[:, None]
         index = torch.from_numpy(kept).to(features.device)
-        similarity = cosine_matrix(inputs.tensor("last_keys")).to(features.device)[index]
+        keys = inputs.tensor(self._attention_and_keys[1]).to(features.device)
+        similarity = cosine_matrix(keys[index], keys)
         similarity[torch.arange(len(kept), device=features.device), index] = -torch.inf  # others only
         nearest = similarity.topk(min(self.num_neighbors, len(features) - 1), dim=1).indices
         merged = features[index] + (weights[nearest] * features[nearest]).sum(dim=1)
@@ -84,7 +98,9 @@ class PruMergePlusSelector(PerImageSelector):
         return np.concatenate([outliers, strided])
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
-        """Keys and the CLS row, key similarities, and the weighted sums."""
-        attention = attention_flops("cls", sizes)
-        similarities, means = sizes.num_visual * sizes.num_kept, sizes.num_kept * self.num_neighbors + sizes.num_visual
-        return attention + 2 * sizes.width * (similarities + means)
+        """Attention, keys once more, their similarities, and the weighted sums."""
+        similarities = sizes.num_visual * sizes.num_kept * (sizes.width if self.by_cls else sizes.dims.head_dim)
+        sums = (sizes.num_kept * min(self.num_neighbors, sizes.num_visual) + sizes.num_visual) * self.states_width(
+            sizes
+        )
+        return self.attention_flops(sizes) + keys_flops(sizes) + 2 * (similarities + sums)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.attention_choice import cls_flops
 from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, finite_array, with_rest
 from dop_search.selectors.sharing import PerImageSelector
 from dop_search.utils.errors import DopError
@@ -76,7 +76,7 @@ class PruneSidSelector(PerImageSelector):
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """Similarities and the Gram matrix of the principal components, about nine cubes for those, and attention."""
         width = sizes.width if self.score == "cls" else sizes.dims.hidden_size
-        asked = attention_flops("cls", sizes) if self.score == "cls" else 0
+        asked = cls_flops(sizes) if self.score == "cls" else 0
         return asked + 4 * sizes.num_visual**2 * width + 18 * sizes.num_visual**3
 
 

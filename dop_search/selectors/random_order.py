@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.base import Selector, SelectorInputs
-from dop_search.utils.errors import DopError
+from dop_search.selectors.base import Selector, SelectorInputs, check_options
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,7 @@ class RandomSelector(Selector):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise DopError(f"`seed >= 0` must hold, but got (seed={self.seed})")
+        check_options(self.seed >= 0, "`seed >= 0`", seed=self.seed)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

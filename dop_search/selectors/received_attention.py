@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_flops
+from dop_search.selectors.attention_choice import received_flops
 from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, descending
 
 
@@ -22,7 +22,7 @@ class ReceivedAttentionSelector(Selector):
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """The scores of all patches; queries and keys are projected once more, from the layer's input."""
-        return attention_flops("received", sizes)
+        return received_flops(sizes)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

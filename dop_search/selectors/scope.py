@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, cosine_matrix, finite_array, kept_count
+from dop_search.selectors.attention_choice import AttentionSelector
+from dop_search.selectors.base import SelectionSizes, SelectorInputs, cosine_matrix, finite_array, kept_count
 from dop_search.selectors.sharing import in_turns, share_of
 
 
 @dataclass(frozen=True)
-class ScopeSelector(Selector):
+class ScopeSelector(AttentionSelector):
     """SCOPE (NeurIPS 2025): saliency times coverage, greedily.
 
     A token ``j`` is covered by a set as far as ``c_j = max(0, max_i cos(x_i, x_j))``. The next token is the one with
-    the greatest ``a_i^alpha · Σ_j max(0, cos(x_i, x_j) − c_j)``, with projector inputs ``x`` and the attention ``a`` in
-    the layer that feeds the projector (the paper's sum over heads is its mean up to a factor, which changes nothing).
+    the greatest ``a_i^alpha · Σ_j max(0, cos(x_i, x_j) − c_j)``, with features ``x`` and the attention ``a`` in the
+    layer that feeds the projector (the paper's sum over heads is its mean up to a factor, which changes nothing).
 
     Options:
         alpha: exponent of the attention.
-        attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token.
+        attention: see :class:`AttentionSelector`.
 
     Several images, and the tiles of LLaVA-NeXT, are covered each by itself, and take turns.
 
@@ -29,31 +29,25 @@ class ScopeSelector(Selector):
     """
 
     alpha: float = 1.0
-    attention: str = "cls"
 
     name = "scope"
-
-    def __post_init__(self) -> None:
-        attention_field(self.attention)
-
-    def needs(self) -> frozenset[str]:
-        """See base class."""
-        return frozenset({attention_field(self.attention), "features", "tiles"})
+    version = 2
+    requires = frozenset({"tiles"})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        weights = finite_array(attention_of(inputs, self.attention)) ** self.alpha
+        weights = finite_array(self.scores(inputs)) ** self.alpha
         total = kept_count(inputs, num_kept)
 
         def of_one_image(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-            similarity = finite_array(cosine_matrix(inputs.tensor("features")[tokens.tolist()]))
+            similarity = finite_array(cosine_matrix(inputs.tensor(self.space)[tokens.tolist()]))
             return coverage_order(similarity, weights[tokens], share_of(tokens, inputs, total))
 
         return in_turns(inputs, of_one_image)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """Attention with its keys, and all pairwise cosines."""
-        return attention_flops(self.attention, sizes) + 2 * sizes.num_visual**2 * sizes.width
+        return self.attention_flops(sizes) + 2 * sizes.num_visual**2 * self.states_width(sizes)
 
 
 def coverage_order(similarity: np.ndarray, weights: np.ndarray, num_chosen: int) -> np.ndarray:

@@ -50,13 +50,15 @@ Part = tuple[np.ndarray, tuple[int, int]]
 """Tokens that a method chooses among, in their order, and the grid they stand in."""
 
 
-def parts_of(inputs: SelectorInputs) -> list[Part]:
-    """Each image of a sample; of images that are cut into tiles each tile, and at last the newline tokens."""
+def parts_of(inputs: SelectorInputs, join_crops: bool = False) -> list[Part]:
+    """Each image of a sample; of images that are cut into tiles each tile, or of one image all crops together."""
     if inputs.tiles is None:
         everything = np.arange(inputs.num_visual_tokens)
         return [(everything[part], grid) for part, grid in zip(image_slices(inputs), inputs.image_grids, strict=True)]
     columns = np.concatenate([np.tile(np.arange(c), r) for r, c in inputs.image_grids])
     tiles = inputs.tiles.cpu().numpy()
+    if join_crops and inputs.tile_grid:
+        tiles = np.minimum(tiles, 1)
     parts: list[Part] = []
     for tile in range(tiles.max(initial=-1) + 1):
         tokens = np.flatnonzero(tiles == tile)
@@ -96,14 +98,18 @@ def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) ->
     return Selection(order, np.concatenate(slots), torch.cat(features), space)
 
 
-def in_turns(inputs: SelectorInputs, rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray]) -> np.ndarray:
+def in_turns(
+    inputs: SelectorInputs,
+    rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+    join_crops: bool = False,
+) -> np.ndarray:
     """Rank every image, or every tile of it, by itself; they take turns by relative rank, so that the order is nested.
 
     ``rank_one``: from the tokens of a part and its grid to their order, counted from 0. Newline tokens of tiled images
     come last.
     """
     orders = []
-    for tokens, grid in parts_of(inputs):
+    for tokens, grid in parts_of(inputs, join_crops):
         order = rank_one(tokens, grid)
         orders.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
     return _take_turns([*orders, _newlines(inputs)])

@@ -32,12 +32,10 @@ class _TrimBase(Selector):
     nested = False
     merges = True
     space: ClassVar[Literal["features", "embeds"]] = "embeds"
+    mean_token: bool = True
 
     def relevance(self, inputs: SelectorInputs) -> Tensor:
         """``[n]`` relevance of each token to the text."""
-        raise NotImplementedError
-
-    def _merges(self) -> bool:
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
@@ -47,7 +45,7 @@ class _TrimBase(Selector):
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
         """See base class."""
         order, total = descending(self.relevance(inputs)), kept_count(inputs, num_kept)
-        if not self._merges() or not 1 < total < inputs.num_visual_tokens:
+        if not self.mean_token or not 1 < total < inputs.num_visual_tokens:
             return Selection(order)
         kept, dropped = order[: total - 1], np.sort(order[total - 1 :])
         states = inputs.tensor(self.space)
@@ -79,7 +77,6 @@ class TrimSelector(_TrimBase):
     """
 
     clip: str = ""
-    mean_token: bool = True
 
     name = "trim"
     version = 2
@@ -97,9 +94,6 @@ class TrimSelector(_TrimBase):
         patches = encoder.project_patches(inputs.tensor("patch_states"))
         return -(patches @ text.T)[:, 0]  # the softmax keeps the order
 
-    def _merges(self) -> bool:
-        return self.mean_token
-
 
 @dataclass(frozen=True)
 class TrimLlmSelector(_TrimBase):
@@ -111,8 +105,6 @@ class TrimLlmSelector(_TrimBase):
         mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
     """
 
-    mean_token: bool = True
-
     name = "trim_llm"
     requires = frozenset({"embeds", "text_embeds"})
 
@@ -120,6 +112,3 @@ class TrimLlmSelector(_TrimBase):
         """See base class."""
         text = inputs.tensor("text_embeds").float().mean(dim=0, keepdim=True)
         return cosine_matrix(inputs.tensor("embeds"), text)[:, 0]
-
-    def _merges(self) -> bool:
-        return self.mean_token

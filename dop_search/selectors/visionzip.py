@@ -8,14 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.selectors.attention_choice import attention_field, attention_flops, attention_of
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, with_rest
+from dop_search.selectors.attention_choice import AttentionSelector, keys_flops
+from dop_search.selectors.base import (
+    Selection,
+    SelectionSizes,
+    SelectorInputs,
+    check_options,
+    cosine_matrix,
+    descending,
+    group_sums,
+    with_rest,
+)
 from dop_search.selectors.sharing import PerImageSelector
-from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
-class VisionZipSelector(PerImageSelector):
+class VisionZipSelector(AttentionSelector, PerImageSelector):
     """VisionZip (arXiv 2412.04467), without fine-tuning.
 
     With ``T`` tokens, ``C = round(contextual_share · T)`` are contextual and ``T − C`` dominant (192 = 162 + 30,
@@ -28,10 +36,11 @@ class VisionZipSelector(PerImageSelector):
         contextual_share: share of contextual tokens.
         cls_token: whether the CLS token is among the dominant ones, as in the paper (from ``T = 2`` on). It stands in
             the place of the first dropped token.
-        attention: ``cls``, or ``received`` (mean attention a token receives) for towers without a CLS token, which
-            then has no place among the dominant tokens either.
+        attention: see :class:`AttentionSelector`; ``received`` has no CLS token among the dominant ones, and merges
+            behind the projector.
 
-    On LLaVA-NeXT every tile has its share of the tokens, of patches that are no padding, and its own CLS token.
+    Every tile of an any-resolution image has its share of the tokens, of patches that are no padding, and its own CLS
+    token.
 
     Not reproduced: the paper's fine-tuned projector; renumbered positions (kept tokens keep theirs); the padding of
     LLaVA-NeXT, of which the released code keeps tokens too.
@@ -39,24 +48,23 @@ class VisionZipSelector(PerImageSelector):
 
     contextual_share: float = 10 / 64
     cls_token: bool = True
-    attention: str = "cls"
 
     name = "visionzip"
+    version = 2
     merges = True
 
     def __post_init__(self) -> None:
-        attention_field(self.attention)
-        if not 0.0 <= self.contextual_share < 1.0:
-            raise DopError(f"`0 <= contextual_share < 1` must hold, but got {self.contextual_share}")
+        super().__post_init__()
+        share = self.contextual_share
+        check_options(0.0 <= share < 1.0, "`0 <= contextual_share < 1`", contextual_share=share)
 
     @property
     def _takes_cls(self) -> bool:
-        return self.cls_token and self.attention == "cls"
+        return self.cls_token and self.by_cls
 
     def needs(self) -> frozenset[str]:
         """See base class."""
-        cls = {"cls_feature"} if self._takes_cls else set()
-        return super().needs() | frozenset({attention_field(self.attention), "keys", "features", *cls})
+        return super().needs() | {"keys"} | ({"cls_feature"} if self._takes_cls else set())
 
     def split(self, num_kept: int) -> tuple[int, int]:
         """Dominant (the CLS token included) and contextual tokens among ``num_kept``."""
@@ -65,7 +73,7 @@ class VisionZipSelector(PerImageSelector):
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
-        by_attention = descending(attention_of(inputs, self.attention))
+        by_attention = descending(self.scores(inputs))
         count = inputs.num_visual_tokens
         if not 0 < num_kept < count:
             return Selection(by_attention)
@@ -73,7 +81,7 @@ class VisionZipSelector(PerImageSelector):
         cls = int(self._takes_cls and dominant > 0 and num_kept > 1)
         chosen = by_attention[: dominant - cls]
         rest = np.setdiff1d(np.arange(count), chosen)
-        targets, merged = merge_into_targets(inputs.tensor("features"), inputs.tensor("keys"), rest, contextual)
+        targets, merged = merge_into_targets(inputs.tensor(self.space), inputs.tensor("keys"), rest, contextual)
         slots, features = [targets], [merged]
         if cls:
             free = np.setdiff1d(rest, targets)[:1]
@@ -81,13 +89,14 @@ class VisionZipSelector(PerImageSelector):
             slots.append(free)
             features.append(inputs.tensor("cls_feature")[:1].float())
         order = with_rest(np.concatenate([chosen, targets]), by_attention)
-        return Selection(order, np.concatenate(slots), torch.cat(features), "features")
+        return Selection(order, np.concatenate(slots), torch.cat(features), self.space)
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
-        """Attention with its keys, similarities of the rest with the targets, and the means."""
+        """Attention, keys once more, similarities of the rest with the targets, and the means."""
         _, contextual = self.split(sizes.num_kept)
-        attention = attention_flops(self.attention, sizes)
-        return attention + 2 * sizes.num_visual * contextual * sizes.dims.head_dim + sizes.num_visual * sizes.width
+        similarities = 2 * sizes.num_visual * contextual * sizes.dims.head_dim
+        means = sizes.num_visual * self.states_width(sizes)
+        return self.attention_flops(sizes) + keys_flops(sizes) + similarities + means
 
 
 def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
@@ -108,5 +117,5 @@ def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: 
         return targets, result
     other_index = torch.from_numpy(others).to(rows.device)
     nearest = cosine_matrix(keys[other_index], keys[index]).argmax(dim=1)
-    assigned = torch.nn.functional.one_hot(nearest, count).T.float()  # a product adds in a fixed order
-    return targets, result + assigned @ rows[other_index] / assigned.sum(dim=1, keepdim=True).clamp_min(1.0)
+    number = nearest.bincount(minlength=count)[:, None]
+    return targets, result + group_sums(rows[other_index], nearest, count) / number.clamp_min(1)

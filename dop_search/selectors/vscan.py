@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dop_search.selectors.attention_choice import attention_flops
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, cosine_matrix, descending, with_rest
+from dop_search.selectors.attention_choice import cls_flops
+from dop_search.selectors.base import (
+    Selection,
+    SelectionSizes,
+    SelectorInputs,
+    check_options,
+    cosine_matrix,
+    descending,
+    group_sums,
+    with_rest,
+)
 from dop_search.selectors.sharing import PerImageSelector
-from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,8 @@ class VScanSelector(PerImageSelector):
     merges = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.local_share <= 1.0 or self.window < 1:
-            raise DopError(
-                f"`0 <= local_share <= 1` and `window >= 1` must hold, but got (local_share={self.local_share}, "
-                f"window={self.window})"
-            )
+        holds = 0.0 <= self.local_share <= 1.0 and self.window >= 1
+        check_options(holds, "`0 <= local_share <= 1` and `window >= 1`", **self.options())
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
@@ -55,8 +60,8 @@ class VScanSelector(PerImageSelector):
         embeds = inputs.tensor("embeds").float()
         index, gone = (torch.from_numpy(tokens).to(embeds.device) for tokens in (kept, dropped))
         nearest = cosine_matrix(embeds[gone], embeds[index]).argmax(dim=1)
-        assigned = torch.nn.functional.one_hot(nearest, num_kept).T.float()  # a product adds in a fixed order
-        merged = (embeds[index] + assigned @ embeds[gone]) / (1.0 + assigned.sum(dim=1, keepdim=True))
+        number = 1 + nearest.bincount(minlength=num_kept)[:, None]
+        merged = (embeds[index] + group_sums(embeds[gone], nearest, num_kept)) / number
         return Selection(order, kept, merged)
 
     def _local(self, inputs: SelectorInputs, number: int) -> np.ndarray:
@@ -72,4 +77,4 @@ class VScanSelector(PerImageSelector):
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """The CLS rows of two layers with their keys, similarities with the kept tokens, and the means."""
         pairs = (sizes.num_visual - sizes.num_kept) * sizes.num_kept
-        return 2 * attention_flops("cls", sizes) + 4 * pairs * sizes.dims.hidden_size
+        return 2 * cls_flops(sizes) + (2 * pairs + sizes.num_visual) * sizes.dims.hidden_size

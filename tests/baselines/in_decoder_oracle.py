@@ -157,6 +157,30 @@ def dart(seen: Seen, num_kept: int, num_pivots: int = 4) -> list[int]:
     return [*chosen, *[i for i in seen.candidates if i not in chosen]]
 
 
+def adaptinfer(seen: Seen, num_kept: int) -> list[int]:
+    words, score = [t for t in seen.text if t > seen.candidates[0]], dict.fromkeys(seen.candidates, 0.0)
+    for head in seen.attention:
+        for t in words:
+            weight = sum(float(head[t, u] + head[u, t]) for u in words if u != t) + float(head[t, t])
+            for i in seen.candidates:
+                score[i] += weight * float(head[t, i])
+    return by_score(score)
+
+
+def entropyprune(seen: Seen, num_kept: int) -> list[int]:
+    """Singular values of a token's queries, one row per head and centred, instead of eigenvalues of their products."""
+    attention = seen.layer.self_attn
+    queries = attention.q_proj(seen.layer.input_layernorm(seen.hidden[None]))[0].unflatten(-1, (-1, attention.head_dim))
+
+    def entropy(i: int) -> float:
+        rows = queries[i].double() - queries[i].double().mean(dim=0)
+        shares = [max(float(s) ** 2 / len(rows), 1e-10) for s in torch.linalg.svdvals(rows)]
+        shares += [1e-10] * (len(rows) - len(shares))
+        return -sum(share * math.log(share) for share in shares)
+
+    return by_score({i: entropy(i) for i in seen.candidates})
+
+
 def ivc_prune(seen: Seen, num_kept: int) -> list[int]:
     """Value tokens with a quarter as many positions of either kind, until there are enough."""
     attention = seen.layer.self_attn

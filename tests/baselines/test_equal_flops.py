@@ -16,10 +16,12 @@ from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
 from dop_search.baselines.pricing import TOLERANCE
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.short_lvlm import ShortLvlm
+from dop_search.baselines.shortv import ShortV
 from dop_search.baselines.sparsevlm import KEEP_LISTS, SparseVlm
 from dop_search.baselines.uniform import UniformReduction
+from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.strategy import Strategy
-from dop_search.strategy.cost.flops import full_flops, layer_flops
+from dop_search.strategy.cost.flops import full_flops, layer_flops, strategy_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import BudgetError, ConfigError, DopError
 
@@ -90,7 +92,7 @@ def test_every_method_meets_every_budget_or_says_why_not(name: str, shape: str) 
     assert feasible == list(BUDGETS[: len(feasible)]), "what is infeasible stays so at lower budgets"
 
 
-@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm_v2", "pyramiddrop", "fitprune", "ivc_prune"])
+@pytest.mark.parametrize("name", [*STAGE_SELECTORS])
 def test_rankings_are_paid_for(name: str) -> None:
     """The price of a staged method is above that of its operations, by less than its candidates' projections."""
     context = context_of("llava_7b")
@@ -168,12 +170,13 @@ def test_published_token_averages() -> None:
     """FastV's formula, PyramidDrop's 15/32 and SparseVLM's lists give the averages that their papers name."""
     assert average_tokens(PyramidDrop().strategy(32, 576, 0.5, 8), 576) == 576 * 15 / 32
     released = {"sparsevlm": (64.8, 96.9, 128.6, 192.0), "sparsevlm_v2": (64.4, 96.8, 128.0, 192.4)}
+    released["adaptinfer"] = (33.0, 48.75, 65.0, 128.8)
     for version, averages in released.items():
         for (published, keep), average in zip(KEEP_LISTS[version].items(), averages, strict=True):
             method = SparseVlm(version)
             assert method.keep_list(published, 576) == list(keep)
             strategy = method.strategy(32, 576, published)
-            assert strategy.stages == (2, 6, 15)
+            assert strategy.stages == ((1, 10, 20) if version == "adaptinfer" else (2, 6, 15))
             assert average_tokens(strategy, 576) == pytest.approx(average, abs=0.05)
     for average in (192, 128, 64):
         for layer in (2, 3):
@@ -223,6 +226,21 @@ def test_fitprune_schemes_save_what_their_names_say() -> None:
     for name, ratio in saved.items():  # counts are rounded down, which is much where few tokens leave
         assert ratio == pytest.approx(name / 100, abs=0.05 if name <= 20 else 0.022)
         assert ratio <= name / 100
+
+
+def test_shortv_as_released_costs_what_others_measured() -> None:
+    """SPIDER (2609.34977), table I: 19 frozen layers leave 55 % of LLaVA-1.5-7B's FLOPs and 51 % of LLaVA-NeXT-7B's."""
+    dims = SHAPES["llava_7b"][0]
+    for model, counts, ratio in (
+        ("llava-1.5-7b", TokenCounts(64, 576), 0.55),
+        ("llava-v1.6-7b", TokenCounts(64, 2880), 0.51),
+    ):
+        strategy = ShortV.published(model)
+        assert [len(strategy.groups[0].kv), len(strategy.groups[0].q)] == [32, 32 - 19]
+        assert strategy_flops(dims, strategy, counts) / full_flops(dims, counts) == pytest.approx(ratio, abs=0.02)
+    both = [ShortV.published(f"llava-{version}-13b").groups[0] for version in ("1.5", "v1.6")]
+    assert [len(group.q) for group in both] == [40 - 24] * 2
+    assert set(both[0].q) ^ set(both[1].q) == {0, 18}, "the lists of the two 13B models differ"
 
 
 # -- solvers and registry --

@@ -60,12 +60,12 @@ def test_states_are_the_full_models(family: str) -> None:
 
 def test_attention_that_is_asked_for_is_paid_for() -> None:
     dims = adapter_for(tiny_model("llava")).dims
+    sizes = SelectionSizes(1296, 100, dims, dims.hidden_size, 1296)
     for name in ("visionzip", "vispruner", "holov"):
         row, every = (
-            make_selector(name, {"attention": attention}).selection_flops(SelectionSizes(1296, 100, dims, 1280, 1296))
-            for attention in ("cls", "received")
+            make_selector(name, {"attention": attention}).selection_flops(sizes) for attention in ("cls", "received")
         )
-        assert every - row == 2 * 1296 * 1280 * (1280 + 1296 - 1)
+        assert every - row == 2 * 1296 * dims.hidden_size * (dims.hidden_size + 1296 - 1)
 
 
 def test_short_lvlm_pays_for_the_selection() -> None:

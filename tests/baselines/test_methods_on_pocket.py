@@ -16,7 +16,7 @@ from dop_search.baselines.fitprune import measured_counts, prune_layer_by_layer,
 from dop_search.baselines.layer_removal import layers_removed
 from dop_search.baselines.short_lvlm import bridge, final_states, layer_influence, removal_order
 from dop_search.baselines.shortv import layer_contributions
-from dop_search.baselines.vtw import withdrawal_layer
+from dop_search.baselines.vtw import PUBLISHED_ETA_NATS, withdrawal_layer
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
@@ -129,6 +129,7 @@ def test_vtw_chooses_the_first_layer_that_is_good_enough() -> None:
     def evaluate(strategies):
         return np.array([scores[strategy.groups[0].depth("kv")] for strategy in strategies])
 
+    assert withdrawal_layer(evaluate, LAYERS, PUBLISHED_ETA_NATS["llava-1.5-7b"]) == 9
     assert withdrawal_layer(evaluate, LAYERS, eta_nats=0.02) == 6
     assert withdrawal_layer(evaluate, LAYERS, eta_nats=0.015) == 8
     with pytest.raises(DopError, match="no layer from 5 on"):

@@ -13,8 +13,10 @@ from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
+from dop_search.pruning.in_decoder.adaptinfer import word_scores
 from dop_search.pruning.in_decoder.base import best_first
 from dop_search.pruning.in_decoder.dart import DartSelector
+from dop_search.pruning.in_decoder.entropyprune import head_entropy
 from dop_search.pruning.in_decoder.fitprune import received_attention
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled
@@ -126,6 +128,24 @@ def tokens_per_layer(strategy: Strategy, num_visual: int) -> list[int]:
         sum(size for size, policy in zip(sizes, strategy.groups, strict=True) if layer in policy.kv)
         for layer in range(strategy.num_layers)
     ]
+
+
+@cases("adaptinfer")
+def test_adaptinfer(case: Case) -> None:
+    first, last = case.settings["system_tokens"], case.settings["system_tokens"] + case.settings["visual_tokens"]
+    words = case["in.attention"][:, last:]
+    scores = word_scores(words[:, :, last:], words[:, :, first:last])
+    case.close("out.scores", scores)
+    assert sorted(best_first(scores)[: case.settings["num_kept"]].tolist()) == case.kept()
+
+
+@cases("entropyprune")
+def test_entropyprune(case: Case) -> None:
+    first, number = case.settings["system_tokens"], case.settings["visual_tokens"]
+    entropy = head_entropy(case["in.queries"].transpose(0, 1)[first : first + number])
+    case.close("out.entropy", entropy)
+    kept = first + best_first(entropy)[: case.settings["num_kept"]]
+    assert kept.tolist() == case["out.order"].tolist()
 
 
 @cases("dart")

@@ -53,6 +53,23 @@ def test_scope(case: Case) -> None:
     assert kept_of("scope", inputs, case, alpha=case.settings["alpha"]) == case["out.order"].tolist()
 
 
+@cases("gprune")
+def test_gprune(case: Case) -> None:
+    """The base view and the unpadded crops are a graph each; newline tokens, which they keep, come last here."""
+    base, rows, columns = (case.settings[name] for name in ("base", "rows", "columns"))
+    newlines = torch.arange(base + columns, base + rows * (columns + 1), columns + 1)
+    tiles = (torch.arange(base + rows * (columns + 1)) >= base).long()
+    tiles[newlines] = -1
+    grids = ((1, base), (rows, columns + 1))
+    inputs = SelectorInputs(len(tiles), grids, embeds=case["in.embeds"], tiles=tiles, tile_grid=(1, 1))
+    case.close("out.information", make_selector("gprune").information(case["in.embeds"][:base]))
+    order = make_selector("gprune").rank(inputs)
+    base_order, crops = order[order < base].tolist(), order[(order >= base) & (tiles[order] > 0).numpy()].tolist()
+    assert base_order[: len(case["out.base"])] == case["out.base"].tolist()
+    assert crops[: len(case["out.crops"])] == case["out.crops"].tolist()
+    assert order[-rows:].tolist() == newlines.tolist()
+
+
 @cases("hiprune")
 def test_hiprune(case: Case) -> None:
     inputs = inputs_of(

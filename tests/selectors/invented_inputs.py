@@ -36,4 +36,5 @@ def invented(rows: int = 6, columns: int = 8, seed: int = 0, images: int = 1, dt
         embeds=normal(count, 24) + mean,
         text_embeds=normal(5, 24),
         text="how many red circles?",
+        first_received_attention=attention(),
     )

@@ -240,3 +240,21 @@ def _linear(module, rows: np.ndarray) -> np.ndarray:
 def _layer_norm(module, rows: np.ndarray) -> np.ndarray:
     centred = rows - rows.mean(axis=1, keepdims=True)
     return centred / np.sqrt(rows.var(axis=1, keepdims=True) + module.eps) * array(module.weight) + array(module.bias)
+
+
+def gprune(embeds: np.ndarray, num_kept: int, threshold: float, temperature: float, steps: int) -> list[int]:
+    """What every token has after some steps, per edge; passing on written out edge by edge."""
+    count = len(embeds)
+    edges = [
+        {j: cosine(embeds[i], embeds[j]) for j in range(count) if cosine(embeds[i], embeds[j]) >= threshold}
+        for i in range(count)
+    ]
+    has = [math.sqrt(row @ row) for row in embeds]
+    for _ in range(steps):
+        after = [0.0] * count
+        for i, its in enumerate(edges):
+            total = sum(math.exp(value / temperature) for value in its.values())
+            for j, value in its.items():
+                after[j] += has[i] * math.exp(value / temperature) / total
+        has = after
+    return best(np.array([value / len(its) for value, its in zip(has, edges, strict=True)]), num_kept)

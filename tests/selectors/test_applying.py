@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.answers import answer_questions
+from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
 from dop_search.data.validation import validation_set
@@ -12,7 +13,7 @@ from dop_search.divergence import teacher as teacher_module
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
-from dop_search.selectors import SELECTORS, Selection, Selector, make_selector
+from dop_search.selectors import SELECTORS, Selection, SelectionSizes, Selector, make_selector
 from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.models import tiny_model
 from dop_search.utils.errors import DopError, UnsupportedModelError
@@ -108,6 +109,41 @@ def test_half_precision(name):
         logits = model(**inputs).logits
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(logits).all()
+
+
+UNSEEN = {
+    "avg_pool": lambda n, kept, hidden, width: n * hidden,
+    "cdpruner_llm": lambda n, kept, hidden, width: n * kept**2,
+    "prumerge_plus": lambda n, kept, hidden, width: 2 * (32 * kept + n) * width,
+    "prunesid": lambda n, kept, hidden, width: 18 * n**3,
+    "trim_llm": lambda n, kept, hidden, width: n * hidden,
+    "visionzip": lambda n, kept, hidden, width: n * width,
+    "vscan": lambda n, kept, hidden, width: n * hidden,
+}
+"""What a counter of matrix products does not see: the Cholesky factor, eigenvectors, and sums over tokens."""
+FREE = ("random", "uniform_grid", "resize", "tome", "flowcut")
+"""Their cost, if any, is the tower's."""
+
+
+@pytest.mark.parametrize("name", sorted(set(WORKING) - set(FREE)))
+def test_a_selector_costs_what_a_counter_counts(name, pocket, few_samples):
+    """A forward with it, less one by random choice; the projector of merged features is left out of both."""
+    inputs = model_inputs(pocket.processor, few_samples.samples[:1], torch.device("cpu"))
+    adapter, kept = pocket.adapter, 40
+
+    def counted(selector):
+        with torch.inference_mode(), dop.pruned(pocket.model, strategy(selector, kept)):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                pocket.model(**inputs)
+        modules = counter.get_flop_counts().items()
+        projector = sum(sum(its.values()) for module, its in modules if module.endswith("multi_modal_projector"))
+        return counter.get_total_flops() - projector
+
+    sizes = SelectionSizes(256, kept, adapter.dims, adapter.tower_width, 256)
+    unseen = UNSEEN.get(name, lambda *sizes: 0)(256, kept, adapter.dims.hidden_size, adapter.tower_width)
+    found = counted(name) - counted("random") + unseen
+    assert SELECTORS[name]().selection_flops(sizes) == pytest.approx(found, rel=0.02)
 
 
 # -- the divergence engine ---------------------------------------------------------------------------

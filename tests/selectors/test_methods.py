@@ -118,8 +118,8 @@ def test_visionzip(kept, seed, cls_token):
 
 def test_visionzip_takes_received_attention_where_there_is_no_cls_token():
     selector = make_selector("visionzip", {"attention": "received"})
-    assert selector.needs() == {"received_attention", "keys", "features", "tiles"}
-    inputs = replace(invented(), cls_attention=None, cls_feature=None)
+    assert selector.needs() == {"received_attention", "keys", "embeds", "tiles"}
+    inputs = replace(invented(), cls_attention=None, cls_feature=None, features=None)
     assert selector.rank(inputs, 16)[0] == int(inputs.received_attention.argmax())
     with pytest.raises(DopError, match=r"cls.*received.*'mean'"):
         make_selector("visionzip", {"attention": "mean"})
@@ -181,6 +181,15 @@ def test_scope(kept, alpha, seed):
     assert make_selector("scope", {"alpha": alpha}).rank(inputs, kept)[:kept].tolist() == slow.scope(
         inputs, kept, alpha
     )
+
+
+@pytest.mark.parametrize(("threshold", "steps", "seed"), [(0.5, 5, 0), (0.3, 1, 1), (0.7, 3, 2)])
+def test_gprune(threshold, steps, seed):
+    inputs = invented(seed=seed)
+    order = make_selector("gprune", {"threshold": threshold, "num_steps": steps}).rank(inputs)
+    assert order[:20].tolist() == slow.gprune(slow.array(inputs.embeds), 20, threshold, 0.03, steps)
+    with pytest.raises(DopError, match="threshold"):
+        make_selector("gprune", {"threshold": 0.0})
 
 
 def test_divprune_prefers_what_is_different():

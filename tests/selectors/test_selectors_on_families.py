@@ -1,13 +1,16 @@
 """Every selector on every family: it runs and is the same in a batch, or refuses before anything is touched."""
 
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 import dop_search as dop
+import dop_search.baselines
 from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
@@ -22,8 +25,35 @@ from dop_search.utils.errors import UnsupportedModelError
 TOWERS = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "vipllava")
 """Families whose towers or projectors differ in what selectors see of them."""
 HAS_CLS = ("llava", "llava_next", "vipllava", "internvl")
-EVERYWHERE = {"cdpruner_llm", "divprune", "divprune_lazy", "random", "received_attention", "uniform_grid"}
-MERGING_BEHIND_THE_PROJECTOR = {"avg_pool", "trim_llm"}
+COVERED = ("llava", "llava_next")
+"""With a CLS token in a tower that selectors can look into."""
+EVERYWHERE = {"cdpruner_llm", "divprune", "divprune_lazy", "gprune", "random", "received_attention", "uniform_grid"}
+README = Path(dop_search.baselines.__file__).parent / "README.md"
+PUBLISHED = {
+    "avg_pool": ("qwen2_5_vl", "internvl"),
+    "cdpruner": COVERED,
+    "cdpruner_llm": ("qwen2_5_vl", "internvl"),
+    "cls_attention": (*COVERED, "internvl"),
+    "divprune": (*COVERED, "qwen2_5_vl", "internvl"),
+    "flowcut": (*COVERED, "qwen2_vl"),
+    "gprune": ("llava_next", "qwen2_5_vl", "internvl"),
+    "hiprune": (*COVERED, "qwen2_5_vl"),
+    "hired": COVERED,
+    "holov": (*COVERED, "qwen2_5_vl"),
+    "prumerge_plus": (*COVERED, "llava_onevision", "qwen2_vl", "internvl"),
+    "prunesid": (*COVERED, "qwen2_vl"),
+    "random": ("qwen2_5_vl", "internvl"),
+    "scope": (*COVERED, "qwen2_5_vl"),
+    "tome": ("llava",),
+    "trim": COVERED,
+    "vispruner": (*COVERED, "qwen2_5_vl"),
+    "visionzip": (*COVERED, "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl"),
+    "vscan": (*COVERED, "qwen2_5_vl"),
+}
+"""Families in tables of the papers, or of others that run the methods (EffiVLM-Bench, UniPruneBench, TOPS)."""
+NEEDS_CLIP = ("cdpruner", "trim")
+NOT_HERE = {("flowcut", "llava_next"), ("flowcut", "qwen2_vl"), ("vscan", "qwen2_5_vl")}
+"""Published, and refused here; the README says why."""
 
 
 @cache
@@ -35,29 +65,32 @@ def model_of(family):
     return model
 
 
-def working(family):
-    """What the families offer, from how they are built; CLIP's text encoder is in none of them."""
-    names = EVERYWHERE | (set() if family in ("qwen3_vl", "qwen3_vl_moe") else MERGING_BEHIND_THE_PROJECTOR)
-    if family in HAS_CLS:
-        names |= {"cls_attention", "holov"}
-    if family in ("llava", "llava_next"):
-        names |= {"hired", "prumerge_plus", "prunesid", "scope", "vispruner", "visionzip", "vscan"}
-    if family not in ("internvl", "vipllava"):
-        names |= {"hiprune"}
-    if family == "llava":
-        names |= {"flowcut", "resize", "tome"}
-    return names
+def way(family, name):
+    """With which option a selector runs on a family, from how it is built; None: not at all. ``clip``: with CLIP's text
+    encoder, which none of the tiny models has."""
+    covered, merges_late = family in COVERED, family != "qwen3_vl"
+    if name in EVERYWHERE or (name in ("avg_pool", "trim_llm") and merges_late):
+        return "yes"
+    if name == "holov":
+        return "yes" if family in HAS_CLS else "received"
+    if name in ("scope", "vispruner"):
+        return "yes" if covered else "received"
+    if name in ("prumerge_plus", "visionzip", "prunesid"):
+        late = "loading" if name == "prunesid" else "received"
+        return "yes" if covered else late if merges_late else None
+    if name == "hired" and family == "llava_onevision":
+        return "received"
+    if name == "hiprune":
+        return None if family in ("internvl", "vipllava") else "yes"
+    if name in ("hired", "vscan", *NEEDS_CLIP) and covered:
+        return "clip" if name in NEEDS_CLIP else "yes"
+    if (name == "cls_attention" and family in HAS_CLS) or (name in ("flowcut", "resize", "tome") and family == "llava"):
+        return "yes"
+    return None
 
 
-WORKING = [(family, name) for family in TOWERS for name in sorted(working(family))]
-REFUSED = [(family, name) for family in TOWERS for name in sorted(set(SELECTORS) - working(family))]
-BY_RECEIVED = [
-    (family, name)
-    for family in TOWERS
-    for name in ("holov", "scope", "vispruner")
-    if family not in HAS_CLS and (name == "holov" or family == "llava_onevision")
-]
-BY_LOADING = ("qwen2_vl", "qwen2_5_vl", "llava_onevision", "internvl")
+RUNS = [(family, name) for family in TOWERS for name in SELECTORS if way(family, name) not in (None, "clip")]
+REFUSED = [(family, name) for family in TOWERS for name in SELECTORS if way(family, name) in (None, "clip")]
 
 
 def prompts(family, seeds):
@@ -87,19 +120,27 @@ def check_runs(family, name, options=None):
     assert state_difference(before, model_state(model)) == []
 
 
-@pytest.mark.parametrize(("family", "name"), WORKING)
+@pytest.mark.parametrize(("family", "name"), RUNS)
 def test_runs_and_does_not_depend_on_the_batch(family, name):
-    check_runs(family, name)
+    options = {"received": {"attention": "received"}, "loading": {"score": "loading"}}
+    check_runs(family, name, options.get(way(family, name)))
 
 
-@pytest.mark.parametrize(("family", "name"), BY_RECEIVED)
-def test_runs_by_received_attention_without_a_cls_token(family, name):
-    check_runs(family, name, {"attention": "received"})
-
-
-@pytest.mark.parametrize("family", BY_LOADING)
-def test_prunesid_runs_by_loadings_without_a_cls_token(family):
-    check_runs(family, "prunesid", {"score": "loading"})
+def test_the_table_of_families_is_what_runs():
+    """The README's: with a star what tables of papers have; all of that runs, but for what is stated there."""
+    table = README.read_text().partition("## Where each runs")[2].partition("\n## ")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    families, found = lines[0][1:], {}
+    for names, *cells in lines[2:]:
+        for name in names.replace("`", "").split(", "):
+            found |= {(name, family): cell for family, cell in zip(families, cells, strict=True)}
+    expected = {}
+    for name in SELECTORS:
+        for family in families:
+            star = "*" if family in PUBLISHED.get(name, ()) else ""
+            expected[name, family] = (way(family, name) or "–") + star
+    assert found == expected
+    assert {pair for pair, cell in found.items() if cell == "–*"} == NOT_HERE
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -137,9 +178,8 @@ def test_the_middle_of_a_tower_with_windows_attends_to_whole_images():
 def test_refuses_what_it_cannot_do_and_leaves_nothing_behind(family, name):
     model = model_of(family)
     before = model_state(model)
-    options = {"attention": "received"} if name == "visionzip" else {}
     with pytest.raises(UnsupportedModelError, match=r"selector|clip="):
-        dop.prune_(model, dop.Strategy.full(4, num_visual_tokens=5, selector=name, selector_options=options))
+        dop.prune_(model, dop.Strategy.full(4, num_visual_tokens=5, selector=name))
     assert state_difference(before, model_state(model)) == []
     assert adapter_for(model).vision_watch._open == 0
 
@@ -189,6 +229,37 @@ def test_refusals_say_why_and_what_works():
         RankingSource(adapter_for(model_of("qwen3_vl")), make_selector("avg_pool"))
     with pytest.raises(UnsupportedModelError, match=r"LlavaOnevision.*single patches.*avg_pool and trim_llm"):
         RankingSource(adapter_for(model_of("llava_onevision")), make_selector("visionzip"))
+    with pytest.raises(UnsupportedModelError, match=r"no CLS token.*attention=received"):
+        RankingSource(adapter_for(model_of("llava_onevision")), make_selector("hired"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_keys_of_a_tower_with_rotary_positions(family):
+    """As the tower's own attention rotates them, mean over heads and over the patches of a token."""
+    model, inputs = model_of(family), prompts(family, (0, 2))
+    adapter, seen, shown = adapter_for(model), {}, {}
+    module = adapter.received_attention_module()
+
+    def own(attention, args, kwargs):
+        rows = args[0] if args else kwargs["hidden_states"]
+        query, key, _ = attention.qkv(rows).reshape(len(rows), 3, attention.num_heads, -1).unbind(1)
+        seen["keys"] = apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])[1].mean(dim=1)
+
+    hook = module.register_forward_pre_hook(own, with_kwargs=True)
+    handle = adapter.capture("keys", partial(shown.__setitem__, "keys"))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            expected = seen["keys"].unflatten(0, (-1, 4)).mean(dim=1)
+    finally:
+        hook.remove()
+        handle.remove()
+    if family == "qwen2_5_vl":  # the tower orders cells by windows
+        distance = (shown["keys"][:, None] - expected[None]).abs().amax(dim=-1)
+        assert float(distance.min(dim=1).values.max()) < 1e-5
+        assert sorted(distance.argmin(dim=1).tolist()) == list(range(len(expected)))
+    else:
+        torch.testing.assert_close(shown["keys"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dop_search.pruning.in_decoder.adaptinfer import AdaptInferSelector
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
 from dop_search.pruning.in_decoder.dart import DartSelector
+from dop_search.pruning.in_decoder.entropyprune import EntropyPruneSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
@@ -19,7 +21,9 @@ _SELECTORS: tuple[type[StageSelector], ...] = (
     PyramidDropSelector,
     SparseVlmSelector,
     SparseVlm2Selector,
+    AdaptInferSelector,
     DartSelector,
+    EntropyPruneSelector,
     FitPruneSelector,
     IvcPruneSelector,
 )

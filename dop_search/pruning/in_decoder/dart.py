@@ -71,6 +71,6 @@ class DartSelector(StageSelector):
         return np.array([*chosen, *np.flatnonzero(pool)], dtype=np.int64)
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class; text before the image, which gives no pivots, is not significantly different."""
+        """See base class; text before the image gives no pivots, but is counted."""
         pivots = min(self.num_pivots, num_candidates) + min(self.num_text_pivots, num_text)
         return 2 * dims.hidden_size * (num_rows * dims.kv_width + pivots * num_candidates)

@@ -35,6 +35,7 @@ from dop_search.pruning.in_decoder.base import (
     best_first,
 )
 from dop_search.pruning.layer import rotate
+from dop_search.selectors.base import group_sums
 from dop_search.strategy.operations import ModelDims
 
 RECYCLED_SHARE = 0.3
@@ -169,7 +170,7 @@ def num_recycled(num_leaving: int) -> int:
 def cluster_means(states: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """The centres of ``states`` ``[n, width]`` and the means of their clusters ``[num_clusters, width]``."""
     centres, members = density_peaks(states, num_clusters)
-    sums = torch.zeros(len(centres), states.shape[1], device=states.device).index_add_(0, members, states)
+    sums = group_sums(states, members, len(centres))
     return centres, sums / members.bincount(minlength=len(centres))[:, None]
 
 
