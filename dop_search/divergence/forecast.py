@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dop_search.divergence.memory import TOGETHER, Footprint, Rows, SampleSize
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
@@ -137,11 +138,11 @@ class ChunkForecast:
             standing -= self.footprint.states(2 * sum(lengths))  # the input and the state on the way are kept ones
         self._work.peak_bytes = max(self._work.peak_bytes, standing + moving)
 
-    @property
+    @cached_property
     def _lengths(self) -> list[int]:
         return [sample.length - self._past for sample in self.samples]
 
-    @property
+    @cached_property
     def _past(self) -> int:
         return min(sample.prefix for sample in self.samples)
 

@@ -126,7 +126,7 @@ PLACES = list(places(example_record().to_json()))
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(place=st.sampled_from(PLACES), value=VALUES, delete=st.booleans())
 def test_any_record_is_read_as_it_stands_or_refused_in_words(
     place: tuple[Any, ...], value: Any, delete: bool, tmp_path: Path

@@ -126,17 +126,33 @@ def run_composed(overrides: list[str]) -> Path:
     return run_study(config, SilentProgress()).folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some studies need the full model's answers even where they measure nothing: those are the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def check_that_nothing_changes(experiment: str, place: Path, cache: Path) -> None:
+    folder, given = committed(experiment, f"cache_dir={cache}", f"study.folder={place}")
+    run_composed(given)
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".png"):
+            assert (place / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.slow
+@pytest.mark.drawn
 @pytest.mark.parametrize("experiment", PUBLISHED)
-def test_a_committed_study_measures_and_changes_nothing(experiment: str, tmp_path: Path) -> None:
-    """Neither in its own folder (here a copy) nor in a new one, which begins with it."""
-    folder, given = committed(experiment, f"cache_dir={tmp_path / 'cache'}")
-    shutil.copytree(folder, tmp_path / "copy")
-    for place in (tmp_path / "copy", tmp_path / "new"):
-        run_composed([*given, f"study.folder={place}"])
-        for path in folder.iterdir():
-            if path.suffix in (".json", ".png"):
-                assert (place / path.name).read_bytes() == path.read_bytes(), path.name
+def test_a_committed_study_measures_and_changes_nothing(experiment: str, tmp_path: Path, cache: Path) -> None:
+    """In a new folder, which begins with it."""
+    check_that_nothing_changes(experiment, tmp_path / "new", cache)
+
+
+@pytest.mark.slow
+@pytest.mark.drawn
+def test_a_study_that_is_done_changes_nothing_in_its_own_folder(tmp_path: Path, cache: Path) -> None:
+    shutil.copytree(committed("solver")[0], tmp_path / "copy")
+    check_that_nothing_changes("solver", tmp_path / "copy", cache)
 
 
 def test_rows_of_another_setup_are_not_taken(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ KEYS = ["image", "images", "question", "answer", "id", "family", "system", "conv
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3), drop=st.sets(st.sampled_from(KEYS[:3])))
 def test_any_line_is_a_sample_or_refused_in_words(changes, drop, folder):
     item = {name: value for name, value in {"image": "0.png", "question": "What?"}.items() if name not in drop}
@@ -224,7 +224,7 @@ def test_any_line_is_a_sample_or_refused_in_words(changes, drop, folder):
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=60) | st.text(alphabet='[]{}",:\\u0d8ae1N\n ', max_size=40).map(str.encode))
 def test_any_bytes_are_refused_in_words(content, folder):
     (folder / "fuzz.jsonl").write_bytes(content)

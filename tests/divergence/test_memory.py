@@ -25,7 +25,7 @@ from dop_search.strategy import Strategy
 from dop_search.testing.peak_memory import peak_memory
 from dop_search.utils.errors import ConfigError, MemoryLimitError
 
-LAYERS = 8
+LAYERS = 5
 
 
 def curve_strategies(num_layers: int, num_visual: int) -> list[Strategy]:
@@ -36,7 +36,7 @@ def curve_strategies(num_layers: int, num_visual: int) -> list[Strategy]:
     return [strategy for strategy in points if not strategy.is_empty]
 
 
-def random_strategies(num_layers: int, num_visual: int, count: int = 20) -> list[Strategy]:
+def random_strategies(num_layers: int, num_visual: int, count: int = 8) -> list[Strategy]:
     selector = "random" if num_layers == LAYERS else "cls_attention"
     rng = np.random.default_rng(0)
     depths = rng.integers(0, num_layers + 1, (count, 3)).tolist()
@@ -99,7 +99,7 @@ def limit(adapter, activations: float) -> float:
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
     loaded, teacher = precise
-    strategies = random_strategies(12, 144, 24)
+    strategies = random_strategies(12, 144, 8)
     free = DivergenceEngine(loaded.adapter, teacher)
     expected = free.evaluate(strategies)
     assert expected.max() > 0.1
@@ -120,7 +120,7 @@ def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
 @pytest.mark.slow
 def test_kept_on_the_host_or_nowhere_changes_no_bit(precise):
     loaded, teacher = precise
-    strategies = random_strategies(12, 144, 5)
+    strategies = random_strategies(12, 144, 3)
     values = {}
     for place in ("device", "host", "nowhere"):
         engine = DivergenceEngine(loaded.adapter, teacher, batch_size=2)
@@ -149,7 +149,7 @@ def test_refuses_what_is_no_limit(precise, memory):
 def test_halves_what_does_not_fit_and_remembers(precise, monkeypatch):
     """Whatever forecasts say, a device may be fuller than it seemed."""
     loaded, teacher = precise
-    strategies = random_strategies(12, 144, 8)
+    strategies = random_strategies(12, 144, 4)
     expected = DivergenceEngine(loaded.adapter, teacher).evaluate(strategies)
     most, rows = 400, []
 

@@ -218,54 +218,54 @@ def test_an_interrupted_suite_goes_on_where_it_stopped(pocket, few_rows, monkeyp
     assert measured == ["gqa", "stopped", "mme", "scienceqa"]
 
 
-@pytest.mark.slow
-def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, tmp_path):
+def answer_by_command(folder, few_rows, *launcher):
+    """lmms-eval's own command, in ``folder``: results, answers by task and row, and what its bars show."""
     work_dir, suite = few_rows
-    STRATEGY.save(tmp_path / "strategy.json")
+    STRATEGY.save(folder / "strategy-0.3.json")
     command = [
-        *(sys.executable, "-m", "lmms_eval", "--model", "dop", "--batch_size", "8", "--include_path"),
+        *(sys.executable, *launcher, "-m", "lmms_eval", "--model", "dop", "--batch_size", "4", "--include_path"),
         *(str(work_dir / "tasks" / suite.name), "--tasks", suite.name, "--log_samples", "--output_path", "out"),
-        *("--model_args", f"pretrained=pocket,strategy={tmp_path / 'strategy.json'},device=cpu"),
+        *("--model_args", "pretrained=pocket,delta=strategy-0.3.json,device=cpu"),
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-    files = list(tmp_path.glob("out/**/*_results.json"))
-    assert files, done.stdout[-2000:] + done.stderr[-4000:]
-    theirs = json.loads(files[0].read_text())["results"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+    files = list(folder.glob("out/strategy-0.3.json/*_results.json"))
+    assert len(files) == 1, done.stdout[-2000:] + done.stderr[-4000:]
+    said = []
+    for file in files[0].parent.glob("*_samples_*.jsonl"):
+        task = file.stem.split("_samples_")[1]
+        said += [(task, row["doc_id"], row["filtered_resps"]) for row in map(json.loads, file.read_text().splitlines())]
+    shown = set(re.findall(r"Model Responding: 100%.*? (\d+)/(\d+) ", done.stderr))
+    return json.loads(files[0].read_text())["results"], sorted(said), shown
+
+
+@pytest.fixture(scope="module")
+def by_command(few_rows, tmp_path_factory):
+    """In one process; the results lie in a folder of the strategy's name."""
+    return answer_by_command(tmp_path_factory.mktemp("command"), few_rows)
+
+
+@pytest.mark.slow
+def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, by_command):
+    work_dir, suite = few_rows
+    theirs, said, shown = by_command
     ours = score_suite(pocket, suite, STRATEGY, work_dir=work_dir).scores
     assert 100 * theirs["few_gqa"]["exact_match,none"] == pytest.approx(ours["gqa"].score)
     assert 100 * theirs["few_scienceqa"]["exact_match,none"] == pytest.approx(ours["scienceqa"].score)
     assert theirs["few_mme"]["mme_perception_score,none"] == pytest.approx(ours["mme"].score)
-    logged = next(tmp_path.glob("out/**/*_samples_few_mme.jsonl")).read_text().splitlines()
-    said = {entry["doc_id"]: entry["filtered_resps"] for entry in map(json.loads, logged)}
-    assert said == {sample.doc_id: sample.prediction for sample in ours["mme"].samples}
+    expected = {sample.doc_id: sample.prediction for sample in ours["mme"].samples}
+    assert {row: answer for task, row, answer in said if task == "few_mme"} == expected
+    assert shown == {(str(len(said)),) * 2}
 
 
 @pytest.mark.slow
-def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, tmp_path):
-    """As ``torchrun`` and ``accelerate launch`` start them; the results lie in a folder of the strategy's name."""
-    work_dir, suite = few_rows
-    STRATEGY.save(tmp_path / "strategy-0.3.json")
-    arguments = [
-        *("-m", "lmms_eval", "--model", "dop", "--batch_size", "4", "--include_path"),
-        *(str(work_dir / "tasks" / suite.name), "--tasks", "few_gqa,few_mme", "--log_samples"),
-        *("--model_args", "pretrained=pocket,delta=strategy-0.3.json,device=cpu"),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    said, results = {}, {}
-    for number, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        command = [sys.executable, *launcher, *arguments, "--output_path", f"out{number}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-        files = list(tmp_path.glob(f"out{number}/strategy-0.3.json/*_results.json"))
-        assert len(files) == 1, done.stdout[-2000:] + done.stderr[-4000:]
-        results[number] = json.loads(files[0].read_text())["results"]
-        logged = (line for file in sorted(files[0].parent.glob("*.jsonl")) for line in file.read_text().splitlines())
-        said[number] = [(entry["doc_id"], entry["filtered_resps"]) for entry in map(json.loads, logged)]
-        shown = re.findall(r"Model Responding: 100%.*? (\d+)/(\d+) ", done.stderr)
-        assert set(shown) == {(str(12 // number),) * 2}, "the first process shows a bar of its own share"
-    assert sorted(said[1]) == sorted(said[2])
-    assert len(said[2]) == 12, "no row is answered by both"
-    assert results[1] == results[2]
+def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, by_command, tmp_path):
+    """As ``torchrun`` and ``accelerate launch`` start them."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    results, said, shown = answer_by_command(tmp_path, few_rows, *launcher)
+    assert shown == {(str(len(said) // 2),) * 2}, "the first process shows a bar of its own share"
+    assert said == by_command[1], "no row is answered by both"
+    assert results == by_command[0]
 
 
 def test_a_suite_is_scored_by_one_process(pocket, few_rows, monkeypatch, tmp_path):

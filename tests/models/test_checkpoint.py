@@ -308,7 +308,7 @@ def leaves(value, path=()):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_damage_is_refused_in_words_or_harmless(data, saved, tmp_path_factory):
     """Whatever loads has every weight of the file: its fingerprint is the undamaged model's, or its numbers differ."""

@@ -44,7 +44,7 @@ class TestLlava(Family):
 
     __test__ = True
     model_type = "llava"
-    max_examples = 15
+    max_examples = 8
 
 
 @pytest.mark.slow

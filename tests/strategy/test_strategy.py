@@ -338,7 +338,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
 def test_any_file_is_a_strategy_or_refused_in_words(changes: dict[str, Any], tmp_path: Path) -> None:
     data = valid_json()

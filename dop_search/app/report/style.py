@@ -82,7 +82,11 @@ def plain_decades(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the suffix, atomically and without a date (same input, same bytes)."""
+    """Write a figure in the format of the suffix, atomically and without a date (same input, same bytes).
+
+    The first format lays the figure out for all: that takes as long as drawing it.
+    """
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix)
     with styled():
         write_atomic(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
+    figure.set_layout_engine("none")

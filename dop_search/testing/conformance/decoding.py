@@ -27,7 +27,7 @@ from dop_search.testing.strategies import dop_strategies
 from dop_search.utils.errors import DopError
 
 NUM_NEW_TOKENS = 7
-NUM_LONG_TOKENS = 256
+NUM_LONG_TOKENS = 128
 NUM_BEAMS = 3
 
 

@@ -82,6 +82,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_the_command_writes_every_figure_and_a_self_contained_page(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_command_writes_every_figure_and_a_self_contained_page(
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_the_same_record_gives_the_same_page() -> None:
     record = example_record()
     assert page(record, figures(record, example_curves())) == page(record, figures(record, example_curves()))
