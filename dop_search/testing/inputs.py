@@ -1,4 +1,4 @@
-"""Random inputs for tiny models: one sample, and left-padded batches of samples. No processor is needed.
+"""Random inputs for small models: one sample, left-padded batches of samples, and packed rows.
 
 A sample is the dictionary of keyword arguments of ``model(**sample)`` with a batch dimension of 1.
 """
@@ -6,7 +6,6 @@ A sample is the dictionary of keyword arguments of ``model(**sample)`` with a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,68 +15,17 @@ from transformers import PreTrainedModel
 
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.text import MARKERS_KEY
-from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.processors import drawn_image
 from dop_search.testing.reference import decoder_of, visual_positions, visual_token_ids
-from dop_search.testing.sizes import ANYRES_TILE_SIZE, IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, PAD_TOKEN_ID
+from dop_search.testing.sizes import NUM_SPECIAL_TOKENS, PAD_TOKEN_ID
 
 Inputs = dict[str, Tensor]
 
 _LEFT_PADDED = {"input_ids": PAD_TOKEN_ID, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 _DRAWN_SIZES = ((40, 28), (30, 60), (56, 50))
-_QWEN_GRIDS = ((4, 4), (3, 6), (5, 3))
-_ANYRES_SIZES = ((1, 2), (2, 1), (2, 2))
-_INTERNVL_TILES = (2, 1, 2)
 _CONTEXT_LENGTHS = (14, 16, 20)
 NUM_IMAGE_SHAPES = 3
-"""Image shapes that :func:`tiny_sample` knows; families of fixed resolution ignore the choice."""
-
-
-def tiny_sample(
-    model: PreTrainedModel,
-    num_text_before: int = 3,
-    num_text_after: int = 4,
-    seed: int = 0,
-    num_images: int = 1,
-    image_shape: int = 0,
-) -> Inputs:
-    """One random prompt: text, images with two text tokens between any two, text.
-
-    Args:
-        model: a model of :func:`dop_search.testing.models.tiny_model`.
-        num_text_before, num_text_after: text tokens before the first and after the last image.
-        seed: of tokens and pixels.
-        num_images: images in the prompt.
-        image_shape: which of ``NUM_IMAGE_SHAPES`` sizes the images have, where the family allows it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    blocks = [num_text_before, *[2] * (num_images - 1), num_text_after]
-    vocabulary = model.config.get_text_config().vocab_size
-    if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
-        return _context_sample(blocks, _CONTEXT_LENGTHS[image_shape % NUM_IMAGE_SHAPES], markers, vocabulary, generator)
-    vision = _vision_inputs(model, num_images, image_shape % NUM_IMAGE_SHAPES, generator)
-    if vision is None:
-        processor = _processor_of(model.config.model_type)
-        return processed_sample(model, processor, num_text_before, num_text_after, seed, num_images, image_shape)
-    multimodal: Any = model  # `get_image_features` is declared by the families, not by PreTrainedModel
-    with torch.no_grad():
-        features = multimodal.get_image_features(**vision, return_dict=True).pooler_output
-    # InternVL returns one entry per tile; its tiles of one image follow each other without a separator.
-    per_entry = [len(feature) for feature in features]
-    entries_per_image = len(per_entry) // num_images
-    pieces: list[Tensor] = []
-    for index, length in enumerate(blocks):
-        pieces.append(torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator))
-        if index < num_images:
-            count = sum(per_entry[index * entries_per_image : (index + 1) * entries_per_image])
-            pieces.append(torch.full((count,), IMAGE_TOKEN_ID))
-    input_ids = torch.cat(pieces)[None]
-    sample = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **vision}
-    if "image_grid_thw" in vision:
-        sample["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN_ID).int()
-    return sample
-
-
-_processor_of = cache(tiny_processor)
+"""Image shapes that there are; families of fixed resolution ignore the choice."""
 
 
 def processed_sample(
@@ -89,9 +37,17 @@ def processed_sample(
     num_images: int = 1,
     image_shape: int = 0,
 ) -> Inputs:
-    """As :func:`tiny_sample`, for any family: a processor prepares drawn images, and random text stands around them.
+    """One prompt: random text, drawn images as a processor prepares them, random text.
 
     What the processor writes between visual tokens (ends of rows, names of tiles) stays.
+
+    Args:
+        model: of any family.
+        processor: the family's.
+        num_text_before, num_text_after: text tokens before the first and after the last image.
+        seed: of tokens and pictures.
+        num_images: images in the prompt.
+        image_shape: which of ``NUM_IMAGE_SHAPES`` sizes the images have, where the family allows it.
     """
     size = _DRAWN_SIZES[image_shape % NUM_IMAGE_SHAPES]
     images = [drawn_image(*size, seed=10 * seed + index) for index in range(num_images)]
@@ -121,17 +77,27 @@ def random_text(model: PreTrainedModel, length: int, seed: int) -> Tensor:
     return vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)]
 
 
-def _context_sample(
-    blocks: Sequence[int], count: int, markers: Sequence[Sequence[int]], vocabulary: int, generator: torch.Generator
+def context_sample(
+    model: PreTrainedModel,
+    num_text_before: int = 3,
+    num_text_after: int = 4,
+    seed: int = 0,
+    num_images: int = 1,
+    image_shape: int = 0,
 ) -> Inputs:
-    """Text with contexts of ``count`` tokens in the place of images; the markers are text as well."""
-    opening, closing = (torch.tensor(marker) for marker in markers)
-    pieces: list[Tensor] = []
-    for index, length in enumerate(blocks):
-        pieces.append(torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator))
-        if index + 1 < len(blocks):
-            inside = torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (count,), generator=generator)
-            pieces += [opening, inside, closing]
+    """As :func:`processed_sample`, for models that read text alone: contexts in the place of images.
+
+    The markers are text as well.
+    """
+    opening, closing = (torch.tensor(marker) for marker in getattr(model.config, MARKERS_KEY))
+    vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(seed)
+
+    def words(length: int) -> Tensor:
+        return torch.randint(NUM_SPECIAL_TOKENS, vocabulary, (length,), generator=generator)
+
+    pieces = [words(num_text_before)]
+    for length in (*[2] * (num_images - 1), num_text_after):
+        pieces += [opening, words(_CONTEXT_LENGTHS[image_shape % NUM_IMAGE_SHAPES]), closing, words(length)]
     input_ids = torch.cat(pieces)[None]
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -177,58 +143,7 @@ def pack_rows(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
     return {**packed, "input_ids": input_ids, "position_ids": torch.cat(positions, dim=-1)}
 
 
-def tiny_inputs(
-    model: PreTrainedModel,
-    text_lengths: Sequence[tuple[int, int]] = ((3, 4), (5, 7)),
-    seed: int = 0,
-    image_shapes: Sequence[int] | None = None,
-) -> Inputs:
-    """A left-padded batch with one sample per ``(text tokens before, text tokens after)`` the image.
-
-    ``image_shapes`` gives each sample's choice in :func:`tiny_sample`; by default all have shape 0.
-    """
-    shapes = [0] * len(text_lengths) if image_shapes is None else list(image_shapes)
-    return collate(
-        [
-            tiny_sample(model, before, after, seed=1000 * seed + index, image_shape=shape)
-            for index, ((before, after), shape) in enumerate(zip(text_lengths, shapes, strict=True))
-        ]
-    )
-
-
 def _fill(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Zeros at the end of every axis but the first."""
     more = [part for size, has in zip(shape, tensor.shape[1:], strict=True) for part in (size - has, 0)]
     return pad(tensor, more[::-1])
-
-
-def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generator: torch.Generator) -> Inputs | None:
-    """Keyword arguments of ``get_image_features`` with random pixels; ``None`` where a processor has to make them."""
-    family, vision = model.config.model_type, model.config.vision_config
-    dtype = model.dtype
-
-    def pixels(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-
-    if family == "llava":
-        return {"pixel_values": pixels(num_images, 3, vision.image_size, vision.image_size)}
-    if family == "internvl":
-        side = vision.image_size[0]
-        return {"pixel_values": pixels(num_images * _INTERNVL_TILES[shape], 3, side, side)}
-    if family in ("llava_next", "llava_onevision"):
-        rows, columns = _ANYRES_SIZES[shape]
-        side = ANYRES_TILE_SIZE
-        return {
-            "pixel_values": pixels(num_images, 1 + rows * columns, 3, side, side),
-            "image_sizes": torch.tensor([[rows * side, columns * side]] * num_images),
-        }
-    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
-        merge = vision.spatial_merge_size
-        height, width = (merge * n for n in _QWEN_GRIDS[shape])
-        channels = getattr(vision, "in_channels", 3)
-        width_of_patch = channels * vision.temporal_patch_size * vision.patch_size**2
-        return {
-            "pixel_values": pixels(num_images * height * width, width_of_patch),
-            "image_grid_thw": torch.tensor([[1, height, width]] * num_images),
-        }
-    return None

@@ -1,18 +1,9 @@
-"""The real processors of the families for the tiny models, and drawn images and videos for them."""
+"""Drawn images and videos for a family's processor."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from PIL import Image, ImageDraw
-
-from dop_search.testing.families import TINY_FAMILIES
-
-
-def tiny_processor(model_type: str) -> Any:
-    """The family's processor for :func:`dop_search.testing.models.tiny_model`."""
-    return TINY_FAMILIES[model_type].processor()
 
 
 def drawn_image(width: int, height: int, seed: int = 0) -> Image.Image:

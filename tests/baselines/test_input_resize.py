@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence
@@ -18,8 +20,7 @@ from dop_search.models import adapter_for
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs, with_answer
 from dop_search.selectors import make_selector
-from dop_search.testing.models import tiny_model
-from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.processors import drawn_image
 from dop_search.testing.sizes import ANYRES_TILE_SIZE
 from dop_search.utils.errors import BudgetError, DopError
 

@@ -7,6 +7,8 @@ import functools
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import tiny_llava
 from transformers import PreTrainedModel
 
 import dop_search as dop
@@ -16,9 +18,7 @@ from dop_search.models import adapter_for
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import tiny_inputs, tiny_sample
 from dop_search.testing.measure import cache_lengths, model_state, state_difference
-from dop_search.testing.models import tiny_llava
 from dop_search.testing.reference import text_positions
 from dop_search.utils.errors import DopError
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_sample
+from support.tiny_models import tiny_model
 
 from dop_search.baselines import FitContext
 from dop_search.baselines.fitprune import layer_inputs
@@ -16,8 +18,6 @@ from dop_search.models.prompts import with_answer
 from dop_search.selectors import SelectionSizes, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import tiny_sample
-from dop_search.testing.models import tiny_model
 
 ANSWER = (7, 8, 9)
 

@@ -10,6 +10,8 @@ import in_decoder_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from support.tiny_inputs import tiny_sample
+from support.tiny_models import tiny_llava
 from transformers import PreTrainedModel
 
 import dop_search as dop
@@ -23,9 +25,8 @@ from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import Inputs, collate, tiny_sample
+from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.measure import cache_lengths
-from dop_search.testing.models import tiny_llava
 from dop_search.testing.reference import append_tokens, masked_forward, text_positions, visual_positions
 from dop_search.utils.errors import DopError, StrategyError
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.data.jsonl import read_jsonl
@@ -21,8 +23,7 @@ from dop_search.models.fingerprint import weights_fingerprint
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import chat_prompt, model_inputs, sample_prompt
 from dop_search.selectors import make_selector
-from dop_search.testing.models import tiny_model
-from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.processors import drawn_image
 from dop_search.utils.errors import DataError, DopError
 
 processor_of = cache(tiny_processor)

@@ -45,7 +45,7 @@ print(json.dumps([out.sequences.tolist(), cached, sorted(imported)]))
 """
 CONFORMANCE = """
 from dop_search.testing.conformance import PruningConformance
-from dop_search.testing.models import tiny_model
+from support.tiny_models import tiny_model
 
 class TestMine(PruningConformance):
     def make_model(self, attn_implementation):

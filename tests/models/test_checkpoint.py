@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.models import FAMILIES
 from dop_search.models.fingerprint import weights_fingerprint
 from dop_search.models.pocket import POCKET_VARIANTS, pocket_path
-from dop_search.testing.models import tiny_model
-from dop_search.testing.processors import tiny_processor
 from dop_search.utils.errors import CheckpointError, DopError, UnsupportedModelError
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 21800000\n"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import tiny_llava
 from transformers import (
     AutoModelForImageTextToText,
     GemmaConfig,
@@ -24,8 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dop_search as dop
 from dop_search.models import adapter_for
-from dop_search.testing.inputs import tiny_inputs, tiny_sample
-from dop_search.testing.models import IMAGE_TOKEN_ID, TinySizes, randomize_, tiny_llava
+from dop_search.testing.models import randomize_
+from dop_search.testing.sizes import IMAGE_TOKEN_ID, TinySizes
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 TEXT = TinySizes().text()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.data.samples import Sample
@@ -16,9 +18,8 @@ from dop_search.models.prompts import chat_prompt, model_inputs
 from dop_search.selectors import make_selector
 from dop_search.testing.conformance.processing import QUESTIONS, SIZES, drawn_samples
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_model
 from dop_search.testing.naive import naive_divergence
-from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.processors import drawn_image
 from dop_search.testing.strategies import dop_strategies
 from dop_search.utils.errors import DataError, DopError, UnsupportedModelError
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_sample
 from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig, LlavaConfig
 
 import dop_search as dop
 from dop_search.models import adapter_for
-from dop_search.testing.inputs import collate, tiny_sample
-from dop_search.testing.models import IMAGE_TOKEN_ID, TinySizes, randomize_
+from dop_search.testing.inputs import collate
+from dop_search.testing.models import randomize_
 from dop_search.testing.reference import masked_forward, text_positions
+from dop_search.testing.sizes import IMAGE_TOKEN_ID, TinySizes
 from dop_search.utils.errors import UnsupportedModelError
 
 

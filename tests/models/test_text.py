@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_sample
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.data.samples import Sample, with_context
@@ -18,8 +20,7 @@ from dop_search.models.text import MARKERS_KEY, context_mask
 from dop_search.models.text_processor import TextProcessor
 from dop_search.pruning.asking import attention_from_text
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import collate, tiny_sample
-from dop_search.testing.models import tiny_model
+from dop_search.testing.inputs import collate
 from dop_search.testing.reference import _between, masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import corner_strategy, random_rankings
 from dop_search.testing.tokenizer import tiny_tokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 
 from dop_search.models import adapter_for
@@ -11,9 +13,10 @@ from dop_search.models.internvl import InternVLAdapter
 from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
-from dop_search.testing.models import TinySizes, randomize_, tiny_config, tiny_model
+from dop_search.testing.models import randomize_
 from dop_search.testing.painting import canvas_of, check_painted_patches
-from dop_search.testing.processors import drawn_image, drawn_video, tiny_processor
+from dop_search.testing.processors import drawn_image, drawn_video
+from dop_search.testing.sizes import TinySizes
 
 
 def finer_model(family):

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_llava, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dop_search.models.capture import attention_flops, mlp_flops
 from dop_search.models.families import adapter_for
 from dop_search.models.tower_depth import tower_depth_flops, tower_depths
-from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_llava, tiny_model
 from dop_search.utils.errors import StrategyError
 
 DEPTHS = [(0, 0), (1, 2), (2, 0), (3, 3)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_llava
 from torch._dynamo.utils import counters
 
 import dop_search as dop
 from dop_search.testing.conformance.base import generate, max_text_difference
-from dop_search.testing.inputs import tiny_inputs
-from dop_search.testing.models import tiny_llava
 
 pytestmark = pytest.mark.slow
 

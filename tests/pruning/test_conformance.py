@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from support.tiny_families import TINY_FAMILIES, tiny_processor
+from support.tiny_models import tiny_model
 from transformers import (
     GemmaConfig,
     PaliGemmaConfig,
@@ -17,9 +19,8 @@ from transformers import (
 
 from dop_search.models import FAMILIES
 from dop_search.testing.conformance import AdapterConformance, PruningConformance
-from dop_search.testing.families import TINY_FAMILIES
-from dop_search.testing.models import IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS, randomize_, tiny_model
-from dop_search.testing.processors import tiny_processor
+from dop_search.testing.models import randomize_
+from dop_search.testing.sizes import IMAGE_TOKEN_ID, NUM_SPECIAL_TOKENS
 
 
 class Family(PruningConformance):

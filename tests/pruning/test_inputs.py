@@ -7,14 +7,15 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.models import adapter_for
 from dop_search.pruning.packed import find_packing
 from dop_search.testing.conformance.base import max_difference, max_text_difference
 from dop_search.testing.conformance.decoding import generate_arguments
-from dop_search.testing.inputs import collate, pack_rows, tiny_inputs, tiny_sample
-from dop_search.testing.models import tiny_model
+from dop_search.testing.inputs import collate, pack_rows
 from dop_search.testing.reference import append_tokens, masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import CORNERS, corner_strategy, random_rankings
 from dop_search.utils.errors import DopError, UnsupportedModelError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_model
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -12,8 +14,7 @@ from dop_search.pruning import prune_, pruned
 from dop_search.pruning.attention import bottom_right_causal, lower_right
 from dop_search.pruning.layer import PLAIN_RMS_NORMS, normalize
 from dop_search.strategy import Strategy
-from dop_search.testing.inputs import tiny_inputs
-from dop_search.testing.models import IMAGE_TOKEN_ID, tiny_model
+from dop_search.testing.sizes import IMAGE_TOKEN_ID
 from dop_search.utils.errors import DopError
 
 

@@ -11,12 +11,13 @@ from functools import cache
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import tiny_model
 
 import dop_search as dop
 from dop_search.testing.conformance.base import max_text_difference
-from dop_search.testing.inputs import collate, tiny_inputs, tiny_sample
+from dop_search.testing.inputs import collate
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_model
 from dop_search.testing.reference import masked_forward, visual_positions, visual_token_ids
 from dop_search.testing.strategies import corner_strategy, random_rankings
 from dop_search.utils.errors import DopError, UnsupportedModelError

@@ -14,14 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import TINY_MODELS, tiny_llava, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import MODULES
-from dop_search.testing.inputs import Inputs, collate, tiny_inputs, tiny_sample
+from dop_search.testing.inputs import Inputs, collate
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import TINY_MODELS, tiny_llava, tiny_model
 from dop_search.testing.reference import (
     masked_forward,
     masked_generate,

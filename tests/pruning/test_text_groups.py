@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs, tiny_sample
+from support.tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,8 +21,7 @@ from dop_search.pruning.text_groups import TextGroups, text_groups_flops, text_s
 from dop_search.strategy.cost.flops import strategy_flops
 from dop_search.strategy.operations import TokenCounts
 from dop_search.strategy.policy import GroupPolicy
-from dop_search.testing.inputs import collate, tiny_inputs, tiny_sample
-from dop_search.testing.models import tiny_model
+from dop_search.testing.inputs import collate
 from dop_search.testing.reference import (
     OperationMasks,
     append_tokens,

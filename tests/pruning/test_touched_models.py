@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 
 import dop_search as dop
 from dop_search.pruning import context
 from dop_search.pruning.context import is_pruned
-from dop_search.testing.inputs import tiny_inputs
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_model
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 LAYERS = 4

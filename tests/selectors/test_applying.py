@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from support.answers import answer_questions
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
@@ -14,8 +16,6 @@ from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
 from dop_search.selectors import SELECTORS, Selection, SelectionSizes, Selector, make_selector
-from dop_search.testing.inputs import tiny_inputs
-from dop_search.testing.models import tiny_model
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 LAYERS = 12

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 import dop_search as dop
@@ -18,8 +20,7 @@ from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SELECTORS, make_selector
 from dop_search.testing.measure import model_state, state_difference
-from dop_search.testing.models import tiny_model
-from dop_search.testing.processors import drawn_image, tiny_processor
+from dop_search.testing.processors import drawn_image
 from dop_search.utils.errors import UnsupportedModelError
 
 TOWERS = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "vipllava")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import slow_selection as slow
 import torch
+from support.tiny_inputs import tiny_sample
+from support.tiny_models import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import dop_search as dop
@@ -17,8 +19,7 @@ from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 from dop_search.selectors.grid_cells import grid_cells, smaller_grid
 from dop_search.selectors.tome import merge_schedule
-from dop_search.testing.inputs import collate, tiny_sample
-from dop_search.testing.models import tiny_model
+from dop_search.testing.inputs import collate
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenCounts
-from dop_search.testing.inputs import Inputs, collate, processed_sample, tiny_sample
+from dop_search.testing.inputs import Inputs, collate, context_sample, processed_sample
 from dop_search.testing.reference import text_positions, visual_positions
 from dop_search.testing.strategies import corner_strategy, random_rankings
 
@@ -90,11 +90,11 @@ class ConformanceBase:
     ) -> Inputs:
         """One prompt with a batch dimension of 1: text, images with text between them, text; either end may be none.
 
-        By default the family's processor makes it, or where there is none its tiny inputs.
+        By default the family's processor makes it; a model that reads text alone has contexts for images.
         """
         if (processor := self.processor()) is not None:
             return processed_sample(model, processor, num_text_before, num_text_after, seed, num_images, image_shape)
-        return tiny_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
+        return context_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
 
     def make_processor(self) -> Any:
         """The family's processor for the small model, with a chat template; ``None``: nothing is tested with one."""

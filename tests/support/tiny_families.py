@@ -352,3 +352,8 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 """By ``model_type``."""
+
+
+def tiny_processor(model_type: str) -> Any:
+    """The family's processor for :func:`support.tiny_models.tiny_model`."""
+    return TINY_FAMILIES[model_type].processor()
