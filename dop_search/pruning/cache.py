@@ -31,8 +31,10 @@ class CacheState:
     real: Tensor | None = None
     open: bool = False
 
-    def new_tokens(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+    def new_tokens(self, attention_mask: Tensor | None, length: int, grown: bool = False) -> Tensor | None:
         """Which of ``length`` new tokens are real (``[batch, length]``), by a mask of all tokens; ``None``: all are.
+
+        ``grown``: the mask is the one of the call before with ones after it, which need no wait for the device.
 
         Raises:
             DopError: if the mask says another thing about the earlier tokens than it did when they were fed.
@@ -44,6 +46,8 @@ class CacheState:
                 f"`attention_mask` must cover the {self.num_seen} tokens in the cache and the {length} new ones, but "
                 f"covers {attention_mask.shape[1]}"
             )
+        if grown:
+            return None
         mask = attention_mask.bool()
         earlier, new = mask[:, : self.num_seen], mask[:, self.num_seen :]
         same = earlier.all() if self.real is None else (earlier == self.real).all()
@@ -124,7 +128,8 @@ class PrunedCache(DynamicCache):
 
     def _each_mask(self, change: Callable[[Tensor], Tensor]) -> None:
         state = self.state
-        state.valid = [None if valid is None else change(valid) for valid in state.valid]
+        changed = {id(valid): change(valid) for valid in state.valid if valid is not None}  # layers share them
+        state.valid = [None if valid is None else changed[id(valid)] for valid in state.valid]
         state.real = None if state.real is None else change(state.real)
 
 

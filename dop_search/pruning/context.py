@@ -159,18 +159,18 @@ def prune_(
         source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
         handle.on_restore(source.close)
         decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
-        _attach(handle, adapter, decoder, several_images=selector is not None and selector.several_images)
+        _attach(handle, adapter, decoder)
     return handle
 
 
-def _attach(handle: PruneHandle, adapter: ModelAdapter, decoder: PrunedDecoder, *, several_images: bool) -> None:
+def _attach(handle: PruneHandle, adapter: ModelAdapter, decoder: PrunedDecoder) -> None:
     with ExitStack() as undo:
         undo.callback(handle.restore)
         handle.on_restore(adapter.multimodal.register_forward_pre_hook(decoder.see_call, with_kwargs=True).remove)
         handle.replace(adapter.text_model, "forward", decoder.forward)
         whole: Any = adapter.model
         handle.replace(whole, "forward", Forward(decoder, whole.forward))
-        if several_images:
+        if hasattr(whole, "generate"):
             handle.replace(whole, "generate", Generate(decoder, whole.generate))
         if hasattr(whole, "_prefill"):  # a method of transformers' own: without it chunked prefill is refused
             handle.replace(whole, "_prefill", Prefill(decoder, whole._prefill))

@@ -37,7 +37,8 @@ class Forward(Attached):
 
 
 class Generate(Attached):
-    """``generate()``, which encodes the images before the model sees the prompts that they belong to."""
+    """``generate()``, which encodes the images before the model sees the prompts that they belong to, and whose steps
+    feed one real token each."""
 
     def __init__(self, decoder: PrunedDecoder, generate: Callable[..., Any]) -> None:
         self.decoder, self.generate = decoder, generate
@@ -46,7 +47,13 @@ class Generate(Attached):
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The same ``generate()``."""
         self.decoder.rankings.expect(kwargs.get("input_ids", inputs))
-        return self.generate(inputs, *args, **kwargs)
+        call = self.decoder.call
+        before = call.generating, call.checked
+        call.generating, call.checked = kwargs.get("custom_generate") is None, None
+        try:
+            return self.generate(inputs, *args, **kwargs)
+        finally:
+            call.generating, call.checked = before
 
 
 class Prefill(Attached):

@@ -58,7 +58,9 @@ def find_packing(
     Raises:
         DopError: if rows are packed in a way that would not be respected.
     """
-    sequence = None if positions is None else find_packed_sequence_indices(positions.expand(shape))
+    sequence = None
+    if positions is not None and shape[1] > 1:  # a row of one token is one sequence: no wait for the device
+        sequence = find_packed_sequence_indices(positions.expand(shape))
     if cached and sequence is not None and is_flash(backend):
         raise DopError("packed rows (`position_ids` that restart) fill no cache; pass `use_cache=False`")
     if sequence is None or cached:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from dop_search.pruning.layout import DROPPED, assign_groups, ranked_tokens
 from dop_search.pruning.packed import Packing
@@ -24,6 +25,8 @@ class Call(threading.local):
         beside_embeds: ``input_ids`` that ``generate()`` was given beside ``inputs_embeds``, and does not pass on.
         read: ``[batch, length]`` tokens whose logits a loss reads; ``None``: no labels.
         prompt: the whole prompt, while ``generate()`` feeds it in chunks.
+        generating: whether ``generate()`` is running, with its own loop.
+        checked: the cache whose mask it was last checked with; in later steps it only grows.
     """
 
     def __init__(self) -> None:
@@ -31,6 +34,8 @@ class Call(threading.local):
         self.beside_embeds: Tensor | None = None
         self.read: Tensor | None = None
         self.prompt: Prompt | None = None
+        self.generating = False
+        self.checked: Cache | None = None
 
 
 @dataclass(frozen=True)

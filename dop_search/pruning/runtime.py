@@ -127,7 +127,10 @@ class PrunedDecoder(Attached):
             position_ids = (torch.arange(length, device=device) + state.num_seen)[None]
         rope = self.adapter.rotary(inputs_embeds, position_ids)
         visual = self.adapter.visual_token_mask(seen_ids)
-        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, state.new_tokens(attention_mask, length), read)
+        grown = length == 1 and past_key_values is not None and past_key_values is self.call.checked
+        new = state.new_tokens(attention_mask, length, grown)
+        self.call.checked = past_key_values if self.call.generating else None
+        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, new, read)
         if packing is not None:
             tokens = tokens.unpacked(packing)
         state.open = True
@@ -202,6 +205,7 @@ class PrunedDecoder(Attached):
         hidden = prompt.embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         all_real: dict[int, Tensor] = {}
+        appended: dict[tuple[int, int, int], tuple[Tensor, AttentionPlan]] = {}
         run = None
         if self.stages is not None:
             run = StageRun(self.stages, self.adapter, prompt.num_ranked)
@@ -231,7 +235,7 @@ class PrunedDecoder(Attached):
             if injected is not None:
                 hidden = injected.add(hidden, index, before)
             if cache is not None:
-                self._remember(state, index, layout.attention(step.q, step.kv))
+                self._remember(state, index, layout.attention(step.q, step.kv), appended)
         final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
         full = full.to(hidden.device)
         return full.index_copy(0, final, hidden).view(batch, length, width)
@@ -287,10 +291,22 @@ class PrunedDecoder(Attached):
             all_real[length] = torch.ones(batch, length, dtype=torch.bool, device=device)
         return all_real[length]
 
-    def _remember(self, state: CacheState, index: int, plan: AttentionPlan) -> None:
+    def _remember(
+        self,
+        state: CacheState,
+        index: int,
+        plan: AttentionPlan,
+        appended: dict[tuple[int, int, int], tuple[Tensor, AttentionPlan]],
+    ) -> None:
+        """Note a layer's keys; layers with the same ones share a tensor, and with it the masks of later steps."""
         past, length, device = state.valid[index], state.lengths[index], plan.key_rows.device
         if past is not None or plan.key_valid is not None:
-            state.valid[index] = append_valid(past, length, plan.key_valid, plan.num_samples, plan.num_keys, device)
+            key = (length, id(past), id(plan))
+            if key not in appended:
+                size = plan.num_samples, plan.num_keys
+                valid = append_valid(past, length, plan.key_valid, *size, device)
+                appended[key] = valid, plan  # which lives on, so that its identity stays its own
+            state.valid[index] = appended[key][0]
         state.lengths[index] += plan.num_keys
 
 

@@ -29,7 +29,7 @@ from dop_search.search.surrogate import IntArray
 from dop_search.strategy.cost.budget import Budget
 from dop_search.strategy.cost.model import CostModel
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+SHARES = (0.03, 0.1, 0.3, 1.0)
 """How far up to the corners the passes go; all but the last only look for a better pool."""
 
 SLOPE_STEP, DEPTH_STEP = 1.2, 2.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -167,17 +168,32 @@ class Blocks:
     # -- results --------------------------------------------------------------------------------
 
     def features(self, depths: Depths) -> IntArray:
-        """In how many layers each price is paid ``[n, F]``."""
+        """In how many layers each price is paid ``[n, F]``.
+
+        The layers in which exactly some groups run, and exactly some are keys, are those between two of their depths.
+        """
         sets, count = 1 << self.num_groups, len(depths)
-        bits, layers = 1 << np.arange(self.num_groups), np.arange(self.num_layers - 1)
-        result = np.zeros((count, 2 * sets * sets + sets), dtype=np.int64)
+        result = np.zeros((2 * sets * sets + sets, count), dtype=np.int64)
+        keys = self._between(self.kv_depth[depths.kv].T)
         for column in range(2):
-            runs = (depths.inner[:, column, None, :] > layers[None, :, None]) @ bits  # [n, L - 1]
-            code = runs * sets + self.keys[depths.kv, :-1] + np.arange(count)[:, None] * sets * sets
-            its = np.bincount(code.ravel(), minlength=count * sets * sets).reshape(count, sets * sets)
-            result[:, column * sets * sets : (column + 1) * sets * sets] = its
-        result[np.arange(count), 2 * sets * sets + self.keys[depths.kv, -1]] = 1
-        return result
+            runs = self._between(depths.inner[:, column].T)
+            for chosen, offered in np.ndindex(sets, sets):
+                if chosen & ~offered == 0:  # what is no key is dead, and does not run
+                    first = np.maximum(runs[0][chosen], keys[0][offered])
+                    end = np.minimum(runs[1][chosen], keys[1][offered])
+                    result[(column * sets + chosen) * sets + offered] = np.maximum(end - first, 0)
+        result[2 * sets * sets + self.keys[depths.kv, -1], np.arange(count)] = 1
+        return result.T
+
+    def _between(self, depths: IntArray) -> tuple[list[NDArray[np.int16]], list[NDArray[np.int16]]]:
+        """First layer in which exactly a set of groups is below its depths ``[G, n]``, and the one after the last, of
+        all layers but the last, per set."""
+        its, groups = depths.astype(np.int16), range(self.num_groups)
+        zero, most = np.zeros_like(its[0]), np.full_like(its[0], self.num_layers - 1)
+        sets = range(1 << self.num_groups)
+        first = [reduce(np.maximum, [its[g] for g in groups if not chosen >> g & 1], zero) for chosen in sets]
+        end = [reduce(np.minimum, [its[g] for g in groups if chosen >> g & 1], most) for chosen in sets]
+        return first, end
 
     def cost(self, features: IntArray, level: IntArray) -> IntArray:
         """Exact total cost of depths (given by their features) at levels ``[n]``."""
