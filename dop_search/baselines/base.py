@@ -22,12 +22,12 @@ from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.profiling import MeasuredProfile, OnProgress, token_counts
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
-from dop_search.search import EvaluationStore
+from dop_search.search import Decide, EvaluationStore
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
 
-ProfileOf = Callable[[str, str | None], MeasuredProfile]
+ProfileOf = Callable[[str | None, str | None], MeasuredProfile]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class FitContext:
         profile: the divergence curves of a space and a selector by their names, ``None``: the context's selector; for
             our own searches.
         store: exact divergences of strategies by another selector, for methods that compare selectors.
+        decide: divergences of strategies on a separate draw of samples, ``[num_strategies, num_other_samples]``, for
+            searches that choose among their last few by it.
         on_progress: called with (done, total, what) by methods that measure for long.
         memo: what methods keep between budgets, such as a search's trajectory.
     """
@@ -62,6 +64,7 @@ class FitContext:
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     profile: ProfileOf | None = None
     store: Callable[[str], EvaluationStore] | None = None
+    decide: Decide | None = None
     on_progress: OnProgress | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -76,11 +79,12 @@ class FitContext:
         samples: Sequence[Sample] | None = None,
         profile: ProfileOf | None = None,
         store: Callable[[str], EvaluationStore] | None = None,
+        decide: Decide | None = None,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
         ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
-        teacher's, for methods that resize their images. ``profile``, ``store``: see the class.
+        teacher's, for methods that resize their images. ``profile``, ``store``, ``decide``: see the class.
         """
         if evaluate is None:
             engine = DivergenceEngine(loaded.adapter, teacher)
@@ -100,6 +104,7 @@ class FitContext:
             selector_options=dict(selector_options or {}),
             profile=profile,
             store=store,
+            decide=decide,
         )
 
     @property
@@ -144,14 +149,16 @@ class FitContext:
             raise DopError(f"{method} measures divergences: make the context with FitContext.from_teacher(...)")
         return self.evaluate_at_prompt
 
-    def needs_profile(self, space: str, selector: str | None = None) -> MeasuredProfile:
-        """The divergence curves of a space, with the context's selector or another.
+    def needs_profile(self, space: str | None, selector: str | None = None) -> MeasuredProfile:
+        """The divergence curves of a space, or the configured one, with the context's selector or another.
 
         Raises:
             DopError: if the context has none.
         """
         if self.profile is None:
-            raise DopError(f"{space} is searched on measured curves: use dop_search.fit(...), or give `profile`")
+            raise DopError(
+                f"{space or 'a space'} is searched on measured curves: use dop_search.fit(...), or give `profile`"
+            )
         return self.profile(space, selector)
 
     def needs_store(self, method: str, selector: str) -> EvaluationStore:

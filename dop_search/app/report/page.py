@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dop_search.app.record import Record, Result
 from dop_search.app.report.scores import HEAD, against_uniform, score_notes, score_rows
+from dop_search.app.report.study import KINDS, captions, study_alt_text
 from dop_search.app.report.style import styled
 from dop_search.app.report.text import (
     NONE,
@@ -69,18 +70,29 @@ def page(record: Record, figures: Mapping[str, Figure]) -> str:
     parts += _scores(record)
     for name, (heading, caption) in _CAPTIONS.items():
         if name in figures:
-            alt = escape(alt_text(name, record))
-            image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{_svg(figures[name])}">'
-            parts.append(
-                f"<section><h2>{heading}</h2><figure><div class=scroll>{image}</div><figcaption>{caption}</figcaption>"
-                "</figure></section>"
-            )
+            parts.append(_section(heading, caption, [(alt_text(name, record), figures[name])]))
+    for kind in KINDS:
+        shown = [
+            (study_alt_text(kind, result), figures[name])
+            for result in record.results
+            if (name := f"study_{kind}-{result.budget.text.replace(' ', '-')}") in figures
+        ]
+        if shown:
+            parts.append(_section(*captions(kind), shown))
     parts.append(_provenance(record))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_CSS}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
+
+
+def _section(heading: str, caption: str, shown: Sequence[tuple[str, Figure]]) -> str:
+    images = "".join(
+        f'<div class=scroll><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{_svg(figure)}"></div>'
+        for alt, figure in shown
+    )
+    return f"<section><h2>{heading}</h2><figure>{images}<figcaption>{caption}</figcaption></figure></section>"
 
 
 def _lead(record: Record) -> str:

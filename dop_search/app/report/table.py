@@ -29,8 +29,8 @@ def _add_rows(table: Table, result: Result) -> None:
     table.add_row(
         Text(result.budget.text, style="bold"),
         Text("found", style="bold"),
-        ",".join(policy.attention),
-        ",".join(policy.mlp),
+        "\n".join(policy.attention),
+        "\n".join(policy.mlp),
         policy.num_visual_tokens,
         percent_text(result.flops_ratio),
         kl_text(result.kl_search),

@@ -24,6 +24,9 @@ from dop_search.app.config import (
     SearchConfig,
     parse_config,
 )
+from dop_search.app.config.solvers import JointConfig
+from dop_search.baselines import OWN
+from dop_search.baselines.space_search import SpaceSearch
 from dop_search.strategy.cost import Budget
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
@@ -65,6 +68,15 @@ def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None
 def test_every_option_composes_and_round_trips(choice: str) -> None:
     config = composed(choice, *NEEDED.get(choice, ()))
     assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_any_is_what_the_method_dop_search_chooses_among() -> None:
+    config, method = composed("search=joint", "selector=any", "space=any"), OWN["dop_search"]
+    assert isinstance(method, SpaceSearch)
+    assert isinstance(config.search, JointConfig)
+    assert (config.selector.among, config.space.among) == (method.selectors, method.spaces)
+    assert (config.selector.name, config.space.name) == (method.selectors[0], method.spaces[0])
+    assert (config.search.num_proposals, config.search.num_sampled) == (method.num_proposals, method.num_sampled)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
