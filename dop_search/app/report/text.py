@@ -185,7 +185,9 @@ def notes(record: Record) -> list[str]:
     if timed:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
     verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}{_p_text(result)}" for result in record.results)
-    lines.append(f"Held-out KL against uniform reduction (paired by sample; sign flips, Holm): {verdicts}.")
+    tested = any(result.kl_heldout_difference_p is not None for result in record.results)
+    how = "paired by sample; sign flips, Holm" if tested else "paired by sample"
+    lines.append(f"Held-out KL against uniform reduction ({how}): {verdicts}.")
     if len({item.selector for result in record.results for item in result.candidates}) > 1:
         chosen = ", ".join(f"{result.strategy.selector} at {result.budget.text}" for result in record.results)
         lines.append(f"Selector: {chosen}; {record.data.num_decision} further samples decided among the last few.")
