@@ -86,6 +86,8 @@ class DataInfo(Part):
     num_samples: Count
     num_heldout: Count
     num_test: Count = 0
+    num_decision: Count = 0
+    """Samples that decided among the last few strategies."""
     seed: int = 0
     answers: str = "teacher"
     averaging: str = "per_sample"
@@ -162,6 +164,9 @@ class Candidate(Part):
     flops_ratio: Ratio
     kl_search: float
     kl_additive: float | None = None
+    kl_decision: float | None = None
+    """On the samples that decided among the last few; ``None`` for the others."""
+    selector: str | None = None
     is_uniform: bool = False
 
 
@@ -190,7 +195,11 @@ class Result(Part):
     seconds: Seconds
     kl_heldout_difference_ci95: Interval | None = None
     """Of pruned minus uniform, paired by sample; below zero: the found strategy is better."""
+    kl_heldout_difference_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """That pruned and uniform lose the same, paired by sample: by sign flips, by Holm over the record's budgets."""
     candidates: list[Candidate] = []
+    study: str | None = None
+    """Name of the Optuna study that it comes from, in ``studies.journal`` beside the record."""
     latency_ratio: Ratio | None = None
     """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
     latency_ms: Annotated[float, Field(ge=0.0)] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -33,10 +33,12 @@ from dop_search.app.record import (
     save_sample_ids,
 )
 from dop_search.app.report import write_report
+from dop_search.app.report.study import STUDIES_FILE
 from dop_search.app.scoring import EVALUATION_FOLDER, SuiteJudge
 from dop_search.app.tracking.store import log_search
 from dop_search.app.workbench import Workbench
-from dop_search.baselines.space_search import without_selection
+from dop_search.baselines.pricing import Pricing
+from dop_search.baselines.space_search import search_options, without_selection
 from dop_search.data.validation import Split, sources_of
 from dop_search.divergence.profiling import MeasuredProfile, make_space
 from dop_search.evaluation.timing.layer_times import SHARES, table_for
@@ -54,10 +56,11 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
-from dop_search.utils.intervals import mean_ci95, num_dominant
-from dop_search.utils.progress import Notify, Progress
+from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
+from dop_search.utils.progress import Progress
 
 MAX_FRONT_POINTS = 200
+log = logging.getLogger(__name__)
 
 
 def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
@@ -88,8 +91,10 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     if any(budget.kind == "latency" for budget in config.budget):
         profile = _with_latency(bench, profile)
     judge = None
+    studies: list[tuple[str, str]] = []
     with fast_linear(loaded.model):
-        results = [_solve_budget(bench, profile, budget, search_id) for budget in config.budget]
+        results = [_solve_budget(bench, profile, budget, search_id, studies) for budget in config.budget]
+        results = _adjusted(results)
         if config.eval.benchmarks:
             judge = SuiteJudge(loaded, config.eval, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
             with bench.stage("benchmarks"):
@@ -107,6 +112,10 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     for result in record.results:
         result.strategy.save(run_dir / f"strategy-{result.budget.text.replace(' ', '-')}.json")
     record.save(run_dir / RECORD_FILE)
+    if studies:
+        from dop_search.search.optuna_study import copy_studies
+
+        copy_studies(studies, run_dir / STUDIES_FILE)
     with progress.task("report"):
         write_report(record, profile.curves, run_dir)
     if config.tracking.backend != "none":
@@ -120,8 +129,9 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
 
 def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
     """The disjoint sets that a search needs; the test set only for ``eval=accuracy``."""
-    judged = config.eval.name == "accuracy" and config.data.num_test > 0
-    return ("search", "heldout", "test") if judged else ("search", "heldout")
+    judged: tuple[Split, ...] = ("test",) if config.eval.name == "accuracy" and config.data.num_test else ()
+    decided: tuple[Split, ...] = ("decision",) if config.search.solver == "joint" and config.data.num_decision else ()
+    return ("search", "heldout", *judged, *decided)
 
 
 def _prepare(bench: Workbench) -> MeasuredProfile:
@@ -142,7 +152,8 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
     One thread is timed by what it computes, so that other processes on the machine don't count.
     """
     clock: Clock = "cpu" if bench.loaded.adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
-    shares = SHARES if len(bench.config.space.shares) > 1 else ()
+    space = bench.config.space
+    shares = SHARES if len(space.shares) > 1 or {*space.among} & {"dop_groups", "gsop"} else ()
     with bench.stage("latency"), bench.watch() as notify:
         table = table_for(
             bench.loaded.model, profile.counts, bench.cache, shares=shares, clock=clock, on_progress=notify
@@ -153,17 +164,25 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
 # -- one budget -----------------------------------------------------------------------------------
 
 
-def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, search_id: str) -> Result:
+def _solve_budget(
+    bench: Workbench, profile: MeasuredProfile, budget: Budget, search_id: str, studies: list[tuple[str, str]]
+) -> Result:
     """The best strategy within a budget, confirmed on samples that the search never saw."""
     start = time.perf_counter()
-    config, problem = bench.config, profile.problem(budget)
+    config = bench.config
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
-        ranked = _candidates(bench, profile, problem, budget, notify)
+        place = _place(bench, profile, budget)
+        ranked = config.search.candidates(profile.problem(budget), budget, place, notify)
+        studies += place.studies
     best = ranked[0]
     if best.strategy.selector != config.selector.name:  # uniform reduction by the same selector
         profile = replace(bench.profile(selector=best.strategy.selector), latency=profile.latency)
-        problem = profile.problem(budget)
-    uniform = _uniform_strategy(problem, budget)
+    prices: Pricing | CostModel = profile.prices("flops")
+    left = budget
+    if config.search.solver == "joint":  # which pays for what the selector computes
+        prices = bench.context().pricing
+        left = without_selection(prices, profile, budget)
+    uniform = _uniform_strategy(profile.problem(left), left)
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with bench.stage("confirm"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         heldout = bench.store("heldout", best.strategy.selector).evaluate(
@@ -173,17 +192,19 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         if "test" in needed_splits(config):
             accuracies = [float(bench.correct(item, "test", notify).mean()) for item in (None, *strategies)]
     search = profile.store.evaluate(strategies)
-    flops, cache = profile.prices("flops"), profile.prices("kv_cache")
+    between = heldout[0] - heldout[-1]
+    tested = uniform is not None and len(between) > 1
+    cache = profile.prices("kv_cache")
     times = None if profile.latency is None else profile.prices("latency")
     strategy = replace(
         best.strategy,
         provenance={
             **profile.facts,
             "budget": {budget.name: budget.value},
-            "space": config.space.name,
+            "space": "|".join(config.space.among if config.search.solver == "joint" else ()) or config.space.name,
             "solver": config.search.solver,
             "search_id": search_id,
-            "flops_ratio": flops.ratio(best.strategy),
+            "flops_ratio": prices.ratio(best.strategy),
             "kl_search_nats": float(search[0].mean()),
             "kl_heldout_nats": float(heldout[0].mean()),
         },
@@ -191,7 +212,7 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
     return Result(
         budget=budget,
         strategy=strategy,
-        flops_ratio=flops.ratio(strategy),
+        flops_ratio=prices.ratio(strategy),
         kv_ratio=cache.ratio(strategy),
         kl_additive=best.kl_additive,
         kl_search=float(search[0].mean()),
@@ -205,7 +226,7 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         if uniform is None
         else UniformResult(
             num_visual_tokens=uniform.num_kept(profile.space.tokens.full),
-            flops_ratio=flops.ratio(uniform),
+            flops_ratio=prices.ratio(uniform),
             kv_ratio=cache.ratio(uniform),
             kl_heldout=float(heldout[1].mean()),
             kl_heldout_ci95=mean_ci95(heldout[1], config.seed),
@@ -215,48 +236,62 @@ def _solve_budget(bench: Workbench, profile: MeasuredProfile, budget: Budget, se
         ),
         latency_ratio=None if times is None else times.ratio(strategy),
         latency_ms=None if times is None else times.absolute(strategy) / 1e6,
-        kl_heldout_difference_ci95=None if uniform is None else mean_ci95(heldout[0] - heldout[1], config.seed),
+        kl_heldout_difference_ci95=mean_ci95(between, config.seed) if tested else None,
+        kl_heldout_difference_p=sign_flip_p(between, config.seed) if tested else None,
         num_validation_runs=bench.num_curve_runs + best.num_validation_runs,
         seconds=time.perf_counter() - start,
-        candidates=[_candidate(item, flops, uniform) for item in ranked],
+        candidates=[_candidate(item, prices, uniform) for item in ranked],
+        study=place.studies[-1][1] if place.studies else None,
     )
 
 
-def _candidate(solution: MeasuredSolution, flops: CostModel, uniform: Strategy | None) -> Candidate:
+def _adjusted(results: Sequence[Result]) -> list[Result]:
+    """The results with the p-values of all budgets adjusted together."""
+    tested = [result for result in results if result.kl_heldout_difference_p is not None]
+    p_values = holm([result.kl_heldout_difference_p or 0.0 for result in tested])
+    known = {id(result): p for result, p in zip(tested, p_values, strict=True)}
+    return [result.model_copy(update={"kl_heldout_difference_p": known.get(id(result))}) for result in results]
+
+
+def _candidate(solution: MeasuredSolution, prices: Pricing | CostModel, uniform: Strategy | None) -> Candidate:
     return Candidate(
         describe=solution.strategy.describe(),
-        flops_ratio=flops.ratio(solution.strategy),
+        flops_ratio=prices.ratio(solution.strategy),
         kl_search=solution.kl_search,
         kl_additive=solution.kl_additive,
+        kl_decision=solution.kl_decision,
+        selector=solution.strategy.selector,
         is_uniform=uniform is not None and solution.strategy.key() == uniform.key(),
     )
 
 
-def _candidates(
-    bench: Workbench, profile: MeasuredProfile, problem: Problem, budget: Budget, notify: Notify
-) -> list[MeasuredSolution]:
-    """The solver's solution and what it was compared with, the best first."""
-    place = SearchPlace(
+def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> SearchPlace:
+    """What a solver has beside its problem."""
+    return SearchPlace(
         model=bench.loaded.name,
         teacher=str(profile.facts["teacher"]),
         shares=profile.space.shares,
         averaging=bench.config.data.averaging,
         storage=bench.config.storage,
         cache_dir=bench.cache,
-        options=partial(_options, bench, budget),
+        options=partial(_options, bench, profile, budget),
+        decide=bench.decide,
+        among=(bench.config.selector.among, bench.config.space.among),
     )
-    return bench.config.search.candidates(problem, budget, place, notify)
 
 
-def _options(bench: Workbench, budget: Budget, spaces: Sequence[str], selectors: Sequence[str]) -> list[Option]:
-    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes."""
-    options: list[Option] = []
-    for space, selector in itertools.product(spaces or (None,), selectors or (None,)):
-        profile, left = bench.profile(space, selector), budget
-        if budget.kind == "flops":
-            left = without_selection(bench.context(selector).pricing, profile, budget.resolve(profile.prices("flops")))
-        problem = profile.problem(left)
-        options.append(Option(bench.selector(selector).name, problem.space.name, problem, left))
+def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> list[Option]:
+    """What ``search=joint`` chooses among; pairs of a space and a selector that the model cannot have are left out."""
+    selector, space = bench.config.selector, bench.config.space
+    options, left_out = search_options(
+        bench.context(),
+        space.among or (None,),
+        selector.among,
+        budget,
+        lambda its: replace(its, latency=profile.latency),
+    )
+    for note in left_out:
+        log.warning(note)
     return options
 
 
@@ -284,6 +319,7 @@ def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], p
             num_samples=len(data["search"]),
             num_heldout=len(data["heldout"]),
             num_test=len(data["test"]) if "test" in data else 0,
+            num_decision=len(data["decision"]) if "decision" in data else 0,
             seed=config.data.seed,
             answers=config.data.answers,
             averaging=config.data.averaging,
@@ -291,7 +327,10 @@ def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], p
             sources=[asdict(source) for source in sources_of(config.data.name, config.data.sources)],
             samples_file=SAMPLES_FILE,
         ),
-        selector=Named(name=config.selector.name, options=config.selector.options),
+        selector=Named(
+            name=config.selector.name,
+            options=config.selector.options | ({"among": config.selector.among} if config.selector.among else {}),
+        ),
         space=Named(name=config.space.name, options=config.space.model_dump(mode="json", exclude={"name"})),
         solver=Named(name=config.search.solver, options=config.search.model_dump(mode="json", exclude={"solver"})),
         results=results,

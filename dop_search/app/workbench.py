@@ -15,12 +15,12 @@ import numpy as np
 from dop_search.app.config import DataConfig, SearchConfig, SpaceConfig
 from dop_search.baselines import FitContext, FittedMethod, Method, Outcome, parse_method, plain_answers, plain_outcome
 from dop_search.data.samples import Sample, ValidationSet
-from dop_search.data.validation import Split, validation_set
+from dop_search.data.validation import SPLITS, Split, validation_set
 from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
 from dop_search.divergence.profiling import MeasuredProfile, default_shares, evaluation_store, profile
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import LoadedModel
-from dop_search.search import CurveGrid, EvaluationStore
+from dop_search.search import CurveGrid, Decide, EvaluationStore
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
@@ -71,7 +71,7 @@ class Workbench:
             "model_fingerprint": self.loaded.adapter.fingerprint,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "data": self.config.data.model_dump(mode="json", exclude_defaults=True),
-            "samples": dict(self.config.data.sizes),
+            "samples": {split: self.config.data.sizes[split] for split in SPLITS},
         }
 
     # -- data -----------------------------------------------------------------------------------
@@ -85,15 +85,18 @@ class Workbench:
         key = (split, _frozen(changes))
         if key not in self._data:
             config = self.data_config(changes)
-            self._data[key] = validation_set(
+            beside = {sample.id for sample in self.data("search", **changes)} if split == "decision" else set()
+            drawn = validation_set(
                 config.name,
-                config.sizes[split],
+                config.sizes[split] + len(beside),
                 config.seed,
-                split,
+                "search" if beside else split,
                 path=config.path,
                 families=config.families,
                 sources=config.sources,
             )
+            others = tuple(sample for sample in drawn if sample.id not in beside)
+            self._data[key] = replace(drawn, split=split, samples=others[: config.sizes[split]])
         return self._data[key]
 
     def check_other_seed(self, seed: int) -> None:
@@ -174,6 +177,11 @@ class Workbench:
             found.update((strategy.key(), row) for strategy, row in zip(its, values, strict=True))
         return np.stack([found[strategy.key()] for strategy in strategies])
 
+    @property
+    def decide(self) -> Decide | None:
+        """Divergences on the samples that decide among the last few strategies; ``None`` without such samples."""
+        return partial(self.divergence, split="decision") if self.config.data.num_decision else None
+
     def distances(
         self, strategies: Sequence[Strategy], split: Split, divergence: Divergence, **changes: Any
     ) -> np.ndarray:
@@ -202,7 +210,7 @@ class Workbench:
         ``shares`` and ``split`` (q and kv apart) are for ``dop_groups``.
         """
         chosen = self.config.space
-        if space is not None:
+        if space is not None and (space != chosen.name or shares is not None):
             chosen = SpaceConfig.model_validate({"name": space, "shares": tuple(shares or default_shares(space))})
         ranker = self.selector(selector)
         key = (chosen, split, ranker, _frozen(changes))
@@ -241,6 +249,11 @@ class Workbench:
     def context(self, selector: str | Selector | None = None) -> FitContext:
         """What published methods are fitted with; divergences come from the store of the search samples."""
         ranker = self.selector(selector)
+        if ranker not in self._contexts:
+            self._contexts[ranker] = self._context(ranker)
+        return self._contexts[ranker]
+
+    def _context(self, ranker: Selector) -> FitContext:
         store = self.store("search", ranker)
         return FitContext.from_teacher(
             self.loaded,
@@ -251,6 +264,7 @@ class Workbench:
             samples=self.data("search").samples,
             profile=lambda space, other: self.profile(space, other or ranker),
             store=lambda other: self.store("search", other),
+            decide=self.decide,
         )
 
     def fit(self, method: str | Method, flops_ratio: float, selector: str | Selector | None = None) -> FittedMethod:
@@ -263,11 +277,9 @@ class Workbench:
             DopError: on an unknown method, or one that this model cannot have.
         """
         chosen, own = parse_method(method) if isinstance(method, str) else (method, None)
-        ranker = self.selector(selector or own)
-        if ranker not in self._contexts:
-            self._contexts[ranker] = self.context(ranker)
+        context = self.context(selector or own)
         with self.watch(f"{method if isinstance(method, str) else method.name} at {flops_ratio:g}: ") as notify:
-            return chosen.fit(replace(self._contexts[ranker], on_progress=notify), flops_ratio)
+            return chosen.fit(replace(context, on_progress=notify), flops_ratio)
 
     # -- methods as they run --------------------------------------------------------------------
 

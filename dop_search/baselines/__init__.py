@@ -17,7 +17,7 @@ from dop_search.baselines.resize import InputResize
 from dop_search.baselines.short_lvlm import ShortLvlm
 from dop_search.baselines.shortv import ShortV
 from dop_search.baselines.skip_vision import SkipVision
-from dop_search.baselines.space_search import SEARCHED_SELECTORS, SPACES, SpaceSearch, UniformSearch
+from dop_search.baselines.space_search import SEARCHED_SELECTORS, SEARCHED_SPACES, SPACES, SpaceSearch, UniformSearch
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.baselines.uniform import Full, Uniform, UniformReduction
 from dop_search.baselines.vtw import Vtw
@@ -56,7 +56,7 @@ _OWN: tuple[Method, ...] = (
     Uniform(),
     UniformSearch(),
     *(SpaceSearch(space, (space,)) for space in SPACES),
-    SpaceSearch("dop_search", ("dop_split", "dop_groups"), SEARCHED_SELECTORS, num_proposals=48),
+    SpaceSearch("dop_search", SEARCHED_SPACES, SEARCHED_SELECTORS, num_proposals=24),
 )
 OWN: Mapping[str, Method] = {item.name: item for item in _OWN}
 """What published methods are compared with: the full model, uniform reduction by the chosen or the best selector, the

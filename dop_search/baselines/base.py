@@ -22,13 +22,13 @@ from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.divergence.profiling import MeasuredProfile, OnProgress, token_counts
 from dop_search.models.loading import LoadedModel
 from dop_search.pruning import pruned
-from dop_search.search import EvaluationStore
+from dop_search.search import Decide, EvaluationStore
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.utils.errors import DopError
 
 T = TypeVar("T")
-ProfileOf = Callable[[str, str | None], MeasuredProfile]
+ProfileOf = Callable[[str | None, str | None], MeasuredProfile]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class FitContext:
         profile: the divergence curves of a space and a selector by their names, ``None``: the context's selector; for
             our own searches.
         store: exact divergences of strategies by another selector, for methods that compare selectors.
+        decide: divergences of strategies on a separate draw of samples, ``[num_strategies, num_other_samples]``, for
+            searches that choose among their last few by it.
         on_progress: called with (done, total, what) by methods that measure for long.
         memo: what methods keep between budgets, such as a search's trajectory.
     """
@@ -63,6 +65,7 @@ class FitContext:
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     profile: ProfileOf | None = None
     store: Callable[[str], EvaluationStore] | None = None
+    decide: Decide | None = None
     on_progress: OnProgress | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -77,11 +80,12 @@ class FitContext:
         samples: Sequence[Sample] | None = None,
         profile: ProfileOf | None = None,
         store: Callable[[str], EvaluationStore] | None = None,
+        decide: Decide | None = None,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
         ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
-        teacher's, for methods that resize their images. ``profile``, ``store``: see the class.
+        teacher's, for methods that resize their images. ``profile``, ``store``, ``decide``: see the class.
         """
         if evaluate is None:
             engine = DivergenceEngine(loaded.adapter, teacher)
@@ -101,6 +105,7 @@ class FitContext:
             selector_options=dict(selector_options or {}),
             profile=profile,
             store=store,
+            decide=decide,
         )
 
     @property
@@ -135,9 +140,11 @@ class FitContext:
         """``evaluate_at_prompt``."""
         return _needed(self.evaluate_at_prompt, f"{method} measures divergences")
 
-    def needs_profile(self, space: str, selector: str | None = None) -> MeasuredProfile:
-        """The divergence curves of a space, with the context's selector or another."""
-        return _needed(self.profile, f"{space} is searched on measured curves", "profile=…")(space, selector)
+    def needs_profile(self, space: str | None, selector: str | None = None) -> MeasuredProfile:
+        """The divergence curves of a space, or the configured one, with the context's selector or another."""
+        return _needed(self.profile, f"{space or 'a space'} is searched on measured curves", "profile=…")(
+            space, selector
+        )
 
     def needs_store(self, method: str, selector: str) -> EvaluationStore:
         """Exact divergences by another selector."""

@@ -1,6 +1,6 @@
 """GSOP (Liu et al., arXiv 2507.02909v1): operations removed by greedy sorting, until the FLOPs fit.
 
-The search is in :mod:`dop_search.baselines.gsop_search`. Published: the first point of the trajectory below the FLOPs
+The search is in :mod:`dop_search.search.gsop_search`. Published: the first point of the trajectory below the FLOPs
 ratio. At equal FLOPs: the last point that costs at least the target, entered with as many tokens fewer as meet it
 exactly.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_integer
-from dop_search.baselines.gsop_search import GsopPoint, GsopSearch, with_tokens
+from dop_search.search.gsop_search import GsopPoint, GsopSearch, with_tokens
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.pricing import Pricing
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.divergence.profiling import MeasuredProfile
-from dop_search.search import MeasuredSolution, Option, joint_search
+from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import BudgetError, DopError
 
 SPACES = ("dop", "dop_split", "dop_groups")
 """Spaces that are methods by their names."""
-SEARCHED_SELECTORS = ("cls_attention", "received_attention", "divprune", "cdpruner_llm", "vispruner")
-"""That ``dop_search`` chooses among, by attention, diversity and relevance; a model need not have all of them."""
+SEARCHED_SPACES = ("dop_split", "gsop")
+SEARCHED_SELECTORS = ("divprune", "vispruner")
+"""What ``dop_search``, and ``dop-search`` by default, choose among; a model need not have all of these selectors."""
+GSOP = "gsop"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class SpaceSearch(Method):
 
     Args:
         name: of the method.
-        spaces: to choose among.
+        spaces: to choose among; ``gsop`` is GSOP's trajectory with any number of tokens.
         selectors: to choose among; those that the model cannot have are left out. None: the context's.
         num_proposals: strategies that the surrogates propose.
         num_sampled: that Optuna's sampler tries after them.
@@ -41,62 +44,94 @@ class SpaceSearch(Method):
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         """See base class."""
-        options, left_out = self._options(context, flops_ratio)
+        options, left_out = search_options(context, self.spaces, self.selectors, Budget(flops_ratio=flops_ratio))
         found = joint_search(
-            [option for option, _ in options],
+            options,
             self.num_proposals,
             self.num_sampled,
+            decide=context.decide if len(options) > 1 else None,
             on_progress=context.on_progress,
         )
         best = next((item for item in found if self._uses_up(context, item, flops_ratio)), found[0])
-        curves = {id(profile.curves): profile.curves for _, profile in options}.values()
         strategy = replace(best.strategy, model_fingerprint=None)
         facts = {
             "strategy": strategy.describe(),
             "selector": strategy.selector,
             "kl_additive": best.kl_additive,
             "kl_search_nats": best.kl_search,
-            "num_validation_runs": sum(its.num_validation_runs for its in curves) + best.num_validation_runs,
+            "num_validation_runs": sum(its.num_curve_runs for its in options) + best.num_validation_runs,
         }
+        if best.kl_decision is not None:
+            facts["kl_decision_nats"] = best.kl_decision
         return self.fitted(context, flops_ratio, strategy, facts, left_out)
 
     @staticmethod
     def _uses_up(context: FitContext, solution: MeasuredSolution, flops_ratio: float) -> bool:
         return not context.pricing.distance_note(context.pricing.ratio(solution.strategy), flops_ratio)
 
-    def _options(
-        self, context: FitContext, flops_ratio: float
-    ) -> tuple[list[tuple[Option, MeasuredProfile]], list[str]]:
-        found: list[tuple[Option, MeasuredProfile]] = []
-        errors: dict[str, DopError] = {}
-        for space in self.spaces:
-            for selector in self.selectors or (None,):
-                try:
-                    profile = context.needs_profile(space, selector)
-                    budget = without_selection(context.pricing, profile, flops_ratio)
-                except DopError as error:
-                    errors[f"{space} over {selector or context.selector}"] = error
-                    continue
-                name = selector or context.selector
-                found.append((Option(name, space, profile.problem(budget), budget), profile))
-        if not found:
-            raise next(iter(errors.values()))
-        return found, [f"left out: {name} ({error})" for name, error in errors.items()]
+
+def search_options(
+    context: FitContext,
+    spaces: Sequence[str | None],
+    selectors: Sequence[str],
+    budget: Budget,
+    prepared: Callable[[MeasuredProfile], MeasuredProfile] = lambda profile: profile,
+) -> tuple[list[Option], list[str]]:
+    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes.
+
+    Args:
+        context: measures the curves; keeps GSOP's trajectories for other budgets.
+        spaces: names, ``gsop`` among them; ``None``: the configured one.
+        selectors: names; none: the context's.
+        budget: of the whole.
+        prepared: what is done to a profile before it is priced, such as adding layer times.
+
+    Returns:
+        The options, and which pairs this model or budget cannot have.
+
+    Raises:
+        DopError: if there is no pair.
+    """
+    found: list[Option] = []
+    errors: dict[str, DopError] = {}
+    with_curves = next((space for space in spaces if space != GSOP), "uniform")  # GSOP needs that of tokens alone
+    for space, selector in itertools.product(spaces, selectors or (None,)):
+        name = selector or context.selector
+        try:
+            profile = prepared(context.needs_profile(with_curves if space == GSOP else space, selector))
+            left = without_selection(context.pricing, profile, budget)
+            problem = profile.problem(left)
+            if space == GSOP:
+                if ("trajectory", name) not in context.memo:
+                    context.memo["trajectory", name] = gsop_search(problem)
+                found.append(gsop_option(name, problem, left, context.memo["trajectory", name]))
+            else:
+                runs = profile.curves.num_validation_runs
+                found.append(Option(name, problem.space.name, problem, left, num_curve_runs=runs))
+        except DopError as error:
+            errors[f"{space or 'the space'} over {name}"] = error
+    if not found:
+        raise next(iter(errors.values()))
+    return found, [f"left out: {name} ({error})" for name, error in errors.items()]
 
 
-def without_selection(pricing: Pricing, profile: MeasuredProfile, flops_ratio: float) -> Budget:
-    """The budget without what the profile's selector computes, which may depend, a little, on the tokens it keeps.
+def without_selection(pricing: Pricing, profile: MeasuredProfile, budget: Budget) -> Budget:
+    """A FLOPs budget without what the profile's selector computes, which may depend, a little, on the tokens it keeps;
+    any other budget as it is.
 
     Raises:
         BudgetError: if it leaves nothing.
     """
-    overhead, left = 0.0, flops_ratio
+    if budget.kind != "flops":
+        return budget
+    ratio = left = budget.resolve(profile.prices("flops"))
+    overhead = 0.0
     for _ in range(3):
         overhead = max(overhead, pricing.selection_ratio(profile.solve(Budget(flops_ratio=left))))
-        left = flops_ratio - overhead
+        left = ratio - overhead
         if left <= 0.0:
-            raise BudgetError(f"the selector alone costs {overhead:.4f} of the FLOPs, but {flops_ratio:g} is asked for")
-    return Budget(flops_ratio=left)
+            raise BudgetError(f"the selector alone costs {overhead:.4f} of the FLOPs, but {ratio:g} is asked for")
+    return budget if overhead == 0.0 else Budget(flops_ratio=left)
 
 
 @dataclass(frozen=True)

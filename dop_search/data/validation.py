@@ -18,12 +18,14 @@ from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.sources import Source
 from dop_search.utils.errors import DataError
 
-Split = Literal["search", "heldout", "test"]
+Split = Literal["search", "heldout", "test", "decision"]
+"""``decision``: further samples of the draw of the search set, which decide among the last few strategies."""
 SPLITS: tuple[Split, ...] = ("search", "heldout", "test")
 SIZE_KEYS: Mapping[Split, str] = {
     "search": "data.num_samples",
     "heldout": "data.num_heldout",
     "test": "data.num_test",
+    "decision": "data.num_decision",
 }
 OWN = ("pocket", "passages", "jsonl")
 """Data that need neither a hub nor a data set."""
@@ -54,7 +56,7 @@ def validation_set(
     Raises:
         DataError: on an unknown source or family, a file that cannot be read, or too few samples.
     """
-    if split not in SPLITS:
+    if split == "decision" or split not in SPLITS:
         raise DataError(f"`split` must be one of {list(SPLITS)}, but got {split!r}")
     if num_samples < 1:
         raise DataError(f"a validation set needs `num_samples >= 1`, but got (num_samples={num_samples})")

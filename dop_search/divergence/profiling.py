@@ -12,8 +12,6 @@ from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, Memory, Teacher, make_teacher
 from dop_search.models.loading import LoadedModel
 from dop_search.search import (
-    DEFAULT_CRITERION,
-    Criterion,
     CurveGrid,
     Curves,
     EvaluationStore,
@@ -160,15 +158,11 @@ class MeasuredProfile(Profile):
         self,
         budget: Budget,
         num_candidates: int = 16,
-        criterion: Criterion = DEFAULT_CRITERION,
         on_progress: OnProgress | None = None,
     ) -> Strategy:
-        """The best by exact KL of the surrogate's best candidates and uniform reduction.
-
-        ``criterion``: see :mod:`dop_search.search.criteria`; ``kl`` ranks by the mean, as the paper does.
-        """
+        """The best by exact KL of the surrogate's best candidates and uniform reduction."""
         problem = self.problem(budget)
-        ranked = rerank_all(problem, budget, num_candidates, criterion=criterion, on_progress=on_progress)
+        ranked = rerank_all(problem, budget, num_candidates, on_progress=on_progress)
         return self._sign(ranked[0], budget)
 
 

@@ -2,10 +2,10 @@
 
 from dop_search.search.additive_exact import Front, additive_exact, pareto_front
 from dop_search.search.candidates import Candidate, best_candidates
-from dop_search.search.criteria import DEFAULT_CRITERION, Criterion, score
 from dop_search.search.curves import Curve, CurveGrid, Curves
 from dop_search.search.exhaustive import EvaluatedGrid, evaluate_grid, exhaustive
-from dop_search.search.joint import Option, exact_optuna, joint_search
+from dop_search.search.joint import Decide, exact_optuna, joint_search
+from dop_search.search.options import Option, gsop_option, gsop_search
 from dop_search.search.optuna_solvers import additive_optuna
 from dop_search.search.registry import SOLVERS, solve
 from dop_search.search.rerank import best_first, rerank, rerank_all, with_exact
@@ -15,13 +15,12 @@ from dop_search.search.store import EvaluationStore, Evaluator, OnProgress
 from dop_search.search.surrogate import Surrogate
 
 __all__ = [
-    "DEFAULT_CRITERION",
     "SOLVERS",
     "Candidate",
-    "Criterion",
     "Curve",
     "CurveGrid",
     "Curves",
+    "Decide",
     "EvaluatedGrid",
     "EvaluationStore",
     "Evaluator",
@@ -41,11 +40,12 @@ __all__ = [
     "evaluate_grid",
     "exact_optuna",
     "exhaustive",
+    "gsop_option",
+    "gsop_search",
     "joint_search",
     "pareto_front",
     "rerank",
     "rerank_all",
-    "score",
     "solve",
     "uniform_assignment",
     "uniform_strategy",

@@ -2,24 +2,25 @@
 
 Parameters, define-by-run: ``selector`` and ``space`` as categories where there are several, then that space's depth
 ratios and number of visual tokens. The additive surrogate of every selector and space has its exact front; its best
-points and uniform reduction are enqueued and measured, then a sampler goes on for a few trials, if asked for. Cost is
-a constraint; what a selector itself computes is taken off the budget before (:attr:`Option.budget`).
+points, uniform reduction and GSOP's trajectory (a space of its own, :class:`TrajectorySpace`) are enqueued and
+measured, then a sampler goes on for a few trials, if asked for; a separate draw of samples decides among the last few.
+Cost is a constraint; what a selector itself computes is taken off the budget before (:attr:`Option.budget`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dop_search.search.candidates import best_candidates
-from dop_search.search.optuna_solvers import best_record, feasible_limit, price, record_of
-from dop_search.search.solution import MeasuredSolution, Problem, uniform_assignment
+from dop_search.search.options import Option
+from dop_search.search.optuna_solvers import best_record, price, record_of
+from dop_search.search.solution import MeasuredSolution, Problem
 from dop_search.search.store import FloatArray, OnProgress
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.budget import Budget
@@ -30,81 +31,20 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 WARM_START = "warm_start"
+DECISION = "decision"
+NUM_FINALISTS = 8
+Decide = Callable[[Sequence[Strategy]], FloatArray]
+"""Divergences in nats on samples that nothing was proposed or measured on, ``[num_strategies, num_other_samples]``."""
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A selector with a space, one of those that a study chooses among.
-
-    Attributes:
-        selector, space: their names, the categories of the study.
-        problem: with a surrogate and a store; all options have the same samples in the same order.
-        budget: of the problem's kind of cost, without what the selector itself computes.
-    """
-
-    selector: str
-    space: str
-    problem: Problem
-    budget: Budget
-
-    @property
-    def limit(self) -> float:
-        """The budget as a ratio.
-
-        Raises:
-            BudgetError: if nothing fits.
-        """
-        return feasible_limit(self.problem, self.budget)
-
-    def proposals(self, number: int, use_up: bool) -> list[Mapping[str, int]]:
-        """The surrogate's optimum, uniform reduction, then the surrogate's other candidates."""
-        chosen: list[Mapping[str, int]] = []
-        if number > 0:
-            chosen += [candidate.assignment for candidate in best_candidates(self.problem, self.budget, number)]
-        uniform = uniform_assignment(self.problem, self.budget)
-        chosen = chosen if uniform is None else [*chosen[:1], uniform, *chosen[1:]]
-        if use_up:
-            chosen = [filled(self.problem, self.limit, assignment) for assignment in chosen]
-        distinct = {self.problem.space.strategy(item).key(): item for item in reversed(chosen)}
-        return list(reversed(distinct.values()))
-
-    def facts(self) -> dict[str, Any]:
-        """What the study's numbers depend on."""
-        space, store = self.problem.space, self.problem.need_store("exact_optuna")
-        return {
-            "space": [[p.name, p.levels[0], p.full, len(p.levels)] for p in space.parameters],
-            "shares": list(space.shares),
-            "strategy_fields": dict(space.strategy_fields),
-            "budget": [self.budget.kind, self.limit],
-            "full_cost": self.problem.cost_model.full_total,
-            "num_samples": store.num_samples,
-            "samples": store.header,
-        }
-
-
-def filled(problem: Problem, limit: float, assignment: Mapping[str, int]) -> dict[str, int]:
-    """The assignment with every parameter raised as far as the limit allows: the number of tokens, then the depths.
-
-    A budget that would be left over is used up; costs rise with every parameter.
-    """
-    space, found = problem.space, dict(assignment)
-    for parameter in (space.tokens, *(p for p in space.parameters if p.role != "tokens")):
-        levels = [level for level in parameter.levels if level >= found[parameter.name]]
-        low, high = 0, len(levels)  # levels[low] fits, levels[high] does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            ratio = problem.cost_model.ratio(space.strategy({**found, parameter.name: levels[middle]}))
-            low, high = (middle, high) if ratio <= limit else (low, middle)
-        found[parameter.name] = int(levels[low])
-    return found
 
 
 def joint_search(
     options: Sequence[Option],
-    num_proposals: int = 48,
+    num_proposals: int = 24,
     num_sampled: int = 0,
     num_trials: int | None = None,
+    decide: Decide | None = None,
+    num_finalists: int = NUM_FINALISTS,
     use_up: bool = True,
     sampler: str = "tpe",
     seed: int = 0,
@@ -114,7 +54,8 @@ def joint_search(
     study_name: str = "dop_search",
     on_progress: OnProgress | None = None,
 ) -> list[MeasuredSolution]:
-    """Every strategy within the budget that was measured on all samples, the one with the least mean KL first.
+    """Every strategy within the budget that was measured on all samples, the one with the least mean KL first; with
+    ``decide`` the finalists first, by their mean there.
 
     Several processes may share ``storage``: all evaluate the proposals, each runs trials until there are enough in the
     whole study, and all return the same solutions. What the sampler proposes depends on the trials that are finished by
@@ -128,6 +69,8 @@ def joint_search(
             all by their estimates.
         num_sampled: trials of the sampler after them.
         num_trials: of the whole study instead, proposals among them.
+        decide: measures the finalists on other samples; ``None``: the search samples decide.
+        num_finalists: strategies with the least KL that ``decide`` chooses among.
         use_up: raise what a proposal leaves of the budget, see :func:`filled`.
         sampler: ``tpe``, ``gp``, ``cmaes``, ``nsga2`` or ``random``.
         seed: of sampler and sample order.
@@ -191,7 +134,11 @@ def joint_search(
     history = [record_of(trial) | {"trial": place} | choice.label(trial.params) for place, trial in trials.items()]
     evaluate.count(choice, history)
     best_record(history, "kl_search", sampler)  # or none fits
-    return _solutions(choice, history, evaluate.num_samples, f"exact_optuna[{sampler}]", time.perf_counter() - start)
+    ranked = _solutions(choice, history, evaluate.num_samples, f"exact_optuna[{sampler}]", time.perf_counter() - start)
+    if decide is not None and min(num_finalists, len(ranked)) > 1:
+        ranked = _decided(ranked, decide, num_finalists)
+        study.set_user_attr(DECISION, [[its.strategy.describe(), its.kl_decision] for its in ranked[:num_finalists]])
+    return ranked
 
 
 def exact_optuna(
@@ -358,7 +305,7 @@ def _solutions(
     choice: _Choice, history: list[dict[str, Any]], num_samples: int, solver: str, seconds: float
 ) -> list[MeasuredSolution]:
     """What fits and was measured on all samples, each strategy once."""
-    runs = _num_validation_runs(choice, history, num_samples)
+    runs = _num_validation_runs(choice, history, num_samples) + sum(option.num_runs for option in choice.options)
     found: dict[str, MeasuredSolution] = {}
     for record in sorted(
         (item for item in history if item.get("fits") and "kl_search" in item),
@@ -381,6 +328,15 @@ def _solutions(
         )
     ranked = list(found.values())
     return [replace(ranked[0], history=history), *ranked[1:]]
+
+
+def _decided(ranked: list[MeasuredSolution], decide: Decide, number: int) -> list[MeasuredSolution]:
+    """The first ``number`` by their mean on other samples, then the rest."""
+    strategies = [solution.strategy for solution in ranked[:number]]
+    means = decide(strategies).mean(axis=1).tolist()
+    finalists = [replace(its, kl_decision=mean) for its, mean in zip(ranked, means, strict=False)]
+    finalists.sort(key=lambda its: (its.kl_decision, its.cost_ratio))
+    return [replace(finalists[0], history=ranked[0].history), *finalists[1:], *ranked[number:]]
 
 
 def _strategy(choice: _Choice, record: Mapping[str, Any]) -> tuple[Option, Strategy]:

@@ -176,6 +176,15 @@ def open_study(
     return study
 
 
+def copy_studies(studies: Sequence[tuple[str, str]], path: Path) -> None:
+    """Write studies, given by storage and name, to a journal file of their own, which is replaced."""
+    path.unlink(missing_ok=True)
+    with quiet_optuna():
+        there = open_storage(path)
+        for location, name in dict.fromkeys(studies):
+            optuna.copy_study(from_study_name=name, from_storage=open_storage(location), to_storage=there)
+
+
 # -- trials -------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ class Solution:
         solver: its name.
         per_sample_nats: measured divergence per sample, for confidence intervals.
         history: one JSON-ready dictionary per candidate or trial, in order.
+        kl_decision: measured KL in nats, mean over the samples that decided among the last few; ``None`` for others.
     """
 
     strategy: Strategy
@@ -74,6 +75,7 @@ class Solution:
     solver: str
     per_sample_nats: FloatArray | None = field(default=None, compare=False, repr=False)
     history: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
+    kl_decision: float | None = None
 
     def measured(self, per_sample_nats: FloatArray) -> MeasuredSolution:
         """This solution with what was measured of it on every search sample (``[num_samples]``)."""

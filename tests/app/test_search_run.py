@@ -191,12 +191,20 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
 
     path, _ = finished
     cache = str(path / "cache")
-    joint = {"solver": "joint", "selectors": ["cls_attention", "divprune"], "spaces": ["dop", "dop_split"]}
-    search = {**joint, "num_proposals": 8, "num_sampled": 4}
-    record = run(small(tmp_path, search=search, cache_dir=cache), tmp_path / "out", SilentProgress())
+    selectors, spaces = ["cls_attention", "divprune"], ["dop", "dop_split", "gsop"]
+    choice = {"selector": {"among": selectors}, "space": {**SMALL["space"], "among": spaces}}
+    search = {"solver": "joint", "num_proposals": 16, "num_sampled": 4, "num_finalists": 3}
+    data = {**SMALL["data"], "num_decision": 6}
+    config = small(tmp_path, search=search, data=data, **choice, cache_dir=cache)
+    record = run(config, tmp_path / "out", SilentProgress())
     (result,) = record.results
     assert result.flops_ratio <= 0.3
-    assert result.kl_search == min(item.kl_search for item in result.candidates)
+    finalists = result.candidates[:3]
+    assert sorted(item.kl_search for item in finalists) == sorted(item.kl_search for item in result.candidates)[:3]
+    assert result.kl_search == finalists[0].kl_search
+    assert finalists[0].kl_decision == min(item.kl_decision for item in finalists)
+    ids = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert len({sample for split in ("search", "decision", "heldout") for sample in ids[split]["ids"]}) == 18
     assert result.uniform_strategy.selector == result.strategy.selector
     assert result.uniform.flops_ratio <= 0.3
     (file,) = (file for file in (path / "cache").glob("study-*-joint-*.journal") if "bookkeeping" not in file.name)
@@ -204,12 +212,12 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     (name,) = (name for name in optuna.get_all_study_names(storage) if "-joint-tpe-flops0.3-" in name)
     study = optuna.load_study(study_name=name, storage=storage)
     pairs = {(trial.params["selector"], trial.params["space"]) for trial in study.trials}
-    assert pairs == {(selector, space) for selector in joint["selectors"] for space in joint["spaces"]}
+    assert pairs == {(selector, space) for selector in selectors for space in spaces}
     warm = [trial for trial in study.trials if "warm_start" in trial.user_attrs]
     assert len(study.trials) == len(warm) + 4
     fits = [trial for trial in study.trials if trial.user_attrs["candidate"]["fits"]]
     measured = [trial.value for trial in fits if trial.state.name == "COMPLETE"]
-    assert result.kl_search == pytest.approx(min(measured))
+    assert min(item.kl_search for item in finalists) == pytest.approx(min(measured))
 
 
 @pytest.mark.slow

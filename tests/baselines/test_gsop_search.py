@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dop_search.baselines.gsop_search import KEY, KV, REST, GsopSearch
+from dop_search.search.gsop_search import KEY, KV, REST, GsopSearch
 from dop_search.strategy import Strategy
 
 DEAD = [module for module in range(3) if module != KV]

@@ -11,13 +11,13 @@ from golden_cases import Case, case_names, cases, read_case, tiny_llava
 
 import dop_search as dop
 from dop_search.baselines.at_prompt import divergence_at_prompt
-from dop_search.baselines.gsop_search import SHARES, GsopSearch
 from dop_search.baselines.shortv import from_least, frozen_strategy, layer_contributions
 from dop_search.baselines.vtw import withdrawal_layer
 from dop_search.divergence import Teacher
 from dop_search.divergence.encoding import encode
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models import adapter_for
+from dop_search.search.gsop_search import SHARES, GsopSearch
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import layer_flops, strategy_flops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,23 @@ import numpy as np
 import pytest
 from invented_problems import counted, interacting_evaluator, pocket_problem
 
-from dop_search.search import EvaluationStore, Option, Surrogate, additive_exact, joint_search, uniform_assignment
-from dop_search.search.joint import filled
+from dop_search.baselines.base import FitContext
+from dop_search.baselines.gsop import Gsop
+from dop_search.search import (
+    EvaluationStore,
+    Option,
+    Surrogate,
+    additive_exact,
+    gsop_option,
+    gsop_search,
+    joint_search,
+    uniform_assignment,
+)
+from dop_search.search.options import TrajectorySpace, filled
 from dop_search.search.optuna_study import open_storage
+from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
+from dop_search.strategy.operations import TokenCounts
 from dop_search.utils.errors import BudgetError
 
 BUDGET = Budget(flops_ratio=0.4)
@@ -103,3 +117,52 @@ def test_sampled_trials_choose_selector_and_space_and_never_make_it_worse(tmp_pa
     again = joint_search(options, 10, num_sampled=30, storage=where, study_name="s")
     assert [item.strategy for item in again] == [item.strategy for item in more]
     assert [sum(calls) for _, calls in pairs] == before, "a finished study measures nothing"
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.4, 0.25])
+def test_gsops_points_are_proposed_with_all_the_tokens_that_fit_and_its_own_choice_is_among_them(ratio: float) -> None:
+    budget = Budget(flops_ratio=ratio)
+    problem = option("a", "dop_split", budget=budget)[0].problem
+    search = gsop_search(problem)
+    made = gsop_option("a", problem, budget, search)
+    space, cost = made.problem.space, made.problem.cost_model
+    assert isinstance(space, TrajectorySpace)
+    proposed = [space.strategy(its) for its in made.proposals(99, use_up=True)]
+    most = {}  # by brute force: what fits beside each point
+    for point in search.points:
+        fits = [n for n in range(1, 25) if cost.ratio(replace(point.strategy, num_visual_tokens=n)) <= ratio]
+        if fits and fits[-1] not in most:
+            most[fits[-1]] = replace(point.strategy, num_visual_tokens=None if fits[-1] == 24 else fits[-1])
+    assert {strategy.key() for strategy in proposed} == {strategy.key() for strategy in most.values()}
+    for tokens in range(1, 25):
+        expected = next(s for n, s in most.items() if n >= tokens)
+        found = space.strategy({"num_visual_tokens": tokens})
+        assert (found.groups, found.num_kept(24)) == (expected.groups, tokens)
+        assert cost.ratio(found) <= ratio
+    counts = tuple(TokenCounts(1 + i % 3, 24) for i in range(20))  # as in pocket_problem
+    store = problem.need_store("test")
+    context = FitContext(
+        cost.dims, counts, lambda its: store.evaluate(its).mean(axis=1), selector="random"
+    )  # costs nothing
+    theirs = Gsop().fit(context, ratio).needs_strategy()  # entered with as many tokens as are nearest to the budget
+    assert any(s.groups == theirs.groups and s.num_kept(24) <= theirs.num_kept(24) for s in proposed[:2])
+    found = joint_search([option("a", "dop_split", budget=budget)[0], made], num_proposals=24)
+    assert found[0].num_validation_runs >= search.num_evaluations
+    assert {strategy.key() for strategy in proposed[:2]} <= {item.strategy.key() for item in found}
+
+
+def test_a_separate_draw_decides_among_the_finalists_and_nothing_else() -> None:
+    its, _ = option("a", "dop_split")
+    plain = joint_search([its], num_proposals=12)
+    asked: list[list[str]] = []
+
+    def the_other_way_round(strategies: Sequence[Strategy]) -> np.ndarray:
+        asked.append([strategy.key() for strategy in strategies])
+        return np.array([[1.0 / (1 + place)] * 3 for place in range(len(strategies))])
+
+    found = joint_search([its], num_proposals=12, decide=the_other_way_round, num_finalists=4)
+    keys = [item.strategy.key() for item in plain]
+    assert asked == [keys[:4]]
+    assert [item.strategy.key() for item in found] == [*reversed(keys[:4]), *keys[4:]]
+    assert [item.kl_decision for item in found[:5]] == [0.25, pytest.approx(1 / 3), 0.5, 1.0, None]
+    assert found[0].history == plain[0].history

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         record = Record.load(options.run_dir / "record.json")
-        paths = write_report(record, load_curves(options.run_dir), options.output or options.run_dir)
+        paths = write_report(record, load_curves(options.run_dir), options.run_dir, options.output)
     except DopError as error:
         print(f"dop-report: {error}", file=sys.stderr)
         return 1

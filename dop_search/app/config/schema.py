@@ -94,6 +94,9 @@ class DataConfig(Section):
     """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
     num_samples: PositiveInt = 96
     """Samples of the search set: curves and re-ranking see only these."""
+    num_decision: NonNegativeInt = 96
+    """Further samples of that draw, which decide among the last few strategies of ``search=joint``; 0: the search set
+    does."""
     num_heldout: PositiveInt = 192
     """Samples that confirm the chosen strategy; the search never sees them."""
     num_test: NonNegativeInt = 204
@@ -119,7 +122,12 @@ class DataConfig(Section):
     @property
     def sizes(self) -> dict[Split, int]:
         """Samples per split."""
-        return {"search": self.num_samples, "heldout": self.num_heldout, "test": self.num_test}
+        return {
+            "search": self.num_samples,
+            "heldout": self.num_heldout,
+            "test": self.num_test,
+            "decision": self.num_decision,
+        }
 
     @model_validator(mode="after")
     def _file_given(self) -> DataConfig:
@@ -137,6 +145,8 @@ class SelectorConfig(Section):
     """A selector of ``dop_search.selectors``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
+    among: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Selectors that ``search=joint`` chooses among; those that the model cannot have are left out. None: the one."""
 
 
 class SpaceConfig(Section):
@@ -151,6 +161,9 @@ class SpaceConfig(Section):
     """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
     num_token_levels: int = Field(default=12, ge=2)
     """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
+    among: Annotated[tuple[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"], ...], Field(strict=False)] = ()
+    """Spaces that ``search=joint`` chooses among; ``gsop``: GSOP's trajectory with any number of tokens. None: the
+    one."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SpaceConfig:

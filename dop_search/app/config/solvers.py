@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -31,11 +31,9 @@ from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import did_you_mean
 
 if TYPE_CHECKING:  # importing the configuration imports no SciPy
-    from dop_search.search import MeasuredSolution, OnProgress, Option, Problem
+    from dop_search.search import Decide, MeasuredSolution, OnProgress, Option, Problem
     from dop_search.strategy.cost import Budget
 
-Criterion = Literal["kl", "root_kl"]
-"""How candidates are ranked by their exact KL per sample, see ``dop_search.search.criteria``."""
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
 """The Optuna samplers on offer."""
 
@@ -64,7 +62,10 @@ class SearchPlace:
         averaging: of the KL over answer positions.
         storage: that several processes share, if any.
         cache_dir: where trials are kept otherwise.
-        options: makes the choices of ``search=joint`` from names of spaces and of selectors, none: the configured ones.
+        options: makes the choices of ``search=joint``.
+        decide: measures strategies on the samples that decide among the last few of ``search=joint``.
+        among: names of the selectors and spaces of ``search=joint``.
+        studies: a search adds the storage and the name of its study.
     """
 
     model: str
@@ -73,7 +74,10 @@ class SearchPlace:
     averaging: str
     storage: str | None
     cache_dir: Path
-    options: Callable[[Sequence[str], Sequence[str]], list[Option]] | None = None
+    options: Callable[[], list[Option]] | None = None
+    decide: Decide | None = None
+    among: Sequence[Sequence[str]] = ()
+    studies: list[tuple[str, str]] = field(default_factory=list)
 
 
 class SolverSection(Section):
@@ -97,8 +101,6 @@ class AdditiveExactConfig(SolverSection):
     solver: Literal["additive_exact"] = "additive_exact"
     num_rerank: PositiveInt = 16
     """Candidates near the additive optimum whose exact KL decides (uniform reduction is always among them)."""
-    criterion: Criterion = "kl"
-    """Of the exact KL per sample: ``kl``, the mean, or ``root_kl``, the mean of the roots (few samples decide less)."""
 
     def candidates(
         self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
@@ -106,7 +108,7 @@ class AdditiveExactConfig(SolverSection):
         """See base class."""
         from dop_search.search import rerank_all
 
-        return rerank_all(problem, budget, self.num_rerank, criterion=self.criterion, on_progress=on_progress)
+        return rerank_all(problem, budget, self.num_rerank, on_progress=on_progress)
 
 
 class AdditiveOptunaConfig(SolverSection):
@@ -119,8 +121,6 @@ class AdditiveOptunaConfig(SolverSection):
     """Trials per budget; each takes no validation run."""
     num_rerank: PositiveInt = 16
     """As with ``additive_exact``; the sampler's best is compared with them."""
-    criterion: Criterion = "kl"
-    """As with ``additive_exact``."""
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
@@ -132,8 +132,8 @@ class AdditiveOptunaConfig(SolverSection):
 
         options = self.model_dump(include={"sampler", "num_trials", "seed"})
         found = solve(self.solver, problem, budget, on_progress=on_progress, **options)
-        ranked = rerank_all(problem, budget, self.num_rerank, criterion=self.criterion, on_progress=on_progress)
-        return with_exact(problem, found, ranked, self.criterion)
+        ranked = rerank_all(problem, budget, self.num_rerank, on_progress=on_progress)
+        return with_exact(problem, found, ranked)
 
 
 class ExactOptunaConfig(SolverSection):
@@ -166,34 +166,36 @@ class ExactOptunaConfig(SolverSection):
 
 
 def _study(
-    config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, budget: Budget, more: str
+    config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, budget: Budget, *more: str
 ) -> dict[str, Any]:
     """Where a search's study is kept, and its name: for a reader, and a digest of what makes it another one.
 
-    ``more``: the option that continues a study with more trials.
+    ``more``: options with which it is the same study: more trials, another choice among those that there are.
     """
     readable = "-".join([re.sub(r"[^\w.]+", "-", place.model).strip("-"), what, config.sampler])
-    others = [place.teacher, config.model_dump(exclude={more, "study_name"}), place.shares, place.averaging]
+    others = [place.teacher, config.model_dump(exclude={*more, "study_name"}), place.shares, place.averaging]
+    others += [place.among] if what == "joint" else []
     digest = "-" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
     name, digest = (config.study_name, "") if config.study_name else (readable, digest)
-    return {
+    where = {
         "storage": place.storage or str(place.cache_dir / f"study-{name}{digest}.journal"),
         "study_name": f"{name}-{budget.name.removesuffix('_ratio')}{budget.value:g}{digest}",
     }
+    place.studies.append((where["storage"], where["study_name"]))
+    return where
 
 
 class JointConfig(SolverSection):
-    """One Optuna study over selectors and spaces: the surrogates propose, exact KL decides, a sampler may go on."""
+    """One Optuna study over ``selector.among`` and ``space.among``, less what the selector itself computes."""
 
     solver: Literal["joint"] = "joint"
-    selectors: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """To choose among; none: the configured one. What a selector computes is taken off a FLOPs budget."""
-    spaces: Annotated[tuple[Literal["dop", "dop_split", "dop_groups", "uniform"], ...], Field(strict=False)] = ()
-    """To choose among; none: the configured one."""
-    num_proposals: PositiveInt = 48
-    """Strategies that the surrogates propose, filled up to the budget, and uniform reductions among them."""
+    num_proposals: PositiveInt = 24
+    """Strategies that the surrogates propose, filled up to the budget, uniform reductions and GSOP's points among
+    them."""
     num_sampled: NonNegativeInt = 0
     """Trials of the sampler after these; 0: none."""
+    num_finalists: PositiveInt = 8
+    """Strategies with the least KL, among which ``data.num_decision`` further samples decide."""
     sampler: Sampler = "tpe"
     """An Optuna sampler."""
     pruner: Literal["none", "median", "wilcoxon"] = "wilcoxon"
@@ -211,11 +213,12 @@ class JointConfig(SolverSection):
 
         if place.options is None:
             raise ConfigError("search=joint needs the curves of every selector and space; run it by `dop-search`")
-        options = self.model_dump(include={"num_proposals", "num_sampled", "sampler", "pruner", "seed"})
+        options = self.model_dump(exclude={"solver", "study_name"})
         return joint_search(
-            place.options(self.spaces, self.selectors),
+            place.options(),
+            decide=place.decide,
             on_progress=on_progress,
-            **_study(self, "joint", place, budget, "num_sampled"),
+            **_study(self, "joint", place, budget, "num_sampled", "num_finalists"),
             **options,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dop_search.app.config import SearchConfig
-from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig
+from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig, JointConfig
 from dop_search.app.plan.facts import ModelFacts, model_facts
 from dop_search.divergence.forecast import ChunkForecast, Work
 from dop_search.divergence.memory import (
@@ -307,6 +307,8 @@ class _Stages:
         search = self.config.search
         if isinstance(search, (AdditiveExactConfig, AdditiveOptunaConfig)):
             number = search.num_rerank + 1
+        elif isinstance(search, JointConfig):
+            number = search.num_proposals + search.num_sampled
         else:
             number = search.num_trials if isinstance(search, ExactOptunaConfig) else 256
         return self._score(f"candidates: {number} per budget", self.sizes, [number] * len(self.config.budget))

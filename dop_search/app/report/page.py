@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dop_search.app.record import Record
 from dop_search.app.report.scores import HEAD, against_uniform, score_notes, score_rows
+from dop_search.app.report.study import KINDS, captions, study_alt_text, study_figure_name
 from dop_search.app.report.style import styled
 from dop_search.app.report.table import result_rows
 from dop_search.app.report.text import NONE, alt_text, lead, notes, percent_text
@@ -81,13 +82,22 @@ def page(record: Record, figures: Mapping[str, Figure]) -> str:
         score_heads=HEAD,
         score_notes=score_notes(record),
         pictures=[
-            (*about, alt_text(name, record), _svg(figures[name]))
-            for name, about in _CAPTIONS.items()
-            if name in figures
+            (*about, [(alt, _svg(figures[name])) for alt, name in shown if name in figures])
+            for about, shown in _pictures(record)
+            if any(name in figures for _, name in shown)
         ],
         facts=_facts(record),
         config=None if origin is None else json.dumps(origin.config, indent=2),
     )
+
+
+def _pictures(record: Record) -> Iterator[tuple[tuple[str, str], list[tuple[str, str]]]]:
+    """Heading and caption of each section, and its pictures: what one shows in words, and its name."""
+    for name, about in _CAPTIONS.items():
+        yield about, [(alt_text(name, record), name)]
+    for kind in KINDS:
+        studied = [item for item in record.results if item.study is not None]
+        yield captions(kind), [(study_alt_text(kind, item), study_figure_name(kind, item)) for item in studied]
 
 
 def _svg(figure: Figure) -> str:

@@ -56,7 +56,8 @@ def summary(record: Record) -> RenderableType:
     table = plain_table([name if name == "95 % CI" else name.replace(" ", "\n") for name in _COLUMNS], _LEFT, pad=1)
     for row in result_rows(record):
         bold = ("budget", "method", "KL held-out") if row["method"] == "found" else ()
-        table.add_row(*(Text(row[name], style="bold" if name in bold else "") for name in _COLUMNS))
+        lines = {**row, **{name: row[name].replace(",", "\n") for name in ("D_A", "D_P")}}  # a line per group
+        table.add_row(*(Text(lines[name], style="bold" if name in bold else "") for name in _COLUMNS))
     return Group(table, Text("\n" + "\n".join(notes(record)), style="dim"))
 
 

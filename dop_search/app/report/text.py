@@ -8,6 +8,8 @@ from dop_search.strategy.operations import Module
 from dop_search.strategy.policy import GroupPolicy
 from dop_search.utils.intervals import MIN_DOMINANT
 
+MAX_P = 0.05
+"""From this p-value on there is no difference."""
 NONE = "–"
 
 
@@ -62,7 +64,7 @@ def _depth(group: GroupPolicy, module: Module, num_layers: int | None) -> str:
 
 
 def verdict(result: Result) -> str:
-    """``better``, ``worse`` or ``no difference``: the held-out KL against uniform reduction."""
+    """``better``, ``worse`` or ``no difference``: the held-out KL against uniform reduction, tested pair by pair."""
     interval = result.kl_heldout_difference_ci95
     if result.uniform is None:
         return NONE
@@ -70,7 +72,11 @@ def verdict(result: Result) -> str:
         lower = result.kl_heldout < result.uniform.kl_heldout
         return "lower, untested" if lower else "not lower, untested"
     low, high = interval
-    return "better" if high < 0.0 else "worse" if low > 0.0 else "no difference"
+    if result.kl_heldout_difference_p is None:  # a record from before there was a test
+        return "better" if high < 0.0 else "worse" if low > 0.0 else "no difference"
+    if result.kl_heldout_difference_p >= MAX_P:
+        return "no difference"
+    return "better" if result.kl_heldout < result.uniform.kl_heldout else "worse"
 
 
 def lead(record: Record) -> list[str]:
@@ -165,8 +171,17 @@ def notes(record: Record) -> list[str]:
     ]
     if timed:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
-    verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}" for result in record.results)
-    lines.append(f"Held-out KL against uniform reduction (paired by sample): {verdicts}.")
+    verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}{_p_text(result)}" for result in record.results)
+    tested = any(result.kl_heldout_difference_p is not None for result in record.results)
+    how = "paired by sample; sign flips, Holm" if tested else "paired by sample"
+    lines.append(f"Held-out KL against uniform reduction ({how}): {verdicts}.")
+    if len({item.selector for result in record.results for item in result.candidates}) > 1:
+        chosen = ", ".join(f"{result.strategy.selector} at {result.budget.text}" for result in record.results)
+        lines.append(f"Selector: {chosen}; {record.data.num_decision} further samples decided among the last few.")
+    if any("{" in text for result in record.results for text in policy_text(result.strategy).values()):
+        lines.append("{n}: n layers, not the first n.")
+    if any(len(result.strategy.groups) > 1 for result in record.results):
+        lines.append("More than one depth: a group of tokens each, the best-ranked first.")
     few = [
         f"{item.num_dominant} at {item.budget.text}"
         for item in record.results
@@ -175,6 +190,11 @@ def notes(record: Record) -> list[str]:
     if few:
         lines.append(f"So few samples carry 90 % of a KL that its interval is uncertain: {', '.join(few)}.")
     return lines
+
+
+def _p_text(result: Result) -> str:
+    p = result.kl_heldout_difference_p
+    return "" if p is None else f" (p {'< .001' if p < 0.001 else f'= {p:.2g}'.replace('0.', '.')})"
 
 
 def _effort(result: Result) -> str:

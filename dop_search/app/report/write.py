@@ -13,6 +13,7 @@ from dop_search.app.report.layer_map import layer_map
 from dop_search.app.report.page import page
 from dop_search.app.report.pareto_front import pareto_front
 from dop_search.app.report.scores import relative_scores
+from dop_search.app.report.study import study_figures
 from dop_search.app.report.style import save_figure
 from dop_search.search.curves import Curves
 from dop_search.utils.files import write_text_atomic
@@ -21,8 +22,8 @@ PLOTS_FOLDER = "plots"
 PAGE_FILE = "report.html"
 
 
-def figures(record: Record, curves: Curves | None) -> dict[str, Figure]:
-    """Every figure that the record has the numbers for, by file name."""
+def figures(record: Record, curves: Curves | None, run_dir: Path | None = None) -> dict[str, Figure]:
+    """Every figure that the record, and the studies in its directory, have the numbers for, by file name."""
     result = {"layer_map": layer_map(record), "pareto_front": pareto_front(record)}
     if curves is not None:
         result["divergence_curves"] = divergence_curves(curves, record.model.num_layers)
@@ -30,28 +31,29 @@ def figures(record: Record, curves: Curves | None) -> dict[str, Figure]:
         result["additive_vs_exact"] = additive_vs_exact(record)
     if any(item.scores for item in record.results):
         result["relative_scores"] = relative_scores(record)
-    return result
+    return result if run_dir is None else result | study_figures(record, run_dir)
 
 
-def write_report(record: Record, curves: Curves | None, run_dir: Path) -> list[Path]:
-    """Write ``plots/*.png``, ``plots/*.pdf`` and ``report.html`` into the run directory.
+def write_report(record: Record, curves: Curves | None, run_dir: Path, output: Path | None = None) -> list[Path]:
+    """Write ``plots/*.png``, ``plots/*.pdf`` and ``report.html`` into the run directory, or into ``output``.
 
     Args:
         record: the search.
         curves: what the surrogate was built from; ``None`` leaves their figure out.
-        run_dir: where to write; existing files are replaced.
+        run_dir: of the search; has its studies, if there are any.
+        output: where to write instead; existing files are replaced.
 
     Returns:
         The files written, the page first.
     """
-    drawn = figures(record, curves)
-    paths = []
+    drawn = figures(record, curves, run_dir)
+    folder, paths = output or run_dir, []
     for name, figure in drawn.items():
         for suffix in (".png", ".pdf"):
-            paths.append(run_dir / PLOTS_FOLDER / f"{name}{suffix}")
+            paths.append(folder / PLOTS_FOLDER / f"{name}{suffix}")
             save_figure(figure, paths[-1])
-    write_text_atomic(run_dir / PAGE_FILE, page(record, drawn))
-    return [run_dir / PAGE_FILE, *paths]
+    write_text_atomic(folder / PAGE_FILE, page(record, drawn))
+    return [folder / PAGE_FILE, *paths]
 
 
 def load_curves(run_dir: Path) -> Curves | None:

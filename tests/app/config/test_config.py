@@ -25,6 +25,9 @@ from dop_search.app.config import (
     SearchConfig,
     parse_config,
 )
+from dop_search.app.config.solvers import JointConfig
+from dop_search.baselines import OWN
+from dop_search.baselines.space_search import SpaceSearch
 from dop_search.strategy.cost import Budget
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
@@ -68,6 +71,15 @@ def test_every_option_composes_and_round_trips(choices: tuple[str | None, ...]) 
     given = [choice for choice in choices if choice is not None]
     config = composed(*given, *(override for choice in given for override in NEEDED.get(choice, ())))
     assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_any_is_what_the_method_dop_search_chooses_among() -> None:
+    config, method = composed("search=joint", "selector=any", "space=any"), OWN["dop_search"]
+    assert isinstance(method, SpaceSearch)
+    assert isinstance(config.search, JointConfig)
+    assert (config.selector.among, config.space.among) == (method.selectors, method.spaces)
+    assert (config.selector.name, config.space.name) == (method.selectors[0], method.spaces[0])
+    assert (config.search.num_proposals, config.search.num_sampled) == (method.num_proposals, method.num_sampled)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

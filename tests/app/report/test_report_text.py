@@ -58,6 +58,14 @@ def test_verdict_follows_the_paired_interval(interval: tuple[float, float] | Non
     assert verdict(result) == expected
 
 
+@pytest.mark.parametrize(("p", "said"), [(0.0004, "better"), (0.031, "better"), (0.2, "no difference")])
+def test_with_a_p_value_the_test_decides_not_the_interval(p: float, said: str) -> None:
+    results = [item.model_copy(update={"kl_heldout_difference_p": p}) for item in example_record().results]
+    (line,) = (line for line in notes(example_record().model_copy(update={"results": results})) if "sign flips" in line)
+    shown = {0.0004: "(p < .001)", 0.031: "(p = .031)", 0.2: "(p = .2)"}[p]
+    assert line.split(": ", 1)[1] == ", ".join(f"{said} at {item.budget.text} {shown}" for item in results) + "."
+
+
 def test_the_table_fits_80_columns_uncut_and_says_it_all() -> None:
     record = example_record()
     lines = rendered(record, 80)

@@ -217,6 +217,7 @@ class GsopSearch:
             self.points.append(GsopPoint(strategy, float(self._scores([runs])[0])))
 
 
-def with_tokens(point: GsopPoint, num_visual_tokens: int | None) -> Strategy:
+def with_tokens(point: GsopPoint | Strategy, num_visual_tokens: int | None) -> Strategy:
     """The same operations with fewer tokens entering the decoder."""
-    return replace(point.strategy, num_visual_tokens=num_visual_tokens)
+    strategy = point.strategy if isinstance(point, GsopPoint) else point
+    return replace(strategy, num_visual_tokens=num_visual_tokens)
