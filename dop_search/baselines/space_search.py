@@ -13,7 +13,7 @@ from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
-from dop_search.utils.errors import BudgetError, DopError
+from dop_search.utils.errors import BudgetError, DopError, NumericalError
 
 SPACES = ("dop", "dop_split", "dop_groups")
 """Spaces that are methods by their names."""
@@ -155,6 +155,8 @@ class UniformSearch(Method):
                 fitted = UniformReduction(selector).fit(context, flops_ratio)
                 store = context.needs_store(self.name, selector)
                 divergence = float(store.evaluate([fitted.needs_strategy()]).mean())
+            except NumericalError:
+                raise
             except DopError:  # not for this model, or not so cheap, which merging finds out as it runs
                 continue
             yield divergence, fitted

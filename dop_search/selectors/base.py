@@ -246,15 +246,28 @@ class TowerRun(threading.local):
         self.images: tuple[int, ...] | None = None
 
 
-class TowerPatch(Attached, ABC):
+class TowerPatch(Attached):
     """A change of a vision tower instance; ``run`` is what the tower noticed, for each thread apart."""
 
     def __init__(self) -> None:
         self.run = TowerRun()
+        self._replaced: list[tuple[Any, Any]] = []
 
-    @abstractmethod
+    def replace_forward(self, module: Any, forward: Any) -> Any:
+        """Run ``forward`` in the place of a module's, which is returned, until :meth:`restore`."""
+        original = module.forward
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+        return original
+
     def restore(self) -> None:
         """Make the tower what it was."""
+        while self._replaced:
+            module, previous = self._replaced.pop()
+            if previous is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = previous
 
 
 def check_options(holds: bool, rule: str, **values: Any) -> None:

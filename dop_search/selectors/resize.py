@@ -71,9 +71,7 @@ class ResizePatch(TowerPatch):
         super().__init__()
         self.module, self.num_extra, self.patch_size = tower.module, tower.num_extra, tower.patch_size
         self.grid, self.num_kept = grid, num_kept
-        self.previous = self.module.__dict__.get("forward")
-        self.original = self.module.forward
-        self.module.forward = self.forward
+        self.original = self.replace_forward(self.module, self.forward)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The tower's contract, at the cost of the small images."""
@@ -112,10 +110,3 @@ class ResizePatch(TowerPatch):
                 None if state is None else state.index_select(1, index) for state in output.hidden_states
             )
         return output
-
-    def restore(self) -> None:
-        """See base class."""
-        if self.previous is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.forward = self.previous

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -87,28 +87,18 @@ class _Merging(threading.local):
         self.alive = self.size = self.keys = torch.empty(0)
 
 
-class LayersPatch(TowerPatch):
+class LayersPatch(TowerPatch, ABC):
     """Replaces the forwards of a tower's layers; states keep their full shape, patches that left are never computed."""
 
     def __init__(self, tower: TowerView) -> None:
         super().__init__()
         self.tower = tower
-        self.previous = [layer.__dict__.get("forward") for layer in tower.layers]
         for index, layer in enumerate(tower.layers):
-            layer.forward = partial(self.layer, index)
+            self.replace_forward(layer, partial(self.layer, index))
 
     @abstractmethod
     def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """One encoder layer on the patches that are left; ``hidden_states`` has all of them."""
-
-    def restore(self) -> None:
-        """See base class."""
-        for layer, previous in zip(self.tower.layers, self.previous, strict=False):
-            if previous is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = previous
-        self.previous = []
 
 
 class ToMePatch(LayersPatch):

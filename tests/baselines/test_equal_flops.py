@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops, layer_flops, strategy_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
-from dop_search.utils.errors import BudgetError, ConfigError, DopError
+from dop_search.utils.errors import BudgetError, ConfigError, DopError, NumericalError
 
 BUDGETS = (0.5, 0.3, 0.2, 0.15, 0.1)
 SHAPES = {
@@ -241,6 +242,26 @@ def test_shortv_as_released_costs_what_others_measured() -> None:
     both = [ShortV.published(f"llava-{version}-13b").groups[0] for version in ("1.5", "v1.6")]
     assert [len(group.q) for group in both] == [40 - 24] * 2
     assert set(both[0].q) ^ set(both[1].q) == {0, 18}, "the lists of the two 13B models differ"
+
+
+def test_uniform_search_leaves_out_selectors_that_cannot_be_evaluated() -> None:
+    """ToMe's halving has a floor that its price does not know; NaN logits are no reason to go on."""
+
+    class Store:
+        def __init__(self, selector: str, error: type[DopError]) -> None:
+            self.selector, self.error = selector, error
+
+        def evaluate(self, strategies: Sequence[Strategy]) -> np.ndarray:
+            if self.selector == "tome":
+                raise self.error("at least 8 remain")
+            return np.full((len(strategies), 4), 0.1 if self.selector == "scope" else 0.2)
+
+    context = replace(context_of("pocket_sized"), store=lambda selector: Store(selector, DopError))  # type: ignore[arg-type,return-value]
+    fitted = baseline("uniform_search").fit(context, 0.3)
+    assert fitted.hyperparameters["selector"] == "scope"
+    context = replace(context, store=lambda selector: Store(selector, NumericalError))  # type: ignore[arg-type,return-value]
+    with pytest.raises(NumericalError):
+        baseline("uniform_search").fit(context, 0.3)
 
 
 # -- solvers and registry --

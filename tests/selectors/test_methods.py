@@ -7,20 +7,17 @@ import pytest
 import slow_selection as slow
 import torch
 from invented_inputs import invented
-from torch.utils.flop_counter import FlopCounterMode
 
-from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
+from dop_search.selectors import SELECTORS, make_selector
 from dop_search.selectors.base import cosine_matrix
 from dop_search.selectors.divprune import max_min_order
 from dop_search.selectors.grid_cells import balanced_cells, grid_cells, smaller_grid
 from dop_search.selectors.holov import segment_budgets
 from dop_search.selectors.sharing import shares
 from dop_search.selectors.tome import merge_schedule
-from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 NEEDS_CLIP = ("cdpruner", "trim")
-DIMS = ModelDims(2, 24, 48, 4, 4, 6, True, 100)
 
 
 def made(name, clip_folder, **options):
@@ -78,17 +75,6 @@ def test_ties_keep_the_order_of_the_tokens_and_choose_without_error(name, clip_f
     assert sorted(order) == list(range(48))
     if name in ("cls_attention", "hired", "cdpruner_llm"):
         assert (order == np.arange(48)).all()
-
-
-@pytest.mark.parametrize("name", sorted(SELECTORS))
-def test_own_cost_is_an_estimate_that_grows_with_the_image(name):
-    small, large = (
-        SELECTORS[name]().selection_flops(SelectionSizes(count, 10, DIMS, DIMS.hidden_size, count))
-        for count in (50, 200)
-    )
-    assert 0 <= small <= large
-    if name in ("divprune", "cdpruner_llm"):
-        assert large >= 2 * 200**2 * 24  # all pairwise cosines
 
 
 # -- one by one --------------------------------------------------------------------------------------
@@ -161,18 +147,6 @@ def test_lazy_divprune_is_the_published_greedy_from_another_start(seed):
     for kept in (1, 2, 15, 72):
         order = make_selector("divprune_lazy").rank(inputs, kept)[:kept].tolist()
         assert order == max_min_order(distance.__getitem__, start, kept).tolist()
-
-
-def test_lazy_divprune_computes_the_rows_that_it_is_priced_by():
-    """One row of similarities for the start and one for each kept token but the last, which nothing follows."""
-    inputs, counter = invented(8, 9), FlopCounterMode(display=False)
-    selector = make_selector("divprune_lazy")
-    with counter:
-        selector.rank(inputs, 20)
-    rows = counter.get_total_flops() / (2 * 72 * 24)
-    sizes = SelectionSizes(72, 20, DIMS, DIMS.hidden_size, 72)
-    assert selector.selection_flops(sizes) / (2 * 72 * 24) == rows == 20
-    assert make_selector("divprune").selection_flops(sizes) == 2 * 72 * 72 * 24
 
 
 @pytest.mark.parametrize(("kept", "alpha", "seed"), [(12, 1.0, 0), (30, 0.5, 1), (48, 2.0, 2)])

@@ -31,12 +31,12 @@ class AdaptInferSelector(StageSelector):
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
         """See base class."""
-        words = sample.text[sample.text_after()]
-        attention = sample.attention(words)
-        return StageRanking(best_first(word_scores(attention[:, :, words], attention[:, :, sample.candidates])))
+        attention, after = sample.attention(sample.text), sample.text_after()
+        among = attention[:, :, sample.text] * (after[:, None] & after)
+        return StageRanking(best_first(word_scores(among, attention[:, :, sample.candidates])))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class; text before the image asks nothing, but is counted."""
+        """See base class; text before the image is computed as well, and weighs nothing."""
         return attention_rows_flops(dims, num_text, num_rows) + 2 * dims.num_heads * num_text * num_candidates
 
 
