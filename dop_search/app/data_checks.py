@@ -28,7 +28,7 @@ def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged
     check_sources(sources_of(config.name, config.sources))
     if config.name != "jsonl" or config.path is None:
         return
-    sizes = {split: config.sizes[split] for split in splits if split != "decision"}
+    sizes: dict[Split, int] = {split: config.sizes[split] for split in splits if split != "decision"}
     if "decision" in splits:
         sizes["search"] += config.num_decision  # of one draw
     for split, rows in file_rows(config.path, sizes, config.seed, config.families).items():
