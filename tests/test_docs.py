@@ -84,7 +84,7 @@ def test_the_sample_suite_is_a_suite(tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         overrides = ["eval=mine", f"hydra.searchpath=[file://{tmp_path}]"]
         config = parse_as(compose("eval_config", overrides=overrides), EvalRunConfig)
-    suite = config.suite
+    suite = config.eval
     assert suite is not None
     assert [benchmark.name for benchmark in suite.benchmarks] == ["gqa", "infovqa"]
     sample: dict[str, Any] = {"__name__": "readme"}

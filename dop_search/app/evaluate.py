@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from dop_search.utils.extensions import import_modules
 from dop_search.utils.progress import Progress
 
 METHODS_FOLDER = "methods"
-PACKAGES = ("dop-search", "torch", "transformers", "lmms-eval", "numpy")
 
 
 def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRecord:
@@ -46,22 +44,20 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     for name in config.method:
         parse_method(name)  # a misspelt name is an error before loading
     if config.method:
-        check_data(config.data, config.suite, ("search",), ())
+        check_data(config.data, config.eval, ("search",), ())
     loaded = begin(config, run_dir, "hydra.run.dir", progress)
-    judge = SuiteJudge(loaded, config.suite, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
+    judge = SuiteJudge(loaded, config.eval, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
+    items = []
     with fast_linear(loaded.model):
-        judged = [_Judged.of_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]
+        judged = [_from_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]
         judged += _fit(config, loaded, run_dir, progress)
         full = judge.scores(None)
         full.save(run_dir / SAMPLES_FOLDER / FULL_FOLDER)
-        items = []
-        for item in judged:
-            pruned = judge.scores(item.runs)
-            pruned.save(run_dir / SAMPLES_FOLDER / item.name)
+        for runs, about in judged:
+            pruned = judge.scores(runs)
+            pruned.save(run_dir / SAMPLES_FOLDER / about["name"])
             scores, mean = compare(full, pruned, seed=config.seed)
-            fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-            del fields["runs"]
-            items.append(StrategyScores(**fields, scores=scores, relative_mean=mean))
+            items.append(StrategyScores(**about, scores=scores, relative_mean=mean))
     record = EvalRecord(
         model=model_info(loaded),
         suite=judge.info(),
@@ -70,7 +66,7 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
         num_samples={name: score.num_samples for name, score in full.scores.items()},
         strategies=items,
         seconds=time.perf_counter() - start,
-        provenance=provenance("dop-eval", started, config.model_dump(mode="json"), packages=PACKAGES),
+        provenance=provenance("dop-eval", started, config.model_dump(mode="json")),
     )
     record.save(run_dir / SCORES_FILE)
     if config.tracking.backend != "none":
@@ -79,30 +75,15 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     return record
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """What is scored, and what the record says of it, see :class:`StrategyScores`."""
+_Judged = tuple[Strategy | FittedMethod, dict[str, Any]]
+"""What is scored, and what the record says of it, see :class:`StrategyScores`."""
 
-    name: str
-    file: str
-    runs: Strategy | FittedMethod
-    strategy: Strategy | None
-    flops_ratio: float | None
-    method: dict[str, Any] | None = None
 
-    @classmethod
-    def of_file(cls, named: tuple[str, Strategy], file: str) -> _Judged:
-        name, strategy = named
-        ratio = strategy.provenance.get("flops_ratio")
-        return cls(name, file, strategy, strategy, ratio if isinstance(ratio, float) else None)
-
-    @classmethod
-    def of_method(cls, name: str, fitted: FittedMethod, run_dir: Path) -> _Judged:
-        path = run_dir / METHODS_FOLDER / f"{name}.json"
-        if fitted.strategy is not None:
-            fitted.save(path)
-        file = "" if fitted.strategy is None else str(path)
-        return cls(name, file, fitted, fitted.strategy, fitted.flops_ratio, plain(fitted.facts))
+def _from_file(named: tuple[str, Strategy], file: str) -> _Judged:
+    name, strategy = named
+    ratio = strategy.provenance.get("flops_ratio")
+    known = ratio if isinstance(ratio, float) else None
+    return strategy, {"name": name, "file": file, "strategy": strategy, "flops_ratio": known}
 
 
 def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Progress) -> list[_Judged]:
@@ -111,11 +92,15 @@ def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Pr
         return []
     shared = {name: getattr(config, name) for name in ("model", "data", "selector", "cache_dir", "seed", "num_threads")}
     bench = Workbench(SearchConfig(**shared), loaded, progress)
-    return [
-        _Judged.of_method(f"{name}-{ratio:g}", bench.fit(name, ratio), run_dir)
-        for name in config.method
-        for ratio in config.flops_ratio
-    ]
+    judged: list[_Judged] = []
+    for method, ratio in itertools.product(config.method, config.flops_ratio):
+        name, fitted, file = f"{method}-{ratio:g}", bench.fit(method, ratio), ""
+        if fitted.strategy is not None:
+            file = str(run_dir / METHODS_FOLDER / f"{name}.json")
+            fitted.save(Path(file))
+        about = {"flops_ratio": fitted.flops_ratio, "method": plain(fitted.facts)}
+        judged.append((fitted, {"name": name, "file": file, "strategy": fitted.strategy, **about}))
+    return judged
 
 
 def read_strategies(files: tuple[str, ...]) -> dict[str, Strategy]:

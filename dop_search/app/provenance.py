@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from dop_search.app.record import ModelInfo, Provenance
 from dop_search.models.loading import LoadedModel
 
-PACKAGES = ("dop-search", "torch", "transformers", "optuna", "numpy")
+PACKAGES = ("dop-search", "torch", "transformers", "optuna", "numpy", "lmms-eval")
+"""Whose versions are noted, where they are installed."""
 
 
 def provenance(
@@ -23,12 +24,12 @@ def provenance(
     started: datetime,
     config: dict[str, Any],
     search_id: str | None = None,
-    packages: tuple[str, ...] = PACKAGES,
 ) -> Provenance:
     """Where the numbers of this process come from; ``started`` is in UTC."""
+    installed = {item.name: item.version for name in PACKAGES for item in distributions(name=name)}
     return Provenance(
         started_at=started.isoformat(timespec="seconds"),
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        versions={"python": platform.python_version(), **installed},
         git_commit=git_commit(),
         command=" ".join([program, *sys.argv[1:]]),
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads",

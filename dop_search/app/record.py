@@ -8,23 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import CacheError
 from dop_search.utils.versioned import Format, write_json
 
-RECORD = Format(
-    "a record",
-    None,
-    1,
-    "give the directory of a finished run of this version, or run the search again",
-    version_key="schema_version",
-)
-EVALUATION = Format("a record of dop-eval", "dop_search.evaluation", 1, "run dop-eval again")
 RECORD_FILE = "record.json"
 SCORES_FILE = "scores.json"
 CURVES_FILE = "curves.parquet"
@@ -38,7 +30,7 @@ Ratio = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0.0)]
 Point = tuple[float, float]
-"""``(cost ratio, additive KL in nats)``."""
+"""``(FLOPs ratio, additive KL in nats)``."""
 
 
 def _strategy(value: Any) -> Strategy:
@@ -99,18 +91,25 @@ class DataInfo(Part):
     """File beside the record with the sample ids of every set, see :func:`save_sample_ids`."""
 
 
-class UniformResult(Part):
+class Measured(Part):
+    """What a strategy costs and loses. KLs in nats, ratios to the full model."""
+
+    flops_ratio: Ratio
+    kl_additive: float | None = None
+    """The surrogate's estimate; ``None`` where there is none."""
+    kl_heldout: float
+    kl_heldout_ci95: Interval | None = None
+    latency_ratio: Ratio | None = None
+    """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
+
+
+class UniformResult(Measured):
     """Uniform token reduction (``n_v`` alone, the same selector) at the FLOPs of the found strategy."""
 
     num_visual_tokens: Count
-    flops_ratio: Ratio
-    kl_heldout: float
-    kl_heldout_ci95: Interval | None = None
-    accuracy: float | None = None
     kv_ratio: Ratio | None = None
     kl_search: float | None = None
-    kl_additive: float | None = None
-    latency_ratio: Ratio | None = None
+    accuracy: float | None = None
 
 
 class ScoreComparison(Part):
@@ -170,19 +169,14 @@ class Candidate(Part):
     is_uniform: bool = False
 
 
-class Result(Part):
+class Result(Measured):
     """What one budget led to. All KLs in nats; accuracies and ratios in 0..1."""
 
     budget: BudgetField
     strategy: StrategyField
-    flops_ratio: Ratio
     kv_ratio: Ratio
-    kl_additive: float | None
-    """The surrogate's estimate; ``None`` where the solver has none."""
     kl_search: float
     kl_search_ci95: Interval | None = None
-    kl_heldout: float
-    kl_heldout_ci95: Interval | None = None
     num_dominant: Count | None = None
     """Held-out samples that carry 90 % of the mean KL; ``None`` in records that do not say."""
     accuracy_full: float | None = None
@@ -200,8 +194,6 @@ class Result(Part):
     candidates: list[Candidate] = []
     study: str | None = None
     """Name of the Optuna study that it comes from, in ``studies.journal`` beside the record."""
-    latency_ratio: Ratio | None = None
-    """Predicted prefill time relative to the full model on the device of the search; ``None`` if no budget asked."""
     latency_ms: Annotated[float, Field(ge=0.0)] | None = None
     """Predicted prefill milliseconds, mean over the search set."""
     scores: dict[str, ScoreComparison] = {}
@@ -237,10 +229,39 @@ class Provenance(Part):
     """Also in the provenance of the strategies and on the tracked runs, so that later runs find the search."""
 
 
-class Record(Part):
+class Saved(Part):
+    """A record that is a file."""
+
+    KIND: ClassVar[Format]
+    FILE: ClassVar[str]
+    version: Literal[1] = 1
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, atomically."""
+        write_json(path, self.model_dump(mode="json"), allow_nan=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a record, from its file or from the run directory that holds it.
+
+        Raises:
+            CacheError: if there is none, or it is of another version or malformed; the message says where.
+        """
+        file = Path(path) / cls.FILE if Path(path).is_dir() else Path(path)
+        data = cls.KIND.read(file)
+        try:
+            return cls.model_validate_json(json.dumps(data), strict=True)  # as JSON: its lists are tuples here
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
+            raise CacheError("\n  ".join([f"{str(file)!r} is not {cls.KIND.what}:", *lines])) from error
+
+
+class Record(Saved):
     """One search, all budgets."""
 
-    schema_version: Literal[1] = 1
+    KIND = Format("a record", "dop_search.record", 1, "give the directory of a finished run, or run the search again")
+    FILE = RECORD_FILE
+    format: Literal["dop_search.record"] = "dop_search.record"
     model: ModelInfo
     data: DataInfo
     selector: Named
@@ -253,41 +274,19 @@ class Record(Part):
     """The Pareto front of the additive surrogate."""
     uniform_front: list[Point] = []
     """The same for ``n_v`` alone."""
-    front_cost: Literal["flops_ratio", "kv_ratio"] = "flops_ratio"
-    """The cost on the fronts."""
-    candidates: list[Candidate] = []
-    """Strategies measured beside those of a single result, e.g. at random to check the surrogate."""
     num_validation_runs: Count = 0
     """All passes over the search set, for the curves and all budgets together."""
     seconds: Seconds = 0.0
     timings: dict[str, Seconds] = {}
     """Seconds per stage."""
-    scores: Annotated[SuiteInfo | None, BeforeValidator(lambda value: value or None)] = None
+    scores: SuiteInfo | None = None
     """The benchmarks of the results' scores; ``None`` if no suite ran."""
     provenance: Provenance | None = None
 
     def all_candidates(self) -> list[Candidate]:
         """Every strategy with an exact KL, each once."""
-        items = [*self.candidates, *(item for result in self.results for item in result.candidates)]
+        items = (item for result in self.results for item in result.candidates)
         return list({(item.describe, item.flops_ratio): item for item in items}.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        data: dict[str, Any] = self.model_dump(mode="json")
-        return data
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON, atomically."""
-        write_json(path, self.to_json(), allow_nan=False)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Record:
-        """Read a record, from its file or from the run directory that holds it.
-
-        Raises:
-            CacheError: if there is none, or it is of another version or malformed; the message says where.
-        """
-        return _load(cls, path, RECORD_FILE, RECORD)
 
 
 class StrategyScores(Part):
@@ -311,11 +310,12 @@ class StrategyScores(Part):
         return f"{(self.method or {}).get('method')}" if self.strategy is None else self.strategy.describe()
 
 
-class EvalRecord(Part):
+class EvalRecord(Saved):
     """One evaluation; per-sample outputs lie beside it, ``samples/<full or name>/<benchmark>.parquet``."""
 
+    KIND = Format("a record of dop-eval", "dop_search.evaluation", 1, "run dop-eval again")
+    FILE = SCORES_FILE
     format: Literal["dop_search.evaluation"] = "dop_search.evaluation"
-    version: Literal[1] = 1
     model: ModelInfo
     suite: SuiteInfo
     full: dict[str, float]
@@ -325,33 +325,6 @@ class EvalRecord(Part):
     strategies: list[StrategyScores] = Field(default_factory=list)
     seconds: Seconds = 0.0
     provenance: Provenance | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON, atomically."""
-        write_json(path, self.model_dump(mode="json"), allow_nan=False)
-
-    @classmethod
-    def load(cls, path: str | Path) -> EvalRecord:
-        """Read a record, from its file or from the directory that holds it.
-
-        Raises:
-            CacheError: if there is none, or it is malformed or of another version.
-        """
-        return _load(cls, path, SCORES_FILE, EVALUATION)
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Part)
-
-
-def _load(record: type[AnyRecord], path: str | Path, name: str, format: Format) -> AnyRecord:
-    """The record in a file, or in the file called ``name`` in a folder; every error with its place in it."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    data = format.read(file)
-    try:
-        return record.model_validate_json(json.dumps(data), strict=True)  # as JSON: its lists are tuples here
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors(include_url=False)]
-        raise CacheError("\n  ".join([f"{str(file)!r} is not {format.what}:", *lines])) from error
 
 
 def save_sample_ids(path: Path, ids: Mapping[str, Sequence[str]], fingerprints: Mapping[str, str]) -> None:

@@ -75,12 +75,10 @@ class ResultFile:
         if not (published / RESULT_FILE).is_file():
             return
         data = read_result(published / RESULT_FILE)
-        other = _differences(data, self._fresh)
-        if other:
-            log.info("%s was measured with another setup (%s): every row is measured", published, "; ".join(other))
+        if other := _differences(data, self._fresh):
+            log.info("%s was measured with another setup (%s): every row is measured", published, other)
             return
         self.data, self._samples = data, _read_json(published / SAMPLES_FILE)
-        write_text_atomic(self.folder / SAMPLES_FILE, _lines(self._samples))
         self._save()
 
     # -- rows -----------------------------------------------------------------------------------
@@ -122,8 +120,7 @@ class ResultFile:
                 self.rows[self.rows.index(old)] = row
             if per_sample is not None:
                 self._samples[_name(key)] = [float(f"{value:.5g}") for value in per_sample]
-                write_text_atomic(self.folder / SAMPLES_FILE, _lines(self._samples))
-            self._save()
+            self._save(with_samples=per_sample is not None)
         return row
 
     def measure(
@@ -177,7 +174,7 @@ class ResultFile:
         names = list(keys[0])
         with self._locked():
             self.rows.sort(key=lambda row: place.get(_name({name: row.get(name) for name in names}), len(place)))
-            self._save()
+            self._save(with_samples=False)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Replace the summary and save; one that differs by rounding alone, as on other numbers of threads, stays."""
@@ -185,7 +182,7 @@ class ResultFile:
         with self._locked():
             if not _is_close(self.data["summary"], new):
                 self.data["summary"] = new
-                self._save()
+                self._save(with_samples=False)
 
     def _is_open(self, key: Key, mine: set[str]) -> bool:
         row = self.find(key)
@@ -225,12 +222,22 @@ class ResultFile:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.path.exists():
                 self.data = read_result(self.path)
-                _refuse_other(self.data, self._fresh, self.path)
+                if other := _differences(self.data, self._fresh):
+                    raise ConfigError(
+                        f"{str(self.path)!r} was measured with another setup ({other}); set study.folder to another "
+                        "folder, or remove the file to measure anew"
+                    )
             self._samples = _read_json(self.folder / SAMPLES_FILE)
             yield
 
-    def _save(self) -> None:
-        write_text_atomic(self.path, to_text(self.data))
+    def _save(self, with_samples: bool = True) -> None:
+        """Write with one line per row, so that a change of one row is a change of one line."""
+        if with_samples and self._samples:
+            samples = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in self._samples.items())
+            write_text_atomic(self.folder / SAMPLES_FILE, "{\n" + samples + "\n}\n")
+        head = json.dumps({name: value for name, value in self.data.items() if name != "rows"}, indent=1)
+        rows = ",\n".join("  " + json.dumps(row) for row in self.rows)
+        write_text_atomic(self.path, head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -242,24 +249,14 @@ def read_result(path: Path) -> dict[str, Any]:
     return FORMAT.read(path)
 
 
-def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
-    """What a result was measured with, beside what it would be measured with now."""
-    other = [] if data["study"] == fresh["study"] else [f"study: file {data['study']!r}, now {fresh['study']!r}"]
-    old, new = _flat(data["setup"]), _flat(fresh["setup"])
-    return other + [
+def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> str:
+    """What a result was measured with, beside what it would be measured with now; empty: the same."""
+    old, new = (_flat({"study": item["study"], **item["setup"]}) for item in (data, fresh))
+    return "; ".join(
         f"{name}: file {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
-    ]
-
-
-def _refuse_other(data: Mapping[str, Any], fresh: Mapping[str, Any], path: Path) -> None:
-    other = _differences(data, fresh)
-    if other:
-        raise ConfigError(
-            f"{str(path)!r} was measured with another setup ({'; '.join(other)}); "
-            "set study.folder to another folder, or remove the file to measure anew"
-        )
+    )
 
 
 def _is_close(old: Any, new: Any) -> bool:
@@ -303,18 +300,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return dict(value) if isinstance(value, Mapping) else str(value)
-
-
-def to_text(data: Mapping[str, Any]) -> str:
-    """JSON with one line per row, so that a change of one row is a change of one line."""
-    head = {name: value for name, value in data.items() if name != "rows"}
-    rows = ",\n".join("  " + json.dumps(row) for row in data["rows"])
-    return json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
-
-
-def _lines(samples: Mapping[str, list[float]]) -> str:
-    items = (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in samples.items())
-    return "{\n" + ",\n".join(items) + "\n}\n"
 
 
 def _name(key: Key) -> str:

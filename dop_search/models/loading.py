@@ -100,7 +100,7 @@ def load(
         raise DopError(f"`dtype` must be one of {['auto', *DTYPES]}, but got {dtype!r}")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise MissingExtraError("`device_map` needs accelerate; install with: pip install accelerate")
-    source = _source(name_or_path)
+    source = checkpoint_source(name_or_path)
     target = _device(device)
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         _device(device_map, DEVICE_MAP_RULE)
@@ -183,7 +183,12 @@ def _config(source: str, options: dict[str, Any], name: str) -> Any:
     return config
 
 
-def _source(name_or_path: str) -> str:
+def checkpoint_source(name_or_path: str) -> str:
+    """The folder of a bundled or local checkpoint, or the hub id.
+
+    Raises:
+        DopError: if it is a folder or a variant that is not there.
+    """
     name, _, variant = name_or_path.partition("/")
     if name_or_path == "smollm2":
         from dop_search.models.smollm2 import smollm2_path

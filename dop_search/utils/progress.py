@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO
+from typing import IO, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,10 +29,6 @@ class Progress(ABC):
     """
 
     @abstractmethod
-    def note(self, message: str) -> None:
-        """A line that stays."""
-
-    @abstractmethod
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
         """Something that takes a while, in ``total`` steps if their number is known."""
@@ -40,16 +36,17 @@ class Progress(ABC):
         yield
 
 
+def _nothing(steps: int = 1) -> None:
+    """An advance that nobody sees."""
+
+
 class SilentProgress(Progress):
     """Says nothing."""
-
-    def note(self, message: str) -> None:
-        """Nothing."""
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
         """Nothing."""
-        yield lambda steps=1: None
+        yield _nothing
 
 
 class PlainProgress(Progress):
@@ -60,33 +57,30 @@ class PlainProgress(Progress):
         self._interval_s = interval_s
         self._start = time.monotonic()
 
-    def note(self, message: str) -> None:
-        """A line with the seconds since the start."""
-        print(f"[{time.monotonic() - self._start:6.1f} s] {message}", file=self._stream, flush=True)
-
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
         """Report the task when it ends, also by an exception, and now and then before."""
         start = last = time.monotonic()
         done = 0
 
-        def text() -> str:
+        def say(end: str = "") -> None:
             steps = "" if total is None and not done else f" {done}/{'?' if total is None else total}"
-            return f"{description}{steps}"
+            now = f"[{time.monotonic() - self._start:6.1f} s]"
+            print(f"{now} {description}{steps}{end}", file=self._stream, flush=True)
 
         def advance(steps: int = 1) -> None:
             nonlocal done, last
             done += steps
             if time.monotonic() - last >= self._interval_s:
                 last = time.monotonic()
-                self.note(text())
+                say()
 
         ended = "stopped after"
         try:
             yield advance
             ended = "in"
         finally:
-            self.note(f"{text()} {ended} {time.monotonic() - start:.1f} s")
+            say(f" {ended} {time.monotonic() - start:.1f} s")
 
 
 class BarProgress(Progress):
@@ -95,10 +89,6 @@ class BarProgress(Progress):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: RichBars | None = None
-
-    def note(self, message: str) -> None:
-        """A line above the bars."""
-        self._console.print(message, markup=False, highlight=False)
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
@@ -136,34 +126,29 @@ def default_progress(console: Console | None = None) -> Progress:
     return BarProgress(console) if console.is_terminal else PlainProgress(console.file)
 
 
-class Notify:
-    """Turns ``(done, total, what)`` callbacks into tasks: one per ``what``, opened when it is first heard of."""
-
-    def __init__(self, progress: Progress, prefix: str = "") -> None:
-        self._progress, self._prefix = progress, prefix
-        self._stack = ExitStack()
-        self._what: str | None = None
-        self._advance: Advance = lambda steps=1: None
-        self._done = 0
+class Notify(Protocol):
+    """Told how far things are."""
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """So many steps of ``what`` are done."""
-        if what != self._what:
-            self.close()
-            self._what, self._done = what, 0
-            self._advance = self._stack.enter_context(self._progress.task(self._prefix + what, total))
-        if done > self._done:
-            self._advance(done - self._done)
-            self._done = done
-
-    def close(self) -> None:
-        """End the task that is open."""
-        self._stack.close()
 
 
 @contextmanager
 def watch(progress: Progress, prefix: str = "") -> Iterator[Notify]:
-    """A :class:`Notify` whose last task ends with the context."""
-    notify = Notify(progress, prefix)
-    with notify._stack:
+    """Turns callbacks into tasks: one per ``what``, from its first call to the next task or the end of the context."""
+    current: str | None = None
+    so_far = 0
+    advance: Advance = _nothing
+    with ExitStack() as task:
+
+        def notify(done: int, total: int, what: str) -> None:
+            nonlocal advance, current, so_far
+            if what != current:
+                task.close()
+                advance = task.enter_context(progress.task(prefix + what, total))
+                current, so_far = what, 0
+            if done > so_far:
+                advance(done - so_far)
+                so_far = done
+
         yield notify

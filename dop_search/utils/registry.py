@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from dop_search.utils.errors import ConfigError, DopError
 
 T = TypeVar("T")
 
 
-class Registry(MutableMapping[str, T], Generic[T]):
+class Registry(UserDict[str, T]):
     """Entries by name; a module of one's own adds to it, ``REGISTRY["mine"] = Mine``.
 
     Args:
@@ -22,7 +23,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
 
     def __init__(self, what: str, entries: Mapping[str, T], error: type[DopError] = ConfigError) -> None:
         self.what, self._error = what, error
-        self._entries = dict(entries)
+        super().__init__(entries)
 
     def find(self, name: str) -> T:
         """The entry of that name.
@@ -30,12 +31,9 @@ class Registry(MutableMapping[str, T], Generic[T]):
         Raises:
             DopError: of the registry's kind, with a near name and all that there are.
         """
-        if name not in self._entries:
-            raise self._error(unknown(self.what, name, self._entries))
-        return self._entries[name]
-
-    def __getitem__(self, name: str) -> T:
-        return self._entries[name]
+        if name not in self:
+            raise self._error(unknown(self.what, name, self))
+        return self[name]
 
     def __setitem__(self, name: str, entry: T) -> None:
         """Add an entry; what was defined in a notebook's cell may be defined again.
@@ -43,19 +41,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
         Raises:
             ConfigError: if the name is taken.
         """
-        known = self._entries.get(name, entry)
+        known = self.get(name, entry)
         if known != entry and _origin(known) != _origin(entry):
             raise ConfigError(f"there is a {self.what} {name!r} ({_origin(known)}); give yours another name")
-        self._entries[name] = entry
-
-    def __delitem__(self, name: str) -> None:
-        del self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        super().__setitem__(name, entry)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

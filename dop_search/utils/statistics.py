@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 _DRAWS_AT_ONCE = 20_000_000
 
@@ -20,23 +20,6 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     from scipy import stats
 
     return float(stats.spearmanr(a, b).statistic)
-
-
-def crossed_bootstrap_ci95(values: ArrayLike, seed: int = 0, num_resamples: int = 2000) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of ``values`` (``[num_draws, num_samples]``) with both axes resampled.
-
-    For repeated searches that are scored on the same samples: another set of either would give another mean. One draw
-    is not resampled. ``None`` below two samples.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    num_draws, num_samples = data.shape
-    if num_samples < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    rows = rng.multinomial(num_draws, np.full(num_draws, 1 / num_draws), num_resamples) / num_draws
-    columns = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), num_resamples) / num_samples
-    means = np.einsum("rd,ds,rs->r", rows, data, columns, optimize=True)
-    return percentiles95(means)
 
 
 def stratified_bootstrap_ci95(

@@ -18,25 +18,22 @@ class Format:
 
     Attributes:
         what: in words with the article, e.g. ``a profile``.
-        name: stands in the file under ``format``; ``None`` for files that have a version alone.
+        name: stands in the file under ``format``.
         version: the one that this code writes and reads.
         remedy: what to do about a file that is no such file.
         error: what is raised then.
-        version_key: where the version stands.
     """
 
     what: str
-    name: str | None
+    name: str
     version: int
     remedy: str
     error: type[DopError] = CacheError
-    version_key: str = "version"
 
     @property
     def stamp(self) -> dict[str, Any]:
         """The first keys of such a file."""
-        named = {} if self.name is None else {"format": self.name}
-        return {**named, self.version_key: self.version}
+        return {"format": self.name, "version": self.version}
 
     def read(self, path: str | Path) -> dict[str, Any]:
         """The content of a file of this format and version.
@@ -48,7 +45,7 @@ class Format:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise self.error(f"there is no {self._noun} at {str(file)!r}; {self.remedy}") from error
+            raise self.error(f"there is no {self.what.partition(' ')[2]} at {str(file)!r}; {self.remedy}") from error
         except OSError as error:
             raise self.error(f"cannot read {self.what} from {str(file)!r}: {error.strerror}; {self.remedy}") from error
         except (ValueError, RecursionError) as error:
@@ -64,10 +61,6 @@ class Format:
                 found = f"its {key} is {data.get(key)!r}, but this dop-search reads {expected!r}"
                 raise self.error(f"{where} is not {self.what} of version {self.version}: {found}; {self.remedy}")
         return data
-
-    @property
-    def _noun(self) -> str:
-        return self.what.partition(" ")[2]
 
 
 def write_json(path: str | Path, data: Mapping[str, Any], indent: int | None = 2, **options: Any) -> None:

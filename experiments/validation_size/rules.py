@@ -25,7 +25,7 @@ from dop_search.search.rerank import rerank_all
 from dop_search.search.solution import MeasuredSolution
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
-from dop_search.utils.statistics import crossed_bootstrap_ci95
+from experiments.validation_size.crossed import crossed_bootstrap_ci95
 
 RULES = ("additive", "rerank", "one_se", "root")
 RULE_NAMES = {

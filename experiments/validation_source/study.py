@@ -15,7 +15,7 @@ from dop_search.app.workbench import Workbench
 from dop_search.search.additive_exact import additive_exact
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.statistics import crossed_bootstrap_ci95
+from experiments.validation_size.crossed import crossed_bootstrap_ci95
 from experiments.validation_size.rules import measured_budgets, measured_rows, on_samples
 
 _SMALLEST_DRAWN = 0.01

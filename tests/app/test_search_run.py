@@ -54,7 +54,7 @@ def test_leaves_record_strategies_curves_and_pictures(finished):
 def test_record_keeps_its_contract(finished):
     path, record = finished
     data = json.loads((path / "out" / "record.json").read_text())
-    assert {"schema_version", "model", "data", "selector", "space", "solver", "results"} <= set(data)
+    assert {"format", "version", "model", "data", "selector", "space", "solver", "results"} <= set(data)
     fields = {
         *("budget", "strategy", "flops_ratio", "kv_ratio", "kl_additive", "kl_search", "kl_heldout"),
         *("kl_heldout_ci95", "accuracy_full", "accuracy_pruned", "uniform", "num_validation_runs", "seconds"),

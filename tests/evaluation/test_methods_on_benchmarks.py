@@ -28,8 +28,13 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvalRunConfig, Pat
     path = tmp_path_factory.mktemp("methods")
     config = EvalRunConfig.model_validate(
         {
-            "eval": {"name": "pocket13", "source": "rendered", "benchmarks": ["gqa"], "max_new_tokens": 8},
-            "limit": LIMIT,
+            "eval": {
+                "name": "pocket13",
+                "source": "rendered",
+                "benchmarks": ["gqa"],
+                "max_new_tokens": 8,
+                "limit": LIMIT,
+            },
             "method": list(METHODS),
             "flops_ratio": RATIO,
             "data": {"num_samples": NUM_SAMPLES},
@@ -57,7 +62,7 @@ def test_lmms_eval_fits_the_same_method_and_gives_the_same_scores(scored, pocket
     for name, item in zip(METHODS, record.strategies, strict=True):
         text = f"pretrained=pocket,method={name},flops_ratio={RATIO},num_samples={NUM_SAMPLES},batch_size=4,device=cpu"
         model = get_model("dop", force_simple=True).create_from_arg_string(text, {})
-        score = run_benchmark(model, config.suite, config.suite.benchmarks[0], manager)
+        score = run_benchmark(model, config.eval, config.eval.benchmarks[0], manager)
         assert score.score == item.scores["gqa"].pruned
         assert {sample.doc_id: sample.prediction for sample in score.samples} == _answers(path, item.name)
     with pytest.raises(DopError, match="give flops_ratio"):

@@ -15,7 +15,7 @@ from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.intervals import mean_ci95
 from dop_search.utils.progress import SilentProgress
-from dop_search.utils.statistics import crossed_bootstrap_ci95
+from experiments.validation_size.crossed import crossed_bootstrap_ci95
 from experiments.validation_size.rules import RULES, choose, on_samples
 
 SMALL_GRID = ("space.num_depth_levels=2", "space.num_token_levels=2")

@@ -11,7 +11,6 @@ from dop_search.utils.progress import BarProgress, PlainProgress, Progress, Sile
 
 
 def run_tasks(progress: Progress) -> None:
-    progress.note("loaded [pocket]")
     with progress.task("outer", total=1) as outer:
         with progress.task("curve [mlp]", total=5) as advance:
             advance()
@@ -23,7 +22,7 @@ def test_plain_lines_name_the_steps_and_the_time() -> None:
     stream = io.StringIO()
     run_tasks(PlainProgress(stream))
     lines = [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
-    assert [line.rsplit(" in ", 1)[0] for line in lines] == ["loaded [pocket]", "curve [mlp] 5/5", "outer 1/1"]
+    assert [line.rsplit(" in ", 1)[0] for line in lines] == ["curve [mlp] 5/5", "outer 1/1"]
 
 
 def test_plain_reports_while_a_long_task_runs() -> None:
@@ -47,7 +46,6 @@ def test_bars_leave_one_line_per_task_and_can_be_reused() -> None:
     run_tasks(progress)
     run_tasks(progress)
     text = stream.getvalue()
-    assert text.count("loaded [pocket]") == 2
     assert text.count("✓") == 4
 
 

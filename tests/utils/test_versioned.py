@@ -46,9 +46,9 @@ def refusal(read: Callable[[Path], Any], path: Path) -> str:
 def test_another_format_and_another_version_are_named(reader, tmp_path: Path) -> None:
     name, read = reader
     path = tmp_path / name
-    path.write_text(json.dumps({"format": "something.else", "version": 1, "schema_version": 77}) + "\n")
+    path.write_text(json.dumps({"format": "something.else", "version": 1}) + "\n")
     found = refusal(read, path)
-    assert "its format is 'something.else'" in found or "its schema_version is 77" in found
+    assert "its format is 'something.else'" in found
     assert "of version 1" in found
     assert "but this dop-search reads" in found
     path.write_text("[1, 2]\n")

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from dop_search.evaluation.timing.comparison import Comparison, compare, environment
 from dop_search.evaluation.timing.layer_times import measure_table
 from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model
 from dop_search.evaluation.timing.text import comparison_text
-from dop_search.evaluation.timing.validation import (
-    Prediction,
-    random_strategies,
-    summary,
-    validate_table,
-    validation_text,
-)
+from dop_search.evaluation.timing.validation import random_strategies, summary, validate_table, validation_text
 from dop_search.evaluation.timing.variants import DEPTH_RATIOS, Prompt, make_variants
 from dop_search.models.families import adapter_for
+from dop_search.models.loading import DTYPES, checkpoint_source, load, named_device
+from dop_search.models.prompts import chat_prompt
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
@@ -53,8 +50,6 @@ examples:
   dop-bench --shape small --table small.json --validate-table              how well a latency table predicts
   PYTHONPATH=. python -m dop_search.app.cli.bench --shape llava_next_7b         on a machine without this package
 """
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,38 +130,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        print(validation_text(validate(options)) if options.validate_table else comparison_text(run(options)))
+        _check(options)
+        import_modules(options.imports)
+        strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
+        if len(strategies) != len(options.strategy):
+            raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
+        subject = _subject(options)
+        print(validate(options, *subject) if options.validate_table else run(options, strategies, *subject))
     except DopError as error:
         print(f"dop-bench: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(options: argparse.Namespace) -> Comparison:
-    """Build the model, make the variants, time them, write what was asked for.
+def run(
+    options: argparse.Namespace,
+    strategies: Mapping[str, Strategy],
+    what: str,
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+) -> str:
+    """Make the variants, time them, write what was asked for; the result in words.
 
     Raises:
         DopError: for anything the user can fix.
     """
-    _check(options)
-    if options.mlflow is not None:
-        check_extras("--mlflow", "search")
-    if options.out is not None:
-        check_writable(options.out.parent, "--out")
-    import_modules(options.imports)
-    strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
-    if len(strategies) != len(options.strategy):
-        raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
-    what, model, inputs = _subject(options)
     adapter = adapter_for(model)
     given = Prompt.of(adapter, inputs)
-    ratios = [0.5, 0.3, 0.14] if options.ratio is None else options.ratio
     variants, notes = make_variants(
         model,
         adapter,
         given,
         strategies,
-        ratios,
+        [0.5, 0.3, 0.14] if options.ratio is None else options.ratio,
         depths=options.depths,
         selector=options.selector,
         compile=options.compile,
@@ -190,42 +186,30 @@ def run(options: argparse.Namespace) -> Comparison:
     if options.out is not None:
         write_json(options.out, result.to_json(), indent=1)
     if options.mlflow is not None:
-        _log(options.mlflow, result)
-    return result
+        from dop_search.app.config import TrackingConfig
+        from dop_search.app.tracking.store import log_benchmark
+
+        log_benchmark(TrackingConfig(uri=options.mlflow), result.to_json())
+    return comparison_text(result)
 
 
-def validate(options: argparse.Namespace) -> list[Prediction]:
-    """Read or measure the latency table, and compare what it predicts with what random strategies take.
+def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
+    """Read or measure the latency table, and compare what it predicts with what random strategies take; in words.
 
     Raises:
         DopError: for anything the user can fix.
     """
-    _check(options)
-    import_modules(options.imports)
-    what, model, inputs = _subject(options)
     adapter = adapter_for(model)
-    counts = Prompt.of(adapter, inputs).counts
-    notify = None if options.quiet else _show
-    where = environment(model, adapter, options.clock)
+    counts, where = Prompt.of(adapter, inputs).counts, environment(model, adapter, options.clock)
+    how: Any = {"clock": options.clock, "seed": options.seed, "on_progress": None if options.quiet else _show}
     if options.table is not None and options.table.is_file():
         table = LatencyTable.load(options.table, where)
     else:
-        table = measure_table(
-            model, [counts], rounds=options.rounds, clock=options.clock, seed=options.seed, on_progress=notify
-        )
+        table = measure_table(model, [counts], rounds=options.rounds, **how)
         if options.table is not None:
             table.save(options.table)
     strategies = random_strategies(adapter.dims.num_layers, counts.visual, options.validate_table, options.seed)
-    predictions = validate_table(
-        model,
-        table,
-        counts,
-        strategies,
-        rounds=max(2, options.rounds // 2),
-        clock=options.clock,
-        seed=options.seed,
-        on_progress=notify,
-    )
+    predictions = validate_table(model, table, counts, strategies, rounds=max(2, options.rounds // 2), **how)
     if options.out is not None:
         data = {
             **VALIDATION.stamp,
@@ -237,13 +221,11 @@ def validate(options: argparse.Namespace) -> list[Prediction]:
             "predictions": [item.to_json() for item in predictions],
         }
         write_json(options.out, data, indent=1)
-    return predictions
+    return validation_text(predictions)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse values out of range; set the threads."""
-    if options.num_threads is not None and options.num_threads >= 1:
-        torch.set_num_threads(options.num_threads)
+    """Refuse values out of range, a missing extra and a folder that cannot be written; set the threads."""
     for name in ("rounds", "tokens", "batch", "passes", "image_size", "num_threads", "validate_table"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -257,61 +239,42 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--table needs --validate-table, e.g. `--table small.json --validate-table 24`")
     if options.shape is not None and options.weights == "pretrained":
         raise ConfigError("a --shape has no pretrained weights; give a checkpoint with --model")
+    if options.mlflow is not None:
+        check_extras("--mlflow", "search")
+    if options.out is not None:
+        check_writable(options.out.parent, "--out")
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
 
 
 def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
     """What is timed, in words, and its prompt."""
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"`--device` must be auto, cpu or cuda[:index], but got {name!r}") from error
-    dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    device = named_device(name, "`--device` must be auto, cpu or cuda[:index]")
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if options.model is None:
         shape = SHAPES[options.shape or "small"]
-        model = build(shape, device, dtype, options.attn)
+        model = build(shape, device, DTYPES[dtype], options.attn)
         words = f"{shape.name} ({shape.source}), random weights"
         return words, model, prompt(shape, model, options.text_tokens, options.batch)
-    return _checkpoint(options, device, dtype)
-
-
-def _checkpoint(
-    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
     if options.weights == "random":
-        model, processor = _without_weights(options.model, device, dtype, options.attn)
-        words = f"{options.model}, random weights"
+        model, processor = _without_weights(options.model, device, DTYPES[dtype], options.attn)
     else:
-        from dop_search.models.loading import load
-
-        name = str(dtype).removeprefix("torch.")
-        loaded = load(options.model, device=str(device), dtype=name, attn_implementation=options.attn)
-        model, processor, words = loaded.model, loaded.processor, f"{options.model}, its weights"
-    from PIL import Image
-
-    from dop_search.models.prompts import chat_prompt
-
+        loaded = load(options.model, device=str(device), dtype=dtype, attn_implementation=options.attn)
+        model, processor = loaded.model, loaded.processor
     image = Image.new("RGB", (options.image_size, options.image_size), (127, 127, 127))
     batch: Any = processor(
         images=[image] * options.batch,
         text=[chat_prompt(processor, "Describe the image.")] * options.batch,
         return_tensors="pt",
     )
-    inputs = {
-        key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in batch.items()
-    }
-    return words, model, inputs
+    inputs = {key: value.to(device, model.dtype if value.is_floating_point() else None) for key, value in batch.items()}
+    return f"{options.model}, {'random' if options.weights == 'random' else 'its'} weights", model, inputs
 
 
 def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[PreTrainedModel, Any]:
     """A model from its configuration, and its processor; its weights need not be there."""
-    from transformers import AutoConfig, AutoProcessor
-
-    source = name
-    if name.partition("/")[0] == "pocket":
-        from dop_search.models.pocket import pocket_path
-
-        source = str(pocket_path())
+    source = checkpoint_source(name)
     try:
         config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
     except OSError as error:
@@ -319,13 +282,6 @@ def _without_weights(name: str, device: torch.device, dtype: torch.dtype, attn: 
             f"cannot read the configuration of {name!r}: {str(error).splitlines()[0]}; point to a local folder"
         ) from error
     return random_model(config, device, dtype, attn), processor
-
-
-def _log(uri: str, result: Comparison) -> None:
-    from dop_search.app.config import TrackingConfig
-    from dop_search.app.tracking.store import log_benchmark
-
-    log_benchmark(TrackingConfig(uri=uri), result.to_json())
 
 
 def _show(done: int, total: int, what: str) -> None:

@@ -22,12 +22,12 @@ def evaluate() -> None:
 
 def report() -> None:
     """``dop-report``."""
-    _start("dop-report", "report", extras=("search",))
+    _start("dop-report", "finished", extras=("search",), function="report")
 
 
 def track() -> None:
     """``dop-track``."""
-    _start("dop-track", "track", extras=("search",))
+    _start("dop-track", "finished", extras=("search",), function="track")
 
 
 def bench() -> None:
@@ -35,7 +35,7 @@ def bench() -> None:
     _start("dop-bench", "bench", extras=())
 
 
-def _start(command: str, module: str, extras: tuple[str, ...]) -> None:
+def _start(command: str, module: str, extras: tuple[str, ...], function: str = "main") -> None:
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")
         return
@@ -43,4 +43,4 @@ def _start(command: str, module: str, extras: tuple[str, ...]) -> None:
         check_extras(command, *extras)
     except MissingExtraError as error:
         sys.exit(str(error))
-    sys.exit(importlib.import_module(f"dop_search.app.cli.{module}").main())
+    sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())

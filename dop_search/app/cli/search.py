@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -17,8 +16,6 @@ from dop_search.utils.progress import default_progress
 
 def main() -> None:
     """Entry point: one search, or with ``-m`` one per combination."""
-    if any(argument.lstrip("+~").startswith("hidden_states=") for argument in sys.argv[1:]):
-        sys.exit("dop-search: `hidden_states` is gone: set `memory` to auto or to the GiB that a search may fill")
     run_command("dop-search", CONFIG_NAME, run_search)
 
 

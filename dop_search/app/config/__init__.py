@@ -6,29 +6,15 @@ from dop_search.app.config.schema import (
     EvalRunConfig,
     ModelConfig,
     SearchConfig,
-    SelectorConfig,
     SpaceConfig,
     TrackingConfig,
 )
-from dop_search.app.config.solvers import (
-    AdditiveExactConfig,
-    AdditiveOptunaConfig,
-    ExactOptunaConfig,
-    ExhaustiveConfig,
-    SolverConfig,
-)
 
 __all__ = [
-    "AdditiveExactConfig",
-    "AdditiveOptunaConfig",
     "DataConfig",
     "EvalRunConfig",
-    "ExactOptunaConfig",
-    "ExhaustiveConfig",
     "ModelConfig",
     "SearchConfig",
-    "SelectorConfig",
-    "SolverConfig",
     "SpaceConfig",
     "TrackingConfig",
     "parse_as",

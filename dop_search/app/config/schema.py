@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from dop_search.app.config.section import Section
+from dop_search.app.config.section import Listed, Section
 from dop_search.app.config.solvers import AdditiveExactConfig, SolverConfig, Storage
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import OWN, Split
@@ -34,11 +34,10 @@ def _dotted(name: str) -> str:
 
 AsList = BeforeValidator(lambda value: () if value is None else value if isinstance(value, (list, tuple)) else (value,))
 """One may stand without a list, and none may be ``null``."""
-Names = Annotated[tuple[str, ...], Field(strict=False), AsList]
+Names = Annotated[Listed[str], AsList]
 """Names or files; one may stand without a list."""
 Imports = Annotated[
-    tuple[Annotated[str, AfterValidator(_dotted)], ...],
-    Field(strict=False),
+    Listed[Annotated[str, AfterValidator(_dotted)]],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
 ]
 """Names of modules; one may stand without a list."""
@@ -90,7 +89,7 @@ class DataConfig(Section):
     your own), or any name with ``sources``."""
     path: str | None = None
     """The file of ``name=jsonl``; every third image belongs to the same of the three sets."""
-    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    sources: Listed[SourceConfig] = ()
     """Splits of benchmarks (``kind: task``) and of data sets (``kind: dataset``) to draw from, by their weights."""
     num_samples: PositiveInt = 96
     """Samples of the search set: curves and re-ranking see only these."""
@@ -101,7 +100,7 @@ class DataConfig(Section):
     """Samples that confirm the chosen strategy; the search never sees them."""
     num_test: NonNegativeInt = 204
     """Samples with ground-truth answers for the task accuracy; 0: no accuracy."""
-    families: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    families: Annotated[Listed[str], Field(min_length=1)] | None = None
     """Kinds of question to use; ``null``: all."""
     answers: Literal["teacher", "ground_truth"] = "teacher"
     """Whose answer is teacher-forced: the full model's greedy one (label-free), or the annotation."""
@@ -155,7 +154,7 @@ class SpaceConfig(Section):
     name: Literal["dop", "dop_split", "dop_groups", "uniform"] = "dop_split"
     """``dop``: one depth for attention and one for MLP; ``dop_split``: queries and keys/values apart; ``dop_groups``:
     that per group of tokens; ``uniform``: the number of tokens alone."""
-    shares: Annotated[tuple[float, ...], Field(strict=False)] = (1.0,)
+    shares: Listed[float] = (1.0,)
     """Share of the kept visual tokens per group, best-ranked first; sums to 1."""
     num_depth_levels: Annotated[int, Field(ge=2)] | None = None
     """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
@@ -242,7 +241,7 @@ class SearchConfig(Section):
     data: DataConfig = DataConfig()
     selector: SelectorConfig = SelectorConfig()
     space: SpaceConfig = SpaceConfig()
-    budget: Annotated[tuple[BudgetConfig, ...], Field(strict=False)] = (
+    budget: Annotated[Listed[BudgetConfig], AsList] = (
         Budget(flops_ratio=0.5),
         Budget(flops_ratio=0.3),
         Budget(flops_ratio=0.15),
@@ -275,21 +274,6 @@ class SearchConfig(Section):
     """Modules of your own, on the path or in ``PYTHONPATH``, that register selectors, model families, methods,
     solvers or studies; imported before anything is looked up by name."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_key_for_memory(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "hidden_states" in values:
-            raise ValueError(
-                f"`hidden_states` is gone (got {values['hidden_states']!r}): `memory` decides where hidden states are "
-                "kept; set it to auto or to the GiB that a search may fill"
-            )
-        return values
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _as_list_of_budgets(cls, value: Any) -> Any:
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-
     @field_validator("budget", mode="after")
     @classmethod
     def _all_different(cls, budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
@@ -312,16 +296,12 @@ class EvalRunConfig(Section):
     method: Names = ()
     """Methods to fit and score: published ones by name, ``uniform``, our searches (``dop_split``, …), or any that ranks
     by a selector as ``NAME@SELECTOR``; one or a list."""
-    flops_ratio: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False), AsList] = ()
+    flops_ratio: Annotated[Listed[Annotated[float, Field(gt=0.0, le=1.0)]], AsList] = ()
     """Shares of the full model's FLOPs that each method is fitted to; one or a list."""
     data: DataConfig = DataConfig()
     """Methods are fitted on its search samples."""
     selector: SelectorConfig = SelectorConfig()
     """Ranks for the methods that bring no ranking."""
-    limit: PositiveInt | None = None
-    """Most samples per benchmark; ``null``: what the suite says."""
-    batch_size: PositiveInt | None = None
-    """Samples per generation call; ``null``: what the suite says."""
     tracking: TrackingConfig = TrackingConfig()
     cache_dir: str = Field(default=".cache/dop_search", min_length=1)
     """Scores, keyed by content: what was measured of the full model or of a strategy is not measured again."""
@@ -331,13 +311,6 @@ class EvalRunConfig(Section):
     """CPU threads of torch; ``null``: torch's default."""
     imports: Imports = ()
     """As with ``dop-search``."""
-
-    @property
-    def suite(self) -> Suite:
-        """``eval`` with ``limit`` and ``batch_size``."""
-        limit = self.eval.limit if self.limit is None else self.limit
-        batch_size = self.eval.batch_size if self.batch_size is None else self.batch_size
-        return dataclasses.replace(self.eval, limit=limit, batch_size=batch_size)
 
     @field_validator("strategy", "method", "flops_ratio", mode="after")
     @classmethod

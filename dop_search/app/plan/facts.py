@@ -17,12 +17,10 @@ from dop_search.data.validation import OWN, validation_set
 from dop_search.divergence.memory import Footprint, SampleSize, num_patches, tower_bytes
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
-from dop_search.models.loading import DTYPES, load_processor
-from dop_search.models.pocket import pocket_path
+from dop_search.models.loading import DTYPES, checkpoint_source, load_processor
 from dop_search.models.prompts import model_inputs
 from dop_search.models.published import published_models
 from dop_search.models.quantization import check_quantization, meta_model, packed_bytes
-from dop_search.models.smollm2 import smollm2_path
 from dop_search.models.text import MARKERS_KEY
 from dop_search.models.text_processor import TextProcessor
 from dop_search.utils.errors import DopError
@@ -42,7 +40,6 @@ class ModelFacts:
         source: where the sizes are from.
         footprint: what its activations take.
         weight_bytes: of all weights, as they would be loaded.
-        decoder_bytes: of the decoder's layers among them.
         linear_flops: of one token through the decoder's linear layers and ``lm_head``.
         tower_flops: of one sample's images through the vision tower and projector.
         tower_bytes: of activations for one sample's images.
@@ -55,7 +52,6 @@ class ModelFacts:
     source: str
     footprint: Footprint
     weight_bytes: int
-    decoder_bytes: int
     linear_flops: int
     tower_flops: int
     tower_bytes: int
@@ -70,7 +66,8 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
     Raises:
         DopError: if the checkpoint is neither here nor one whose sizes are known.
     """
-    folder = _folder(model.name_or_path)
+    place = Path(checkpoint_source(model.name_or_path))
+    folder = place if place.is_dir() else None
     config, source = _config(model, folder)
     dtype = _dtype(model.dtype, config, device_type)
     if model.quantization is not None:
@@ -97,7 +94,6 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
         source=source,
         footprint=footprint,
         weight_bytes=sum(weights.values()),
-        decoder_bytes=weights["layers"],
         linear_flops=2 * (linear + adapter.dims.hidden_size * adapter.dims.vocab_size),
         tower_flops=2 * tower * patches,
         tower_bytes=tower_bytes(meta.config, adapter.tower_width, patches, element) if adapter.has_tower else 0,
@@ -105,17 +101,6 @@ def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> Model
         prompts_from=prompts_from,
         dtype=dtype,
     )
-
-
-def _folder(name_or_path: str) -> Path | None:
-    """Where a checkpoint is on this machine, if it is."""
-    kind, _, variant = name_or_path.partition("/")
-    if kind == "pocket":
-        return pocket_path(variant) if variant else pocket_path()
-    if name_or_path == "smollm2":
-        return smollm2_path()
-    path = Path(name_or_path).expanduser()
-    return path if path.is_dir() else None
 
 
 def _config(model: ModelConfig, folder: Path | None) -> tuple[PretrainedConfig, str]:

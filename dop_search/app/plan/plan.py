@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from dop_search.app.config import SearchConfig
-from dop_search.app.config.solvers import AdditiveExactConfig, AdditiveOptunaConfig, ExactOptunaConfig, JointConfig
+from dop_search.app.config.solvers import (
+    AdditiveExactConfig,
+    AdditiveOptunaConfig,
+    ExactOptunaConfig,
+    ExhaustiveConfig,
+    JointConfig,
+)
 from dop_search.app.plan.facts import ModelFacts, model_facts
 from dop_search.divergence.forecast import ChunkForecast, Work
 from dop_search.divergence.memory import (
@@ -32,6 +38,8 @@ from dop_search.utils.errors import DopError
 
 TOKEN_BYTES = 9
 """Of a token in the host's memory, beside its embedding: position, and whether it is visual."""
+UNKNOWN_CANDIDATES = 256
+"""Strategies per budget that a solver of one's own is taken to measure."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,8 @@ class Plan:
     is_here: bool
     num_devices: int
     limit_bytes: int
-    stages: tuple[Stage, ...] = field(default=())
-    needed_bytes: int = 0
+    stages: tuple[Stage, ...]
+    needed_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -93,10 +101,7 @@ def make_plan(config: SearchConfig) -> Plan:
     Raises:
         DopError: if the sizes of the model or of the device are not known.
     """
-    device, is_here = _device(config)
-    facts = model_facts(config.model, config.data, device.type)
-    plan = Plan(facts, device, is_here, _num_devices(config), _limit(config, device, is_here))
-    return _Stages(config, plan).plan()
+    return _Stages(config).plan()
 
 
 def least_bytes(config: SearchConfig, limit: int) -> int:
@@ -104,9 +109,7 @@ def least_bytes(config: SearchConfig, limit: int) -> int:
 
     ``limit``: of each device, for how many devices a ``device_map`` has.
     """
-    device, is_here = _device(config)
-    facts = model_facts(config.model, config.data, device.type)
-    return _Stages(config, Plan(facts, device, is_here, _num_devices(config), limit)).least_bytes()
+    return _Stages(config, limit).least_bytes()
 
 
 def _num_devices(config: SearchConfig) -> int:
@@ -137,31 +140,32 @@ def _limit(config: SearchConfig, device: torch.device, is_here: bool) -> int:
 
 
 class _Stages:
-    """Fills a plan."""
+    """What a plan is made of."""
 
-    def __init__(self, config: SearchConfig, plan: Plan) -> None:
-        self.config, self.facts, self.base = config, plan.facts, plan
-        self.footprint, self.layers = plan.facts.footprint, plan.facts.footprint.dims.num_layers
-        self.on_cpu = plan.device.type == "cpu"
-        self.weights = -(-plan.facts.weight_bytes // plan.num_devices)
-        self.sizes = plan.facts.prompts
+    def __init__(self, config: SearchConfig, limit: int | None = None) -> None:
+        self.config = config
+        self.device, self.is_here = _device(config)
+        self.facts = model_facts(config.model, config.data, self.device.type)
+        self.footprint, self.layers = self.facts.footprint, self.facts.footprint.dims.num_layers
+        self.limit = _limit(config, self.device, self.is_here) if limit is None else limit
+        self.num_devices = _num_devices(config)
+        self.weights = -(-self.facts.weight_bytes // self.num_devices)
+        self.on_cpu = self.device.type == "cpu"
+        self.sizes = self.facts.prompts
         self.longest = max(self.sizes, key=lambda size: size.length)
         self.heldout = self._repeated(config.data.num_heldout)
-        self.teachers = self._teacher_bytes([*self.sizes, *self.heldout])
-        self.free = plan.limit_bytes - self.weights - (self.teachers if self.on_cpu else 0)
+        self.answers = self._teacher_bytes([*self.sizes, *self.heldout])
+        self.free = self.limit - self.weights - (self.answers if self.on_cpu else 0)
         one = max(self.footprint.chunk([size]) for size in set(self.sizes))
         self.one = max(one, self._generation_bytes(1))
-        self.allowance = Allowance.of(self.free, plan.device.type, host_bytes(), self.one)
+        self.allowance = Allowance.of(self.free, self.device.type, host_bytes(), self.one)
         self.kept_on = {"device": 0, "host": 0}
 
     def plan(self) -> Plan:
-        """With all stages, and the least memory that would do."""
+        """All stages, and the least memory that would do."""
+        shard = {} if self.on_cpu else {"a shard of weights": min(self.weights, 5 * 10**9)}
         stages = [
-            Stage(
-                "load",
-                self._device({}, teachers=False),
-                {} if self.on_cpu else {"a shard of weights": min(self.weights, 5 * 10**9)},
-            ),
+            Stage("load", {"weights": self.weights}, shard),
             self._teacher(),
             self._curves(),
             self._candidates(),
@@ -169,34 +173,24 @@ class _Stages:
         ]
         if self.config.eval.name == "accuracy" and self.config.data.num_test:
             stages.append(self._accuracy())
-        base = self.base
-        return Plan(
-            base.facts,
-            base.device,
-            base.is_here,
-            base.num_devices,
-            base.limit_bytes,
-            tuple(stages),
-            self.least_bytes(),
-        )
+        place = (self.facts, self.device, self.is_here, self.num_devices, self.limit)
+        return Plan(*place, tuple(stages), self.least_bytes())
 
     def least_bytes(self) -> int:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
-        return self.one + self.weights + (self.teachers if self.on_cpu else 0)
+        return self.one + self.weights + (self.answers if self.on_cpu else 0)
 
     # -- what is held ---------------------------------------------------------------------------
 
-    def _device(self, others: dict[str, int], teachers: bool = True) -> dict[str, int]:
-        held = {"weights": self.weights, **others}
-        if self.on_cpu and teachers:
-            held["answers and embeddings"] = self.teachers
-        return {name: size for name, size in held.items() if size}
-
-    def _host(self) -> dict[str, int]:
-        if self.on_cpu:
-            return {}
-        held = {"answers and embeddings": self.teachers, "hidden states": self.kept_on["host"]}
-        return {name: size for name, size in held.items() if size}
+    def _stage(
+        self, name: str, working: dict[str, int], num_layer_forwards: int, flops: int, at_most: bool = False
+    ) -> Stage:
+        """A stage that holds, beside what it works with, the weights, the answers, and the states that are kept."""
+        held = {"weights": self.weights, "hidden states": self.kept_on["device"], **working}
+        held |= {"answers and embeddings": self.answers} if self.on_cpu else {}
+        host = {"answers and embeddings": self.answers, "hidden states": self.kept_on["host"]}
+        device = {what: size for what, size in held.items() if size}
+        return Stage(name, device, {} if self.on_cpu else host, num_layer_forwards, flops, at_most)
 
     def _repeated(self, count: int) -> list[SampleSize]:
         return [self.sizes[index % len(self.sizes)] for index in range(count)]
@@ -240,13 +234,8 @@ class _Stages:
             working, forwards, flops = 0, 0, 0
         observing = self.footprint.layer_of([self.longest.length]) + self.footprint.logits(self.longest.answer)
         flops += sum(self._prefill_flops(size) for size in both) + len(both) * self.facts.tower_flops
-        return Stage(
-            "full model's answers",
-            self._device({"keys, values, activations": max(working, observing, self.facts.tower_bytes)}),
-            self._host(),
-            forwards + len(both) * self.layers,
-            flops,
-        )
+        held = {"keys, values, activations": max(working, observing, self.facts.tower_bytes)}
+        return self._stage("full model's answers", held, forwards + len(both) * self.layers, flops)
 
     def _curves(self) -> Stage:
         strategies = self._curve_strategies()
@@ -271,13 +260,8 @@ class _Stages:
             total.add(known[key][0])
             kept[place] += known[key][1]
         self.kept_on = {"device": kept["device"], "host": kept["host"]}
-        return Stage(
-            f"curves: {len(strategies)} strategies",
-            self._device({"hidden states": kept["device"], "a chunk of samples": total.peak_bytes}),
-            self._host(),
-            total.layers_computed + total.full_layers,
-            total.flops,
-        )
+        held, forwards = {"a chunk of samples": total.peak_bytes}, total.layers_computed + total.full_layers
+        return self._stage(f"curves: {len(strategies)} strategies", held, forwards, total.flops)
 
     def _curve_strategies(self) -> list[Strategy]:
         chosen = self.config.space
@@ -287,7 +271,7 @@ class _Stages:
         return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
 
     def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
-        chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.base.device.type))
+        chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.device.type))
         return [[sizes[index] for index in members] for members in chunks]
 
     def _score(self, name: str, sizes: Sequence[SampleSize], num_strategies: Sequence[int]) -> Stage:
@@ -300,17 +284,21 @@ class _Stages:
         )
         chunks = self._chunks(sizes)
         working = max(self.footprint.chunk(chunk) for chunk in chunks)
-        device = self._device({"hidden states": self.kept_on["device"], "a chunk of samples": working})
-        return Stage(name, device, self._host(), sum(num_strategies) * self.layers * len(chunks), flops, True)
+        forwards = sum(num_strategies) * self.layers * len(chunks)
+        return self._stage(name, {"a chunk of samples": working}, forwards, flops, at_most=True)
 
     def _candidates(self) -> Stage:
-        search = self.config.search
-        if isinstance(search, (AdditiveExactConfig, AdditiveOptunaConfig)):
-            number = search.num_rerank + 1
-        elif isinstance(search, JointConfig):
-            number = search.num_proposals + search.num_sampled
-        else:
-            number = search.num_trials if isinstance(search, ExactOptunaConfig) else 256
+        match self.config.search:
+            case AdditiveExactConfig() | AdditiveOptunaConfig() as search:
+                number = search.num_rerank + 1
+            case ExactOptunaConfig() as search:
+                number = search.num_trials
+            case JointConfig() as search:
+                number = search.num_proposals + search.num_sampled
+            case ExhaustiveConfig() as search:
+                number = search.max_strategies
+            case _:
+                number = UNKNOWN_CANDIDATES
         return self._score(f"candidates: {number} per budget", self.sizes, [number] * len(self.config.budget))
 
     def _confirmation(self) -> Stage:
@@ -318,5 +306,4 @@ class _Stages:
 
     def _accuracy(self) -> Stage:
         working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
-        device = self._device({"hidden states": self.kept_on["device"], "keys, values, activations": working})
-        return Stage("accuracy", device, self._host(), forwards, flops, True)
+        return self._stage("accuracy", {"keys, values, activations": working}, forwards, flops, at_most=True)

@@ -6,10 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dop_search.app.record import Candidate, Record
+from dop_search.app.record import Candidate, Measured, Record
 from dop_search.app.report.style import FAINT, FOUND, INK, SMALLEST_KL, UNIFORM, styled
-
-_COSTS = {"flops_ratio": "FLOPs", "kv_ratio": "KV-cache bytes"}
 
 
 def pareto_front(record: Record) -> Figure:
@@ -19,15 +17,14 @@ def pareto_front(record: Record) -> Figure:
         axis = figure.subplots()
         _line(axis, record.front, FOUND, "-", "all operations, additive estimate")
         _line(axis, record.uniform_front, UNIFORM, "--", "uniform reduction, additive estimate")
-        if record.front_cost == "flops_ratio":
-            _candidates(axis, record.all_candidates())
+        _candidates(axis, record.all_candidates())
         _results(axis, record)
         axis.set_yscale("log")
         lowest = min(max(result.kl_heldout, SMALLEST_KL) for result in record.results)
         axis.set_ylim(bottom=max(SMALLEST_KL, lowest / 30))  # below lies what nobody has to pay for
         low = min([record.floor_ratio or 0.1, *(cost for cost, _ in record.front)])
         axis.set_xlim(max(0.0, 0.8 * low), 1.02)
-        if record.floor_ratio is not None and record.front_cost == "flops_ratio":
+        if record.floor_ratio is not None:
             axis.axvspan(0.0, record.floor_ratio, facecolor="#f0f0f0", hatch="///", edgecolor="#c8c8c8", linewidth=0)
             axis.annotate(
                 "text alone",
@@ -40,7 +37,7 @@ def pareto_front(record: Record) -> Figure:
                 rotation=90,
                 va="bottom",
             )
-        axis.set_xlabel(f"prefill {_COSTS[record.front_cost]}, share of the full model's")
+        axis.set_xlabel("prefill FLOPs, share of the full model's")
         axis.set_ylabel("KL to the full model (nats)")
         axis.set_title("What a budget costs")
         axis.legend(loc="upper right")
@@ -75,27 +72,23 @@ def _candidates(axis: Axes, candidates: list[Candidate]) -> None:
 
 def _results(axis: Axes, record: Record) -> None:
     """The held-out KLs with 95 % intervals; budgets as thin lines."""
-    found, uniform = [], []
+    found: list[Measured] = []
+    uniform: list[Measured] = []
     for result in record.results:
-        cost = result.flops_ratio if record.front_cost == "flops_ratio" else result.kv_ratio
-        found.append((cost, result.kl_heldout, result.kl_heldout_ci95))
-        other = result.uniform
-        if other is not None:
-            cost_uniform = other.flops_ratio if record.front_cost == "flops_ratio" else other.kv_ratio
-            if cost_uniform is not None:
-                uniform.append((cost_uniform, other.kl_heldout, other.kl_heldout_ci95))
-        axis.axvline(cost, color=FAINT, linewidth=0.6, linestyle=":", zorder=0)
+        found.append(result)
+        uniform += [] if result.uniform is None else [result.uniform]
+        axis.axvline(result.flops_ratio, color=FAINT, linewidth=0.6, linestyle=":", zorder=0)
     for points, color, marker, label in (
         (found, FOUND, "o", "found, held-out (95 % CI)"),
         (uniform, UNIFORM, "s", "uniform, held-out (95 % CI)"),
     ):
         if not points:
             continue
-        kls = np.array([max(kl, SMALLEST_KL) for _, kl, _ in points])
-        ends = np.array([interval or (kl, kl) for _, kl, interval in points])
+        kls = np.array([max(item.kl_heldout, SMALLEST_KL) for item in points])
+        ends = np.array([item.kl_heldout_ci95 or (item.kl_heldout, item.kl_heldout) for item in points])
         errors = np.abs(np.stack([kls - np.maximum(ends[:, 0], SMALLEST_KL), ends[:, 1] - kls]))
         axis.errorbar(
-            [cost for cost, _, _ in points],
+            [item.flops_ratio for item in points],
             kls,
             yerr=errors,
             fmt=marker,

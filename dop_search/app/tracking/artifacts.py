@@ -43,13 +43,12 @@ def download(address: str, folder: Path) -> Path:
         ) from error
 
 
-def register(client: MlflowClient, run: str, artifacts: str, name: str, description: str, tags: dict[str, str]) -> None:
+def register(client: MlflowClient, run: str, name: str, description: str, tags: dict[str, str]) -> None:
     """Make the strategy of a run the next version of a registered one; a name that is not there yet is made.
 
     Args:
         client: of the store.
         run: whose artifact it is.
-        artifacts: where the run's artifacts are.
         name: of the registered strategy.
         description, tags: of the version.
     """
@@ -60,6 +59,7 @@ def register(client: MlflowClient, run: str, artifacts: str, name: str, descript
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    artifacts = client.get_run(run).info.artifact_uri
     client.create_model_version(name, f"{artifacts}/{STRATEGY_FILE}", run, tags=tags, description=description)
 
 

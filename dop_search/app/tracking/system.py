@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dop_search.app.config import TrackingConfig
+from dop_search.app.tracking.values import Point
 
 SYSTEM_FILE = "system.jsonl"
 """A line per moment: ``{"time_ms": …, "cpu_utilization_percentage": …}``."""
@@ -33,10 +34,16 @@ def system_metrics(config: TrackingConfig, run_dir: Path, interval_s: float = IN
         thread.join()
 
 
-def read_system_metrics(run_dir: Path) -> list[dict[str, float]]:
+def read_system_metrics(run_dir: Path) -> list[Point]:
     """The lines of the file, none if it is not there."""
     path = run_dir / SYSTEM_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    moments = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [
+        (f"system/{name}", value, step, moment["time_ms"])
+        for step, moment in enumerate(moments)
+        for name, value in moment.items()
+        if name != "time_ms"
+    ]
 
 
 def _watch(path: Path, interval_s: float, stop: threading.Event) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison
+from dop_search.app.record import Provenance, Record, RelativeMean, Result, ScoreComparison, StrategyScores
 from dop_search.app.report.table import markdown
 from dop_search.app.report.text import policy_text
 from dop_search.search.curves import Curves
 from dop_search.strategy import Strategy
 
+Point = tuple[str, float, int, int | None]
+"""A metric, its value, its step, and its time in milliseconds since 1970; ``None``: now."""
 FULL_STEP = 10_000
 """Step of a curve's last point: half of the layers, or of the visual tokens, is step 5000 in every model."""
 
@@ -37,40 +39,27 @@ def strategy_params(strategy: Strategy) -> dict[str, str]:
 
 def result_metrics(result: Result) -> dict[str, float]:
     """Every number of a result by a name that is the same across methods; what was not measured is left out."""
-    values: dict[str, float | None] = {
-        "flops_ratio": result.flops_ratio,
-        "kv_ratio": result.kv_ratio,
-        "kl_additive": result.kl_additive,
-        "kl_search": result.kl_search,
-        "kl_heldout": result.kl_heldout,
-        "accuracy_full": result.accuracy_full,
-        "accuracy_pruned": result.accuracy_pruned,
-        "num_validation_runs": float(result.num_validation_runs),
-        "seconds": result.seconds,
-        "latency_ratio": result.latency_ratio,
-        "latency_ms": result.latency_ms,
+    values = result.model_dump(exclude={"budget", "strategy", "candidates", "uniform", "scores", "relative_mean"})
+    uniform = {} if result.uniform is None else result.uniform.model_dump()
+    values |= {f"uniform_{name}": value for name, value in uniform.items()}
+    return numbers(values) | score_metrics(result.scores, result.relative_mean)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among values; of mappings as ``name/inner``, of intervals as ``…_ci_low``, ``…_ci_high``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in value.items()}
+        elif name.endswith("_ci95") and value is not None:
+            found |= zip((f"{name[:-2]}_low", f"{name[:-2]}_high"), value, strict=True)
+        else:
+            found[name] = value
+    return {
+        metric_name(name): float(number)
+        for name, number in found.items()
+        if isinstance(number, (bool, int, float)) and math.isfinite(number)
     }
-    uniform = result.uniform
-    if uniform is not None:
-        values |= {
-            "uniform_num_visual_tokens": float(uniform.num_visual_tokens),
-            "uniform_flops_ratio": uniform.flops_ratio,
-            "uniform_kl_search": uniform.kl_search,
-            "uniform_kl_heldout": uniform.kl_heldout,
-            "uniform_accuracy": uniform.accuracy,
-            "uniform_latency_ratio": uniform.latency_ratio,
-        }
-    intervals = {
-        "kl_search": result.kl_search_ci95,
-        "kl_heldout": result.kl_heldout_ci95,
-        "uniform_kl_heldout": uniform.kl_heldout_ci95 if uniform is not None else None,
-        "kl_heldout_difference": result.kl_heldout_difference_ci95,
-    }
-    for name, interval in intervals.items():
-        if interval is not None:
-            values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
-    values |= score_metrics(result.scores, result.relative_mean)
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def shared_params(record: Record) -> dict[str, str]:
@@ -103,33 +92,26 @@ def strategy_name(record: Record, result: Result) -> str:
 
 def shared_metrics(record: Record) -> dict[str, float]:
     """Numbers of the search as a whole; ``under 0.3/kl_heldout`` per budget, ``lowest/…`` of the lowest KL."""
-    metrics = {"num_validation_runs": float(record.num_validation_runs), "seconds": record.seconds}
-    metrics |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
-    if record.floor_ratio is not None:
-        metrics["floor_ratio"] = record.floor_ratio
+    values = record.model_dump(include={"num_validation_runs", "seconds", "floor_ratio"})
+    values |= {f"seconds_{stage}": seconds for stage, seconds in record.timings.items()}
     best = min(record.results, key=lambda item: item.kl_heldout)
     for name, item in [("lowest", best), *((f"under {item.budget.text}", item) for item in record.results)]:
-        numbers = (item.kl_heldout, item.flops_ratio, item.accuracy_pruned)
-        for what, value in zip(("kl_heldout", "flops_ratio", "accuracy_pruned"), numbers, strict=True):
-            if value is not None:
-                metrics[metric_name(f"{name}/{what}")] = value
-    return metrics
+        values[name] = item.model_dump(include={"kl_heldout", "flops_ratio", "accuracy_pruned"})
+    return numbers(values)
 
 
-def curve_points(curves: Curves) -> dict[str, dict[int, float]]:
-    """Metric → step → mean KL in nats of a divergence curve: ``curve/mlp_depth`` and the like.
+def curve_points(curves: Curves) -> list[Point]:
+    """The mean KL in nats of the divergence curves: ``curve/mlp_depth`` and the like.
 
     A step is the share of the full value (of the layers, of the visual tokens) in ten-thousandths, so that the curves
     of models with different numbers of layers lie over each other.
     """
-    return {
-        f"curve/{curve.parameter}": {
-            round(FULL_STEP * int(level) / int(curve.levels[-1])): float(value)
-            for level, value in zip(curve.levels, curve.mean_nats, strict=True)
-        }
+    return [
+        (f"curve/{curve.parameter}", float(value), round(FULL_STEP * int(level) / int(curve.levels[-1])), None)
         for curve in curves.curves.values()
         if curve.levels[-1] > 0
-    }
+        for level, value in zip(curve.levels, curve.mean_nats, strict=True)
+    ]
 
 
 def search_tags(record: Record) -> dict[str, str]:
@@ -161,14 +143,44 @@ def started_ms(provenance: Provenance | None) -> int:
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
 
 
-def ended_ms(record: Record) -> int:
-    """When a search ended: what is logged later has its own times."""
-    return started_ms(record.provenance) + int(1000 * record.seconds)
-
-
 def metric_name(name: str) -> str:
     """The name as stores take it: data may name families with any character."""
     return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+
+
+def version_tags(record: Record, result: Result) -> dict[str, str]:
+    """What tells the versions of a registered strategy apart."""
+    return {
+        "space": record.space.name,
+        "kl_heldout": f"{result.kl_heldout:.4g}",
+        "flops": f"{result.flops_ratio:.4g}",
+    }
+
+
+def evaluated_params(item: StrategyScores) -> dict[str, str]:
+    """What was evaluated."""
+    params = {"strategy": item.description} if item.strategy is None else strategy_params(item.strategy)
+    if item.method is not None:
+        params |= {name: str(item.method[name]) for name in ("method", "target_ratio")}
+    return {**params, "file": item.file}
+
+
+def evaluated_metrics(item: StrategyScores) -> dict[str, float]:
+    """What it came to."""
+    return numbers({"flops_ratio": item.flops_ratio}) | score_metrics(item.scores, item.relative_mean)
+
+
+def benchmark_values(data: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
+    """Parameters and metrics of the JSON of ``dop-bench``."""
+    params = {key: str(data[key]) for key in ("what", "text_tokens", "visual_tokens", "generated_tokens")}
+    metrics = {}
+    for row in data["rows"]:
+        target = "" if row["target_ratio"] is None else f"{row['target_ratio']:g}_"
+        values = {
+            f"{name}_{part}": item["median"] for part in ("median", "ratio") for name, item in row[part].items() if item
+        }
+        metrics[(target + row["name"]).replace(" ", "_")] = {"flops_ratio": row["flops_ratio"], **values}
+    return params | {key: str(value) for key, value in data["environment"].items()}, numbers(metrics)
 
 
 def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
@@ -176,13 +188,7 @@ def study_row_values(row: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, 
     params = {name: value for name, value in row.items() if isinstance(value, str)}
     if "budget" in row:
         params["budget"] = str(row["budget"])
-    metrics: dict[str, float] = {}
-    for name, value in row.items():
-        items = value.items() if isinstance(value, Mapping) else [("", value)]
-        for inner, number in items:
-            if isinstance(number, (bool, int, float)) and math.isfinite(number):
-                metrics[metric_name(f"{name}/{inner}" if inner else name)] = float(number)
-    return {name: value[:500] for name, value in params.items()}, metrics
+    return {name: value[:500] for name, value in params.items()}, numbers(row)
 
 
 def strategy_key(strategy: Strategy) -> str:
@@ -205,7 +211,7 @@ def score_metrics(scores: Mapping[str, ScoreComparison], mean: RelativeMean | No
             values |= {f"difference_ci_low/{name}": item.ci95[0], f"difference_ci_high/{name}": item.ci95[1]}
     if mean is not None:
         values |= {"relative/mean": mean.pruned, "relative_uniform/mean": mean.uniform}
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    return numbers(values)
 
 
 def score_columns(scores: Mapping[str, ScoreComparison]) -> dict[str, list[Any]]:
@@ -214,7 +220,6 @@ def score_columns(scores: Mapping[str, ScoreComparison]) -> dict[str, list[Any]]
     for field in ("full", "pruned", "uniform", "relative_pruned", "relative_uniform", "unit", "num_samples"):
         columns[field] = [getattr(item, field) for item in scores.values()]
     for name, field in (("difference", "ci95"), ("uniform_difference", "uniform_ci95")):
-        for side, end in enumerate(("low", "high")):
-            intervals = [getattr(item, field) for item in scores.values()]
-            columns[f"{name}_ci_{end}"] = [None if interval is None else interval[side] for interval in intervals]
+        ends = [getattr(item, field) or (None, None) for item in scores.values()]
+        columns[f"{name}_ci_low"], columns[f"{name}_ci_high"] = ([pair[side] for pair in ends] for side in (0, 1))
     return columns

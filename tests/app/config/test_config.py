@@ -20,12 +20,10 @@ from omegaconf import OmegaConf
 
 from dop_search.app.cli.hydra_command import check_choices
 from dop_search.app.config import (
-    AdditiveExactConfig,
-    ExactOptunaConfig,
     SearchConfig,
     parse_config,
 )
-from dop_search.app.config.solvers import JointConfig
+from dop_search.app.config.solvers import AdditiveExactConfig, ExactOptunaConfig, JointConfig
 from dop_search.baselines import OWN
 from dop_search.baselines.space_search import SpaceSearch
 from dop_search.strategy.cost import Budget

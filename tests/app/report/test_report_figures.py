@@ -131,11 +131,3 @@ def test_figures_survive_a_bare_record(recwarn: pytest.WarningsRecorder) -> None
         figure.canvas.draw()
     assert not [warning for warning in recwarn if issubclass(warning.category, (UserWarning, RuntimeWarning))]
     assert SMALLEST_KL > 0
-
-
-def test_kv_budgets_are_drawn_over_kv() -> None:
-    record = example_record().model_copy(update={"front_cost": "kv_ratio"})
-    axis = pareto_front(record).axes[0]
-    assert "KV-cache" in axis.get_xlabel()
-    found = axis.containers[0].lines[0]  # type: ignore[attr-defined]
-    assert np.allclose(found.get_xdata(), [result.kv_ratio for result in record.results])

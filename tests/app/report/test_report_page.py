@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.records import example_curves, example_record
 
-from dop_search.app.cli.report import main
+from dop_search.app.cli.finished import report as main
 from dop_search.app.record import CURVES_FILE, RECORD_FILE, Named
 from dop_search.app.report.page import page
 from dop_search.app.report.text import lead, verdict
@@ -148,6 +148,6 @@ def test_foreign_curves_fail_with_a_message(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_reports_need_no_torch() -> None:
     code = (
-        "import sys, dop_search.app.cli.report; sys.exit(any(m in sys.modules for m in ('torch', 'mlflow', 'hydra')))"
+        "import sys, dop_search.app.cli.finished; sys.exit(any(m in sys.modules for m in ('torch', 'mlflow', 'hydra')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from support.records import example_record
 from support.score_records import FULL, example_evaluation, example_scores, scored
 
-from dop_search.app.cli.report import main
+from dop_search.app.cli.finished import report as main
 from dop_search.app.record import RECORD_FILE, RelativeMean
 from dop_search.app.report.page import page
 from dop_search.app.report.scores import against_uniform, eval_summary, relative_scores, score_rows, score_summary

@@ -18,9 +18,9 @@ from support.records import example_curves, example_record
 from dop_search.app.config import TrackingConfig
 from dop_search.app.record import CURVES_FILE, RECORD_FILE
 from dop_search.app.tracking.connection import check_tracking, ui_command
-from dop_search.app.tracking.store import log_benchmark, log_search, log_study, result_metrics, result_params
+from dop_search.app.tracking.store import log_benchmark, log_search, log_study
 from dop_search.app.tracking.system import system_metrics
-from dop_search.app.tracking.values import started_ms
+from dop_search.app.tracking.values import result_metrics, result_params, started_ms
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 
@@ -329,7 +329,7 @@ def test_a_store_that_is_away_at_the_end_costs_no_result(
 ) -> None:
     from sqlalchemy.exc import OperationalError
 
-    from dop_search.app.cli.track import main
+    from dop_search.app.cli.finished import track as main
     from dop_search.app.tracking import connection
 
     def away(*_: object) -> str:

@@ -191,7 +191,7 @@ def test_reading_leaves_the_model_as_it_was() -> None:
         (["--shape", "tiny", "--weights", "pretrained"], "a --shape has no pretrained weights"),
         (["--shape", "tiny", "--strategy", "nowhere.json"], "there is no strategy at 'nowhere.json'"),
         (["--shape", "tiny", "--device", "gpu"], "`--device` must be auto, cpu or cuda[:index], but got 'gpu'"),
-        (["--model", "./nowhere", "--weights", "random"], "cannot read the configuration of './nowhere'"),
+        (["--model", "./nowhere", "--weights", "random"], "cannot load './nowhere'"),
         (["--shape", "tiny", "--table", "t.json"], "--table needs --validate-table"),
         (["--shape", "tiny", "--text-tokens", "1"], "`text_tokens >= 2` must hold"),
     ],
