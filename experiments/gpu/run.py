@@ -32,7 +32,7 @@ from dop_search.divergence.forecast import ChunkForecast
 from dop_search.divergence.memory import weight_bytes
 from dop_search.divergence.profiling import SAVE_EVERY, make_space, token_counts
 from dop_search.evaluation.timing.launches import HostWaits
-from dop_search.evaluation.timing.shapes import Shape, build, prompt
+from dop_search.evaluation.timing.shapes import SHAPES, Shape, build, prompt
 from dop_search.evaluation.timing.timing import now_ms
 from dop_search.evaluation.timing.variants import DEPTH_RATIOS, Prompt, fit
 from dop_search.models.adapter import ModelAdapter
