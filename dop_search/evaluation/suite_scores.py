@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,8 @@ def score_suite(
         DopError: if our score of the samples differs from lmms-eval's own.
     """
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    if limit is not None:
-        chosen = dataclasses.replace(chosen, limit=limit)
-    if batch_size is not None:
-        chosen = dataclasses.replace(chosen, batch_size=batch_size)
+    given: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
     run = _Run(loaded, chosen, strategy_of(strategy), Path(work_dir), on_progress)
     scores, marks = run.all(resume, revisions)
     return SuiteScores(
@@ -80,19 +79,15 @@ def score_suite(
     )
 
 
+@dataclass(frozen=True)
 class _Run:
     """One call of :func:`score_suite`."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        suite: Suite,
-        strategy: Runnable | None,
-        work_dir: Path,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self.loaded, self.suite, self.strategy = loaded, suite, strategy
-        self.work_dir, self.on_progress = work_dir, on_progress
+    loaded: LoadedModel
+    suite: Suite
+    strategy: Runnable | None
+    work_dir: Path
+    on_progress: OnProgress | None
 
     def all(self, resume: bool, revisions: Mapping[str, str] | None) -> tuple[dict[str, BenchmarkScore], list[str]]:
         """Every benchmark's score, and the fingerprints that they are kept by."""
@@ -100,17 +95,13 @@ class _Run:
         revisions = revisions_of(self.suite) if revisions is None else dict(revisions)
         model = self.loaded.fingerprint  # reads a whole tokenizer
         marks = {benchmark.name: self._mark(benchmark, revisions, model) for benchmark in self.suite.benchmarks}
-        found: dict[str, BenchmarkScore] = {}
-        for benchmark in self.suite.benchmarks:
-            known = self._known(benchmark, marks[benchmark.name]) if resume else None
-            if known is not None:
-                found[benchmark.name] = known
+        known = {b.name: self._known(b, marks[b.name]) if resume else None for b in self.suite.benchmarks}
+        found = {name: score for name, score in known.items() if score is not None}
         missing = [benchmark for benchmark in self.suite.benchmarks if benchmark.name not in found]
-        if missing:
-            for benchmark, score in self._measure(missing, revisions):
-                score.save(self._folder(marks[benchmark.name]), marks[benchmark.name])
-                found[benchmark.name] = score
-        return {b.name: found[b.name] for b in self.suite.benchmarks}, list(marks.values())
+        for benchmark, score in self._measure(missing, revisions) if missing else ():
+            score.save(self._folder(marks[benchmark.name]), marks[benchmark.name])
+            found[benchmark.name] = score
+        return {name: found[name] for name in marks}, list(marks.values())
 
     def _mark(self, benchmark: Benchmark, revisions: Mapping[str, str], model: str) -> str:
         """Names everything that a benchmark's score depends on.

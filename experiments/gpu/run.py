@@ -32,7 +32,7 @@ from dop_search.divergence.forecast import ChunkForecast
 from dop_search.divergence.memory import weight_bytes
 from dop_search.divergence.profiling import SAVE_EVERY, make_space, token_counts
 from dop_search.evaluation.timing.launches import HostWaits
-from dop_search.evaluation.timing.shapes import Shape, build, prompt, shape_named
+from dop_search.evaluation.timing.shapes import SHAPES, Shape, build, prompt
 from dop_search.evaluation.timing.timing import now_ms
 from dop_search.evaluation.timing.variants import DEPTH_RATIOS, Prompt, fit
 from dop_search.models.adapter import ModelAdapter
@@ -95,7 +95,7 @@ def device_name(device: str) -> str:
 
 def built(options: argparse.Namespace) -> tuple[Shape, Any, ModelAdapter]:
     device = torch.device(options.device)
-    shape = shape_named(options.shape)
+    shape = SHAPES[options.shape]
     model = build(shape, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     return shape, model, adapter_for(model)
 
@@ -204,18 +204,20 @@ def median_ms(call: Callable[[], Any], device: torch.device, rounds: int) -> flo
 @torch.inference_mode()
 def attention(options: argparse.Namespace) -> dict[str, Any]:
     """Attention from the bottom right against the same with a mask: time, and the largest difference."""
-    device, shape = torch.device(options.device), shape_named(options.shape)
+    device, shape = torch.device(options.device), SHAPES[options.shape]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    keys, head_dim, rows = shape.num_visual + 60, shape.hidden // shape.heads, {}
-    settings, repeats = {"dropout": 0.0, "scaling": head_dim**-0.5}, shape.heads // shape.kv_heads
+    text = shape.config.get_text_config()
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    keys, head_dim, rows = shape.num_visual + 60, text.hidden_size // heads, {}
+    settings, repeats = {"dropout": 0.0, "scaling": head_dim**-0.5}, heads // kv_heads
 
     def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
     for queries in (60, keys // 4, keys - 1):
-        query = torch.randn(1, shape.heads, queries, head_dim, device=device, dtype=dtype)
-        key, value = torch.randn(2, 1, shape.kv_heads, keys, head_dim, device=device, dtype=dtype)
+        query = torch.randn(1, heads, queries, head_dim, device=device, dtype=dtype)
+        key, value = torch.randn(2, 1, kv_heads, keys, head_dim, device=device, dtype=dtype)
         mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
         calls = partial(lower_right, query, key, value, settings), partial(masked, query, key, value, mask)
         rows[f"{queries} of {keys}"] = {
@@ -244,7 +246,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     if adapter.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(adapter.device)
     start = time.perf_counter()
-    grid = CurveGrid.of(5, 4) if shape.layers < 8 else CurveGrid()
+    grid = CurveGrid.of(5, 4) if adapter.dims.num_layers < 8 else CurveGrid()
     curves = Curves.measure(space, store, grid)
     seconds["curves"] = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(adapter.device) if adapter.device.type == "cuda" else None
@@ -252,7 +254,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
         for p in space.parameters for level in grid.for_parameter(p)])  # fmt: skip
     start = time.perf_counter()
     problem = Problem(space, CostModel(adapter.dims, counts), curves.surrogate(space), store=store)
-    budget = Budget(flops_ratio=0.14 if shape.layers > 8 else 0.5)
+    budget = Budget(flops_ratio=0.14 if adapter.dims.num_layers > 8 else 0.5)
     best = rerank_all(problem, budget, 16)[0].strategy
     seconds["candidates"] = time.perf_counter() - start
     start = time.perf_counter()

@@ -44,12 +44,35 @@ imported = {"hydra", "optuna", "mlflow", "lmms_eval"} & set(sys.modules)
 print(json.dumps([out.sequences.tolist(), cached, sorted(imported)]))
 """
 CONFORMANCE = """
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 from dop_search.testing.conformance import PruningConformance
-from support.tiny_models import tiny_model
+from dop_search.testing.models import randomize_
+from dop_search.testing.sizes import IMAGE_TOKEN_ID, TinySizes
+from dop_search.testing.tokenizer import VICUNA, square, tiny_tokenizer
 
 class TestMine(PruningConformance):
     def make_model(self, attn_implementation):
-        return tiny_model("llava", attn_implementation=attn_implementation)
+        tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        config = AutoConfig.for_model(
+            "llava",
+            text_config={"model_type": "llama", **TinySizes().text()},
+            vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 7, **tower},
+            image_token_index=IMAGE_TOKEN_ID,
+        )
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation)
+        randomize_(model, seed=0)
+        model.generation_config.suppress_tokens = [IMAGE_TOKEN_ID]
+        return model.eval()
+
+    def make_processor(self):
+        return LlavaProcessor(
+            image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=square(28)),
+            tokenizer=tiny_tokenizer("<image>"),
+            patch_size=7,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=VICUNA,
+        )
 """
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_inputs import tiny_inputs
+from support.tiny_models import tiny_llava
 
 import dop_search as dop
 from dop_search.evaluation.timing.launches import HostWaits, Launches
-from dop_search.testing.inputs import tiny_inputs
-from dop_search.testing.models import tiny_llava
 from dop_search.utils.errors import DopError
 
 LAYERS = 6

@@ -32,7 +32,6 @@ from dop_search.testing.conformance.base import (  # noqa: E402
 )
 from dop_search.testing.conformance.decoding import DecodingConformance, generate_arguments  # noqa: E402
 from dop_search.testing.conformance.prefill import PrefillConformance  # noqa: E402
-from dop_search.testing.conformance.processing import ProcessingConformance  # noqa: E402
 from dop_search.testing.conformance.restoring import RestoringConformance  # noqa: E402
 from dop_search.testing.conformance.scoring import ScoringConformance  # noqa: E402
 from dop_search.testing.conformance.skipping import SkippingConformance  # noqa: E402
@@ -85,14 +84,4 @@ class AdapterConformance(SkippingConformance, VisionConformance):
             assert max_difference(output.logits[0], expected[:, -1]) <= self.tolerance
 
 
-__all__ = [
-    "AdapterConformance",
-    "DecodingConformance",
-    "PrefillConformance",
-    "ProcessingConformance",
-    "PruningConformance",
-    "RestoringConformance",
-    "ScoringConformance",
-    "SkippingConformance",
-    "VisionConformance",
-]
+__all__ = ["AdapterConformance", "PruningConformance"]

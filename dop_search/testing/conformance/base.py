@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import Inputs, collate, context_sample, processed_sample
@@ -94,6 +95,8 @@ class ConformanceBase:
         """
         if (processor := self.processor()) is not None:
             return processed_sample(model, processor, num_text_before, num_text_after, seed, num_images, image_shape)
+        if not hasattr(model.config, MARKERS_KEY):
+            raise NotImplementedError("a family that reads images needs `make_processor`, or `make_sample`")
         return context_sample(model, num_text_before, num_text_after, seed, num_images, image_shape)
 
     def make_processor(self) -> Any:
