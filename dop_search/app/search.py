@@ -329,7 +329,7 @@ def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], p
         ),
         selector=Named(
             name=config.selector.name,
-            options=config.selector.options | ({"among": config.selector.among} if config.selector.among else {}),
+            options=config.selector.options | ({"among": [*config.selector.among]} if config.selector.among else {}),
         ),
         space=Named(name=config.space.name, options=config.space.model_dump(mode="json", exclude={"name"})),
         solver=Named(name=config.search.solver, options=config.search.model_dump(mode="json", exclude={"solver"})),

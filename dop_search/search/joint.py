@@ -334,8 +334,8 @@ def _decided(ranked: list[MeasuredSolution], decide: Decide, number: int) -> lis
     """The first ``number`` by their mean on other samples, then the rest."""
     strategies = [solution.strategy for solution in ranked[:number]]
     means = decide(strategies).mean(axis=1).tolist()
-    finalists = [replace(its, kl_decision=mean) for its, mean in zip(ranked, means, strict=False)]
-    finalists.sort(key=lambda its: (its.kl_decision, its.cost_ratio))
+    order = sorted(range(len(means)), key=lambda place: (means[place], ranked[place].cost_ratio))
+    finalists = [replace(ranked[place], kl_decision=float(means[place])) for place in order]
     return [replace(finalists[0], history=ranked[0].history), *finalists[1:], *ranked[number:]]
 
 

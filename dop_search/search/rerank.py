@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from dop_search.search.candidates import Candidate, CandidateMode, best_candidates
 from dop_search.search.solution import MeasuredSolution, Problem, Solution, uniform_assignment
@@ -39,7 +40,7 @@ def rerank_all(
     candidates = sorted(chosen.values(), key=lambda item: item.kl_additive)
     strategies = [problem.space.strategy(item.assignment) for item in candidates]
     values = store.evaluate(strategies, on_progress=on_progress, what=f"exact divergence of {len(chosen)} candidates")
-    history = [
+    history: list[dict[str, Any]] = [
         {
             "assignment": dict(item.assignment),
             "cost_ratio": item.cost_ratio,
