@@ -76,6 +76,8 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
+    for name in config.selector.among:
+        make_selector(name)
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")
     check_data(config.data, config.eval, needed_splits(config))

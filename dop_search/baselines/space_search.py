@@ -13,7 +13,7 @@ from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
-from dop_search.utils.errors import BudgetError, DopError, NumericalError
+from dop_search.utils.errors import BudgetError, CacheError, DopError, MemoryLimitError, NumericalError
 
 SPACES = ("dop", "dop_split", "dop_groups")
 """Spaces that are methods by their names."""
@@ -90,7 +90,7 @@ def search_options(
         The options, and which pairs this model or budget cannot have.
 
     Raises:
-        DopError: if there is no pair.
+        DopError: if there is no pair, or a measurement fails.
     """
     found: list[Option] = []
     errors: dict[str, DopError] = {}
@@ -108,7 +108,9 @@ def search_options(
             else:
                 runs = profile.curves.num_validation_runs
                 found.append(Option(name, problem.space.name, problem, left, num_curve_runs=runs))
-        except DopError as error:
+        except (NumericalError, CacheError, MemoryLimitError):
+            raise
+        except DopError as error:  # not for this model, or not so cheap
             errors[f"{space or 'the space'} over {name}"] = error
     if not found:
         raise next(iter(errors.values()))
