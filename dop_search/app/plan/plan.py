@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -169,16 +169,7 @@ class _Stages:
         ]
         if self.config.eval.name == "accuracy" and self.config.data.num_test:
             stages.append(self._accuracy())
-        base = self.base
-        return Plan(
-            base.facts,
-            base.device,
-            base.is_here,
-            base.num_devices,
-            base.limit_bytes,
-            tuple(stages),
-            self.least_bytes(),
-        )
+        return replace(self.base, stages=tuple(stages), needed_bytes=self.least_bytes())
 
     def least_bytes(self) -> int:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
