@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +186,15 @@ def make_space(
         ConfigError: on an unknown name.
     """
     fields = {"min_visual_tokens": min_visual_tokens, **(strategy_fields or {})}
-    makers: dict[str, Callable[[], Space]] = {
-        "dop": lambda: Space.dop(num_layers, num_visual_tokens, **fields),
-        "dop_split": lambda: Space.dop_split(num_layers, num_visual_tokens, **fields),
-        "dop_groups": lambda: Space.dop_groups(num_layers, num_visual_tokens, shares=shares, split=split, **fields),
-        "uniform": lambda: Space.uniform(num_layers, num_visual_tokens, **fields),
+    makers: dict[str, Callable[..., Space]] = {
+        "dop": Space.dop,
+        "dop_split": Space.dop_split,
+        "dop_groups": partial(Space.dop_groups, shares=shares, split=split),
+        "uniform": Space.uniform,
     }
     if name not in makers:
         raise ConfigError(f"unknown space {name!r}; there are {', '.join(makers)}")
-    return makers[name]()
+    return makers[name](num_layers, num_visual_tokens, **fields)
 
 
 def token_counts(teacher: Teacher) -> tuple[TokenCounts, ...]:
