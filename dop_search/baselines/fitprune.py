@@ -175,6 +175,7 @@ def prune_layer_by_layer(
         How many left in each layer.
     """
     length = sample.prompt_length
+    adapter.check_plain_attention("`fitprune`")
     cos, sin = (part[:length] for part in rotary(adapter, sample))
     hidden, visual, number = sample.embeds[:length], sample.visual[:length], sample.visual.cumsum(0)[:length] - 1
     result = []
@@ -201,6 +202,7 @@ def prune_layer_by_layer(
 @torch.inference_mode()
 def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSample]:
     """What enters each layer of the full model, for the prompt of one sample."""
+    adapter.check_plain_attention("the method")
     length = sample.prompt_length
     cos, sin = (part[:length] for part in rotary(adapter, sample))
     visual = sample.visual[:length].to(adapter.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.divergence.encoding import EncodedSample, rotary
+from dop_search.divergence.encoding import EncodedSample, rotary, sight
 from dop_search.divergence.memory import hold, to_device, to_host
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
@@ -96,8 +96,8 @@ class PackedChunk:
         read_from = [sample.encoded.prompt_length - 1 for sample in samples]
         self.num_past = min(*first, *read_from) if keep_prefix else 0
         ropes = [rotary(adapter, sample.encoded) for sample in samples]
-        self.cos = torch.cat([cos[self.num_past :] for cos, _ in ropes])
-        self.sin = torch.cat([sin[self.num_past :] for _, sin in ropes])
+        self.rope = [torch.cat([part[self.num_past :] for part in parts]) for parts in zip(*ropes, strict=True)]
+        self._sights = [s for sample in samples if (s := sight(adapter, sample.encoded)) is not None] or None
         self.embeds = self._joined([sample.encoded.embeds[self.num_past :] for sample in samples])
         self.offsets = np.concatenate([[0], np.cumsum([s.encoded.length - self.num_past for s in samples])])
         self.num_answer_tokens = [len(sample.answer_ids) for sample in samples]
@@ -116,7 +116,7 @@ class PackedChunk:
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return to_device(parts[0] if len(parts) == 1 else torch.cat(list(parts)), self.device)
 
-    def _prefix(self, ropes: Sequence[tuple[Tensor, Tensor]], known: PrefixKeys | None) -> PrefixKeys:
+    def _prefix(self, ropes: Sequence[tuple[Tensor, ...]], known: PrefixKeys | None) -> PrefixKeys:
         embeds = torch.stack([sample.encoded.embeds[: self.num_past] for sample in self.samples])
         if all(torch.equal(embeds[0], other) for other in embeds[1:]):
             embeds = embeds[:1]  # the same system prompt everywhere: once is enough
@@ -124,10 +124,10 @@ class PackedChunk:
             return shared
         count, length = embeds.shape[:2]
         text = [np.full(length, TEXT)] * count
-        layout, _ = pack(text, self.device)
+        sights = None if self._sights is None else [its.at(slice(length)) for its in self._sights[:count]]
+        layout, _ = pack(text, self.device, sights=sights)
         tables = ForwardTables(
-            torch.cat([cos[: self.num_past] for cos, _ in ropes[:count]]),
-            torch.cat([sin[: self.num_past] for _, sin in ropes[:count]]),
+            *(torch.cat([part[:length] for part in parts]) for parts in zip(*ropes[:count], strict=True))
         )
         cache, hidden = _Recorder(), to_device(embeds, self.device).flatten(0, 1)
         step = LayerStep(NO_GROUPS, NO_GROUPS, NO_GROUPS, NO_GROUPS)
@@ -150,15 +150,16 @@ class PackedChunk:
             self.device,
             read=[sample.encoded.read[self.num_past :] for sample in self.samples],
             num_past=self.num_past,
+            sights=None if self._sights is None else [its.at(slice(self.num_past, None)) for its in self._sights],
         )
         rows = np.concatenate([o + k for o, k in zip(self.offsets[:-1], kept, strict=True)])
         injected = None
         if self._deepstack:
             injected = Deepstack(self._deepstack, layout, visual_numbers(np.concatenate(self._visual))[rows])
         if not any((group == DROPPED).any() for group in groups):
-            return layout, ForwardTables(self.cos, self.sin), None, injected
+            return layout, ForwardTables(*self.rope), None, injected
         entry = layout.tensor(rows)
-        tables = ForwardTables(self.cos.index_select(0, entry), self.sin.index_select(0, entry))
+        tables = ForwardTables(*(part.index_select(0, entry) for part in self.rope))
         return layout, tables, entry, injected
 
     def entry_embeds(self, strategy: Strategy, entry: Tensor) -> Tensor:

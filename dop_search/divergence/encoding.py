@@ -15,7 +15,9 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import image_tokens_checked, with_answer
 from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
+from dop_search.pruning.sight import Sight, sights_of
 from dop_search.selectors import Selector
+from dop_search.utils.errors import DopError
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ def encode(
         answer_ids: teacher-forced answer; its last token is not fed, since nothing reads its output.
         selector: ranks the visual tokens from what the vision tower shows on the way.
     """
+    if adapter.sees_images_whole and "token_type_ids" not in inputs:
+        raise DopError(
+            f"{type(adapter.model).__name__} sees images as a whole by `token_type_ids`, which its processor makes; "
+            f"but got {sorted(inputs)}"
+        )
     answer = torch.tensor([list(answer_ids[:-1])], dtype=inputs["input_ids"].dtype, device=inputs["input_ids"].device)
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
     extended = with_answer(inputs, answer)
@@ -162,11 +169,22 @@ def encode(
     )
 
 
-def rotary(adapter: ModelAdapter, sample: EncodedSample) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the sample's positions, each ``[length, head_dim]``, on the decoder's device."""
+def rotary(adapter: ModelAdapter, sample: EncodedSample) -> tuple[Tensor, ...]:
+    """Cosine and sine of the sample's positions, each ``[length, head_dim]``, on the decoder's device.
+
+    With them go those of layers with a window, where they have others.
+    """
     kind = torch.empty(0, dtype=sample.embeds.dtype, device=adapter.device)
-    cos, sin = adapter.rotary(kind, sample.full_position_ids.to(adapter.device))
-    return cos[0], sin[0]
+    positions = sample.full_position_ids.to(adapter.device)
+    return tuple(part[0] for part in (*adapter.rotary(kind, positions), *adapter.windowed_rotary(kind, positions)))
+
+
+def sight(adapter: ModelAdapter, sample: EncodedSample) -> Sight | None:
+    """Where the sample's tokens stand; ``None`` for decoders that are causal and see everything."""
+    if not adapter.has_sight:
+        return None
+    visual = sample.visual.cpu().numpy()
+    return sights_of(0, visual[None] if adapter.sees_images_whole else np.zeros_like(visual)[None])[0]
 
 
 def full_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
@@ -175,12 +193,17 @@ def full_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None
     ``length``: tokens from the start, all of the prompt at least; ``None``: the answer as well.
     """
     end, device = len(sample.visual) if length is None else length, adapter.device
+    embeds, visual = to_device(sample.embeds, device)[None, :end], sample.visual[None, :end].to(device)
+    position_ids = sample.full_position_ids[..., :end].to(device)
+    seen = sight(adapter, sample)
+    masks: dict[str, Any] = {}
+    if seen is not None:
+        masks = adapter.mask_arguments(embeds, position_ids, torch.from_numpy(seen.image[None, :end]).to(device))
     states: Tensor = adapter.text_model(
-        inputs_embeds=to_device(sample.embeds, device)[None, :end],
-        position_ids=sample.full_position_ids[..., :end].to(device),
+        inputs_embeds=embeds,
+        position_ids=position_ids,
         use_cache=False,
-        **adapter.deepstack_arguments(
-            sample.visual[None, :end].to(device), [features.to(device) for features in sample.deepstack]
-        ),
+        **adapter.deepstack_arguments(visual, [features.to(device) for features in sample.deepstack]),
+        **masks,
     ).last_hidden_state[0]
     return states

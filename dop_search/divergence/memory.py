@@ -194,6 +194,7 @@ class Footprint:
         masks: whether prompts after a shared prefix need a mask, as everywhere but on a GPU.
         unpacked: the largest weight that is unpacked to be multiplied, with quantised weights.
         deepstack: layers after which vision features are added.
+        sighted: whether every layer needs a mask, see :attr:`ModelAdapter.has_sight`.
     """
 
     dims: ModelDims
@@ -202,6 +203,7 @@ class Footprint:
     masks: bool = False
     unpacked: int = 0
     deepstack: int = 0
+    sighted: bool = False
 
     @classmethod
     def of(cls, adapter: ModelAdapter) -> Footprint:
@@ -216,6 +218,7 @@ class Footprint:
             masks=adapter.device.type != "cuda",
             unpacked=cls.largest_weight(dims, element) if packed else 0,
             deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()) if adapter.has_deepstack else 0,
+            sighted=adapter.has_sight,
         )
 
     @staticmethod
@@ -238,7 +241,7 @@ class Footprint:
         hidden, query, keys = dims.hidden_size, dims.query_width, dims.kv_width
         offered = len(rows.keys) * max(rows.keys)
         uneven = min(rows.query) < max(rows.query) or min(rows.keys) < max(rows.keys)
-        masked = uneven or self.eager or (self.masks and past > 0)
+        masked = uneven or self.eager or self.sighted or (self.masks and past > 0)
         given = present * (2 * hidden if sum(rows.query) == present else 3 * hidden)
         project = (
             given + sum(rows.query) * query + 2 * sum(rows.keys) * keys + max(places * 3 * query, offered * 3 * keys)
@@ -260,18 +263,19 @@ class Footprint:
         count, pairs = len(rows.query), max(rows.query) * (max(rows.keys) + past)
         if self.eager:
             return count * pairs * self.dims.num_heads * max(2 * self.element, self.element + 4)
-        even = min(rows.query) == max(rows.query) and min(rows.keys) == max(rows.keys)
+        even = min(rows.query) == max(rows.query) and min(rows.keys) == max(rows.keys) and not self.sighted
         return pairs * self.element * (1 if even else count) if masked else 0
 
     def arranged(self, lengths: Sequence[int], past: int = 0) -> int:
         """Rotary embeddings and masks of a chunk, arranged for its attention calls."""
         longest, count = max(lengths), len(lengths)
         pairs = longest * (longest + past)
-        tables = 13 * sum(lengths) * self.dims.head_dim * self.element
+        kinds = 2 if self.sighted else 1  # of layers, with tables and masks of their own
+        tables = kinds * 13 * sum(lengths) * self.dims.head_dim * self.element
         if self.eager:
-            return tables + 2 * count * pairs * self.element
-        if min(lengths) < longest:
-            return tables + 2 * count * pairs
+            return tables + kinds * 2 * count * pairs * self.element
+        if min(lengths) < longest or self.sighted:
+            return tables + kinds * 2 * count * pairs
         return tables + (2 * pairs if self.masks and past else 0)
 
     def logits(self, num_answer_tokens: int) -> int:

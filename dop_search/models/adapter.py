@@ -43,6 +43,10 @@ class ModelAdapter:
     """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
     """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
+    has_windows: ClassVar[bool] = False
+    """Whether layers of type ``sliding_attention`` see no further back than ``sliding_window`` tokens."""
+    sees_images_whole: ClassVar[bool] = False
+    """Whether the tokens of an image see each other in both directions, where ``token_type_ids`` are given."""
     decoder_output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPast
     """What the decoder returns."""
     decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS
@@ -52,7 +56,7 @@ class ModelAdapter:
         self.model = model
         self.check_config(model.config)
         self.vision_watch = VisionWatch(self)
-        check_window(self.text_config)
+        check_window(self.text_config, self.has_windows)
         for layer in self.layers:
             check_layer(layer, self.decoder_layers)
 
@@ -176,6 +180,37 @@ class ModelAdapter:
         """
         cos, sin = self.text_model.rotary_emb(embeds, position_ids=position_ids)
         return cos, sin
+
+    def windowed_rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`rotary`, of layers with a window where these have another; empty where all have the same."""
+        return ()
+
+    def mask_arguments(self, embeds: Tensor, position_ids: Tensor, images: Tensor) -> dict[str, Any]:
+        """What the decoder itself is given with one prompt, where its masks are drawn outside of it.
+
+        Args:
+            embeds: ``[1, length, hidden_size]``.
+            position_ids: of the prompt.
+            images: ``[1, length]`` which image each token is part of; -1: none.
+        """
+        return {}
+
+    @property
+    def has_sight(self) -> bool:
+        """Whether what a token sees is another thing than all that came before it."""
+        return self.has_windows or self.sees_images_whole
+
+    def check_plain_attention(self, what: str) -> None:
+        """Refuse what computes attention by itself where the decoder's is another.
+
+        Raises:
+            UnsupportedModelError: naming what it is.
+        """
+        if self.has_sight:
+            raise UnsupportedModelError(
+                f"{what} goes by attention that is causal in every layer, but {type(self.model).__name__} attends "
+                "within windows or to whole images; use a selector or method that ranks before the decoder"
+            )
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Take the features that the decoder adds to its visual tokens after its first layers out of its arguments.

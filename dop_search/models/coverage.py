@@ -22,6 +22,7 @@ from dop_search.models.families import FAMILIES
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = {"input_layernorm", "post_attention_layernorm"}
+FOUR_NORMS = NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 NOT_CAUSAL = ("block_sequence_ids", "or_mask_function")
 """Arguments of transformers' masks that open more than what comes before."""
 NUM_LAYERS = 2
@@ -95,7 +96,7 @@ def verdict(model: Any) -> tuple[Status, str]:
 def differences(layers: nn.ModuleList, config: Any) -> list[str]:
     """What the layers have that :func:`dop_search.pruning.layer.run_layer` does not do."""
     found: list[str] = []
-    types = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    types = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if types:
         found.append(f"layers of other types ({', '.join(types)})")
     attention = [getattr(layer, "self_attn", None) for layer in layers]
@@ -107,7 +108,7 @@ def differences(layers: nn.ModuleList, config: Any) -> list[str]:
     elif lacking:
         found.append(f"attention without {', '.join(lacking)}")
     norms = {name for layer in layers for name, module in layer.named_children() if "Norm" in type(module).__name__}
-    if norms != NORMS:
+    if norms not in (NORMS, FOUR_NORMS):
         found.append(f"other norms ({', '.join(sorted(norms ^ NORMS))})")
     if any(hasattr(getattr(layer, "mlp", None), "experts") for layer in layers):
         found.append("experts")

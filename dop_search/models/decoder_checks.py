@@ -18,6 +18,7 @@ DECODER_LAYERS = frozenset(
         "LlamaDecoderLayer",
         "MistralDecoderLayer",
         "GemmaDecoderLayer",
+        "Gemma3DecoderLayer",
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
         "Qwen2VLDecoderLayer",
@@ -123,17 +124,20 @@ def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def check_window(config: Any) -> None:
-    """Refuse a decoder that attends within a sliding window.
+def check_window(config: Any, has_windows: bool = False) -> None:
+    """Refuse a decoder that attends within a sliding window, or whose layers are of other types.
 
     Args:
         config: configuration of the decoder.
+        has_windows: whether its adapter knows which layers have one.
 
     Raises:
         UnsupportedModelError: naming the setting.
     """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if has_windows and types <= {"sliding_attention"}:
+        return
     if window is not None or types:
         found = ", ".join([*sorted(types), *([] if window is None else [f"sliding_window={window}"])])
         raise UnsupportedModelError(

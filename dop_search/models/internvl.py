@@ -14,3 +14,9 @@ class InternVLAdapter(ModelAdapter):
     @property
     def merge_size(self) -> int:
         return round(1 / self.model.config.downsample_ratio)
+
+
+class QianfanOcrAdapter(InternVLAdapter):
+    """``QianfanOCRForConditionalGeneration``: InternVL for images alone, with a Qwen3 decoder."""
+
+    tower_attention = "layers.{}.attention"

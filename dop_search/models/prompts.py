@@ -133,7 +133,7 @@ def with_answer(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
     """The inputs of an unpadded prompt with text tokens ``answer`` (``[1, new]``) after it."""
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
     extended = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inputs:  # Qwen: 0 is text
-        kinds = inputs["mm_token_type_ids"]
-        extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer, dtype=kinds.dtype)], dim=1)
+    for name in ("mm_token_type_ids", "token_type_ids"):  # of Qwen and Gemma: 0 is text
+        if name in inputs:
+            extended[name] = torch.cat([inputs[name], torch.zeros_like(answer, dtype=inputs[name].dtype)], dim=1)
     return extended

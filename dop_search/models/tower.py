@@ -319,7 +319,7 @@ def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _has_cls(attention: Any) -> bool:
-    return attention.config.model_type in ("clip_vision_model", "dinov2", "internvl_vision")
+    return attention.config.model_type in ("clip_vision_model", "dinov2", "internvl_vision", "qianfan_ocr_vision")
 
 
 def _scale(attention: Any) -> float:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dop_search.models.decoder_checks import is_flash
 from dop_search.pruning.cache import append_valid
 from dop_search.pruning.layout import AttentionPlan
+from dop_search.pruning.sight import append_places, within_window
 from dop_search.utils.errors import UnsupportedModelError
 
 
@@ -23,12 +24,14 @@ class ForwardTables:
 
     Args:
         cos, sin: ``[num_rows, head_dim]``, one row per row of the layout.
+        windowed: the same of layers with a window, where their positions rotate otherwise.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, *windowed: Tensor) -> None:
         self.cos, self.sin = cos, signed(sin)
+        self.windowed = ForwardTables(*windowed) if windowed else None
         self._rope: dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
-        self._masks: dict[tuple[int, int, bool], tuple[Tensor, Tensor | None]] = {}
+        self._masks: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor | None]] = {}
         self._alive: list[Tensor | None] = []  # keys above are identities, so what they name must live on
         self._triangles: dict[tuple[int, int], Tensor] = {}
         self._elsewhere: dict[torch.device, ForwardTables] = {}
@@ -38,12 +41,20 @@ class ForwardTables:
         if device == self.cos.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = ForwardTables(self.cos.to(device), signed(self.sin.to(device)))
+            self._elsewhere[device] = ForwardTables(*(part.to(device) for part in self._parts))
         return self._elsewhere[device]
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return (self.cos, signed(self.sin), *(self.windowed._parts if self.windowed else ()))  # signs cancel
+
+    def of_layer(self, window: int | None) -> ForwardTables:
+        """The tables of a layer with this window."""
+        return self if window is None or self.windowed is None else self.windowed
 
     def select(self, rows: Tensor) -> ForwardTables:
         """The tables of some of the rows, for another layout."""
-        return ForwardTables(self.cos.index_select(0, rows), signed(self.sin.index_select(0, rows)))  # signs cancel
+        return ForwardTables(*(part.index_select(0, rows) for part in self._parts))
 
     def rope(self, plan: AttentionPlan) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """``(cos, signed sin)`` for queries and for keys, each ``[num_samples, 1, length, head_dim]``."""
@@ -59,26 +70,29 @@ class ForwardTables:
         shape = (num_samples, 1, len(index) // num_samples, self.cos.shape[-1])
         return self.cos[index].view(shape), self.sin[index].view(shape)
 
-    def mask(self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool) -> tuple[Tensor, Tensor | None]:
+    def mask(
+        self, plan: AttentionPlan, past_valid: Tensor | None, additive: bool, past_places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The full mask ``[num_samples, 1, num_queries, past + num_keys]``.
 
         Args:
             plan: the arrangement.
             past_valid: which keys outside the plan are real.
             additive: as numbers to add to the scores instead of booleans.
+            past_places: where they stand (``[num_samples, past]``); needed with a window.
 
         Returns:
             The mask, and for additive masks which queries see no key at all (``[num_samples, num_queries, 1, 1]``).
         """
-        key = (id(plan), id(past_valid), additive)
+        key = (id(plan), id(past_valid), id(past_places), additive)
         if key not in self._masks:
-            mask, blind = full_mask(plan, past_valid), None
+            mask, blind = full_mask(plan, past_valid, past_places), None
             if additive:
                 blind = ~mask.any(dim=-1).transpose(1, 2)[..., None]
                 lowest = torch.finfo(self.cos.dtype).min
                 mask = torch.zeros_like(mask, dtype=self.cos.dtype).masked_fill_(~mask, lowest)
             self._masks[key] = mask, blind
-            self._alive.append(past_valid)
+            self._alive += [past_valid, past_places]
         return self._masks[key]
 
     def triangle(self, num_queries: int, num_keys: int) -> Tensor | None:
@@ -137,6 +151,7 @@ def attend(
     plan: AttentionPlan,
     tables: ForwardTables,
     past_valid: Tensor | None,
+    past_places: Tensor | None = None,
 ) -> Tensor:
     """Attention by the model's own backend: ``[num_samples, num_queries, heads, head_dim]``.
 
@@ -147,12 +162,12 @@ def attend(
     segments = None if past_valid is not None else plan.segments
     implementation, function, kwargs = backend(attention, segments is None)
     if implementation == "eager":
-        mask, blind = tables.mask(plan, past_valid, additive=True)
+        mask, blind = tables.mask(plan, past_valid, True, past_places)
         assert blind is not None
         context: Tensor = function(attention, query, key, value, mask, **kwargs)[0]
         return context.masked_fill(blind, 0.0)  # a query without any key receives nothing
     if segments is None:
-        mask, _ = tables.mask(plan, past_valid, additive=False)
+        mask, _ = tables.mask(plan, past_valid, False, past_places)
         context = function(attention, query, key, value, mask, is_causal=False, **kwargs)[0]
         return context
     flash = is_flash(implementation)
@@ -191,7 +206,7 @@ def lower_right(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any
     return context.transpose(1, 2)
 
 
-def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
+def full_mask(plan: AttentionPlan, past_valid: Tensor | None, past_places: Tensor | None = None) -> Tensor:
     """Boolean ``[num_samples, 1, num_queries, past + num_keys]``; ``past_valid`` marks keys outside the plan."""
     mask = plan.mask
     if mask is None:
@@ -204,27 +219,45 @@ def full_mask(plan: AttentionPlan, past_valid: Tensor | None) -> Tensor:
         mask = torch.cat(parts).expand(plan.num_samples, 1, -1, -1)
     if past_valid is not None:
         past = past_valid.to(mask.device)[:, None, None, :].expand(-1, 1, plan.num_queries, -1)
+        if plan.window is not None and plan.query_places is not None and past_places is not None:
+            past = past & within_window(plan.query_places, past_places.to(mask.device), plan.window)[:, None]
         mask = torch.cat([past, mask], dim=-1)
     return mask
 
 
 def extension_mask(
-    hidden: Tensor, past_length: int, past_valid: Tensor | None, new_valid: Tensor | None, eager: bool
+    hidden: Tensor,
+    past_length: int,
+    past_valid: Tensor | None,
+    new_valid: Tensor | None,
+    eager: bool,
+    window: int | None = None,
+    places: tuple[Tensor | None, Tensor] | None = None,
 ) -> Tensor | None:
     """Mask of a text chunk over one layer's cache: all real past keys, causal within the chunk.
+
+    Args:
+        hidden: ``[batch, length, hidden_size]``.
+        past_length: keys in the cache.
+        past_valid, new_valid: which of them, and of the chunk, are real; ``None``: all.
+        eager: for the backend that adds it to the scores.
+        window: how far back a token sees; ``None``, also where nothing is further back: everything.
+        places: where the keys in the cache, and the tokens of the chunk, stand, each ``[batch, keys]``.
 
     Returns:
         ``[batch, 1, length, past + length]``, additive for ``eager`` and boolean otherwise; ``None`` where the
         backend needs none.
     """
     batch, length = hidden.shape[:2]
-    if past_valid is None and new_valid is None and not eager and (length == 1 or past_length == 0):
+    if past_valid is None and new_valid is None and not eager and (length == 1 or past_length == 0) and window is None:
         return None
     causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
     mask = torch.cat([causal.new_ones(length, past_length), causal], dim=1).expand(batch, 1, -1, -1)
     if past_valid is not None or new_valid is not None:
         keys = append_valid(past_valid, past_length, new_valid, batch, length, hidden.device)
         mask = mask & keys[:, None, None, :]
+    if window is not None and places is not None:
+        mask = mask & within_window(places[1], append_places(*places), window)[:, None]
     if not eager:
         return mask
     return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dop_search.utils.errors import DopError
 
@@ -23,6 +23,8 @@ class CacheState:
         num_seen: tokens that were fed so far, skipped ones and pads included; positions continue from here.
         real: ``[batch, num_seen]``, which of them are real; ``None`` where all are.
         open: whether a pruned model is running on the cache right now.
+        places: per layer ``[batch, length]``, where cached keys stand among the tokens that were fed; only of layers
+            with a window, which goes by them. Their keys all stay: those out of the window are masked.
     """
 
     valid: list[Tensor | None]
@@ -30,6 +32,7 @@ class CacheState:
     num_seen: int
     real: Tensor | None = None
     open: bool = False
+    places: dict[int, Tensor] = field(default_factory=dict)
 
     def new_tokens(self, attention_mask: Tensor | None, length: int, grown: bool = False) -> Tensor | None:
         """Which of ``length`` new tokens are real (``[batch, length]``), by a mask of all tokens; ``None``: all are.
@@ -131,14 +134,18 @@ class PrunedCache(DynamicCache):
         changed = {id(valid): change(valid) for valid in state.valid if valid is not None}  # layers share them
         state.valid = [None if valid is None else changed[id(valid)] for valid in state.valid]
         state.real = None if state.real is None else change(state.real)
+        state.places = {index: change(places) for index, places in state.places.items()}
 
 
-def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | None) -> CacheState:
+def open_state(cache: Cache | None, windows: Sequence[int | None], attention_mask: Tensor | None) -> CacheState:
     """The state of a cache that a pruned model is about to extend; a fresh or unpruned cache becomes a pruned one.
+
+    ``windows``: of each layer; ``None``: it sees everything.
 
     Raises:
         DopError: if it is no dynamic cache, or was changed from outside.
     """
+    num_layers = len(windows)
     if cache is None:
         return CacheState([None] * num_layers, [0] * num_layers, 0)
     if type(cache) not in (DynamicCache, PrunedCache):
@@ -147,14 +154,22 @@ def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | No
             f"but got {type(cache).__name__}; leave `cache_implementation` unset"
         )
     layers: Any = cache.layers
+    past = cache.get_seq_length()
+    layers[:] = [kept_whole(layer) for layer in layers]
     held = [layers[index].get_seq_length() if index < len(layers) else 0 for index in range(num_layers)]
     if not isinstance(cache, PrunedCache):
-        past = held[0]  # filled by the unpruned model: every layer holds every token
+        # filled by the unpruned model: every layer holds every token, or the last ones that its window reaches
         valid = None
         if past and attention_mask is not None and not bool(attention_mask[:, :past].all()):
             valid = attention_mask[:, :past].bool()
+        masks = [None if valid is None else valid[:, past - length :] for length in held]
         cache.__class__ = PrunedCache
-        cache.state = CacheState([valid] * num_layers, held, past, valid)  # type: ignore[attr-defined]
+        cache.state = CacheState(masks, held, past, valid)  # type: ignore[attr-defined]
+        for index, window in enumerate(windows):
+            if past and window is not None:
+                keys = layers[index].keys
+                place = torch.arange(past - held[index], past, device=keys.device)
+                cache.state.places[index] = place.repeat(len(keys), 1)  # type: ignore[attr-defined]
     assert isinstance(cache, PrunedCache)
     if cache.state.lengths != held:
         raise DopError(
@@ -162,6 +177,17 @@ def open_state(cache: Cache | None, num_layers: int, attention_mask: Tensor | No
             "a pruned cache can only be continued by pruned models"
         )
     return cache.state
+
+
+def kept_whole(layer: Any) -> Any:
+    """A cache layer that keeps what it is given: a sliding one counts keys, which is no window where tokens left."""
+    if type(layer) is not DynamicSlidingWindowLayer:
+        return layer
+    whole = DynamicLayer()
+    if layer.is_initialized:
+        whole.lazy_initialization(layer.keys, layer.values)
+        whole.keys, whole.values = layer.keys, layer.values
+    return whole
 
 
 def append_valid(

@@ -152,6 +152,8 @@ def prune_(
         if strategy.is_empty and text is None:
             return handle
         check_outputs([adapter.model.config, adapter.text_config])
+        if strategy.stages:
+            adapter.check_plain_attention(f"selector {strategy.selector!r}")
         stages = StagePlan(strategy) if strategy.stages and rankings is None else None
         known = rankings is not None or stages is not None
         selector = None if known else make_selector(strategy.selector, strategy.selector_options)

@@ -93,6 +93,11 @@ class Prefill(Attached):
         visual = adapter.visual_token_mask(input_ids)
         if not bool(visual.any()):
             return None
+        if adapter.sees_images_whole:
+            raise DopError(
+                f"the tokens of an image see each other in {type(adapter.model).__name__}, which a prefill in chunks "
+                "would cut; leave `prefill_chunk_size` unset"
+            )
         if decoder.stages is not None:
             raise DopError(
                 f"selector {decoder.strategy.selector!r} ranks whole prompts inside the decoder; leave "

@@ -19,6 +19,7 @@ from torch.nn.modules import module as modules
 from dop_search.models.decoder_checks import PLAIN_RMS_NORMS
 from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
+from dop_search.pruning.sight import window_of
 from dop_search.pruning.steps import Groups, LayerStep
 
 MAX_COMPILED_VARIANTS = 32
@@ -96,6 +97,7 @@ def run_layer(
     past_valid: Tensor | None = None,
     read_only: bool = False,
     parts: LayerParts | None = None,
+    past_places: Tensor | None = None,
 ) -> Tensor:
     """Run one decoder layer of the Llama family on packed rows.
 
@@ -110,14 +112,16 @@ def run_layer(
         past_valid: ``[num_samples, past]``, which cached keys are real; ``None`` without a past.
         read_only: queries and MLP only for rows whose logits are read (the last layer of a scoring pass).
         parts: compiled stand-ins of :func:`project` and :func:`finish`.
+        past_places: ``[num_samples, past]``, where cached keys stand; only for a layer with a window.
 
     Returns:
         ``[rows of (text + step.alive), hidden_size]``.
     """
     parts = parts or EAGER_PARTS
     device = device_of(layer)
-    hidden, layout, tables = hidden.to(device), layout.on(device), tables.on(device)
-    rows = layout.layer(before, step, read_only)
+    window = window_of(layer)
+    hidden, layout, tables = hidden.to(device), layout.on(device), tables.on(device).of_layer(window)
+    rows = layout.layer(before, step, read_only, window)
     plan = rows.attention
     (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
     if rows.keep is not None:
@@ -127,7 +131,7 @@ def run_layer(
     query, key, value = parts.project(layer, hidden, queries, keys, plan.num_samples)
     if cache is not None:
         key, value = cache.update(key, value, layer.self_attn.layer_idx)
-    context = attend(layer.self_attn, query, key, value, plan, tables, past_valid)
+    context = attend(layer.self_attn, query, key, value, plan, tables, past_valid, past_places)
     del query, key, value  # the MLP needs the room
     return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp)
 
@@ -217,6 +221,8 @@ def finish(
 ) -> Tensor:
     """Output projection, residual and MLP: the hidden states after the layer, ``[rows, hidden_size]``.
 
+    Gemma's layers norm what attention and MLP return as well, so that four norms bear other names.
+
     Args:
         layer: decoder layer.
         hidden: hidden states before the layer.
@@ -227,9 +233,13 @@ def finish(
     context = context.flatten(2).flatten(0, 1)
     if unpad is not None:
         context = context.index_select(0, unpad)
-    hidden = add_rows(hidden, query_rows, layer.self_attn.o_proj(context))
+    attended = layer.self_attn.o_proj(context)
+    sandwiched = hasattr(layer, "pre_feedforward_layernorm")
+    hidden = add_rows(hidden, query_rows, layer.post_attention_layernorm(attended) if sandwiched else attended)
     mlp_in = hidden if mlp_rows is None else hidden.index_select(0, mlp_rows)
-    return add_rows(hidden, mlp_rows, run_mlp(layer.mlp, normalize(layer.post_attention_layernorm, mlp_in)))
+    norm = layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm
+    update = run_mlp(layer.mlp, normalize(norm, mlp_in))
+    return add_rows(hidden, mlp_rows, layer.post_feedforward_layernorm(update) if sandwiched else update)
 
 
 def run_mlp(mlp: Any, rows: Tensor) -> Tensor:

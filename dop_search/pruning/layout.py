@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dop_search.pruning.sight import NO_IMAGE, Sight, within_window
 from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DopError
@@ -50,6 +51,8 @@ class AttentionPlan:
         segments: runs of queries for which plain causal attention is right.
         query_rows: rows of the layout that issue a query (``[n]``), in packed order.
         key_rows: rows of the layout that are keys.
+        window: how far back a query sees; ``None``: everything.
+        query_places, key_places: ``[num_samples, length]`` where they stand; only with a window.
     """
 
     num_samples: int
@@ -64,6 +67,9 @@ class AttentionPlan:
     segments: tuple[Segment, ...] | None
     query_rows: Tensor
     key_rows: Tensor
+    window: int | None = None
+    query_places: Tensor | None = None
+    key_places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ class Layout:
         read: per row: whether its output logits are needed (``None``: all). In the last layer only such rows
             issue queries and go through the MLP.
         num_past: keys of every sample that are already there and come before all rows.
+        sight: per row where it stands, for decoders with windows, or that see images as a whole.
     """
 
     def __init__(
@@ -155,16 +162,18 @@ class Layout:
         device: torch.device,
         read: np.ndarray | None = None,
         num_past: int = 0,
+        sight: Sight | None = None,
     ) -> None:
         self.sample, self.group = sample, group
         self.num_samples = num_samples
         self.device = device
         self.read = read
         self.num_past = num_past
+        self.sight = sight
         self._rows: dict[tuple[Groups, bool], np.ndarray] = {}
         self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
-        self._attention: dict[tuple[Groups, Groups, bool], AttentionPlan] = {}
-        self._layers: dict[tuple[Groups, LayerStep, bool], LayerPlan] = {}
+        self._attention: dict[tuple[Groups, Groups, bool, int | None], AttentionPlan] = {}
+        self._layers: dict[tuple[Groups, LayerStep, bool, int | None], LayerPlan] = {}
         self._elsewhere: dict[torch.device, Layout] = {}
 
     def on(self, device: torch.device) -> Layout:
@@ -172,7 +181,7 @@ class Layout:
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            there = Layout(self.sample, self.group, self.num_samples, device, self.read, self.num_past)
+            there = Layout(self.sample, self.group, self.num_samples, device, self.read, self.num_past, self.sight)
             return self._elsewhere.setdefault(device, there)
         return self._elsewhere[device]
 
@@ -195,25 +204,27 @@ class Layout:
             self._relative.setdefault(key, None if same else self.tensor(np.searchsorted(around, inside)))
         return self._relative[key]
 
-    def layer(self, before: Groups, step: LayerStep, read_only: bool = False) -> LayerPlan:
+    def layer(self, before: Groups, step: LayerStep, read_only: bool = False, window: int | None = None) -> LayerPlan:
         """The rows of one layer whose input holds the groups ``before``."""
-        key = (before, step, read_only)
+        key = (before, step, read_only, window)
         if key not in self._layers:
             plan = LayerPlan(
                 keep=self.relative(step.alive, before),
                 query=self.relative(step.q, step.alive, read_only),
                 key=self.relative(step.kv, step.alive),
                 mlp=self.relative(step.mlp, step.alive, read_only),
-                attention=self.attention(step.q, step.kv, read_only),
+                attention=self.attention(step.q, step.kv, read_only, window),
             )
             return self._layers.setdefault(key, plan)
         return self._layers[key]
 
-    def attention(self, query_groups: Groups, key_groups: Groups, read_only: bool = False) -> AttentionPlan:
+    def attention(
+        self, query_groups: Groups, key_groups: Groups, read_only: bool = False, window: int | None = None
+    ) -> AttentionPlan:
         """The arrangement of one attention call between these queries and keys."""
-        key = (query_groups, key_groups, read_only)
+        key = (query_groups, key_groups, read_only, window)
         if key not in self._attention:
-            plan = self._plan_attention(self.rows(query_groups, read_only), self.rows(key_groups))
+            plan = self._plan_attention(self.rows(query_groups, read_only), self.rows(key_groups), window)
             return self._attention.setdefault(key, plan)  # one plan for all threads: tables go by its identity
         return self._attention[key]
 
@@ -221,11 +232,20 @@ class Layout:
         """An index array on the layout's device."""
         return index_tensor(array, self.device)
 
-    def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray) -> AttentionPlan:
+    def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray, window: int | None) -> AttentionPlan:
         query_place, num_queries, query_even = self._places(query_rows, align_right=False)
         key_place, num_keys, key_even = self._places(key_rows, align_right=True)
-        even = query_even and key_even
+        sight = self.sight
+        if sight is not None and sight.is_causal(query_rows, key_rows, window, self.num_past):
+            sight = None
+        even = query_even and key_even and sight is None
         segments = self._segments(query_rows, key_rows, num_queries, num_keys) if even else None
+        places: tuple[Tensor | None, ...] = (None, None)
+        if window is not None and self.sight is not None:
+            places = (
+                self._spread(self.sight.place[query_rows], query_place, num_queries, 0),
+                self._spread(self.sight.place[key_rows], key_place, num_keys, 0),
+            )
         mask = key_valid = None
         if not key_even:
             valid = np.zeros((self.num_samples, num_keys), dtype=np.bool_)
@@ -233,6 +253,12 @@ class Layout:
             key_valid = self.tensor(valid)
         if segments is None:
             mask = self._mask(query_rows, query_place, num_queries, key_rows, key_place, num_keys)
+            if sight is not None:
+                images = (
+                    self._spread(sight.image[query_rows], query_place, num_queries, NO_IMAGE),
+                    self._spread(sight.image[key_rows], key_place, num_keys, NO_IMAGE),
+                )
+                mask = self._seen(mask, images, places, window)
         return AttentionPlan(
             num_samples=self.num_samples,
             num_queries=num_queries,
@@ -246,6 +272,9 @@ class Layout:
             segments=segments,
             query_rows=self.tensor(query_rows),
             key_rows=self.tensor(key_rows),
+            window=window,
+            query_places=places[0],
+            key_places=places[1],
         )
 
     def _places(self, rows: np.ndarray, align_right: bool) -> tuple[np.ndarray, int, bool]:
@@ -297,6 +326,25 @@ class Layout:
         mask = self.tensor(key_order).view(self.num_samples, 1, 1, num_keys) <= queries
         return mask if not self.num_past else nn.functional.pad(mask, (self.num_past, 0), value=True)
 
+    def _spread(self, values: np.ndarray, places: np.ndarray, length: int, pad: int) -> Tensor:
+        """A number per row as ``[num_samples, length]``."""
+        spread = np.full(self.num_samples * length, pad)
+        spread[places] = values
+        return self.tensor(spread).view(self.num_samples, length)
+
+    def _seen(
+        self, mask: Tensor, images: tuple[Tensor, Tensor], places: Sequence[Tensor | None], window: int | None
+    ) -> Tensor:
+        """A causal mask that opens each image to itself, and closes what is out of the window."""
+        query_image, key_image = (image[:, None] for image in images)
+        same = (query_image[..., :, None] == key_image[..., None, :]) & (key_image != NO_IMAGE)[..., None, :]
+        mask = mask | nn.functional.pad(same, (self.num_past, 0), value=False)
+        query_places, key_places = places
+        if window is None or query_places is None or key_places is None:
+            return mask
+        past = torch.arange(self.num_past, device=mask.device).expand(self.num_samples, -1)
+        return mask & within_window(query_places, torch.cat([past, key_places], dim=1), window)[:, None]
+
 
 class LayoutCache:
     """The layouts of the latest prompts, so that prompts of the same shape do their index work once."""
@@ -306,15 +354,19 @@ class LayoutCache:
         self._layouts: OrderedDict[tuple[bytes, ...], Layout] = OrderedDict()
         self._lock = threading.Lock()
 
-    def pack(self, groups: Sequence[np.ndarray], device: torch.device) -> tuple[Layout, list[np.ndarray]]:
+    def pack(
+        self, groups: Sequence[np.ndarray], device: torch.device, sights: Sequence[Sight] | None = None
+    ) -> tuple[Layout, list[np.ndarray]]:
         """As :func:`pack`; the layout may be one that an earlier prompt of the same shape has used."""
         kept = [np.flatnonzero(group != DROPPED) for group in groups]
         mode = b"inference" if torch.is_inference_mode_enabled() else b""  # such tensors cannot be trained through
         key = (str(device).encode(), mode, *(group[keep].tobytes() for group, keep in zip(groups, kept, strict=True)))
+        if sights is not None:
+            key += tuple(sight.at(keep).key for sight, keep in zip(sights, kept, strict=True))
         with self._lock:
             layout = self._layouts.pop(key, None)
             if layout is None:
-                layout, _ = pack(groups, device)
+                layout, _ = pack(groups, device, sights=sights)
             self._layouts[key] = layout
             if len(self._layouts) > self.size:
                 self._layouts.popitem(last=False)
@@ -326,6 +378,7 @@ def pack(
     device: torch.device,
     read: Sequence[np.ndarray] | None = None,
     num_past: int = 0,
+    sights: Sequence[Sight] | None = None,
 ) -> tuple[Layout, list[np.ndarray]]:
     """Lay out samples after each other without their dropped tokens.
 
@@ -334,6 +387,7 @@ def pack(
         device: where index tensors live.
         read: per sample whether each token's logits are needed.
         num_past: keys of every sample that are already there.
+        sights: per sample where its tokens stand; see :class:`Layout`.
 
     Returns:
         The layout, and per sample the tokens that entered it.
@@ -346,6 +400,7 @@ def pack(
         device=device,
         read=None if read is None else np.concatenate([r[keep] for r, keep in zip(read, kept, strict=True)]),
         num_past=num_past,
+        sight=None if sights is None else Sight.joined([s.at(keep) for s, keep in zip(sights, kept, strict=True)]),
     )
     return layout, kept
 

@@ -49,6 +49,7 @@ class Tokens:
         rope: cosine and sine, each ``[batch or 1, length, head_dim]``; empty until they are needed.
         valid: ``[batch, length]`` which tokens are real; ``None``: all.
         read: ``[batch, length]`` whose logits a loss reads; ``None``: no labels.
+        whole: ``[batch, length]`` which are parts of images whose tokens see each other; ``None``: none.
     """
 
     embeds: Tensor
@@ -57,6 +58,7 @@ class Tokens:
     rope: tuple[Tensor, ...] = ()
     valid: Tensor | None = None
     read: Tensor | None = None
+    whole: Tensor | None = None
 
     def unpacked(self, packing: Packing) -> Tokens:
         """Each sequence of packed rows as a sample of its own."""
@@ -67,6 +69,7 @@ class Tokens:
             tuple(packing.spread(part) for part in self.rope),
             packing.valid,
             None if self.read is None else packing.spread(self.read),
+            None if self.whole is None else packing.spread(self.whole) & packing.valid,
         )
 
 

@@ -32,6 +32,7 @@ from dop_search.pruning.layout import AttentionPlan, LayoutCache
 from dop_search.pruning.packed import find_packing
 from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
 from dop_search.pruning.ranking import RankingSource
+from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.pruning.text_groups import TextGroups
@@ -66,12 +67,13 @@ class PrunedDecoder(Attached):
         self.steps: tuple[LayerStep, ...] = layer_steps(strategy, further)
         self.all_groups = frozenset(range(len(strategy.groups) + len(further)))
         self.text_model: Any = adapter.text_model
+        self.windows = [window_of(layer) for layer in adapter.layers]
         self.layouts = LayoutCache()
         self.call = Call()
         self.uncalled = uncalled
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def see_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the multimodal module: the decoder itself receives embeddings only."""
         if getattr(module, "_is_replica", False):
             raise DopError("a pruned model cannot be replicated by DataParallel; run one process per device")
@@ -85,6 +87,7 @@ class PrunedDecoder(Attached):
         self.rankings.begin(encoded)
         if not encoded:  # otherwise `generate()` has encoded the images just before
             self.rankings.expect(call.input_ids)
+        return (args, TokenMasks.of_call(kwargs)) if self.adapter.has_sight else None
 
     # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -101,22 +104,23 @@ class PrunedDecoder(Attached):
         """Same contract as the decoder's own forward; hidden states at tokens that left and at pads are zero."""
         deepstack = self.adapter.pop_deepstack(kwargs)
         check_outputs([self.text_model.config], kwargs)
-        check_arguments(kwargs, attention_mask)
         self.uncalled.check()
         seen_ids = self.call.input_ids if input_ids is None else input_ids
         read, self.call.input_ids, self.call.read = self.call.read, None, None
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
+        attention_mask, whole = TokenMasks.undone(attention_mask, inputs_embeds.shape[1])
+        check_arguments(kwargs, attention_mask)
         if seen_ids is None or seen_ids.shape != inputs_embeds.shape[:2]:
             raise DopError("a pruned decoder is called by its model; call the model, with `input_ids`")
         device = self.adapter.device  # with a device map the vision tower and what comes from it may be elsewhere
         inputs_embeds, seen_ids = inputs_embeds.to(device), seen_ids.to(device)
-        attention_mask, position_ids, read = (
-            None if t is None else t.to(device) for t in (attention_mask, position_ids, read)
+        attention_mask, position_ids, read, whole = (
+            None if t is None else t.to(device) for t in (attention_mask, position_ids, read, whole)
         )
         deepstack = tuple(features.to(device) for features in deepstack)
         past_key_values = self._cache(past_key_values, use_cache)
-        state = open_state(past_key_values, self.strategy.num_layers, attention_mask)
+        state = open_state(past_key_values, self.windows, attention_mask)
         batch, length = inputs_embeds.shape[:2]
         packing = None
         if attention_mask is None:
@@ -125,12 +129,15 @@ class PrunedDecoder(Attached):
             packing = find_packing(positions, (batch, length), cached, backend, kwargs)
         if position_ids is None:
             position_ids = (torch.arange(length, device=device) + state.num_seen)[None]
-        rope = self.adapter.rotary(inputs_embeds, position_ids)
+        rope = (
+            *self.adapter.rotary(inputs_embeds, position_ids),
+            *self.adapter.windowed_rotary(inputs_embeds, position_ids),
+        )
         visual = self.adapter.visual_token_mask(seen_ids)
         grown = length == 1 and past_key_values is not None and past_key_values is self.call.checked
         new = state.new_tokens(attention_mask, length, grown)
         self.call.checked = past_key_values if self.call.generating else None
-        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, new, read)
+        tokens = Tokens(inputs_embeds, seen_ids, visual, rope, new, read, whole)
         if packing is not None:
             tokens = tokens.unpacked(packing)
         state.open = True
@@ -190,7 +197,11 @@ class PrunedDecoder(Attached):
     ) -> Tensor:
         batch, length, width = prompt.embeds.shape
         visual = tokens.visual
-        layout, kept = self.layouts.pack(prompt.groups, visual.device)
+        sights = None
+        if self.adapter.has_sight:
+            whole = torch.zeros_like(visual) if tokens.whole is None else tokens.whole
+            sights = sights_of(state.num_seen, whole.cpu().numpy())
+        layout, kept = self.layouts.pack(prompt.groups, visual.device, sights)
         places = np.concatenate([row * length + keep for row, keep in enumerate(kept)])
         full = prompt.embeds.new_zeros(batch * length, width)
         if not len(places):  # of a prompt in chunks: all tokens of this one are dropped
@@ -229,13 +240,14 @@ class PrunedDecoder(Attached):
                 cache=cache,
                 past_valid=past_valid,
                 parts=self.parts,
+                past_places=state.places.get(index),
             )
             hidden = checkpointed(layer, compute, hidden)
             before = step.alive
             if injected is not None:
                 hidden = injected.add(hidden, index, before)
             if cache is not None:
-                self._remember(state, index, layout.attention(step.q, step.kv), appended)
+                self._remember(state, index, layout.attention(step.q, step.kv, False, self.windows[index]), appended)
         final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
         full = full.to(hidden.device)
         return full.index_copy(0, final, hidden).view(batch, length, width)
@@ -246,22 +258,29 @@ class PrunedDecoder(Attached):
         hidden, new_valid = tokens.embeds, tokens.valid
         batch, length = hidden.shape[:2]
         eager = self.text_model.config._attn_implementation == "eager"
-        masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
-        rows: dict[torch.device, Side] = {}
+        masks: dict[tuple[int, int, int, torch.device], Tensor | None] = {}
+        rows: dict[tuple[bool, torch.device], Side] = {}
+        new_places = torch.arange(state.num_seen, state.num_seen + length, device=hidden.device).repeat(batch, 1)
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
             past, device = state.valid[index], device_of(layer)
-            key = (state.lengths[index], id(past), device)
+            window, places = self.windows[index], state.places.get(index)
+            if window is not None and state.num_seen + length <= window:
+                window = None
+            key = (state.lengths[index], id(past), -1 if window is None else id(places), device)
             if key not in masks:
-                mask = extension_mask(hidden, state.lengths[index], past, new_valid, eager)
+                mask = extension_mask(
+                    hidden, state.lengths[index], past, new_valid, eager, window, (places, new_places)
+                )
                 masks[key] = None if mask is None else mask.to(device)
-            if device not in rows:
-                cos, sin = (part.to(device)[:, None] for part in tokens.rope)
-                rows[device] = Side(None, None, cos, signed(sin))
+            side = (self.windows[index] is not None and len(tokens.rope) > 2, device)
+            if side not in rows:
+                cos, sin = (part.to(device)[:, None] for part in tokens.rope[2 if side[0] else 0 :][:2])
+                rows[side] = Side(None, None, cos, signed(sin))
             compute = partial(
                 extend_layer,
                 layer,
-                rows=rows[device],
+                rows=rows[side],
                 num_samples=batch,
                 mask=masks[key],
                 cache=cache,
@@ -269,6 +288,7 @@ class PrunedDecoder(Attached):
             )
             packed = checkpointed(layer, compute, packed.to(device))
         appended: dict[tuple[int, int], Tensor] = {}
+        grown: dict[int, Tensor] = {}
         for index, past in enumerate(state.valid):
             if past is not None or new_valid is not None:
                 held = (state.lengths[index], id(past))
@@ -276,6 +296,11 @@ class PrunedDecoder(Attached):
                     appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
                 state.valid[index] = appended[held]
             state.lengths[index] += length
+            if self.windows[index] is not None:
+                places = state.places.get(index)
+                if id(places) not in grown:
+                    grown[id(places)] = append_places(places, new_places)
+                state.places[index] = grown[id(places)]
         return packed.view(hidden.shape)
 
     # -- bookkeeping ------------------------------------------------------------------------------
@@ -308,6 +333,8 @@ class PrunedDecoder(Attached):
                 appended[key] = valid, plan  # which lives on, so that its identity stays its own
             state.valid[index] = appended[key][0]
         state.lengths[index] += plan.num_keys
+        if plan.key_places is not None:
+            state.places[index] = append_places(state.places.get(index), plan.key_places)
 
 
 def explicit_rankings(rankings: Any) -> list[np.ndarray] | None:

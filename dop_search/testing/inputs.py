@@ -140,6 +140,8 @@ def pack_rows(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
         hook.remove()
     packed = {name: value for name, value in collate(samples).items() if name not in _LEFT_PADDED}
     input_ids = torch.cat([sample["input_ids"] for sample in samples], dim=1)
+    if "token_type_ids" in samples[0]:
+        packed["token_type_ids"] = torch.cat([sample["token_type_ids"] for sample in samples], dim=1)
     return {**packed, "input_ids": input_ids, "position_ids": torch.cat(positions, dim=-1)}
 
 

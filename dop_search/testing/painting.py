@@ -49,8 +49,12 @@ def canvas_of(model: PreTrainedModel, modality: Modality = "image") -> Canvas:
     whole: Any = adapter_for(model).multimodal
     if hasattr(whole, "visual"):
         return Canvas(whole.visual.merger)
-    if model.config.model_type == "internvl":  # its projector comes after the pixel shuffle
-        return Canvas(whole.vision_tower.encoder.layer[-1], of_output=True, num_extra=1)
+    if model.config.model_type in ("internvl", "qianfan_ocr"):  # their projector comes after the pixel shuffle
+        tower = whole.vision_tower
+        layers = tower.encoder.layer if hasattr(tower, "encoder") else tower.layers
+        return Canvas(layers[-1], of_output=True, num_extra=1)
+    if model.config.model_type == "video_llama_3":  # averages squares in the tower
+        return Canvas(whole.vision_model.post_layernorm, of_output=True)
     if modality == "video" and hasattr(whole, "vision_resampler"):  # pools frames in front of the projector
         return Canvas(whole.vision_resampler)
     if model.config.model_type == "ovis2":

@@ -2,6 +2,9 @@
 
 Plain transformers models with hooks. Every module runs on every token; what the strategy skips is hidden afterwards:
 
+Attention is causal, within the window of layers that have one (by positions in what was fed), and in both directions
+among the tokens of an image where ``token_type_ids`` say so.
+
 * keys and values: their columns of the attention mask are closed in that layer;
 * queries: the attention output of their rows is replaced by zero, so that the residual stream passes unchanged;
 * MLP: the MLP output of their rows is replaced by zero.
@@ -168,7 +171,8 @@ def masked_forward(
 
 def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: OperationMasks) -> Tensor:
     """As :func:`masked_forward`, for operations of any positions."""
-    with torch.no_grad(), _masking(_decoder_layers(model), masks, _attended(inputs)):
+    images = _images(inputs)
+    with torch.no_grad(), _masking(_decoder_layers(model), masks, _attended(inputs), images):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 
@@ -215,6 +219,21 @@ def _attended(inputs: dict[str, Tensor]) -> Tensor:
     return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+def _images(inputs: dict[str, Tensor]) -> Tensor | None:
+    """Which image each token is part of, -1 for text (``[batch, position]``); ``None``: none sees what comes later."""
+    if "token_type_ids" not in inputs:
+        return None
+    numbers = [[-1] * inputs["input_ids"].shape[1] for _ in inputs["input_ids"]]
+    for row, types in zip(numbers, inputs["token_type_ids"].tolist(), strict=True):
+        number = 0
+        for place, kind in enumerate(types):
+            if kind == 1:
+                row[place] = number
+            elif place and types[place - 1] == 1:
+                number += 1
+    return torch.tensor(numbers, device=inputs["input_ids"].device)
+
+
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     decoder = decoder_of(model)
     if "forward" in vars(decoder):
@@ -227,32 +246,43 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def _visible(kv: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+def _visible(
+    kv: Tensor, attended: Tensor, window: int | None = None, images: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Which keys each query may see in one layer, and which queries see any.
 
     Args:
         kv: boolean ``[batch, position]``, who offers a key.
         attended: boolean ``[batch, position]``, who is not padding.
+        window: how far back the layer sees.
+        images: see :func:`_images`.
 
     Returns:
         Boolean ``[batch, 1, query, key]``, rows without any key opened to themselves (softmax over nothing is NaN),
         and boolean ``[batch, query]``, ``False`` for exactly those rows.
     """
     length = kv.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=kv.device).tril()
-    visible = causal & (kv & attended)[:, None, :]
+    pattern = torch.ones(length, length, dtype=torch.bool, device=kv.device).tril()[None]
+    if images is not None:
+        pattern = pattern | ((images[:, :, None] == images[:, None, :]) & (images >= 0)[:, :, None])
+    if window is not None:
+        place = torch.arange(length, device=kv.device)
+        pattern = pattern & (place[:, None] - place[None, :] < window)
+    visible = pattern & (kv & attended)[:, None, :]
     sees_any = visible.any(dim=-1)
     itself = torch.eye(length, dtype=torch.bool, device=kv.device)
     return (visible | (itself & ~sees_any[:, :, None]))[:, None], sees_any
 
 
 @contextmanager
-def _masking(layers: nn.ModuleList, masks: OperationMasks, attended: Tensor) -> Iterator[None]:
+def _masking(
+    layers: nn.ModuleList, masks: OperationMasks, attended: Tensor, images: Tensor | None = None
+) -> Iterator[None]:
     """Hide what is skipped while the context is open."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-            visible, sees_any = _visible(masks.kv[index], attended)
+            visible, sees_any = _visible(masks.kv[index], attended, getattr(attention, "sliding_window", None), images)
             handles = (
                 attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
                 attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),

@@ -24,7 +24,7 @@ def test_the_readme_holds_the_table() -> None:
         ("smolvlm", "covered", ""),
         ("janus", "refused", "nothing but an adapter"),
         ("paligemma", "refused", "not causal"),
-        ("gemma3", "refused", r"sliding_attention.*other norms.*not causal"),
+        ("qwen3_5", "refused", r"linear_attention.*without `self_attn`"),
         ("mllama", "not applicable", "cross attention"),
     ],
 )

@@ -105,6 +105,15 @@ class TestQwen3VLMoe(Family):
     max_examples = 2
 
 
+@pytest.mark.slow
+class TestGemma3(Family):
+    """Windows shorter than an image, images that are seen as a whole, four norms, two rotations."""
+
+    __test__ = True
+    model_type = "gemma3"
+    prefills_in_chunks = False
+
+
 class TestContexts(Family):
     """A decoder that reads text alone: passages between markers in the place of images."""
 

@@ -23,7 +23,11 @@ def norms_of(model_type: str) -> list[nn.Module]:
     return [module for module in layer.modules() if "Norm" in type(module).__name__]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+ADD_ONE = ("gemma3",)
+"""Families whose norms add one to their weights, in float32: they are called as they are."""
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type in FAMILIES if model_type not in ADD_ONE])
 def test_every_familys_norms_are_fused_and_the_same(model_type: str) -> None:
     norms = norms_of(model_type)
     assert norms

@@ -114,6 +114,15 @@ def _llava_next_video_processor() -> Any:
     )
 
 
+def _video_llava_processor() -> Any:
+    return _llava_processor(
+        hf.VideoLlavaProcessor,
+        hf.VideoLlavaImageProcessor(**_CROP),
+        template=chatml("<image>", "<video>"),
+        video_processor=hf.VideoLlavaVideoProcessor(**_CROP),
+    )
+
+
 def _llava_onevision_processor() -> Any:
     return hf.LlavaOnevisionProcessor(
         image_processor=hf.LlavaOnevisionImageProcessor(size=square(SIDE), image_grid_pinpoints=PINPOINTS),
@@ -200,6 +209,24 @@ def _pixtral_processor(kind: Any, **extra: str) -> Any:
     )
 
 
+# -- Gemma 3: 16 visual tokens of 2 x 2 patches, more than the window of every other layer --------------------------
+
+
+def _gemma3_sizes(sizes: TinySizes) -> tuple[Values, Values]:
+    types = ["sliding_attention", "full_attention"] * sizes.num_hidden_layers
+    return {**_head_dim(sizes)[0], "layer_types": types[: sizes.num_hidden_layers]}, {}
+
+
+def _gemma3_processor() -> Any:
+    start, end = "<start_of_image>", "<end_of_image>"
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessor(size=square(2 * SIDE)),
+        tokenizer=tiny_tokenizer("<image_soft_token>", start=start, end=end, boi_token=start, eoi_token=end),
+        image_seq_length=16,
+        chat_template=chatml(start, ""),
+    )
+
+
 # -- tiles of one size ----------------------------------------------------------------------------------------------
 
 _OVIS_TOKENS = ("<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>")
@@ -218,9 +245,22 @@ def _ovis2_processor() -> Any:
     )
 
 
-def _deepseek_vl_processor() -> Any:
-    return hf.DeepseekVLProcessor(
-        image_processor=hf.DeepseekVLImageProcessor(size=square(SIDE), min_size=PATCH),
+_SAM: Values = {
+    "hidden_size": 16,
+    "output_channels": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 2 * SIDE,
+    "patch_size": PATCH,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "mlp_dim": 32,
+}
+
+
+def _deepseek_vl_processor(kind: Any, images: Any, **more: Any) -> Any:
+    return kind(
+        image_processor=images(size=square(SIDE), min_size=PATCH, **more),
         tokenizer=tiny_tokenizer("<image>"),
         num_image_tokens=16,
         chat_template=chatml("<image>", ""),
@@ -235,6 +275,27 @@ def _internvl_processor() -> Any:
         video_processor=hf.InternVLVideoProcessor(size=square(42)),
         image_seq_length=9,
         chat_template=chatml("<IMG_CONTEXT>\n", "<video>\n"),
+    )
+
+
+def _qianfan_ocr_processor() -> Any:
+    tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    return hf.QianfanOCRProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=square(42), crop_to_patches=True, min_patches=1, max_patches=3),
+        tokenizer=tiny_tokenizer("<IMG_CONTEXT>", **tokens),
+        image_seq_length=9,
+        chat_template=chatml("<image>\n", ""),
+    )
+
+
+def _video_llama_3_processor() -> Any:
+    return hf.VideoLlama3Processor(
+        image_processor=hf.VideoLlama3ImageProcessor(
+            size={"shortest_edge": 16 * 16, "longest_edge": 40 * 40}, patch_size=4, merge_size=2
+        ),
+        tokenizer=tiny_tokenizer("<|image_pad|>", "<|video_pad|>"),
+        video_processor=hf.VideoLlama3VideoProcessor(),
+        chat_template=chatml("<|image_pad|>", ""),
     )
 
 
@@ -334,10 +395,39 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         _ovis2_processor,
         _QWEN2,
     ),
+    "video_llava": TinyFamily({**_IMAGE, **_VIDEO}, _tower("clip_vision_model"), _video_llava_processor, _LLAMA),
+    "qianfan_ocr": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID},
+        _tower("qianfan_ocr_vision", num_hidden_layers=2, image_size=42),
+        _qianfan_ocr_processor,
+        {"model_type": "qwen3"},
+        _head_dim,
+    ),
+    "video_llama_3": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID, "video_token_id": VIDEO_TOKEN_ID},
+        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4},
+        _video_llama_3_processor,
+        _QWEN2,
+    ),
+    "gemma3": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID, "mm_tokens_per_image": 16},
+        _tower("siglip_vision_model", image_size=2 * SIDE, vision_use_head=False),
+        _gemma3_processor,
+        {"model_type": "gemma3_text", "sliding_window": 12, "query_pre_attn_scalar": 6},
+        _gemma3_sizes,
+    ),
     "deepseek_vl": TinyFamily(
         {"image_token_id": IMAGE_TOKEN_ID},
         _tower("siglip_vision_model", vision_use_head=False),
-        _deepseek_vl_processor,
+        lambda: _deepseek_vl_processor(hf.DeepseekVLProcessor, hf.DeepseekVLImageProcessor),
+        _LLAMA,
+    ),
+    "deepseek_vl_hybrid": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID, "high_res_vision_config": _SAM},
+        _tower("siglip_vision_model", vision_use_head=False),
+        lambda: _deepseek_vl_processor(
+            hf.DeepseekVLHybridProcessor, hf.DeepseekVLHybridImageProcessor, high_res_size=square(2 * SIDE)
+        ),
         _LLAMA,
     ),
     "vipllava": TinyFamily(  # reads two layers of the tower

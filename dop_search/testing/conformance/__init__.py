@@ -57,8 +57,6 @@ class AdapterConformance(SkippingConformance, VisionConformance):
     """
 
     max_examples = 1
-    prefills_in_chunks = True
-    """Whether transformers' own model takes a prompt in chunks that do not all hold an image."""
     test_packed_rows_equal_singles = PrefillConformance.test_packed_rows_equal_singles
 
     @prompt_kinds

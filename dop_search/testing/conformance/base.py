@@ -76,6 +76,9 @@ class ConformanceBase:
     tolerance: ClassVar[float] = 2e-5
     """Allowed difference of logits, relative to the largest one (float32)."""
 
+    prefills_in_chunks: ClassVar[bool] = True
+    """Whether a prompt can come in chunks that do not all hold an image, or cut through one."""
+
     def make_model(self, attn_implementation: str) -> PreTrainedModel:
         """A small random model in evaluation mode; the same weights at every call."""
         raise NotImplementedError

@@ -63,7 +63,7 @@ class DecodingConformance(ConformanceBase):
         The first token alone where transformers itself answers otherwise step by step than at once: in ``generate()``
         multimodal positions after a prompt that ends in an image are not those of a forward.
         """
-        model = models(backend)
+        model, chunk = models(backend), chunk if self.prefills_in_chunks else None
         inputs = self.prompts(model, kind)
         strategy = data.draw(dop_strategies(self.num_layers(model), max_visual_tokens=40))
         rankings = self.rankings(model, inputs)
