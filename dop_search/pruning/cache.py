@@ -184,7 +184,7 @@ def kept_whole(layer: Any) -> Any:
     if type(layer) is not DynamicSlidingWindowLayer:
         return layer
     whole = DynamicLayer()
-    if layer.is_initialized:
+    if layer.keys is not None and layer.values is not None:
         whole.lazy_initialization(layer.keys, layer.values)
         whole.keys, whole.values = layer.keys, layer.values
     return whole
