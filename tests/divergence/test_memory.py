@@ -99,7 +99,7 @@ def limit(adapter, activations: float) -> float:
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
     loaded, teacher = precise
-    strategies = random_strategies(12, 144, 8)
+    strategies = random_strategies(12, 144, 5)
     free = DivergenceEngine(loaded.adapter, teacher)
     expected = free.evaluate(strategies)
     assert expected.max() > 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -68,6 +69,13 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
 
     parents = (folder / "run" / "parents").read_text().split()
     return Logged(MlflowClient(uri), folder, parents, result.stdout + result.stderr)
+
+
+@pytest.fixture
+def store(logged: Logged, tmp_path: Path) -> str:
+    """A store of a test's own: a copy, as making one takes seconds."""
+    shutil.copy(logged.folder / "sub" / "mlflow.db", tmp_path)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def runs_of(client: Any, parent: str) -> list[Any]:
@@ -195,12 +203,12 @@ def test_strategies_are_loaded_from_runs_and_from_the_registry(logged: Logged, m
     assert dop.Strategy.load(Path(logged.client.get_run(run).info.artifact_uri[7:]) / "strategy.json") == expected
 
 
-def test_system_metrics_are_logged_when_asked_for(tmp_path: Path) -> None:
+def test_system_metrics_are_logged_when_asked_for(store: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     record = example_record()
     for wanted in (False, True):
-        config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}", system_metrics=wanted)
+        config = TrackingConfig(uri=store, system_metrics=wanted)
         with system_metrics(config, tmp_path, interval_s=0.05):
             time.sleep(0.5)
             identifier = log_search(config, record, tmp_path)
@@ -274,11 +282,11 @@ def test_a_benchmark_is_one_run_with_its_numbers_by_variant(logged: Logged) -> N
 
 @pytest.mark.slow
 def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrackingConfig(uri=store)
     rows = [{"method": name, "budget": 0.5, "asked": {"what's (this)?": 3}} for name in ("a", "b")]
     result = {"study": "invented", "setup": {"model": "m"}, "rows": rows, "summary": {"best": "a"}}
     terminate = MlflowClient.set_terminated
@@ -325,7 +333,7 @@ def test_processes_that_end_together_on_a_new_store_all_log(tmp_path: Path) -> N
 
 
 def test_a_store_that_is_away_at_the_end_costs_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sqlalchemy.exc import OperationalError
 
@@ -335,7 +343,7 @@ def test_a_store_that_is_away_at_the_end_costs_no_result(
     def away(*_: object) -> str:
         raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
 
-    record, config = example_record(), TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    record, config = example_record(), TrackingConfig(uri=store)
     record.save(tmp_path / RECORD_FILE)
     with monkeypatch.context() as patch:
         patch.setattr(connection, "_experiment", away)
