@@ -291,8 +291,8 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
     result = {"study": "invented", "setup": {"model": "m"}, "rows": rows, "summary": {"best": "a"}}
     terminate = MlflowClient.set_terminated
 
-    def interrupted(self: Any, run: str, *args: Any) -> None:
-        terminate(self, run, *args)
+    def interrupted(self: Any, run: str, **options: Any) -> None:
+        terminate(self, run, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
