@@ -93,8 +93,12 @@ def collect(experiments: Path) -> list[Row]:
         (found,) = rows(study, **fields)
         return found
 
+    def leading() -> str:
+        """Our search in the comparison: over selectors and spaces, where that was measured."""
+        return "dop_search" if rows("compare", method="dop_search") else "dop_split"
+
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(record=record, rows=rows, row=row)
+    environment.globals.update(record=record, rows=rows, row=row, leading=leading)
     environment.tests["startswith"] = str.startswith
     return [{**claim, "measured": environment.from_string(claim["measured"]).render()} for claim in CLAIMS]
 

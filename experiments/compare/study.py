@@ -138,8 +138,12 @@ def _measure(bench: Workbench, fitted: FittedMethod, num_rounds: int) -> tuple[R
 # -- all rows --------------------------------------------------------------------------------------
 
 
-def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "dop_search") -> dict[str, Any]:
-    """Paired differences to ``reference`` and mean ranks.
+REFERENCES = ("dop_search", "uniform_search")
+"""What the others are compared with: the first that was measured."""
+
+
+def summarize(results: ResultFile, budgets: Sequence[float]) -> dict[str, Any]:
+    """Paired differences to a reference and mean ranks.
 
     ``differences``: per budget and method the mean of KL(method) − KL(reference) over the same held-out samples, its
     95 % interval, the samples that carry 90 % of it, and the p-value by sign flips, adjusted by Holm over the table.
@@ -147,6 +151,8 @@ def summarize(results: ResultFile, budgets: Sequence[float], reference: str = "d
     measured at all of them; a method that cannot reach a budget ranks last there, one whose measurement failed has no
     rank, ties share the mean of their ranks.
     """
+    measured = {row["method"] for row in results.rows}
+    reference = next((name for name in REFERENCES if name in measured), REFERENCES[0])
     differences: dict[str, dict[str, Any]] = {}
     ranks: dict[str, list[float]] = {}
     counts = {budget: sum(row["budget"] == budget for row in results.rows) for budget in budgets}

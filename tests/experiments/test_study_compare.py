@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.progress import SilentProgress
+from experiments.compare import page
 from experiments.compare.study import Compare, summarize
 
 METHODS = ("dop_split@divprune", "gsop@uniform_grid", "uniform_search", "divprune", "fastv", "trim")
@@ -101,6 +103,41 @@ def test_ranks_share_ties_and_differences_are_paired(tmp_path: Path) -> None:
     assert (found["mean"], found["num_dominant"]) == (pytest.approx(0.1, abs=1e-4), 58)
     assert found["p"] == pytest.approx(4 * 2e-4), "the least of 9999 flips, of four tests in the table"
     assert "c" not in summary["differences"]["0.5"]
+
+
+def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
+    """Its numbers are written between two marks, and the rest of the page stays; without ``dop_search`` the reference
+    is uniform reduction by the best selector."""
+    results, noise = ResultFile(tmp_path, "compare", {}), np.linspace(0.0, 5.0, 64)
+    for name, level in (("dop_split", 0.0), ("uniform_search", 0.1), ("a", 0.1), ("b", 0.5)):
+        values = {"kl_heldout": level, "relative_mean": 100 - 10 * level}
+        results.add({"method": name, "budget": 0.5}, values, noise + level)
+    results.add({"method": "c", "budget": 0.5}, {"infeasible": "too low"})
+    summary = {"full": {"accuracy": 0.99}, **summarize(results, (0.5,))}
+    assert summary["reference"] == "uniform_search"
+    result = {"setup": {"samples": {"search": 9, "heldout": 64}}, "summary": summary, "rows": results.rows}
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "result.json").write_text(json.dumps(result))
+    readme = tmp_path / "page" / "README.md"
+    readme.write_text(f"before\n{page.BEGIN}old{page.END}after\n")
+    page.write(tmp_path / "page")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| **dop_split** | 1.0 | 0.000, 100 |" in text
+    assert "| c | 5.0 | – |" in text
+    said = " ".join(text.split())
+    assert "5 methods on 64 held-out samples" in said
+    assert "`uniform_search` (0.100): 1 of 3 are worse, better `dop_split`." in said
+    assert "Within a point of the highest accuracy (100 %): `dop_split`, `uniform_search`, `a`." in said
+    page.write(tmp_path / "page")
+    assert readme.read_text() == text
+
+
+def test_the_committed_page_is_made_from_the_committed_rows() -> None:
+    committed = json.loads((page.FOLDER / "result.json").read_text())
+    assert page.numbers(committed) in (page.FOLDER / "README.md").read_text(), "python -m experiments.compare.page"
 
 
 def test_failures_have_no_rank_and_a_budget_of_few_methods_does_not_count(tmp_path: Path) -> None:
