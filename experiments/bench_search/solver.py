@@ -35,7 +35,8 @@ RATIOS = (0.14, 0.3, 0.6)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", help="a commit to compare HEAD with")
+    parser.add_argument("--before", help="a commit to compare with")
+    parser.add_argument("--after", default="HEAD", help="the commit that is measured (HEAD)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--spaces", nargs="+", default=SPACES)
     parser.add_argument("--limit", type=int, default=600, help="CPU seconds of a process, after which it is ended")
@@ -45,7 +46,7 @@ def main() -> None:
     if args.measure:
         measure(args.measure)
         return
-    commits = [git("rev-parse", "--short", name).decode().strip() for name in (args.before, "HEAD") if name]
+    commits = [git("rev-parse", "--short", name).decode().strip() for name in (args.before, args.after) if name]
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     runs: dict[str, dict[str, list[dict[str, float]]]] = known.get("runs", {})
     with tempfile.TemporaryDirectory() as folder:

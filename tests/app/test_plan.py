@@ -110,6 +110,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     assert "24.9" in capsys.readouterr().out  # GiB of weights
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
     """Each suggestion is feasible when it is planned, and the search itself takes the memory that would do."""
     sizes = ("data.num_samples=6", "data.num_heldout=40", "data.num_test=0", "data.max_new_tokens=2")

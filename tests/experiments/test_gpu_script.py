@@ -42,5 +42,6 @@ def test_the_search_runs_and_its_memory_is_forecast(parts) -> None:
     assert set(found["part_seconds"]) == {"teacher", "curves", "candidates", "held-out"}
 
 
+@pytest.mark.slow
 def test_the_command_is_timed(parts) -> None:
     assert {row["name"] for row in parts["plain"](OPTIONS)["rows"]} >= {"full model", "uniform"}
