@@ -232,7 +232,7 @@ def extension_mask(
     new_valid: Tensor | None,
     eager: bool,
     window: int | None = None,
-    places: tuple[Tensor | None, Tensor] | None = None,
+    places: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor | None:
     """Mask of a text chunk over one layer's cache: all real past keys, causal within the chunk.
 
@@ -256,8 +256,9 @@ def extension_mask(
     if past_valid is not None or new_valid is not None:
         keys = append_valid(past_valid, past_length, new_valid, batch, length, hidden.device)
         mask = mask & keys[:, None, None, :]
-    if window is not None and places is not None:
-        mask = mask & within_window(places[1], append_places(*places), window)[:, None]
+    past_places, new_places = places
+    if window is not None and new_places is not None:
+        mask = mask & within_window(new_places, append_places(past_places, new_places), window)[:, None]
     if not eager:
         return mask
     return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)

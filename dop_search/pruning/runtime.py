@@ -260,7 +260,9 @@ class PrunedDecoder(Attached):
         eager = self.text_model.config._attn_implementation == "eager"
         masks: dict[tuple[int, int, int, torch.device], Tensor | None] = {}
         rows: dict[tuple[bool, torch.device], Side] = {}
-        new_places = torch.arange(state.num_seen, state.num_seen + length, device=hidden.device).repeat(batch, 1)
+        new_places = None
+        if any(window is not None for window in self.windows):
+            new_places = torch.arange(state.num_seen, state.num_seen + length, device=hidden.device).repeat(batch, 1)
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
             past, device = state.valid[index], device_of(layer)
@@ -296,7 +298,7 @@ class PrunedDecoder(Attached):
                     appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
                 state.valid[index] = appended[held]
             state.lengths[index] += length
-            if self.windows[index] is not None:
+            if new_places is not None and self.windows[index] is not None:
                 places = state.places.get(index)
                 if id(places) not in grown:
                     grown[id(places)] = append_places(places, new_places)
