@@ -86,10 +86,11 @@ class Study(Section, ABC):
         own: dict[str, Any] = {}
         if config.data.path is not None and Path(config.data.path).is_file():
             own["data_file"] = hashlib.sha256(Path(config.data.path).read_bytes()).hexdigest()[:16]
+        joint = {"among"}  # of ``search=joint``, which no study goes by
         return {
             **own,
-            "selector": config.selector.model_dump(mode="json"),
-            "space": config.space.model_dump(mode="json"),
+            "selector": config.selector.model_dump(mode="json", exclude=joint),
+            "space": config.space.model_dump(mode="json", exclude=joint),
             "options": self.model_dump(mode="json", exclude=set(self.adds_rows)),
         }
 

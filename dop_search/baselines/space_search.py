@@ -119,7 +119,7 @@ def search_options(
 
 def without_selection(pricing: Pricing, profile: MeasuredProfile, budget: Budget) -> Budget:
     """A FLOPs budget without what the profile's selector computes, which may depend, a little, on the tokens it keeps;
-    any other budget as it is.
+    any other budget as it is. Where the optimum keeps all tokens, others that do not are still to fit.
 
     Raises:
         BudgetError: if it leaves nothing.
@@ -127,9 +127,11 @@ def without_selection(pricing: Pricing, profile: MeasuredProfile, budget: Budget
     if budget.kind != "flops":
         return budget
     ratio = left = budget.resolve(profile.prices("flops"))
-    overhead = 0.0
+    overhead, fewer = 0.0, profile.space.tokens.full - 1
     for _ in range(3):
-        overhead = max(overhead, pricing.selection_ratio(profile.solve(Budget(flops_ratio=left))))
+        best = profile.solve(Budget(flops_ratio=left))
+        best = replace(best, num_visual_tokens=fewer) if best.num_visual_tokens is None else best
+        overhead = max(overhead, pricing.selection_ratio(best))
         left = ratio - overhead
         if left <= 0.0:
             raise BudgetError(f"the selector alone costs {overhead:.4f} of the FLOPs, but {ratio:g} is asked for")

@@ -30,14 +30,14 @@ def test_selections_are_priced_whatever_the_tower_is(family: str) -> None:
     pricing = FitContext(adapter.dims, counts, loaded=loaded).pricing  # type: ignore[arg-type]
     patches = 16 * adapter.patches_per_token
     assert pricing.vision_width == adapter.tower_width == 16
-    singly = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "deepseek_vl")
-    assert adapter.patches_per_token == (1 if family in singly else 4)
+    singly = {"llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "video_llava", "video_llama_3"}
+    assert adapter.patches_per_token == (1 if family in singly or family.startswith("deepseek_vl") else 4)
     fewer = Strategy.full(adapter.dims.num_layers, num_visual_tokens=8, selector="received_attention")
     asked = pricing.selection_ratio(fewer) * pricing.cost_model.full_total
     assert asked == pytest.approx(2 * patches * 16 * (2 * 16 + patches))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3"])  # refused: not causal
 def test_states_are_the_full_models(family: str) -> None:
     model = tiny_model(family)
     adapter, inputs = adapter_for(model), tiny_sample(model)

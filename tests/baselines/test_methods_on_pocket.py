@@ -20,6 +20,7 @@ from dop_search.baselines.vtw import PUBLISHED_ETA_NATS, withdrawal_layer
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.operations import Module
 from dop_search.utils.errors import DopError
 
 LAYERS = 12
@@ -127,7 +128,7 @@ def test_vtw_chooses_the_first_layer_that_is_good_enough() -> None:
     scores = {5: 0.9, 6: 0.02, 7: 0.2, 8: 0.01, 9: 0.0, 10: 0.0, 11: 0.0}
 
     def evaluate(strategies):
-        return np.array([scores[strategy.groups[0].depth("kv")] for strategy in strategies])
+        return np.array([scores[strategy.groups[0].depth(Module.KV)] for strategy in strategies])
 
     assert withdrawal_layer(evaluate, LAYERS, PUBLISHED_ETA_NATS["llava-1.5-7b"]) == 9
     assert withdrawal_layer(evaluate, LAYERS, eta_nats=0.02) == 6

@@ -83,8 +83,8 @@ def test_every_source_gives_the_same_pixels(tmp_path):
         read_jsonl(tmp_path / "a.jsonl")[0].sample().image,
         open_pool(DatasetSource(path=str(tmp_path / "decoded.parquet"), split="train")).sample(0).image,
         open_pool(DatasetSource(path=str(tmp_path / "bytes.parquet"), split="train")).sample(0).image,
-        _media(str(path)),
-        _media(Image.open(path)),
+        _media(str(path))["image"],
+        _media(Image.open(path))["image"],
     ]
     for image in found:
         assert np.array_equal(np.asarray(image), expected)

@@ -283,7 +283,7 @@ def test_with_search_another_extra_is_named_before_the_model_is_loaded(
 
 
 def test_with_eval_a_benchmark_is_scored(environment: Callable[[str], Environment]) -> None:
-    scored = ("eval.benchmarks=[gqa]", "limit=2", "num_threads=1", "hydra.run.dir=scored")
+    scored = ("eval.benchmarks=[gqa]", "eval.limit=2", "num_threads=1", "hydra.run.dir=scored")
     done = environment("[search,eval]").run("dop-eval", *scored)
     assert done.returncode == 0, done.stderr
     scores = json.loads((environment("[search,eval]").work / "scored" / "scores.json").read_text())

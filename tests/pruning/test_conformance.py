@@ -112,6 +112,7 @@ class TestGemma3(Family):
     __test__ = True
     model_type = "gemma3"
     prefills_in_chunks = False
+    separates_packed_rows = False
 
 
 class TestContexts(Family):

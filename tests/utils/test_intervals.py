@@ -48,7 +48,7 @@ def test_intervals_of_paired_differences_cover_95_percent_with_a_thousand_sample
 def test_few_samples_are_enough_where_many_carry_the_mean_and_are_flagged_where_not() -> None:
     rows = committed_rows()
     many = [row for row in rows if num_dominant(row) >= MIN_DOMINANT][::5]
-    few = [row for row in rows if num_dominant(row) <= 2]
+    few = [row for row in rows if num_dominant(row) < MIN_DOMINANT]
     assert 0.93 <= coverage(many, 192, 40) <= 0.97
     assert coverage(few, 192, 40) < 0.9  # so it is right to warn
 

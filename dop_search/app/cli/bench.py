@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,29 +132,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
         import_modules(options.imports)
-        strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
-        if len(strategies) != len(options.strategy):
-            raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
-        subject = _subject(options)
-        print(validate(options, *subject) if options.validate_table else run(options, strategies, *subject))
+        if options.validate_table:
+            print(validate(options, *_subject(options)))
+        else:
+            print(comparison_text(run(options)))
     except DopError as error:
         print(f"dop-bench: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(
-    options: argparse.Namespace,
-    strategies: Mapping[str, Strategy],
-    what: str,
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-) -> str:
-    """Make the variants, time them, write what was asked for; the result in words.
+def run(options: argparse.Namespace) -> Comparison:
+    """Make the variants, time them, write what was asked for.
 
     Raises:
         DopError: for anything the user can fix.
     """
+    strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
+    if len(strategies) != len(options.strategy):
+        raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
+    what, model, inputs = _subject(options)
     adapter = adapter_for(model)
     given = Prompt.of(adapter, inputs)
     variants, notes = make_variants(
@@ -190,7 +187,7 @@ def run(
         from dop_search.app.tracking.store import log_benchmark
 
         log_benchmark(TrackingConfig(uri=options.mlflow), result.to_json())
-    return comparison_text(result)
+    return result
 
 
 def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:

@@ -79,6 +79,9 @@ class ConformanceBase:
     prefills_in_chunks: ClassVar[bool] = True
     """Whether a prompt can come in chunks that do not all hold an image, or cut through one."""
 
+    separates_packed_rows: ClassVar[bool] = True
+    """Whether the model itself, with nothing pruned, keeps the sequences of packed rows apart."""
+
     def make_model(self, attn_implementation: str) -> PreTrainedModel:
         """A small random model in evaluation mode; the same weights at every call."""
         raise NotImplementedError
