@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, get_args
 
 from dop_search.divergence.chunks import PackedChunk, Place, PrefixKeys
+from dop_search.divergence.footprint import Footprint, SampleSize
 from dop_search.divergence.memory import (
     GIB,
     Allowance,
-    Footprint,
     Memory,
-    SampleSize,
     check_memory,
     chunk_tokens,
     cut,

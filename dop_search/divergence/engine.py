@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dop_search.divergence.batches import Batches
 from dop_search.divergence.chunks import NO_GROUPS, PackedChunk
-from dop_search.divergence.memory import TOGETHER, Memory
+from dop_search.divergence.footprint import TOGETHER
+from dop_search.divergence.memory import Memory
 from dop_search.divergence.teacher import Teacher
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
 from dop_search.models.adapter import ModelAdapter

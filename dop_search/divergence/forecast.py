@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dop_search.divergence.memory import TOGETHER, Footprint, Rows, SampleSize
+from dop_search.divergence.footprint import TOGETHER, Footprint, Rows, SampleSize
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
 from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy

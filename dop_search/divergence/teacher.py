@@ -17,17 +17,8 @@ from torch import Tensor
 
 from dop_search.data.samples import Sample, ValidationSet, alike_batches, no_answer
 from dop_search.divergence.encoding import EncodedSample, encode, full_states
-from dop_search.divergence.memory import (
-    Footprint,
-    Memory,
-    count_told,
-    empty_caches,
-    free_bytes,
-    is_out_of_memory,
-    num_patches,
-    release_all,
-    tower_bytes,
-)
+from dop_search.divergence.footprint import Footprint, num_patches, tower_bytes
+from dop_search.divergence.memory import Memory, count_told, empty_caches, free_bytes, is_out_of_memory, release_all
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.generation import end_tokens, plain_generation
 from dop_search.models.loading import LoadedModel

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dop_search.models.decoder_checks import is_flash
 from dop_search.pruning.cache import append_valid
-from dop_search.pruning.layout import AttentionPlan
+from dop_search.pruning.plans import AttentionPlan
 from dop_search.pruning.sight import append_places, within_window
 from dop_search.utils.errors import UnsupportedModelError
 

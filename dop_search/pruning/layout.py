@@ -12,12 +12,12 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dop_search.pruning.plans import AttentionPlan, LayerPlan, Segment
 from dop_search.pruning.sight import NO_IMAGE, Sight, within_window
 from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
@@ -26,67 +26,6 @@ from dop_search.utils.errors import DopError
 TEXT = -1
 DROPPED = -2
 MAX_SEGMENTS = 4
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Queries ``[start, stop)`` that see the keys ``[0, num_keys)``, causal from the bottom right."""
-
-    start: int
-    stop: int
-    num_keys: int
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How the rows of one attention call are arranged as ``[sample, position]``.
-
-    Attributes:
-        num_samples, num_queries, num_keys: the padded shape; ``num_keys`` leaves out the keys that came before.
-        num_past: keys of every sample that came before this layout and that all of its queries see.
-        query_pad, key_pad: row of each padded place (``[num_samples * num_queries]``), ``None`` without padding.
-        query_unpad: padded place of each row, ``None`` if no padding is needed.
-        key_valid: ``[num_samples, num_keys]`` boolean, ``None`` if all keys are real.
-        mask: ``[num_samples, 1, num_queries, num_past + num_keys]`` boolean, ``None`` if ``segments`` say it all.
-        segments: runs of queries for which plain causal attention is right.
-        query_rows: rows of the layout that issue a query (``[n]``), in packed order.
-        key_rows: rows of the layout that are keys.
-        window: how far back a query sees; ``None``: everything.
-        query_places, key_places: ``[num_samples, length]`` where they stand; only with a window.
-    """
-
-    num_samples: int
-    num_queries: int
-    num_keys: int
-    num_past: int
-    query_pad: Tensor | None
-    key_pad: Tensor | None
-    query_unpad: Tensor | None
-    key_valid: Tensor | None
-    mask: Tensor | None
-    segments: tuple[Segment, ...] | None
-    query_rows: Tensor
-    key_rows: Tensor
-    window: int | None = None
-    query_places: Tensor | None = None
-    key_places: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Which rows each part of one decoder layer works on; ``None`` stands for all rows that are there.
-
-    Attributes:
-        keep: rows of the layer's input that stay in the sequence.
-        query, key, mlp: rows, among those that stay, that issue a query, offer a key and value, go through the MLP.
-        attention: how queries and keys are arranged.
-    """
-
-    keep: Tensor | None
-    query: Tensor | None
-    key: Tensor | None
-    mlp: Tensor | None
-    attention: AttentionPlan
 
 
 def ranked_tokens(visual: np.ndarray, valid: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:

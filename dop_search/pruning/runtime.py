@@ -28,8 +28,9 @@ from dop_search.pruning.layer import (
     is_checkpointed,
     run_layer,
 )
-from dop_search.pruning.layout import AttentionPlan, LayoutCache
+from dop_search.pruning.layout import LayoutCache
 from dop_search.pruning.packed import find_packing
+from dop_search.pruning.plans import AttentionPlan
 from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,19 +222,3 @@ def test_methods_rank_before_the_decoder_by_the_contexts_selector(context) -> No
     for name in ("vtw", "skip_vision"):
         strategy = baseline(name).fit(other, 0.3).strategy
         assert (strategy.selector, strategy.selector_options) == ("random", {"seed": 3})
-
-
-def test_the_best_uniform_reduction_leaves_out_selectors_that_refuse_as_they_run(context, monkeypatch) -> None:
-    """ToMe at most halves the patches in each layer of the tower, and finds out when it merges."""
-
-    def store(selector: str) -> SimpleNamespace:
-        def evaluate(strategies: list[Strategy]) -> np.ndarray:
-            if selector == "tome":
-                raise DopError("ToMe at most halves the patches")
-            return np.ones((len(strategies), 2))
-
-        return SimpleNamespace(evaluate=evaluate)
-
-    monkeypatch.setattr("dop_search.baselines.space_search.SELECTORS", ("tome", "random"))
-    fitted = baseline("uniform_search").fit(replace(context, store=store), 0.1)
-    assert fitted.hyperparameters["selector"] == "random"

@@ -13,8 +13,9 @@ from support.random_teacher import random_model, random_teacher, sizes_of
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence import chunks as chunks_module
 from dop_search.divergence import engine as engine_module
+from dop_search.divergence.footprint import Footprint
 from dop_search.divergence.forecast import ChunkForecast
-from dop_search.divergence.memory import GIB, Footprint, told_bytes, weight_bytes
+from dop_search.divergence.memory import GIB, told_bytes, weight_bytes
 from dop_search.divergence.teacher import generate_ids
 from dop_search.evaluation.timing.shapes import SHAPES
 from dop_search.models.loading import load

@@ -10,7 +10,8 @@ import torch
 
 from dop_search import pruned
 from dop_search.divergence import DivergenceEngine, make_teacher
-from dop_search.divergence.memory import Footprint, weight_bytes
+from dop_search.divergence.footprint import Footprint
+from dop_search.divergence.memory import weight_bytes
 from dop_search.divergence.profiling import profile
 from dop_search.models.loading import load
 from dop_search.models.prompts import model_inputs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dop_search.divergence.encoding import encode, full_states
-from dop_search.divergence.memory import SampleSize
+from dop_search.divergence.footprint import SampleSize
 from dop_search.divergence.teacher import Teacher, TeacherSample
 from dop_search.evaluation.timing.shapes import Shape, build, prompt
 from dop_search.models.adapter import ModelAdapter

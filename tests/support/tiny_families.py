@@ -267,25 +267,24 @@ def _deepseek_vl_processor(kind: Any, images: Any, **more: Any) -> Any:
     )
 
 
-def _internvl_processor() -> Any:
+def _tiles_processor(kind: Any, prefix: str, video: str = "", **more: Any) -> Any:
     tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    return hf.InternVLProcessor(
+    return kind(
         image_processor=hf.GotOcr2ImageProcessor(size=square(42), crop_to_patches=True, min_patches=1, max_patches=3),
         tokenizer=tiny_tokenizer("<IMG_CONTEXT>", **tokens),
-        video_processor=hf.InternVLVideoProcessor(size=square(42)),
         image_seq_length=9,
-        chat_template=chatml("<IMG_CONTEXT>\n", "<video>\n"),
+        chat_template=chatml(prefix, video),
+        **more,
     )
+
+
+def _internvl_processor() -> Any:
+    video = hf.InternVLVideoProcessor(size=square(42))
+    return _tiles_processor(hf.InternVLProcessor, "<IMG_CONTEXT>\n", "<video>\n", video_processor=video)
 
 
 def _qianfan_ocr_processor() -> Any:
-    tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    return hf.QianfanOCRProcessor(
-        image_processor=hf.GotOcr2ImageProcessor(size=square(42), crop_to_patches=True, min_patches=1, max_patches=3),
-        tokenizer=tiny_tokenizer("<IMG_CONTEXT>", **tokens),
-        image_seq_length=9,
-        chat_template=chatml("<image>\n", ""),
-    )
+    return _tiles_processor(hf.QianfanOCRProcessor, "<image>\n")
 
 
 def _video_llama_3_processor() -> Any:

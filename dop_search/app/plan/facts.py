@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from dop_search.app.config.schema import DataConfig, ModelConfig
 from dop_search.data.samples import Sample, with_context
 from dop_search.data.validation import OWN, validation_set
-from dop_search.divergence.memory import Footprint, SampleSize, num_patches, tower_bytes
+from dop_search.divergence.footprint import Footprint, SampleSize, num_patches, tower_bytes
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.models.loading import DTYPES, checkpoint_source, load_processor

@@ -18,16 +18,9 @@ from dop_search.app.config.solvers import (
     JointConfig,
 )
 from dop_search.app.plan.facts import ModelFacts, model_facts
+from dop_search.divergence.footprint import SampleSize
 from dop_search.divergence.forecast import ChunkForecast, Work
-from dop_search.divergence.memory import (
-    Allowance,
-    SampleSize,
-    available_bytes,
-    chunk_tokens,
-    cut,
-    host_bytes,
-    limit_bytes,
-)
+from dop_search.divergence.memory import Allowance, available_bytes, chunk_tokens, cut, host_bytes, limit_bytes
 from dop_search.divergence.profiling import SAVE_EVERY, make_space
 from dop_search.models.loading import DEVICE_MAP_RULE, DEVICE_MAPS, named_device
 from dop_search.search import CurveGrid
