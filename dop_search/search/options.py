@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dop_search.search.candidates import best_candidates
-from dop_search.search.gsop_search import SHARES, GsopSearch, with_tokens
+from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch, with_tokens
 from dop_search.search.optuna_solvers import feasible_limit
 from dop_search.search.solution import Problem, uniform_assignment
 from dop_search.search.space import TOKENS, Assignment, Space
@@ -85,12 +86,11 @@ def filled(problem: Problem, limit: float, assignment: Mapping[str, int]) -> dic
     space, found = problem.space, dict(assignment)
     for parameter in (space.tokens, *(p for p in space.parameters if p.role != "tokens")):
         levels = [level for level in parameter.levels if level >= found[parameter.name]]
-        low, high = 0, len(levels)  # levels[low] fits, levels[high] does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            ratio = problem.cost_model.ratio(space.strategy({**found, parameter.name: levels[middle]}))
-            low, high = (middle, high) if ratio <= limit else (low, middle)
-        found[parameter.name] = int(levels[low])
+
+        def cost(level: int, name: str = parameter.name) -> float:
+            return problem.cost_model.ratio(space.strategy({**found, name: level}))
+
+        found[parameter.name] = int(levels[max(0, bisect_right(levels, limit, key=cost) - 1)])
     return found
 
 
@@ -156,11 +156,12 @@ def gsop_option(selector: str, problem: Problem, budget: Budget, search: GsopSea
     points = search.trajectory(lambda strategy: ratio(strategy) <= limit)
     most: list[int] = []
     for point in points:  # costs fall, so more and more tokens fit
-        low, high = (tokens.levels.index(most[-1]) + 1 if most and most[-1] else 0), len(tokens.levels)
-        while low < high:  # levels[:low] fit, levels[high:] do not
-            middle = (low + high) // 2
-            fits = ratio(with_tokens(point, tokens.levels[middle])) <= limit
-            low, high = (middle + 1, high) if fits else (low, middle)
+
+        def cost(level: int, point: GsopPoint = point) -> float:
+            return ratio(with_tokens(point, level))
+
+        least = tokens.levels.index(most[-1]) + 1 if most and most[-1] else 0
+        low = bisect_right(tokens.levels, limit, lo=least, key=cost)
         most.append(int(tokens.levels[low - 1]) if low else 0)
     space = TrajectorySpace(
         GSOP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,11 +116,11 @@ def fill_tokens(problem: Problem, budget: Budget, depths: Mapping[str, int] | No
     """
     ratio, space = budget.resolve(problem.cost_model), problem.space
     levels = space.tokens.levels
-    low, high = 0, len(levels)  # levels[:low] fit, levels[high:] do not: the cost rises with the tokens
-    while low < high:
-        middle = (low + high) // 2
-        strategy = space.strategy({**(depths or {}), space.tokens.name: levels[middle]})
-        low, high = (middle + 1, high) if problem.cost_model.ratio(strategy) <= ratio else (low, middle)
+
+    def cost(level: int) -> float:
+        return problem.cost_model.ratio(space.strategy({**(depths or {}), space.tokens.name: level}))
+
+    low = bisect_right(levels, ratio, key=cost)  # the cost rises with the tokens
     return None if low == 0 else {**space.full, **(depths or {}), space.tokens.name: int(levels[low - 1])}
 
 

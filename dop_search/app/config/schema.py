@@ -144,7 +144,7 @@ class SelectorConfig(Section):
     """A selector of ``dop_search.selectors``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
-    among: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    among: Listed[str] = ()
     """Selectors that ``search=joint`` chooses among; those that the model cannot have are left out. None: the one."""
 
 
@@ -160,7 +160,7 @@ class SpaceConfig(Section):
     """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
     num_token_levels: int = Field(default=12, ge=2)
     """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
-    among: Annotated[tuple[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"], ...], Field(strict=False)] = ()
+    among: Listed[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"]] = ()
     """Spaces that ``search=joint`` chooses among; ``gsop``: GSOP's trajectory with any number of tokens. None: the
     one."""
 
