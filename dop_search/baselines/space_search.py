@@ -19,7 +19,9 @@ SPACES = ("dop", "dop_split", "dop_groups")
 """Spaces that are methods by their names."""
 SEARCHED_SPACES = ("dop_split", "gsop")
 SEARCHED_SELECTORS = ("divprune", "vispruner")
-"""What ``dop_search``, and ``dop-search`` by default, choose among; a model need not have all of these selectors."""
+"""What ``dop_search``, and ``selector=any space=any``, choose among; a model need not have all of these selectors."""
+FAILURES = (NumericalError, CacheError, MemoryLimitError)
+"""Measurements that failed, not choices that a model or a budget cannot have."""
 GSOP = "gsop"
 
 
@@ -108,7 +110,7 @@ def search_options(
             else:
                 runs = profile.curves.num_validation_runs
                 found.append(Option(name, problem.space.name, problem, left, num_curve_runs=runs))
-        except (NumericalError, CacheError, MemoryLimitError):
+        except FAILURES:
             raise
         except DopError as error:  # not for this model, or not so cheap
             errors[f"{space or 'the space'} over {name}"] = error
@@ -159,7 +161,7 @@ class UniformSearch(Method):
                 fitted = UniformReduction(selector).fit(context, flops_ratio)
                 store = context.needs_store(self.name, selector)
                 divergence = float(store.evaluate([fitted.needs_strategy()]).mean())
-            except NumericalError:
+            except FAILURES:
                 raise
             except DopError:  # not for this model, or not so cheap, which merging finds out as it runs
                 continue
