@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +22,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SLOW_FIXTURES = {"logged", "run_small_study", "searched"}
 """A test that uses one of these is slow; others say so by ``pytest.mark.slow``."""
 
+FAST_FAMILIES = {"llava", "qwen2_5_vl"}
+"""What is tested on every family is tested on these in the fast lane, and slow on the others."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--sweeps", type=int, default=1, help="how often each engine runs a first sweep (then of 4 runs)")
@@ -39,11 +43,31 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"services: {', '.join(found[name] for name in sorted(found))}")
 
 
+def is_slow(item, families, num_cases):
+    values = [*item.callspec.params.values()] if hasattr(item, "callspec") else []
+    named = {value for value in [*values, getattr(item.cls, "model_type", None)] if isinstance(value, str)} & families
+    fast_cases = item.get_closest_marker("fast_cases")
+    return (
+        (named and not named & FAST_FAMILIES)
+        or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+        or (fast_cases and num_cases > fast_cases.args[0])
+    )
+
+
 def pytest_collection_modifyitems(items):
+    """Marks slow tests; files of many slow ones come first, so that no core waits for the other's last file."""
+    from dop_search.models import FAMILIES
+
+    families = set(FAMILIES)
+    cases = Counter()
     for item in items:
         item.user_properties += [("service", mark.args[0]) for mark in item.iter_markers("service")]
-        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+        cases[item.parent, item.originalname] += 1
+        if is_slow(item, families, cases[item.parent, item.originalname]):
             item.add_marker(pytest.mark.slow)
+    tests = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] / tests[item.path])
 
 
 @pytest.fixture(scope="session")

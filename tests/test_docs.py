@@ -51,6 +51,7 @@ def registries_kept():
 
 
 @pytest.mark.parametrize("document", RUNNABLE)
+@pytest.mark.fast_cases(2)
 def test_examples_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries_kept: None) -> None:
     """All Python of a document in one namespace, top to bottom."""
     monkeypatch.chdir(tmp_path)
@@ -132,6 +133,7 @@ def module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registri
 
 
 @pytest.mark.parametrize("command", commands())
+@pytest.mark.fast_cases(4)
 def test_commands_compose_and_validate(command: str, tmp_path: Path, module_of_ones_own: str) -> None:
     """Sweeps are tried at the first value of each key."""
     name, *words = shlex.split(command)

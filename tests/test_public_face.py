@@ -41,6 +41,7 @@ def test_every_public_name_is_there():
         _ = dop.prund
 
 
+@pytest.mark.slow
 def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_samples, teacher, tmp_path):
     from dop_search.search import CurveGrid
 
@@ -71,6 +72,7 @@ def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_sam
 @pytest.mark.parametrize(
     "method", ["fastv", "cls_attention", pytest.param("gsop", marks=pytest.mark.slow), "short_lvlm"]
 )
+@pytest.mark.fast_cases(1)
 def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, few_samples, teacher, method):
     from dop_search.baselines import FitContext, baseline
     from dop_search.models.prompts import model_inputs
@@ -86,6 +88,7 @@ def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, few_sample
     assert pocket.model(**inputs).logits.equal(full)
 
 
+@pytest.mark.slow
 def test_a_fit_asks_the_full_model_itself_and_names_what_is_wrong(pocket, few_samples, teacher, tmp_path):
     told = []
     fitted = dop.fit(

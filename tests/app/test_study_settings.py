@@ -84,6 +84,7 @@ def test_samples_and_selector_are_checked_before_loading(run_small_study: StudyR
 
 
 @pytest.mark.parametrize("name", STUDY_EXPERIMENTS)
+@pytest.mark.fast_cases(3)
 def test_an_experiment_sets_every_option_and_nothing_that_its_study_does_not_read(name: str, tmp_path: Path) -> None:
     """What is in the file can be set on the command line without a `+`."""
     config = study_config(name, tmp_path, "data.num_samples=256")
@@ -93,6 +94,7 @@ def test_an_experiment_sets_every_option_and_nothing_that_its_study_does_not_rea
     assert set(config.study.options) == set(type(study).model_fields)
 
 
+@pytest.mark.slow
 def test_every_study_has_an_experiment_that_writes_to_outputs() -> None:
     chosen = [published(name).study for name in STUDY_EXPERIMENTS]
     assert {study.name for study in chosen if study is not None} == set(study_names())
@@ -108,6 +110,7 @@ def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  #
 
 
 @pytest.mark.parametrize("experiment", [name for name in PUBLISHED if name != "claims"])
+@pytest.mark.fast_cases(3)
 def test_committed_results_were_measured_as_their_files_say(experiment: str) -> None:
     config = published(experiment)
     assert config.study is not None
@@ -120,6 +123,7 @@ def test_committed_results_were_measured_as_their_files_say(experiment: str) -> 
     assert setup["model"] == config.model.name_or_path
 
 
+@pytest.mark.slow
 def test_rows_are_of_one_selector_space_and_set_of_options(tmp_path: Path) -> None:
     def opened(*overrides: str) -> None:
         config = study_config("solver", tmp_path, *overrides)

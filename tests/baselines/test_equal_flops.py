@@ -70,6 +70,7 @@ def fitted_or_reason(method: Method, context: FitContext, target: float) -> Fitt
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("name", [name for name in BASELINES if name != "short_lvlm_repair"])
+@pytest.mark.fast_cases(8)
 def test_every_method_meets_every_budget_or_says_why_not(name: str, shape: str) -> None:
     context = context_of(shape)
     feasible = []

@@ -59,6 +59,7 @@ def test_empty_strategy_is_exactly_zero_and_nothing_is_negative(pocket, teacher)
     ],
     ids=str,
 )
+@pytest.mark.fast_cases(1)
 def test_shortcuts_change_no_number(pocket, teacher, switch):
     strategies = random_strategies(6, seed=2)
     with_shortcut = DivergenceEngine(pocket.adapter, teacher, batch_size=3)
@@ -84,6 +85,7 @@ def test_some_samples_only(pocket, teacher):
     np.testing.assert_allclose(engine.evaluate(strategies, [4, 1]), everything[:, [4, 1]], rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_number(pocket, teacher):
     strategies = random_strategies(4, seed=4)
     one = DivergenceEngine(pocket.adapter, teacher, batch_size=1).evaluate(strategies)

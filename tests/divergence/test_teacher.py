@@ -109,6 +109,7 @@ def test_fingerprint_depends_on_the_version_of_the_selector(pocket, few_samples,
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign"])
+@pytest.mark.fast_cases(1)
 def test_a_damaged_cache_is_an_error_that_names_the_file(pocket, few_samples, tmp_path, damage):
     selector = make_selector("cls_attention")
     make_teacher(pocket, few_samples, selector, **OPTIONS, cache_dir=tmp_path)

@@ -95,6 +95,7 @@ def test_mlvu_weighs_its_task_types_alike(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the tokenizer of CIDEr is a Java program")
+@pytest.mark.slow
 def test_captions_have_a_cider_per_image(tmp_path, monkeypatch):
     """The mean over images equals lmms-eval's corpus score (checked while running); a copied caption is worth most."""
     said = ["a red ring above a blue star", "something else", "one big circle"]

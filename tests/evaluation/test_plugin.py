@@ -168,6 +168,7 @@ def test_model_arguments(dop, tmp_path):
         dop.simple.create_from_arg_string("stratgy=x", {})
 
 
+@pytest.mark.slow
 def test_score_suite_measures_once_quietly_and_the_strategy_matters(pocket, few_rows, capfd, monkeypatch, tmp_path):
     work_dir, suite = few_rows
     monkeypatch.chdir(tmp_path)

@@ -146,6 +146,7 @@ def _by_hand(pruned, full, rng):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.fast_cases(1)
 def test_bootstrap_equals_resampling_by_hand(aggregate):
     pruned, full = _invented(aggregate, seed=3)
     rng = np.random.default_rng(1)

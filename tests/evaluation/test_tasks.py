@@ -76,6 +76,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("benchmark", RENDERED_BENCHMARKS)
+@pytest.mark.fast_cases(2)
 def test_scores_of_fixed_answers_are_those_made_by_hand(run, benchmark):
     rows = benchmark_rows(benchmark)
     score, model = run(benchmark, _three_of_four(benchmark))
@@ -97,6 +98,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("benchmark", RENDERED_BENCHMARKS)
+@pytest.mark.fast_cases(3)
 def test_prompts_are_those_that_the_bundled_model_was_trained_on(run, benchmark):
     """What the task's own code asks equals our format of the question, with one known exception: lmms-eval introduces
     the options of MMBench-CN in English."""

@@ -64,6 +64,7 @@ def test_a_perfect_objective_correlates_fully_and_noise_does_not() -> None:
     assert summary["kl"]["chosen"]["0.3"]["kl_heldout"] == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_kl_and_right_answers_are_those_measured_otherwise(tmp_path: Path) -> None:
     bench = Workbench(study_config("objective", tmp_path, *SMALL_GRID), load("pocket"), SilentProgress())
     strategies = [Strategy.full(12), Strategy.depthwise(12, 3, 8, 2, num_visual_tokens=8)]

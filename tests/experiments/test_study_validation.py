@@ -39,6 +39,7 @@ def test_each_rule_takes_what_it_says() -> None:
     assert chosen["root"] is one_flip
 
 
+@pytest.mark.slow
 def test_a_profile_on_some_samples_is_the_profile_measured_on_them(tmp_path: Path) -> None:
     config = study_config("validation_size", tmp_path, *SMALL_GRID)
     bench = Workbench(config, load("pocket"), SilentProgress())

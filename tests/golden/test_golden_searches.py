@@ -160,6 +160,7 @@ def check_logits(case: Case, model, strategies: Sequence[Strategy]) -> None:
 
 
 @cases("vtw")
+@pytest.mark.fast_cases(1)
 def test_vtw(case: Case) -> None:
     model, layers, first = tiny_llava(case), case.settings["layers"], case.settings["first"]
     strategies = [Strategy.depthwise(layers, k, k, k, selector="uniform_grid") for k in range(first, layers)]

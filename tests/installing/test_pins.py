@@ -82,6 +82,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "filelock", "ruff"])
+@pytest.mark.fast_cases(1)
 def test_a_pin_changed_by_hand_is_named(name: str) -> None:
     installed = distribution(name).version
     changed = [pin.replace(f"=={installed}", "==0.0.1") if pin.startswith(f"{name}==") else pin for pin in PINS]

@@ -184,6 +184,7 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(method, pocket_c
         ),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_a_damaged_file_is_one_sentence(file, content, match, pocket_copy):
     if content is None:
         (pocket_copy / file).unlink()

@@ -200,6 +200,7 @@ def test_new_questions_are_answered_and_only_with_the_image(variant, loaded, sam
     assert share_right(processor, model, grey) <= 0.45
 
 
+@pytest.mark.slow
 def test_the_training_forward_computes_what_the_hugging_face_model_computes(loaded, monkeypatch):
     """Several packed questions behind a block mask get the logits of single sequences."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))

@@ -48,7 +48,6 @@ class TestLlava(Family):
     max_examples = 8
 
 
-@pytest.mark.slow
 class TestLlavaNext(Family):
     """Any-resolution tiles and newline tokens."""
 
@@ -56,7 +55,6 @@ class TestLlavaNext(Family):
     model_type = "llava_next"
 
 
-@pytest.mark.slow
 class TestLlavaOnevision(Family):
     """SigLIP tower, Qwen2 decoder."""
 
@@ -64,7 +62,6 @@ class TestLlavaOnevision(Family):
     model_type = "llava_onevision"
 
 
-@pytest.mark.slow
 class TestQwen2VL(Family):
     """Multimodal RoPE, dynamic resolution."""
 
@@ -80,7 +77,6 @@ class TestQwen2_5VL(Family):
     model_type = "qwen2_5_vl"
 
 
-@pytest.mark.slow
 class TestInternVL(Family):
     """Tiles of an image without a separator, Qwen2 decoder."""
 
@@ -88,7 +84,6 @@ class TestInternVL(Family):
     model_type = "internvl"
 
 
-@pytest.mark.slow
 class TestQwen3VL(Family):
     """Multimodal RoPE, dynamic resolution, deepstack: features that enter after decoder layers 0 and 1."""
 
@@ -96,7 +91,6 @@ class TestQwen3VL(Family):
     model_type = "qwen3_vl"
 
 
-@pytest.mark.slow
 class TestQwen3VLMoe(Family):
     """Experts."""
 
@@ -105,7 +99,6 @@ class TestQwen3VLMoe(Family):
     max_examples = 2
 
 
-@pytest.mark.slow
 class TestGemma3(Family):
     """Windows shorter than an image, images that are seen as a whole, four norms, two rotations."""
 

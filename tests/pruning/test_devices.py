@@ -57,6 +57,7 @@ def test_the_helper_refuses_what_a_machine_would():
 
 @pytest.mark.parametrize("num_text", [(20, 20), (20, 24, 31)], ids=["even", "uneven"])
 @pytest.mark.parametrize("keep_states", [True, False])
+@pytest.mark.fast_cases(2)
 def test_scores_are_those_of_one_device(models, num_text, keep_states):
     one, two, shape = models
     assert two.devices == [FIRST, SECOND]
@@ -73,6 +74,7 @@ def test_scores_are_those_of_one_device(models, num_text, keep_states):
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=["all", "some", "groups"])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.inference_mode()
+@pytest.mark.fast_cases(3)
 def test_prefill_and_decoding_are_those_of_one_device(models, strategy, padded):
     one, two, shape = models
     inputs = prompt(shape, one.model, num_text=20, batch=2)

@@ -240,6 +240,7 @@ def test_generation_without_a_cache_keeps_the_ranking_of_its_prompt(family, sele
 
 
 @pytest.mark.parametrize("selector", ["cls_attention", "divprune", "cdpruner_llm", "avg_pool", "visionzip", "resize"])
+@pytest.mark.fast_cases(1)
 def test_selectors_rank_the_whole_prompt_that_comes_in_chunks(selector):
     """Chunks that cut an image in two; what a selector merges stays where it belongs."""
     model = model_of("llava")

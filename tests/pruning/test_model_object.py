@@ -68,6 +68,7 @@ def many_switches():
         ("internvl", "received_attention"),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_threads_get_the_answers_that_they_get_alone(family, selector, many_switches):
     """Samples of different images and lengths at the same time, on one pruned model."""
     model = tiny_model(family)

@@ -46,6 +46,7 @@ def test_trial_parameters_are_the_inverse_of_suggest(kind: str) -> None:
 @pytest.mark.parametrize(
     ("sampler", "num_trials"), [("tpe", 60), ("gp", 12), ("cmaes", 100), ("nsga2", 100), ("random", 100)]
 )
+@pytest.mark.fast_cases(1)
 def test_every_sampler_solves_the_surrogate_within_the_budget(sampler: str, num_trials: int) -> None:
     problem = pocket_problem("dop_split")
     optimum = solve("additive_exact", problem, BUDGET)

@@ -52,6 +52,7 @@ def test_uniform_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [0.2, 0.45, 0.8])
+@pytest.mark.fast_cases(3)
 def test_rerank_is_never_worse_than_uniform_nor_than_the_additive_optimum(kind: str, ratio: float) -> None:
     problem, budget = pocket_problem(kind), Budget(flops_ratio=ratio)
     solutions = rerank_all(problem, budget, k=8)

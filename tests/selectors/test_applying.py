@@ -34,6 +34,7 @@ def logits_of(pocket, inputs, *arguments, **options):
 
 
 @pytest.mark.parametrize("name", WORKING)
+@pytest.mark.fast_cases(4)
 def test_batch_equals_singles_and_nothing_is_left_behind(name, pocket, few_samples):
     """Not with sample 0: two of its patches have the same attention up to 1e-10, which VisPruner's rounds amplify."""
     samples = few_samples.samples[1:3]
@@ -126,6 +127,7 @@ FREE = ("random", "uniform_grid", "resize", "tome", "flowcut")
 
 
 @pytest.mark.parametrize("name", sorted(set(WORKING) - set(FREE)))
+@pytest.mark.fast_cases(4)
 def test_a_selector_costs_what_a_counter_counts(name, pocket, few_samples):
     """A forward with it, less one by random choice; the projector of merged features is left out of both."""
     inputs = model_inputs(pocket.processor, few_samples.samples[:1], torch.device("cpu"))

@@ -107,6 +107,7 @@ def test_a_sweep_over_model_data_space_budget_and_seed(pipeline: Pipeline) -> No
     assert len(seen) == len(pipeline.calls) == 16
 
 
+@pytest.mark.slow
 def test_the_sweep_experiment_is_a_sweep(pipeline: Pipeline) -> None:
     assert search("experiment=sweep_spaces", "tracking=none") == 0
     assert [config.space.name for config, _ in pipeline.calls] == ["uniform", "dop", "dop_split", "dop_groups"]
@@ -119,6 +120,7 @@ def test_groups_of_ones_own(pipeline: Pipeline, tmp_path: Path) -> None:
     assert pipeline.calls[0][0].model.name_or_path == "/models/local"
 
 
+@pytest.mark.slow
 def test_one_infeasible_job_does_not_stop_a_sweep_but_fails_it(
     pipeline: Pipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -190,6 +192,7 @@ def test_one_file_a_list_or_none(pipeline: Pipeline) -> None:
         (["dop-eval", "eval=poket13"], "Could not find 'eval/poket13'"),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_an_error_is_a_message_and_a_status(
     line: list[str], expected: str, pipeline: Pipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -211,6 +214,7 @@ HELP = {
 
 
 @pytest.mark.parametrize("command", HELP)
+@pytest.mark.fast_cases(1)
 def test_help_lists_groups_and_examples_and_runs_nothing(
     command: str, pipeline: Pipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None
 
 
 @pytest.mark.parametrize("choices", zip_longest(*CHOICES), ids=lambda choices: choices[0])
+@pytest.mark.fast_cases(5)
 def test_every_option_composes_and_round_trips(choices: tuple[str | None, ...]) -> None:
     """The first option of each group together, then the second, …"""
     given = [choice for choice in choices if choice is not None]
@@ -81,6 +82,7 @@ def test_any_is_what_the_method_dop_search_chooses_among() -> None:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.fast_cases(5)
 def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> None:
     composed(f"experiment={path.stem}")
     lines = path.read_text().splitlines()
@@ -124,11 +126,13 @@ def test_the_six_models_of_the_paper_are_there() -> None:
     ],
 )
 @pytest.mark.parametrize("experiment", [[], ["experiment=smoke"]], ids=["plain", "over an experiment"])
+@pytest.mark.fast_cases(4)
 def test_a_budget_is_a_number_a_mapping_or_a_list(override: str, plain: list[object], experiment: list[str]) -> None:
     assert [budget.plain for budget in composed(*experiment, override).budget] == plain
 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (config_dir() / "search").glob("*.yaml")))
+@pytest.mark.fast_cases(1)
 def test_the_quick_experiment_takes_every_solver(option: str) -> None:
     given = [f"search={option}", *NEEDED.get(f"search={option}", ())]
     assert composed("experiment=smoke", *given).search == composed(*given).search
