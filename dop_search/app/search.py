@@ -76,7 +76,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
-    for name in config.selector.among:
+    for name in config.selector.also:
         make_selector(name)
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")
@@ -155,7 +155,7 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
     """
     clock: Clock = "cpu" if bench.loaded.adapter.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
     space = bench.config.space
-    shares = SHARES if len(space.shares) > 1 or {*space.among} & {"dop_groups", "gsop"} else ()
+    shares = SHARES if len(space.shares) > 1 or {*space.also} & {"dop_groups", "gsop"} else ()
     with bench.stage("latency"), bench.watch() as notify:
         table = table_for(
             bench.loaded.model, profile.counts, bench.cache, shares=shares, clock=clock, on_progress=notify
@@ -203,7 +203,7 @@ def _solve_budget(
         provenance={
             **profile.facts,
             "budget": {budget.name: budget.value},
-            "space": "|".join(config.space.among if config.search.solver == "joint" else ()) or config.space.name,
+            "space": "|".join([config.space.name, *(config.space.also if config.search.solver == "joint" else ())]),
             "solver": config.search.solver,
             "search_id": search_id,
             "flops_ratio": prices.ratio(best.strategy),
@@ -278,7 +278,7 @@ def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> Search
         cache_dir=bench.cache,
         options=partial(_options, bench, profile, budget),
         decide=bench.decide,
-        among=(bench.config.selector.among, bench.config.space.among),
+        also=(bench.config.selector.also, bench.config.space.also),
     )
 
 
@@ -287,8 +287,8 @@ def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> list
     selector, space = bench.config.selector, bench.config.space
     options, left_out = search_options(
         bench.context(),
-        space.among or (None,),
-        selector.among,
+        [None, *(name for name in space.also if name != space.name)],
+        [None, *(name for name in selector.also if name != selector.name)],
         budget,
         lambda its: replace(its, latency=profile.latency),
     )
@@ -331,7 +331,7 @@ def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], p
         ),
         selector=Named(
             name=config.selector.name,
-            options=config.selector.options | ({"among": [*config.selector.among]} if config.selector.among else {}),
+            options=config.selector.options | ({"also": [*config.selector.also]} if config.selector.also else {}),
         ),
         space=Named(name=config.space.name, options=config.space.model_dump(mode="json", exclude={"name"})),
         solver=Named(name=config.search.solver, options=config.search.model_dump(mode="json", exclude={"solver"})),

@@ -86,7 +86,7 @@ class Study(Section, ABC):
         own: dict[str, Any] = {}
         if config.data.path is not None and Path(config.data.path).is_file():
             own["data_file"] = hashlib.sha256(Path(config.data.path).read_bytes()).hexdigest()[:16]
-        joint = {"among"}  # of ``search=joint``, which no study goes by
+        joint = {"also"}  # of ``search=joint``, which no study goes by
         return {
             **own,
             "selector": config.selector.model_dump(mode="json", exclude=joint),

@@ -11,6 +11,7 @@ from dop_search.baselines.pricing import Pricing
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.divergence.profiling import MeasuredProfile
 from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
+from dop_search.search.options import GSOP
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import BudgetError, CacheError, DopError, MemoryLimitError, NumericalError
@@ -18,11 +19,10 @@ from dop_search.utils.errors import BudgetError, CacheError, DopError, MemoryLim
 SPACES = ("dop", "dop_split", "dop_groups")
 """Spaces that are methods by their names."""
 SEARCHED_SPACES = ("dop_split", "gsop")
-SEARCHED_SELECTORS = ("divprune", "vispruner")
+SEARCHED_SELECTORS = ("divprune_lazy", "vispruner")
 """What ``dop_search``, and ``selector=any space=any``, choose among; a model need not have all of these selectors."""
 FAILURES = (NumericalError, CacheError, MemoryLimitError)
 """Measurements that failed, not choices that a model or a budget cannot have."""
-GSOP = "gsop"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SpaceSearch(Method):
 def search_options(
     context: FitContext,
     spaces: Sequence[str | None],
-    selectors: Sequence[str],
+    selectors: Sequence[str | None],
     budget: Budget,
     prepared: Callable[[MeasuredProfile], MeasuredProfile] = lambda profile: profile,
 ) -> tuple[list[Option], list[str]]:
@@ -84,7 +84,7 @@ def search_options(
     Args:
         context: measures the curves; keeps GSOP's trajectories for other budgets.
         spaces: names, ``gsop`` among them; ``None``: the configured one.
-        selectors: names; none: the context's.
+        selectors: names; ``None``, or none at all: the context's.
         budget: of the whole.
         prepared: what is done to a profile before it is priced, such as adding layer times.
 
@@ -103,13 +103,15 @@ def search_options(
             profile = prepared(context.needs_profile(with_curves if space == GSOP else space, selector))
             left = without_selection(context.pricing, profile, budget)
             problem = profile.problem(left)
+            option = Option(name, problem.space.name, problem, left, num_curve_runs=profile.curves.num_validation_runs)
+            if budget.kind == "flops":
+                expected = budget.resolve(problem.cost_model) - left.resolve(problem.cost_model)
+                option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
                 if ("trajectory", name) not in context.memo:
                     context.memo["trajectory", name] = gsop_search(problem)
-                found.append(gsop_option(name, problem, left, context.memo["trajectory", name]))
-            else:
-                runs = profile.curves.num_validation_runs
-                found.append(Option(name, problem.space.name, problem, left, num_curve_runs=runs))
+                option = gsop_option(option, context.memo["trajectory", name])
+            found.append(option)
         except FAILURES:
             raise
         except DopError as error:  # not for this model, or not so cheap

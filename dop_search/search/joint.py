@@ -97,7 +97,8 @@ def joint_search(
         option, assignment = choice.suggest(trial)
         estimate = option.problem.need_surrogate("exact_optuna")(assignment)
         constrained = plumbing.uses_constraints(sampler)
-        value = price(trial, option.problem, assignment, estimate, option.limit, constrained)
+        ratio = option.price(option.problem.space.strategy(assignment))
+        value = price(trial, option.problem, assignment, ratio, estimate, option.most, constrained)
         return evaluate(trial, option, assignment) if value is None else value
 
     with plumbing.quiet_optuna():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,11 @@ class Option:
     Attributes:
         selector, space: their names, the categories of the study.
         problem: with a surrogate and a store; all options have the same samples in the same order.
-        budget: of the problem's kind of cost, without what the selector itself computes.
+        budget: of the problem's kind of cost, without what the selector itself is expected to compute.
         num_runs: validation runs that it took to make, beside the curves.
         num_curve_runs: those of the curves.
+        selection: what the selector computes for a strategy, as a share of the cost; ``None``: nothing.
+        expected: what the budget is short of for that.
     """
 
     selector: str
@@ -39,6 +41,8 @@ class Option:
     budget: Budget
     num_runs: int = 0
     num_curve_runs: int = 0
+    selection: Callable[[Strategy], float] | None = None
+    expected: float = 0.0
 
     @property
     def limit(self) -> float:
@@ -48,6 +52,15 @@ class Option:
             BudgetError: if nothing fits.
         """
         return feasible_limit(self.problem, self.budget)
+
+    def price(self, strategy: Strategy) -> float:
+        """The cost of a strategy with its selector, as a ratio; at most :attr:`most` fits."""
+        return self.problem.cost_model.ratio(strategy) + (0.0 if self.selection is None else self.selection(strategy))
+
+    @property
+    def most(self) -> float:
+        """The budget with what the selector computes, as a ratio."""
+        return self.limit if self.selection is None else (self.limit + self.expected) * (1 + 1e-12)
 
     def proposals(self, number: int, use_up: bool) -> list[Mapping[str, int]]:
         """The surrogate's optimum, uniform reduction, then the surrogate's other candidates; of GSOP's points the best
@@ -60,7 +73,7 @@ class Option:
         uniform = uniform_assignment(self.problem, self.budget)
         chosen = chosen if uniform is None else [*chosen[:1], uniform, *chosen[1:]]
         if use_up:
-            chosen = [filled(self.problem, self.limit, assignment) for assignment in chosen]
+            chosen = [filled(self, assignment) for assignment in chosen]
         distinct = {self.problem.space.strategy(item).key(): item for item in reversed(chosen)}
         return list(reversed(distinct.values()))
 
@@ -78,19 +91,22 @@ class Option:
         }
 
 
-def filled(problem: Problem, limit: float, assignment: Mapping[str, int]) -> dict[str, int]:
-    """The assignment with every parameter raised as far as the limit allows: the number of tokens, then the depths.
+def filled(option: Option, assignment: Mapping[str, int]) -> dict[str, int]:
+    """The assignment with every parameter raised as far as the budget allows: the number of tokens, then the depths.
 
-    A budget that would be left over is used up; costs rise with every parameter.
+    A budget that would be left over is used up; costs rise with every parameter. Where the selector computes more than
+    was expected, fewer tokens are kept.
     """
-    space, found = problem.space, dict(assignment)
+    space, found, most = option.problem.space, dict(assignment), option.most
+    fits = option.price(space.strategy(found)) <= most
     for parameter in (space.tokens, *(p for p in space.parameters if p.role != "tokens")):
-        levels = [level for level in parameter.levels if level >= found[parameter.name]]
+        lowers = parameter is space.tokens and not fits
+        levels = [level for level in parameter.levels if lowers or level >= found[parameter.name]]
 
         def cost(level: int, name: str = parameter.name) -> float:
-            return problem.cost_model.ratio(space.strategy({**found, name: level}))
+            return option.price(space.strategy({**found, name: level}))
 
-        found[parameter.name] = int(levels[max(0, bisect_right(levels, limit, key=cost) - 1)])
+        found[parameter.name] = int(levels[max(0, bisect_right(levels, most, key=cost) - 1)])
     return found
 
 
@@ -138,30 +154,28 @@ def gsop_search(problem: Problem) -> GsopSearch:
     )
 
 
-def gsop_option(selector: str, problem: Problem, budget: Budget, search: GsopSearch) -> Option:
+def gsop_option(option: Option, search: GsopSearch) -> Option:
     """The space of GSOP's trajectory to a budget.
 
     A number of tokens is expected to lose what its point was measured to lose, and what the curve of tokens says.
 
     Args:
-        selector: that ranks, by name.
-        problem: with the selector's curve of tokens.
-        budget: without what the selector itself computes.
+        option: a selector and a budget, with the selector's curve of tokens.
         search: made by :func:`gsop_search`; goes on to this budget.
 
     Raises:
         BudgetError: if nothing fits.
     """
-    limit, ratio, tokens = feasible_limit(problem, budget), problem.cost_model.ratio, problem.space.tokens
-    points = search.trajectory(lambda strategy: ratio(strategy) <= limit)
+    problem, most_cost, tokens = option.problem, option.most, option.problem.space.tokens
+    points = search.trajectory(lambda strategy: option.price(strategy) <= most_cost)
     most: list[int] = []
     for point in points:  # costs fall, so more and more tokens fit
 
         def cost(level: int, point: GsopPoint = point) -> float:
-            return ratio(with_tokens(point, level))
+            return option.price(with_tokens(point, level))
 
         least = tokens.levels.index(most[-1]) + 1 if most and most[-1] else 0
-        low = bisect_right(tokens.levels, limit, lo=least, key=cost)
+        low = bisect_right(tokens.levels, most_cost, lo=least, key=cost)
         most.append(int(tokens.levels[low - 1]) if low else 0)
     space = TrajectorySpace(
         GSOP,
@@ -175,4 +189,4 @@ def gsop_option(selector: str, problem: Problem, budget: Budget, search: GsopSea
     curve = problem.need_surrogate(GSOP).curves[TOKENS]
     lost = np.array([points[space.point(level)].divergence for level in tokens.levels])
     found = Problem(space, problem.cost_model, Surrogate(space, {TOKENS: curve + lost}), problem.store)
-    return Option(selector, GSOP, found, budget, search.num_evaluations)
+    return replace(option, space=GSOP, problem=found, num_runs=search.num_evaluations, num_curve_runs=0)

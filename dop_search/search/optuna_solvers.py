@@ -45,7 +45,8 @@ def additive_optuna(
     def objective(trial: Trial) -> float:
         assignment = plumbing.suggest(trial, problem.space)
         estimate = surrogate(assignment)
-        value = price(trial, problem, assignment, estimate, limit, plumbing.uses_constraints(sampler))
+        ratio = problem.cost_model.ratio(problem.space.strategy(assignment))
+        value = price(trial, problem, assignment, ratio, estimate, limit, plumbing.uses_constraints(sampler))
         if on_progress is not None:
             on_progress(trial.number + 1, num_trials, f"{sampler} on the additive surrogate")
         return estimate if value is None else value
@@ -73,12 +74,12 @@ def price(
     trial: Trial,
     problem: Problem,
     assignment: dict[str, int],
+    ratio: float,
     estimate: float,
     limit: float,
     uses_constraints: bool,
 ) -> float | None:
     """Note cost and estimate on the trial; what to tell if it is above the budget, ``None`` if it fits."""
-    ratio = problem.cost_model.ratio(problem.space.strategy(assignment))
     facts = {"assignment": assignment, "cost_ratio": ratio, "kl_additive": estimate, "fits": ratio <= limit}
     trial.set_user_attr("candidate", facts)
     if uses_constraints:

@@ -78,7 +78,8 @@ def test_100_samples_fit_24_and_80_gib(name: str) -> None:
         assert plan.is_feasible
         assert plan.needed_bytes <= plan.peak_bytes <= limit_bytes(memory, "cuda")
         assert [stage.name.split(":")[0] for stage in plan.stages] == [
-            "load", "full model's answers", "curves", "candidates", "held-out samples", "accuracy",
+            "load", "full model's answers", "curves", "GSOP's trajectories", "candidates", "held-out samples",
+            "accuracy",
         ]  # fmt: skip
         assert all(stage.flops > 0 and stage.num_layer_forwards > 0 for stage in plan.stages[1:])
 
@@ -159,6 +160,7 @@ def test_the_plan_is_what_is_measured() -> None:
     """The bundled model on a CPU: curves and generation within 15 per cent of what torch's allocator reports."""
     overrides = ("data.num_samples=16", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
     grid = ("space.num_depth_levels=5", "space.num_token_levels=4", "batch_size=8", "model.dtype=float32")
+    grid += ("selector=cls_attention", "space=dop_split", "search=additive")
     plan = make_plan(configured("model=pocket", "model.device=cpu", "memory=2", *overrides, *grid))
     stages = {stage.name.split(":")[0]: stage for stage in plan.stages}
     loaded = load("pocket", dtype="float32", device="cpu")

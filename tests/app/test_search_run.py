@@ -192,7 +192,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     path, _ = finished
     cache = str(path / "cache")
     selectors, spaces = ["cls_attention", "divprune"], ["dop", "dop_split", "gsop"]
-    choice = {"selector": {"among": selectors}, "space": {**SMALL["space"], "among": spaces}}
+    choice = {"selector": {"name": selectors[0], "also": selectors}, "space": {**SMALL["space"], "also": spaces}}
     search = {"solver": "joint", "num_proposals": 16, "num_sampled": 4, "num_finalists": 3}
     data = {**SMALL["data"], "num_decision": 6}
     config = small(tmp_path, search=search, data=data, **choice, cache_dir=cache)

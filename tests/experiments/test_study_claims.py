@@ -47,7 +47,8 @@ def test_the_command_of_a_claim_suits_every_model_that_it_names(claim: dict[str,
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = parse_config(compose(CONFIG_NAME, [f"model={model}", *others]))
         says = (config_dir() / "model" / f"{model}.yaml").read_text()
-        assert config.selector.name != "cls_attention" or "no CLS token" not in says
+        reads_cls = {config.selector.name, *config.selector.also} & {"cls_attention", "vispruner"}
+        assert not reads_cls or "no CLS token" not in says
         assert config.study is None or config.study.workers == 1
 
 

@@ -81,23 +81,37 @@ def test_what_a_selector_computes_is_taken_off_its_limit_and_what_leaves_nothing
         joint_search([hopeless])
 
 
+@pytest.mark.parametrize("per_token", [0.0, 1e-3])
 @pytest.mark.parametrize("kind", ["dop", "dop_split", "dop_groups"])
-def test_filling_leaves_no_room_for_one_more_step(kind: str) -> None:
+def test_filling_leaves_no_room_for_one_more_step(kind: str, per_token: float) -> None:
     problem = pocket_problem(kind)
+    given = Option("a", kind, problem, Budget(flops_ratio=0.39), 0, 0, lambda s: per_token * s.num_kept(24), 0.01)
     rng = np.random.default_rng(0)
     optimum = additive_exact(problem, BUDGET).assignment
     starts = [optimum, *({p.name: int(rng.choice(p.levels)) for p in problem.space.parameters} for _ in range(40))]
     for start in starts:
-        if problem.cost_model.ratio(problem.space.strategy(start)) > 0.4:
+        fits = given.price(problem.space.strategy(start)) <= 0.4
+        if not fits and problem.cost_model.ratio(problem.space.strategy(start)) > 0.4:
             continue
-        end = filled(problem, 0.4, start)
-        assert problem.cost_model.ratio(problem.space.strategy(end)) <= 0.4
+        end = filled(given, start)
+        assert given.price(problem.space.strategy(end)) <= 0.4 + 1e-9
         for parameter in problem.space.parameters:
-            assert end[parameter.name] >= start[parameter.name]
+            assert end[parameter.name] >= start[parameter.name] or not fits
             above = [level for level in parameter.levels if level > end[parameter.name]]
             if above:
                 more = problem.space.strategy({**end, parameter.name: above[0]})
-                assert problem.cost_model.ratio(more) > 0.4
+                assert given.price(more) > 0.4
+
+
+def test_what_a_selector_computes_for_more_tokens_never_exceeds_the_budget() -> None:
+    """Twice what was expected where all tokens are kept, nothing for few."""
+    plain = option("a", "dop_split")[0]
+    priced = replace(plain, selection=lambda s: 0.04 * s.num_kept(24) / 24, expected=0.02)
+    trajectory = gsop_option(priced, gsop_search(priced.problem))
+    found = joint_search([priced, trajectory], num_proposals=24, num_sampled=10)
+    assert all(priced.price(item.strategy) <= 0.42 + 1e-9 for item in found)
+    assert any(priced.price(item.strategy) > 0.41 for item in found)
+    assert {len(item.strategy.groups) for item in found} == {1, 2}, "of both spaces"
 
 
 def test_sampled_trials_choose_selector_and_space_and_never_make_it_worse(tmp_path: Path) -> None:
@@ -122,9 +136,9 @@ def test_sampled_trials_choose_selector_and_space_and_never_make_it_worse(tmp_pa
 @pytest.mark.parametrize("ratio", [0.7, 0.4, 0.25])
 def test_gsops_points_are_proposed_with_all_the_tokens_that_fit_and_its_own_choice_is_among_them(ratio: float) -> None:
     budget = Budget(flops_ratio=ratio)
-    problem = option("a", "dop_split", budget=budget)[0].problem
-    search = gsop_search(problem)
-    made = gsop_option("a", problem, budget, search)
+    plain = option("a", "dop_split", budget=budget)[0]
+    problem, search = plain.problem, gsop_search(plain.problem)
+    made = gsop_option(plain, search)
     space, cost = made.problem.space, made.problem.cost_model
     assert isinstance(space, TrajectorySpace)
     proposed = [space.strategy(its) for its in made.proposals(99, use_up=True)]

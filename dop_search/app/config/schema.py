@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from dop_search.app.config.section import Listed, Section
-from dop_search.app.config.solvers import AdditiveExactConfig, SolverConfig, Storage
+from dop_search.app.config.solvers import JointConfig, SolverConfig, Storage
 from dop_search.data.sources import DatasetSource, TaskSource
 from dop_search.data.validation import OWN, Split
 from dop_search.evaluation.suites import NO_BENCHMARKS, Suite, find_benchmarks, load_suite, suite_fields
@@ -144,8 +144,8 @@ class SelectorConfig(Section):
     """A selector of ``dop_search.selectors``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the selector, e.g. ``{seed: 0}`` for ``random``."""
-    among: Listed[str] = ()
-    """Selectors that ``search=joint`` chooses among; those that the model cannot have are left out. None: the one."""
+    also: Listed[str] = ()
+    """Further selectors that ``search=joint`` may choose; those that the model cannot have are left out."""
 
 
 class SpaceConfig(Section):
@@ -160,9 +160,8 @@ class SpaceConfig(Section):
     """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
     num_token_levels: int = Field(default=12, ge=2)
     """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
-    among: Listed[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"]] = ()
-    """Spaces that ``search=joint`` chooses among; ``gsop``: GSOP's trajectory with any number of tokens. None: the
-    one."""
+    also: Listed[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"]] = ()
+    """Further spaces that ``search=joint`` may choose; ``gsop``: GSOP's trajectory with any number of tokens."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SpaceConfig:
@@ -238,9 +237,9 @@ class SearchConfig(Section):
     """Everything that one search, or one study, depends on."""
 
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    selector: SelectorConfig = SelectorConfig()
-    space: SpaceConfig = SpaceConfig()
+    data: DataConfig = DataConfig(num_heldout=500)
+    selector: SelectorConfig = SelectorConfig(name="divprune_lazy", also=("vispruner",))
+    space: SpaceConfig = SpaceConfig(also=("gsop",))
     budget: Annotated[Listed[BudgetConfig], AsList] = (
         Budget(flops_ratio=0.5),
         Budget(flops_ratio=0.3),
@@ -248,7 +247,7 @@ class SearchConfig(Section):
     )
     """A number is a FLOPs ratio; ``{kv_ratio: 0.3}`` or ``{latency_ratio: 0.3}`` limits another cost; a list searches
     each."""
-    search: SolverConfig = AdditiveExactConfig()
+    search: SolverConfig = JointConfig()
     eval: SuiteConfig = Suite()
     """How the found strategies are judged beyond KL."""
     study: StudyConfig | None = None
@@ -298,7 +297,7 @@ class EvalRunConfig(Section):
     by a selector as ``NAME@SELECTOR``; one or a list."""
     flops_ratio: Annotated[Listed[Annotated[float, Field(gt=0.0, le=1.0)]], AsList] = ()
     """Shares of the full model's FLOPs that each method is fitted to; one or a list."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig(num_heldout=500)
     """Methods are fitted on its search samples."""
     selector: SelectorConfig = SelectorConfig()
     """Ranks for the methods that bring no ranking."""

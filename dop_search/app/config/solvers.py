@@ -64,7 +64,7 @@ class SearchPlace:
         cache_dir: where trials are kept otherwise.
         options: makes the choices of ``search=joint``.
         decide: measures strategies on the samples that decide among the last few of ``search=joint``.
-        among: names of the selectors and spaces of ``search=joint``.
+        also: further selectors and spaces of ``search=joint``.
         studies: a search adds the storage and the name of its study.
     """
 
@@ -76,7 +76,7 @@ class SearchPlace:
     cache_dir: Path
     options: Callable[[], list[Option]] | None = None
     decide: Decide | None = None
-    among: Sequence[Sequence[str]] = ()
+    also: Sequence[Sequence[str]] = ()
     studies: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -174,7 +174,7 @@ def _study(
     """
     readable = "-".join([re.sub(r"[^\w.]+", "-", place.model).strip("-"), what, config.sampler])
     others = [place.teacher, config.model_dump(exclude={*more, "study_name"}), place.shares, place.averaging]
-    others += [place.among] if what == "joint" else []
+    others += [place.also] if what == "joint" else []
     digest = "-" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
     name, digest = (config.study_name, "") if config.study_name else (readable, digest)
     where = {
@@ -186,7 +186,7 @@ def _study(
 
 
 class JointConfig(SolverSection):
-    """One Optuna study over ``selector.among`` and ``space.among``, less what the selector itself computes."""
+    """One Optuna study that chooses selector (``selector.also``) and space (``space.also``), too."""
 
     solver: Literal["joint"] = "joint"
     num_proposals: PositiveInt = 24

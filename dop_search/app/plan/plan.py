@@ -21,9 +21,10 @@ from dop_search.app.plan.facts import ModelFacts, model_facts
 from dop_search.divergence.footprint import SampleSize
 from dop_search.divergence.forecast import ChunkForecast, Work
 from dop_search.divergence.memory import Allowance, available_bytes, chunk_tokens, cut, host_bytes, limit_bytes
-from dop_search.divergence.profiling import SAVE_EVERY, make_space
+from dop_search.divergence.profiling import SAVE_EVERY, default_shares, make_space
 from dop_search.models.loading import DEVICE_MAP_RULE, DEVICE_MAPS, named_device
 from dop_search.search import CurveGrid
+from dop_search.search.options import GSOP
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops
 from dop_search.strategy.operations import TokenCounts
@@ -33,6 +34,8 @@ TOKEN_BYTES = 9
 """Of a token in the host's memory, beside its embedding: position, and whether it is visual."""
 UNKNOWN_CANDIDATES = 256
 """Strategies per budget that a solver of one's own is taken to measure."""
+TRAJECTORY_PER_LAYER = 16
+"""Strategies per decoder layer that GSOP's search is taken to measure: at most 14 in experiments/compare."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,11 @@ class _Stages:
         self.sizes = self.facts.prompts
         self.longest = max(self.sizes, key=lambda size: size.length)
         self.heldout = self._repeated(config.data.num_heldout)
-        self.answers = self._teacher_bytes([*self.sizes, *self.heldout])
+        joint = config.search if isinstance(config.search, JointConfig) else None
+        self.deciding = self._repeated(0 if joint is None else config.data.num_decision)
+        self.num_selectors = 1 if joint is None else len({config.selector.name, *config.selector.also})
+        self.spaces = dict.fromkeys([config.space.name, *([] if joint is None else config.space.also)])
+        self.answers = self.num_selectors * self._teacher_bytes([*self.sizes, *self.deciding, *self.heldout])
         self.free = self.limit - self.weights - (self.answers if self.on_cpu else 0)
         one = max(self.footprint.chunk([size]) for size in set(self.sizes))
         self.one = max(one, self._generation_bytes(1))
@@ -161,6 +168,7 @@ class _Stages:
             Stage("load", {"weights": self.weights}, shard),
             self._teacher(),
             self._curves(),
+            *([self._trajectories()] if GSOP in self.spaces else []),
             self._candidates(),
             self._confirmation(),
         ]
@@ -221,14 +229,16 @@ class _Stages:
         return full_flops(self.footprint.dims, TokenCounts(text, size.visual))
 
     def _teacher(self) -> Stage:
-        both = [*self.sizes, *self.heldout]
-        working, forwards, flops = self._generate(len(both))
+        asked = [*self.sizes, *self.deciding, *self.heldout]
+        working, forwards, flops = self._generate(len(asked))
         if self.config.data.answers == "ground_truth":
             working, forwards, flops = 0, 0, 0
         observing = self.footprint.layer_of([self.longest.length]) + self.footprint.logits(self.longest.answer)
-        flops += sum(self._prefill_flops(size) for size in both) + len(both) * self.facts.tower_flops
+        observed = sum(self._prefill_flops(size) for size in asked) + len(asked) * self.facts.tower_flops
+        flops += self.num_selectors * observed
         held = {"keys, values, activations": max(working, observing, self.facts.tower_bytes)}
-        return self._stage("full model's answers", held, forwards + len(both) * self.layers, flops)
+        forwards += self.num_selectors * len(asked) * self.layers
+        return self._stage("full model's answers", held, forwards, flops)
 
     def _curves(self) -> Stage:
         strategies = self._curve_strategies()
@@ -237,7 +247,7 @@ class _Stages:
         taken = dict(kept)
         rooms = {"device": self.allowance.keep, "host": self.allowance.host}
         known: dict[tuple[tuple[SampleSize, ...], bool], tuple[Work, int]] = {}
-        for chunk in self._chunks(self.sizes):
+        for chunk in self.num_selectors * self._chunks(self.sizes):
             rows = sum(size.length for size in chunk)
             needed = self.footprint.states(rows, self.layers)
             place = next((p for p, room in rooms.items() if taken[p] + needed <= room), "nowhere")
@@ -254,22 +264,32 @@ class _Stages:
             kept[place] += known[key][1]
         self.kept_on = {"device": kept["device"], "host": kept["host"]}
         held, forwards = {"a chunk of samples": total.peak_bytes}, total.layers_computed + total.full_layers
-        return self._stage(f"curves: {len(strategies)} strategies", held, forwards, total.flops)
+        over = "" if self.num_selectors == 1 else f" over {self.num_selectors} selectors"
+        return self._stage(f"curves: {len(strategies)} strategies{over}", held, forwards, total.flops)
 
     def _curve_strategies(self) -> list[Strategy]:
-        chosen = self.config.space
-        space = make_space(chosen.name, self.layers, max(size.visual for size in self.sizes), chosen.shares)
+        chosen, num_visual = self.config.space, max(size.visual for size in self.sizes)
         grid = CurveGrid.of(chosen.num_depth_levels, chosen.num_token_levels)
-        points = [space.single(p.name, level) for p in space.parameters for level in grid.for_parameter(p)]
+        points: list[Strategy] = []
+        for name in self.spaces:
+            shares = chosen.shares if name == chosen.name else default_shares(name)
+            space = make_space("uniform" if name == GSOP else name, self.layers, num_visual, shares)
+            points += [space.single(p.name, level) for p in space.parameters for level in grid.for_parameter(p)]
         return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
+
+    def _trajectories(self) -> Stage:
+        number = TRAJECTORY_PER_LAYER * self.layers * self.num_selectors
+        return self._score(f"GSOP's trajectories: {number} strategies", self.sizes, [number], [1.0])
 
     def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
         chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.device.type))
         return [[sizes[index] for index in members] for members in chunks]
 
-    def _score(self, name: str, sizes: Sequence[SampleSize], num_strategies: Sequence[int]) -> Stage:
-        """Strategies that are not known yet, so many per budget."""
-        ratios = [budget.value if budget.is_ratio else 1.0 for budget in self.config.budget]
+    def _score(
+        self, name: str, sizes: Sequence[SampleSize], num_strategies: Sequence[int], ratios: Sequence[float] = ()
+    ) -> Stage:
+        """Strategies that are not known yet, so many per FLOPs ratio; without ratios: per budget."""
+        ratios = ratios or [budget.value if budget.is_ratio else 1.0 for budget in self.config.budget]
         flops = sum(
             int(ratio * count) * self._prefill_flops(size) if ratio * count >= 1 else 0
             for ratio, count in zip(ratios, num_strategies, strict=True)

@@ -23,7 +23,7 @@ from dop_search.app.config import (
     SearchConfig,
     parse_config,
 )
-from dop_search.app.config.solvers import AdditiveExactConfig, ExactOptunaConfig, JointConfig
+from dop_search.app.config.solvers import ExactOptunaConfig, JointConfig
 from dop_search.baselines import OWN
 from dop_search.baselines.space_search import SpaceSearch
 from dop_search.strategy.cost import Budget
@@ -56,8 +56,8 @@ def error_of(*overrides: str) -> str:
 def test_no_arguments_is_the_main_job_and_equals_the_pydantic_defaults() -> None:
     config = composed()
     assert (config.model.name_or_path, config.data.name) == ("pocket", "pocket")
-    assert (config.selector.name, config.space.name) == ("cls_attention", "dop_split")
-    assert isinstance(config.search, AdditiveExactConfig)
+    assert (config.selector.name, config.space.name) == ("divprune_lazy", "dop_split")
+    assert isinstance(config.search, JointConfig)
     assert [budget.plain for budget in config.budget] == [0.5, 0.3, 0.15]
     assert config == SearchConfig.model_validate({"model": {"dtype": "float32"}})
     assert composed("experiment=main") == config
@@ -72,12 +72,12 @@ def test_every_option_composes_and_round_trips(choices: tuple[str | None, ...]) 
     assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_any_is_what_the_method_dop_search_chooses_among() -> None:
-    config, method = composed("search=joint", "selector=any", "space=any"), OWN["dop_search"]
+def test_the_command_alone_is_the_method_dop_search() -> None:
+    config, method = composed(), OWN["dop_search"]
     assert isinstance(method, SpaceSearch)
     assert isinstance(config.search, JointConfig)
-    assert (config.selector.among, config.space.among) == (method.selectors, method.spaces)
-    assert (config.selector.name, config.space.name) == (method.selectors[0], method.spaces[0])
+    assert (config.selector.name, *config.selector.also) == method.selectors
+    assert (config.space.name, *config.space.also) == method.spaces
     assert (config.search.num_proposals, config.search.num_sampled) == (method.num_proposals, method.num_sampled)
 
 
@@ -95,9 +95,9 @@ def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> Non
 def test_models_without_a_cls_token_bring_a_selector_that_works_there() -> None:
     with_cls = ("llava_1_5", "llava_next", "internvl", "vipllava", "pocket")
     for path in (config_dir() / "model").glob("*.yaml"):
-        asked = "cls_attention" if path.stem.startswith(with_cls) else "received_attention"
-        assert composed(f"model={path.stem}").selector.name == asked, path.stem
-    assert composed("model=qwen2_vl_7b", "selector=divprune").selector.name == "divprune"
+        asked = ("vispruner",) if path.stem.startswith(with_cls) else ("received_attention",)
+        assert composed(f"model={path.stem}").selector.also == asked, path.stem
+    assert composed("model=qwen2_vl_7b", "selector=random").selector.name == "random"
 
 
 def test_the_six_models_of_the_paper_are_there() -> None:
@@ -170,7 +170,7 @@ def test_all_errors_come_at_once_with_their_paths() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["+search.num_rerrank=3"], "search.num_rerrank: unknown key; did you mean 'num_rerank'?"),
+        (["+search.num_finalist=3"], "search.num_finalist: unknown key; did you mean 'num_finalists'"),
         (["+space.zzz=3"], "space.zzz: unknown key; the keys are name, shares,"),
         (["search.solver=additive_exat"], "search.solver: must be one of additive_exact, rerank, additive_optuna"),
         (["+search.num_trials=5"], "search.num_trials: unknown key"),  # of another solver

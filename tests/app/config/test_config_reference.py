@@ -63,5 +63,5 @@ def test_every_option_of_every_group_is_there() -> None:
     for path in config_dir().glob("*/**/*.yaml"):
         line = next(line for line in text.splitlines() if line.startswith((f"| `{path.stem}`", f"| **`{path.stem}`**")))
         assert len(line.split("|")[2].strip()) > 5
-    assert "**`dop_split`**" in text
+    assert "**`joint`**" in text
     assert all(f"| {launcher} | " in text for launcher in ("**`basic`**", "`joblib`"))
