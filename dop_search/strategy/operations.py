@@ -102,7 +102,8 @@ class ModelDims:
     """The sizes of a decoder that its cost depends on.
 
     With experts ``intermediate_size`` is the width of one of ``num_experts``, of which a token runs
-    ``active_experts`` and the router. With ``gated_queries`` the query projection makes a gate of the same width.
+    ``active_experts`` and the router, and one that is shared, of ``shared_expert_size``, with its gate. With
+    ``gated_queries`` the query projection makes a gate of the same width.
     """
 
     num_layers: int
@@ -115,6 +116,7 @@ class ModelDims:
     vocab_size: int = 0
     num_experts: int = 0
     active_experts: int = 1
+    shared_expert_size: int = 0
     gated_queries: bool = False
     recurrent: RecurrentDims | None = None
 
@@ -133,7 +135,7 @@ class ModelDims:
     @property
     def mlp_width(self) -> int:
         """Width of all that a token runs of the MLP."""
-        return self.intermediate_size * self.active_experts
+        return self.intermediate_size * self.active_experts + self.shared_expert_size
 
     @property
     def query_width(self) -> int:
@@ -148,7 +150,13 @@ class ModelDims:
     def fingerprint(self, model_type: str) -> str:
         """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
         sizes = asdict(self)
-        newer = {"num_experts": 0, "active_experts": 1, "gated_queries": False, "recurrent": None}
+        newer = {
+            "num_experts": 0,
+            "active_experts": 1,
+            "shared_expert_size": 0,
+            "gated_queries": False,
+            "recurrent": None,
+        }
         for name, default in newer.items():  # fingerprints are older than these fields
             if sizes[name] == default:
                 del sizes[name]

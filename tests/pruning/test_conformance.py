@@ -99,6 +99,13 @@ class TestQwen3VLMoe(Family):
     max_examples = 2
 
 
+class TestQwen3_5(Family):
+    """Recurrent layers between those that attend, gated queries, half of each head rotated."""
+
+    __test__ = True
+    model_type = "qwen3_5"
+
+
 class TestGemma3(Family):
     """Windows shorter than an image, images that are seen as a whole, four norms, two rotations."""
 

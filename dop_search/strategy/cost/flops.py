@@ -8,6 +8,7 @@ MLP width ``m``, ``H`` query heads and ``H_kv`` key/value heads of width ``d_h``
     scores, values     2 * 2 * n_q * n_kv * (H * d_h)
     mlp                2 * 3 * n_mlp * d * m            (2 * 2 where the MLP is not gated)
     with E experts     2 * n_mlp * d * (3 * k * m + E)  (k of width m per token, and the router)
+    shared expert      2 * n_mlp * d * (3 * m_s + 1)    (and its gate)
     gated queries      q_proj is twice as wide
 
 A recurrent layer projects ``w_in`` features of the ``n`` tokens that update its state or read it, whose ``s`` numbers
@@ -67,7 +68,7 @@ class CostCoefficients:
 
     def attention(self, text: Counts, queries: Counts, keys: Counts, either: Counts) -> IntArray:
         """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
-        return np.asarray(self.layer_cost(queries, keys, 0, either))
+        return np.asarray(self.layer_cost(queries, keys, np.zeros_like(queries), either))
 
     def mlp_price(self, text: Counts, keys: Counts, mlps: Counts) -> IntArray:
         """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
@@ -85,7 +86,8 @@ class CostCoefficients:
 def flops_coefficients(dims: ModelDims, recurrent: bool = False) -> CostCoefficients:
     """FLOPs per token (``score``: per query-key pair) of one decoder layer, of those that attend or of the others."""
     width = dims.hidden_size
-    mlp = 2 * width * ((3 if dims.gated_mlp else 2) * dims.mlp_width + dims.num_experts)
+    routed = dims.num_experts + (dims.shared_expert_size > 0)
+    mlp = 2 * width * ((3 if dims.gated_mlp else 2) * dims.mlp_width + routed)
     if recurrent and (sizes := dims.recurrent) is not None:
         either = 2 * width * sizes.in_width + 6 * sizes.state_size
         return CostCoefficients(q=2 * width * sizes.out_width, kv=0, score=0, mlp=mlp, either=either)
