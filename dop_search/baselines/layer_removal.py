@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dop_search.models.decoder_checks import mixer_of
 from dop_search.models.families import adapter_for
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
@@ -108,7 +109,7 @@ def layers_removed(
     previous = {"num_hidden_layers": config.num_hidden_layers}
     if getattr(config, "layer_types", None) is not None:
         previous["layer_types"] = config.layer_types
-    numbers = [layer.self_attn.layer_idx for layer in layers]
+    numbers = [mixer_of(layer).layer_idx for layer in layers]
     handle = None
     try:
         text_model.layers = nn.ModuleList([layers[index] for index in kept])
@@ -116,7 +117,7 @@ def layers_removed(
         if "layer_types" in previous:
             config.layer_types = [previous["layer_types"][index] for index in kept]
         for number, layer in enumerate(text_model.layers):
-            layer.self_attn.layer_idx = number
+            mixer_of(layer).layer_idx = number
         if repair is not None:
             handle = text_model.norm.register_forward_pre_hook(lambda module, args: (repair(args[0]), *args[1:]))
         with pruned(model, Strategy.full(len(kept), num_visual_tokens=num_visual_tokens, **fields)):
@@ -128,4 +129,4 @@ def layers_removed(
         for name, value in previous.items():
             setattr(config, name, value)
         for number, layer in zip(numbers, layers, strict=True):
-            layer.self_attn.layer_idx = number
+            mixer_of(layer).layer_idx = number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from dop_search.pruning.choosing import Choice
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
+from dop_search.pruning.recurrent import State
 from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 
@@ -30,39 +31,48 @@ ChunkLayout = tuple[Layout, ForwardTables, Tensor | None, Deepstack | None]
 
 
 class PrefixKeys:
-    """Keys and values of the text before the first image, which no strategy can change.
+    """What layers know of the text before the first image, which no strategy can change: keys and values, or a state.
 
-    Causal attention hides the image from these tokens, so their states are the full model's under every strategy.
+    These tokens do not see the image, so their states are the full model's under every strategy.
     """
 
-    def __init__(self, embeds: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], num_samples: int) -> None:
-        self.embeds, self.keys, self.values, self.num_samples = embeds, keys, values, num_samples
+    def __init__(self, embeds: Tensor, known: Mapping[int, State], num_samples: int) -> None:
+        self.embeds, self.known, self.num_samples = embeds, known, num_samples
+
+    def state_of(self, layer_idx: int) -> State | None:
+        """What a layer knows, of every sample."""
+        first, second = (part.expand(self.num_samples, *part.shape[1:]) for part in self.known[layer_idx])
+        return first, second
+
+    def keep_state(self, layer_idx: int, state: State) -> None:
+        """Nothing: the prefix is fixed."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Prepend the prefix to a layer's keys and values (``[num_samples, kv_heads, length, head_dim]``)."""
-        past_key, past_value = self.keys[layer_idx], self.values[layer_idx]
-        shape = (self.num_samples, -1, -1, -1)
-        keys = torch.cat([past_key.expand(shape), key_states], dim=2)
-        return keys, torch.cat([past_value.expand(shape), value_states], dim=2)
+        past_key, past_value = (part.expand(self.num_samples, *part.shape[1:]) for part in self.known[layer_idx])
+        return torch.cat([past_key, key_states], dim=2), torch.cat([past_value, value_states], dim=2)
 
     def shared(self, embeds: Tensor, num_samples: int) -> PrefixKeys | None:
-        """The same keys for other samples that begin with the same text; ``None`` if they do not."""
+        """The same for other samples that begin with the same text; ``None`` if they do not."""
         same = self.embeds.shape == embeds.shape and len(embeds) == 1 and torch.equal(self.embeds, embeds)
-        return PrefixKeys(self.embeds, self.keys, self.values, num_samples) if same else None
+        return PrefixKeys(self.embeds, self.known, num_samples) if same else None
 
 
 class _Recorder:
-    """Remembers what each layer's keys and values were."""
+    """Remembers each layer's keys and values, or its state."""
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.known: dict[int, State] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        assert layer_idx == len(self.keys)
-        self.keys.append(key_states)
-        self.values.append(value_states)
+        self.known[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def state_of(self, layer_idx: int) -> State | None:
+        return self.known.get(layer_idx)
+
+    def keep_state(self, layer_idx: int, state: State) -> None:
+        self.known[layer_idx] = state
 
 
 class PackedChunk:
@@ -133,7 +143,7 @@ class PackedChunk:
         step = LayerStep(NO_GROUPS, NO_GROUPS, NO_GROUPS, NO_GROUPS)
         for layer in self.adapter.layers:
             hidden = run_layer(layer, hidden, NO_GROUPS, step, layout, tables, cache)
-        return PrefixKeys(embeds, cache.keys, cache.values, len(self.samples))
+        return PrefixKeys(embeds, cache.known, len(self.samples))
 
     def layout(self, strategy: Strategy) -> ChunkLayout:
         """Layout for the strategy's kept tokens and groups, its rotary embeddings, the rows that enter it (``None``:

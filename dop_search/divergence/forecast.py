@@ -54,7 +54,7 @@ class ChunkForecast:
     keeps: bool
     known_layers: int = 0
     _work: Work = field(default_factory=Work)
-    _priced: dict[tuple[LayerStep, bool], tuple[int, int]] = field(default_factory=dict)
+    _priced: dict[tuple[LayerStep, bool, bool], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -103,9 +103,9 @@ class ChunkForecast:
         """Compute the full model's states up to ``layer``, but for those that are known."""
         start = self.known_layers if self.keeps else (latest if latest <= layer else 0)
         rows = Rows.all(self._lengths)
-        for _ in range(start, layer):
+        for number in range(start, layer):
             self._work.full_layers += 1
-            self._work.flops += self._flops(rows)
+            self._work.flops += self._flops(rows, number)
             self._peak(waiting + self.footprint.layer(rows, self._past))
         if self.keeps:
             self.known_layers = max(self.known_layers, layer)
@@ -113,15 +113,16 @@ class ChunkForecast:
 
     def _layer(self, operation: Run, sizes: Sequence[Sequence[int]], waiting: int) -> None:
         step, last = operation.step, operation.layer == self.footprint.dims.num_layers - 1
-        if (step, last) not in self._priced:
+        key = step, last, self._kinds[operation.layer]
+        if key not in self._priced:
             rows = Rows(
                 self._tokens(sizes, step.alive),
                 [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.q),
                 self._tokens(sizes, step.kv),
                 [sample.answer for sample in self.samples] if last else self._tokens(sizes, step.mlp),
             )
-            self._priced[step, last] = self._flops(rows), self.footprint.layer(rows, self._past)
-        flops, working = self._priced[step, last]
+            self._priced[key] = self._flops(rows, operation.layer), self.footprint.layer(rows, self._past)
+        flops, working = self._priced[key]
         self._work.layers_computed += 1
         self._work.flops += flops
         self._peak(waiting + working)
@@ -155,8 +156,12 @@ class ChunkForecast:
     def _state(self, sizes: Sequence[Sequence[int]], groups: Groups) -> int:
         return self.footprint.states(sum(self._tokens(sizes, groups)))
 
-    def _flops(self, rows: Rows) -> int:
-        price = flops_coefficients(self.footprint.dims)
-        linear = price.q * sum(rows.query) + price.kv * sum(rows.keys) + price.mlp * sum(rows.mlp)
-        pairs = sum(q * (k + self._past) for q, k in zip(rows.query, rows.keys, strict=True))
-        return linear + price.score * pairs
+    @cached_property
+    def _kinds(self) -> tuple[bool, ...]:
+        return self.footprint.dims.kinds
+
+    def _flops(self, rows: Rows, layer: int) -> int:
+        price, past = flops_coefficients(self.footprint.dims, self._kinds[layer]), self._past
+        counts = zip(rows.query, rows.keys, rows.mlp, strict=True)
+        offered = price.kv * past  # was paid with the prefix
+        return sum(price.layer_cost(q, k + past, mlp, max(q, k)) - offered for q, k, mlp in counts)

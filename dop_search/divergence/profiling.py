@@ -129,7 +129,7 @@ class Profile:
         """
         path = Path(folder) / "profile.json"
         data = FORMAT.read(path)
-        dims = ModelDims(**data["dims"])
+        dims = ModelDims.from_json(data["dims"])
         return Profile(
             space=make_space(num_layers=dims.num_layers, **data["space"]),
             curves=Curves.load(path.parent / "curves.parquet"),

@@ -43,8 +43,9 @@ class ModelAdapter:
     """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
     """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
-    has_windows: ClassVar[bool] = False
-    """Whether layers of type ``sliding_attention`` see no further back than ``sliding_window`` tokens."""
+    layer_types: ClassVar[frozenset[str]] = frozenset()
+    """Types of layers that do not attend to everything: ``sliding_attention``, no further back than ``sliding_window``
+    tokens; ``linear_attention``, which carries a state."""
     sees_images_whole: ClassVar[bool] = False
     """Whether the tokens of an image see each other in both directions, where ``token_type_ids`` are given."""
     decoder_output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPast
@@ -56,7 +57,7 @@ class ModelAdapter:
         self.model = model
         self.check_config(model.config)
         self.vision_watch = VisionWatch(self)
-        check_window(self.text_config, self.has_windows)
+        check_window(self.text_config, self.layer_types)
         for layer in self.layers:
             check_layer(layer, self.decoder_layers)
 
@@ -198,7 +199,7 @@ class ModelAdapter:
     @property
     def has_sight(self) -> bool:
         """Whether what a token sees is another thing than all that came before it."""
-        return self.has_windows or self.sees_images_whole
+        return "sliding_attention" in self.layer_types or self.sees_images_whole
 
     def check_plain_attention(self, what: str) -> None:
         """Refuse what computes attention by itself where the decoder's is another.
@@ -206,10 +207,11 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: naming what it is.
         """
-        if self.has_sight:
+        if self.layer_types or self.sees_images_whole:
             raise UnsupportedModelError(
                 f"{what} goes by attention that is causal in every layer, but {type(self.model).__name__} attends "
-                "within windows or to whole images; use a selector or method that ranks before the decoder"
+                "within windows or to whole images, or has recurrent layers; use a selector or method that ranks "
+                "before the decoder"
             )
 
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

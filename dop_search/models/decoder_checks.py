@@ -25,6 +25,8 @@ DECODER_LAYERS = frozenset(
         "Qwen2_5_VLDecoderLayer",
         "Qwen3VLTextDecoderLayer",
         "Qwen3VLMoeTextDecoderLayer",
+        "Qwen3_5DecoderLayer",
+        "Qwen3_5MoeDecoderLayer",
     }
 )
 """Classes of transformers whose arithmetic is that of :func:`dop_search.pruning.layer.run_layer`. Names of modules do
@@ -74,6 +76,11 @@ def forward_owner(cls: type) -> type | None:
     return next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}.forward" == name), None)
 
 
+def mixer_of(layer: Any) -> Any:
+    """The attention of a layer, or the recurrence that it has in its place."""
+    return layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+
+
 def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> None:
     """Refuse a decoder layer that computes something else than :func:`dop_search.pruning.layer.run_layer`.
 
@@ -87,12 +94,12 @@ def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> Non
         UnsupportedModelError: for another class of layers, or another forward of the layer, its attention or a norm.
     """
     cls = type(layer)
-    if any("_orig_mod" in part._modules for part in (layer, layer.get_submodule("self_attn"))):
+    if any("_orig_mod" in part._modules for part in (layer, mixer_of(layer))):
         raise UnsupportedModelError(
             "a decoder layer or its attention was compiled by itself, which pruned layers would not run; take the "
             "layers out of `torch.compile`, and prune with `compile=True`"
         )
-    attention = type(layer.get_submodule("self_attn"))
+    attention = type(mixer_of(layer))
     for norm in {type(norm) for norm in layer.modules() if type(norm).__name__ in PLAIN_RMS_NORMS}:
         _owner(norm)
     owner = _owner(cls)
@@ -124,19 +131,19 @@ def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def check_window(config: Any, has_windows: bool = False) -> None:
+def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
     """Refuse a decoder that attends within a sliding window, or whose layers are of other types.
 
     Args:
         config: configuration of the decoder.
-        has_windows: whether its adapter knows which layers have one.
+        known: types of layers, besides full attention, that its adapter covers.
 
     Raises:
         UnsupportedModelError: naming the setting.
     """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if has_windows and types <= {"sliding_attention"}:
+    if types <= known and (window is None or "sliding_attention" in known):
         return
     if window is not None or types:
         found = ", ".join([*sorted(types), *([] if window is None else [f"sliding_window={window}"])])

@@ -21,6 +21,8 @@ FAMILIES = Registry(
         "qwen2_vl": "dop_search.models.qwen2_vl:Qwen2VLAdapter",
         "qwen2_5_vl": "dop_search.models.qwen2_5_vl:Qwen2_5VLAdapter",
         "qwen3_vl": "dop_search.models.qwen3_vl:Qwen3VLAdapter",
+        "qwen3_5": "dop_search.models.qwen3_5:Qwen3_5Adapter",
+        "qwen3_5_moe": "dop_search.models.qwen3_5:Qwen3_5MoeAdapter",
         "internvl": "dop_search.models.internvl:InternVLAdapter",
         "qwen3_vl_moe": "dop_search.models.qwen3_vl:Qwen3VLMoeAdapter",
         "idefics3": "dop_search.models.idefics3:Idefics3Adapter",

@@ -14,7 +14,7 @@ from dop_search.utils.errors import UnsupportedModelError
 class Gemma3Adapter(ModelAdapter):
     """``Gemma3ForConditionalGeneration`` (arXiv 2503.19786): five layers with a window to each without one."""
 
-    has_windows = True
+    layer_types = frozenset({"sliding_attention"})
     sees_images_whole = True
 
     @classmethod

@@ -125,7 +125,7 @@ class MaxTiles(InputLimit):
 def input_limit(adapter: ModelAdapter) -> InputLimit | None:
     """How the processor of a model makes fewer tokens; ``None`` where every image has the same number."""
     kinds: dict[type[InputLimit], tuple[str, ...]] = {
-        MaxPixels: ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        MaxPixels: ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
         MaxCrops: ("llava_next", "llava_next_video", "llava_onevision"),
         MaxTiles: ("internvl",),
     }

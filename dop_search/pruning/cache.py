@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from dop_search.pruning.recurrent import State
 from dop_search.utils.errors import DopError
+
+FOREIGN = (
+    "this cache was filled by a pruned model, so that its layers hold different tokens; continue it inside "
+    "`with pruned(model, strategy):`"
+)
 
 
 @dataclass
@@ -89,11 +95,32 @@ class PrunedCache(DynamicCache):
             DopError: if the model that adds them is not pruned.
         """
         if not self.state.open:
-            raise DopError(
-                "this cache was filled by a pruned model, so that its layers hold different tokens; "
-                "continue it inside `with pruned(model, strategy):`"
-            )
+            raise DopError(FOREIGN)
         return super().update(*args, **kwargs)
+
+    def state_of(self, layer_idx: int) -> State | None:
+        """The state of a recurrent layer; ``None``: it has seen nothing."""
+        layer: Any = self.layers[layer_idx]
+        return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
+
+    def keep_state(self, layer_idx: int, state: State) -> None:
+        """Take the state of a recurrent layer, in the form that transformers gives it."""
+        layer: Any = self.layers[layer_idx]
+        if not layer.is_conv_states_initialized[0]:
+            layer.lazy_initialization(conv_states=state[0])
+            layer.lazy_initialization(recurrent_states=state[1])
+        layer.conv_states[0], layer.recurrent_states[0] = state
+        layer.has_previous_state[0] = True
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for models that are not pruned, whose recurrent layers ask for it.
+
+        Raises:
+            DopError: always.
+        """
+        raise DopError(FOREIGN)
+
+    update_conv_state = get_conv_state
 
     def reset(self) -> None:
         """Forget everything."""
@@ -137,10 +164,13 @@ class PrunedCache(DynamicCache):
         state.places = {index: change(places) for index, places in state.places.items()}
 
 
-def open_state(cache: Cache | None, windows: Sequence[int | None], attention_mask: Tensor | None) -> CacheState:
+def open_state(
+    cache: Cache | None, windows: Sequence[int | None], taps: Sequence[int], attention_mask: Tensor | None
+) -> CacheState:
     """The state of a cache that a pruned model is about to extend; a fresh or unpruned cache becomes a pruned one.
 
-    ``windows``: of each layer; ``None``: it sees everything.
+    ``windows``: of each layer; ``None``: it sees everything. ``taps``: 0 of a layer that attends. Recurrent layers hold
+    no keys, and a state that is none of the tokens'.
 
     Raises:
         DopError: if it is no dynamic cache, or was changed from outside.
@@ -156,13 +186,17 @@ def open_state(cache: Cache | None, windows: Sequence[int | None], attention_mas
     layers: Any = cache.layers
     past = cache.get_seq_length()
     layers[:] = [kept_whole(layer) for layer in layers]
-    held = [layers[index].get_seq_length() if index < len(layers) else 0 for index in range(num_layers)]
+    if any(taps) and len(layers) < num_layers:
+        raise DopError("a model with recurrent layers needs `DynamicCache(config=model.config)`, which knows them")
+    held = [
+        layers[index].get_seq_length() if index < len(layers) and not taps[index] else 0 for index in range(num_layers)
+    ]
     if not isinstance(cache, PrunedCache):
         # filled by the unpruned model: every layer holds every token, or the last ones that its window reaches
         valid = None
         if past and attention_mask is not None and not bool(attention_mask[:, :past].all()):
             valid = attention_mask[:, :past].bool()
-        masks = [None if valid is None else valid[:, past - length :] for length in held]
+        masks = [None if valid is None or not length else valid[:, past - length :] for length in held]
         cache.__class__ = PrunedCache
         cache.state = CacheState(masks, held, past, valid)  # type: ignore[attr-defined]
         for index, window in enumerate(windows):

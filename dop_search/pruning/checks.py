@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
-from dop_search.models.decoder_checks import check_layer
+from dop_search.models.decoder_checks import check_layer, mixer_of
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -39,7 +39,7 @@ class UncalledModules:
                 tensors.
             UnsupportedModelError: for a class that computes something else.
         """
-        modules = [part for layer in self._adapter.layers for part in (layer, layer.get_submodule("self_attn"))]
+        modules = [part for layer in self._adapter.layers for part in (layer, mixer_of(layer))]
         if modules != self._modules or any(cls.forward is not known for cls, known in self._forwards.items()):
             for layer in self._adapter.layers:
                 check_layer(layer, self._adapter.decoder_layers)
@@ -63,7 +63,7 @@ class UncalledModules:
 
 def _name(number: int) -> str:
     index, is_attention = divmod(number, 2)
-    return f"self_attn of decoder layer {index}" if is_attention else f"decoder layer {index}"
+    return f"the attention of decoder layer {index}" if is_attention else f"decoder layer {index}"
 
 
 def check_outputs(configs: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.nn.modules import module as modules
 
-from dop_search.models.decoder_checks import PLAIN_RMS_NORMS
+from dop_search.models.decoder_checks import PLAIN_RMS_NORMS, mixer_of
 from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
+from dop_search.pruning.plans import LayerPlan
+from dop_search.pruning.recurrent import State, mix, taps_of
 from dop_search.pruning.sight import window_of
 from dop_search.pruning.steps import Groups, LayerStep
 
@@ -27,10 +29,16 @@ MAX_COMPILED_VARIANTS = 32
 
 
 class KeyValueStore(Protocol):
-    """What a layer hands its new keys and values to: a transformers ``Cache``, or a fixed prefix."""
+    """What a layer hands its new keys and values, or its state, to: a cache, or a fixed prefix."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Add this layer's keys and values; returns all that its queries may see."""
+
+    def state_of(self, layer_idx: int) -> State | None:
+        """The state of a recurrent layer; ``None``: it has seen nothing."""
+
+    def keep_state(self, layer_idx: int, state: State) -> None:
+        """Take the state of a recurrent layer after what it was just given."""
 
 
 def device_of(layer: Any) -> torch.device:
@@ -40,8 +48,12 @@ def device_of(layer: Any) -> torch.device:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-rotation convention of the Llama family."""
-    half = x.shape[-1] // 2
+    """Rotary position embedding in the half-rotation convention of the Llama family, of the first features if ``cos``
+    is for fewer than there are."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cos, signed_sin), x[..., width:]], dim=-1)
+    half = width // 2
     if torch.compiler.is_compiling():  # a roll is fused with what is around it, a cat is two kernels more
         turned = torch.roll(x, half, dims=-1)
     else:
@@ -99,7 +111,7 @@ def run_layer(
     parts: LayerParts | None = None,
     past_places: Tensor | None = None,
 ) -> Tensor:
-    """Run one decoder layer of the Llama family on packed rows.
+    """Run one decoder layer of the Llama family, or a recurrent one, on packed rows.
 
     Args:
         layer: decoder layer with ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and ``mlp``.
@@ -121,19 +133,32 @@ def run_layer(
     device = device_of(layer)
     window = window_of(layer)
     hidden, layout, tables = hidden.to(device), layout.on(device), tables.on(device).of_layer(window)
-    rows = layout.layer(before, step, read_only, window)
+    rows = layout.layer(before, step, read_only, window, taps_of(layer))
     plan = rows.attention
-    (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
     if rows.keep is not None:
         hidden = hidden.index_select(0, rows.keep)
+    if plan is None:
+        return run_recurrent(layer, hidden, rows, cache)
+    (cos_q, sin_q), (cos_k, sin_k) = tables.rope(plan)
     queries = Side(rows.query, plan.query_pad, cos_q, sin_q)
     keys = Side(rows.key, plan.key_pad, cos_k, sin_k)
-    query, key, value = parts.project(layer, hidden, queries, keys, plan.num_samples)
+    query, key, value, gate = parts.project(layer, hidden, queries, keys, plan.num_samples)
     if cache is not None:
         key, value = cache.update(key, value, layer.self_attn.layer_idx)
     context = attend(layer.self_attn, query, key, value, plan, tables, past_valid, past_places)
     del query, key, value  # the MLP needs the room
-    return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp)
+    return parts.finish(layer, hidden, context, plan.query_unpad, rows.query, rows.mlp, gate)
+
+
+def run_recurrent(layer: Any, hidden: Tensor, rows: LayerPlan, cache: KeyValueStore | None) -> Tensor:
+    """Run a recurrent layer on packed rows, or on all of a chunk of text: ``[rows, hidden_size]``."""
+    assert rows.recurrent is not None
+    mixer = mixer_of(layer)
+    past = None if cache is None else cache.state_of(mixer.layer_idx)
+    attended, state = mix(mixer, normalize(layer.input_layernorm, hidden), rows, rows.recurrent, past)
+    if cache is not None and state is not None:
+        cache.keep_state(mixer.layer_idx, state)
+    return feed_forward(layer, hidden, attended, rows.query, rows.mlp)
 
 
 def extend_layer(
@@ -159,11 +184,11 @@ def extend_layer(
     Returns:
         Hidden states of the same shape.
     """
-    query, key, value = parts.project(layer, hidden, rows, rows, num_samples)
+    query, key, value, gate = parts.project(layer, hidden, rows, rows, num_samples)
     if cache is not None:
         key, value = cache.update(key, value, layer.self_attn.layer_idx)
     context = attend_text(layer.self_attn, query, key, value, mask)
-    return parts.finish(layer, hidden, context, None, None, None)
+    return parts.finish(layer, hidden, context, None, None, None, gate)
 
 
 def is_checkpointed(layer: Any) -> bool:
@@ -194,20 +219,34 @@ class Side(NamedTuple):
     sin: Tensor
 
 
-def project(layer: Any, hidden: Tensor, queries: Side, keys: Side, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, projections and rotation: query, key and value, each ``[num_samples, heads, length, head_dim]``."""
+def project(
+    layer: Any, hidden: Tensor, queries: Side, keys: Side, num_samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Norm, projections and rotation: query, key and value, each ``[num_samples, heads, length, head_dim]``.
+
+    Where the query projection is twice as wide as the heads, its other half is a gate of what they receive: it comes
+    last, ``[queries, heads * head_dim]``.
+    """
     attention = layer.self_attn
     head_dim = attention.head_dim
     normed = normalize(layer.input_layernorm, hidden)
     queries_in = normed if queries.rows is None else normed.index_select(0, queries.rows)
     keys_in = normed if keys.rows is None else normed.index_select(0, keys.rows)
-    query = project_heads(attention.q_proj, getattr(attention, "q_norm", None), queries_in, head_dim)
     key = project_heads(attention.k_proj, getattr(attention, "k_norm", None), keys_in, head_dim)
     value = project_heads(attention.v_proj, None, keys_in, head_dim)
+    query, gate = attention.q_proj(queries_in), None
+    if query.shape[-1] == 2 * key.shape[-2] * attention.num_key_value_groups * head_dim:
+        query, gate = (part.flatten(1) for part in query.unflatten(-1, (-1, 2, head_dim)).unbind(dim=-2))
+    query, norm = query.unflatten(-1, (-1, head_dim)), getattr(attention, "q_norm", None)
     return (
-        rotate(arrange(query, queries.pad, num_samples), queries.cos, queries.sin),
+        rotate(
+            arrange(query if norm is None else normalize(norm, query), queries.pad, num_samples),
+            queries.cos,
+            queries.sin,
+        ),
         rotate(arrange(key, keys.pad, num_samples), keys.cos, keys.sin),
         arrange(value, keys.pad, num_samples),
+        gate,
     )
 
 
@@ -218,10 +257,9 @@ def finish(
     unpad: Tensor | None,
     query_rows: Tensor | None,
     mlp_rows: Tensor | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Output projection, residual and MLP: the hidden states after the layer, ``[rows, hidden_size]``.
-
-    Gemma's layers norm what attention and MLP return as well, so that four norms bear other names.
 
     Args:
         layer: decoder layer.
@@ -229,11 +267,23 @@ def finish(
         context: what the queries received, ``[num_samples, num_queries, heads, head_dim]``.
         unpad: padded place of each query (``None``: no padding).
         query_rows, mlp_rows: rows that issued a query, and that go through the MLP (``None``: all).
+        gate: of what the queries received, before its sigmoid.
     """
     context = context.flatten(2).flatten(0, 1)
     if unpad is not None:
         context = context.index_select(0, unpad)
-    attended = layer.self_attn.o_proj(context)
+    if gate is not None:
+        context = context * gate.sigmoid()
+    return feed_forward(layer, hidden, layer.self_attn.o_proj(context), query_rows, mlp_rows)
+
+
+def feed_forward(
+    layer: Any, hidden: Tensor, attended: Tensor, query_rows: Tensor | None, mlp_rows: Tensor | None
+) -> Tensor:
+    """Residual and MLP after what the queries have received; arguments as in :func:`finish`.
+
+    Gemma's layers norm what attention and MLP return as well, so that four norms bear other names.
+    """
     sandwiched = hasattr(layer, "pre_feedforward_layernorm")
     hidden = add_rows(hidden, query_rows, layer.post_attention_layernorm(attended) if sandwiched else attended)
     mlp_in = hidden if mlp_rows is None else hidden.index_select(0, mlp_rows)
@@ -257,7 +307,7 @@ def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:
 class LayerParts:
     """The two pure parts of a layer, as they are or compiled."""
 
-    project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project
+    project: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = project
     finish: Callable[..., Tensor] = finish
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dop_search.pruning.plans import AttentionPlan, LayerPlan, Segment
+from dop_search.pruning.plans import AttentionPlan, LayerPlan, RecurrentPlan, Segment
+from dop_search.pruning.recurrent import plan_recurrence
 from dop_search.pruning.sight import NO_IMAGE, Sight, within_window
 from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
@@ -112,7 +113,7 @@ class Layout:
         self._rows: dict[tuple[Groups, bool], np.ndarray] = {}
         self._relative: dict[tuple[Groups, Groups, bool], Tensor | None] = {}
         self._attention: dict[tuple[Groups, Groups, bool, int | None], AttentionPlan] = {}
-        self._layers: dict[tuple[Groups, LayerStep, bool, int | None], LayerPlan] = {}
+        self._layers: dict[tuple[Groups, LayerStep, bool, int | None, int], LayerPlan] = {}
         self._elsewhere: dict[torch.device, Layout] = {}
 
     def on(self, device: torch.device) -> Layout:
@@ -143,19 +144,38 @@ class Layout:
             self._relative.setdefault(key, None if same else self.tensor(np.searchsorted(around, inside)))
         return self._relative[key]
 
-    def layer(self, before: Groups, step: LayerStep, read_only: bool = False, window: int | None = None) -> LayerPlan:
-        """The rows of one layer whose input holds the groups ``before``."""
-        key = (before, step, read_only, window)
+    def layer(
+        self, before: Groups, step: LayerStep, read_only: bool = False, window: int | None = None, taps: int = 0
+    ) -> LayerPlan:
+        """The rows of one layer whose input holds the groups ``before``; ``taps``: of a recurrent layer."""
+        key = (before, step, read_only, window, taps)
         if key not in self._layers:
+            query, offered, mixing = (
+                self.relative(step.q, step.alive, read_only),
+                self.relative(step.kv, step.alive),
+                None,
+            )
+            if taps:
+                offered, mixing = self._plan_recurrence(step, read_only, taps)
             plan = LayerPlan(
                 keep=self.relative(step.alive, before),
-                query=self.relative(step.q, step.alive, read_only),
-                key=self.relative(step.kv, step.alive),
+                query=query,
+                key=offered,
                 mlp=self.relative(step.mlp, step.alive, read_only),
-                attention=self.attention(step.q, step.kv, read_only, window),
+                attention=None if taps else self.attention(step.q, step.kv, read_only, window),
+                recurrent=mixing,
             )
             return self._layers.setdefault(key, plan)
         return self._layers[key]
+
+    def _plan_recurrence(self, step: LayerStep, read_only: bool, taps: int) -> tuple[Tensor | None, RecurrentPlan]:
+        """Rows that update or read, among those that stay, and their arrangement."""
+        reads, updates, around = self.rows(step.q, read_only), self.rows(step.kv), self.rows(step.alive)
+        rows = np.union1d(reads, updates)
+        plan = plan_recurrence(
+            self.sample[rows], np.isin(rows, updates), np.isin(rows, reads), self.num_samples, taps, self.device
+        )
+        return None if len(rows) == len(around) else self.tensor(np.searchsorted(around, rows)), plan
 
     def attention(
         self, query_groups: Groups, key_groups: Groups, read_only: bool = False, window: int | None = None

@@ -52,17 +52,55 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
+class RecurrentPlan:
+    """How the rows that update the state of a recurrent layer, or read it, are arranged as ``[sample, position]``.
+
+    Attributes:
+        num_samples, length: the padded shape.
+        place: where each row stands in it, flattened; ``None`` without padding.
+        window: ``[taps, rows]`` what the convolution of each row sees, itself last: numbers of rows, after the
+            ``num_samples * taps`` rows of what it remembers.
+        tail: ``[num_samples * taps]`` what it remembers then, in the same numbers.
+        updates: which rows change the state; ``None``: all.
+        reads: places of the rows that read it; ``None``: all of the shape.
+    """
+
+    num_samples: int
+    length: int
+    place: Tensor | None
+    window: Tensor
+    tail: Tensor
+    updates: Tensor | None
+    reads: Tensor | None
+
+    @property
+    def num_taps(self) -> int:
+        """Tokens that the convolution sees."""
+        return len(self.window)
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """``[rows, ...]`` as ``[num_samples, length, ...]``; pads are zero."""
+        if self.place is not None:
+            spread = rows.new_zeros(self.num_samples * self.length, *rows.shape[1:])
+            rows = spread.index_copy(0, self.place, rows)
+        return rows.unflatten(0, (self.num_samples, self.length))
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """Which rows each part of one decoder layer works on; ``None`` stands for all rows that are there.
 
     Attributes:
         keep: rows of the layer's input that stay in the sequence.
-        query, key, mlp: rows, among those that stay, that issue a query, offer a key and value, go through the MLP.
-        attention: how queries and keys are arranged.
+        query, key, mlp: rows, among those that stay, that issue a query, offer a key and value, go through the MLP;
+            ``key`` of a recurrent layer: that update its state or read it.
+        attention: how queries and keys are arranged; ``None`` of a recurrent layer.
+        recurrent: how the rows of a recurrent layer are arranged.
     """
 
     keep: Tensor | None
     query: Tensor | None
     key: Tensor | None
     mlp: Tensor | None
-    attention: AttentionPlan
+    attention: AttentionPlan | None
+    recurrent: RecurrentPlan | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables, extension_mask, signed
-from dop_search.pruning.cache import CacheState, append_valid, open_state
+from dop_search.pruning.cache import CacheState, PrunedCache, append_valid, open_state
 from dop_search.pruning.checks import UncalledModules, check_arguments, check_embeds, check_labels, check_outputs
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import (
@@ -27,12 +27,14 @@ from dop_search.pruning.layer import (
     extend_layer,
     is_checkpointed,
     run_layer,
+    run_recurrent,
 )
 from dop_search.pruning.layout import LayoutCache
 from dop_search.pruning.packed import find_packing
-from dop_search.pruning.plans import AttentionPlan
+from dop_search.pruning.plans import AttentionPlan, LayerPlan
 from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
 from dop_search.pruning.ranking import RankingSource
+from dop_search.pruning.recurrent import taps_of, text_chunk
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
 from dop_search.pruning.steps import LayerStep, layer_steps
@@ -69,6 +71,7 @@ class PrunedDecoder(Attached):
         self.all_groups = frozenset(range(len(strategy.groups) + len(further)))
         self.text_model: Any = adapter.text_model
         self.windows = [window_of(layer) for layer in adapter.layers]
+        self.taps = [taps_of(layer) for layer in adapter.layers]
         self.layouts = LayoutCache()
         self.call = Call()
         self.uncalled = uncalled
@@ -121,7 +124,7 @@ class PrunedDecoder(Attached):
         )
         deepstack = tuple(features.to(device) for features in deepstack)
         past_key_values = self._cache(past_key_values, use_cache)
-        state = open_state(past_key_values, self.windows, attention_mask)
+        state = open_state(past_key_values, self.windows, self.taps, attention_mask)
         batch, length = inputs_embeds.shape[:2]
         packing = None
         if attention_mask is None:
@@ -141,13 +144,13 @@ class PrunedDecoder(Attached):
         tokens = Tokens(inputs_embeds, seen_ids, visual, rope, new, read, whole)
         if packing is not None:
             tokens = tokens.unpacked(packing)
-        state.open = True
+        state.open, kept = True, cast("PrunedCache | None", past_key_values)
         try:
             prompt = self._prompt(tokens, state, packing is not None)
             if prompt is None:
-                hidden = self._extend(tokens, past_key_values, state)
+                hidden = self._extend(tokens, kept, state)
             else:
-                hidden = self._prefill(prompt, tokens, past_key_values, state, deepstack)
+                hidden = self._prefill(prompt, tokens, kept, state, deepstack)
         finally:
             state.open = False
         state.add_tokens(tokens.valid if packing is None else None, batch, length, device)
@@ -192,7 +195,7 @@ class PrunedDecoder(Attached):
         self,
         prompt: Prompt,
         tokens: Tokens,
-        cache: Cache | None,
+        cache: PrunedCache | None,
         state: CacheState,
         deepstack: tuple[Tensor, ...] = (),
     ) -> Tensor:
@@ -247,7 +250,7 @@ class PrunedDecoder(Attached):
             before = step.alive
             if injected is not None:
                 hidden = injected.add(hidden, index, before)
-            if cache is not None:
+            if cache is not None and not self.taps[index]:
                 self._remember(state, index, layout.attention(step.q, step.kv, False, self.windows[index]), appended)
         final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
         full = full.to(hidden.device)
@@ -255,18 +258,25 @@ class PrunedDecoder(Attached):
 
     # -- a chunk of text only: decoding and continuation ------------------------------------------
 
-    def _extend(self, tokens: Tokens, cache: Cache | None, state: CacheState) -> Tensor:
+    def _extend(self, tokens: Tokens, cache: PrunedCache | None, state: CacheState) -> Tensor:
         hidden, new_valid = tokens.embeds, tokens.valid
         batch, length = hidden.shape[:2]
         eager = self.text_model.config._attn_implementation == "eager"
         masks: dict[tuple[int, int, int, torch.device], Tensor | None] = {}
         rows: dict[tuple[bool, torch.device], Side] = {}
+        chunks: dict[tuple[int, torch.device], LayerPlan] = {}
         new_places = None
         if any(window is not None for window in self.windows):
             new_places = torch.arange(state.num_seen, state.num_seen + length, device=hidden.device).repeat(batch, 1)
         packed = hidden.flatten(0, 1)
         for index, layer in enumerate(self.adapter.layers):
             past, device = state.valid[index], device_of(layer)
+            if taps := self.taps[index]:
+                if (taps, device) not in chunks:
+                    chunks[taps, device] = text_chunk(batch, length, taps, device, new_valid)
+                recur = partial(run_recurrent, layer, rows=chunks[taps, device], cache=cache)
+                packed = checkpointed(layer, recur, packed.to(device))
+                continue
             window, places = self.windows[index], state.places.get(index)
             if window is not None and state.num_seen + length <= window:
                 window = None
@@ -293,6 +303,8 @@ class PrunedDecoder(Attached):
         appended: dict[tuple[int, int], Tensor] = {}
         grown: dict[int, Tensor] = {}
         for index, past in enumerate(state.valid):
+            if self.taps[index]:
+                continue
             if past is not None or new_valid is not None:
                 held = (state.lengths[index], id(past))
                 if held not in appended:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dop_search.pruning.layout import TEXT
 from dop_search.strategy import Strategy
-from dop_search.strategy.cost.flops import layer_counts, layer_flops
+from dop_search.strategy.cost.flops import layer_counts, total_flops
 from dop_search.strategy.operations import ModelDims, Module, TokenCounts
 from dop_search.strategy.policy import GroupPolicy
 from dop_search.utils.errors import StrategyError
@@ -104,6 +104,5 @@ def text_groups_flops(
     """
     counts = layer_counts(strategy, TokenCounts(1, num_visual))
     for policy, size in zip(text.policies, sizes, strict=True):
-        for module in Module:
-            counts[module][list(policy.canonical().layers(module))] += size
-    return int(layer_flops(dims, counts[Module.Q], counts[Module.KV], counts[Module.MLP]).sum())
+        counts = counts.plus(policy.canonical(), size)
+    return total_flops(dims, counts)

@@ -63,7 +63,8 @@ class Blocks:
     Attributes:
         levels: numbers of visual tokens ``[T]``.
         fixed: what is paid beside the layers.
-        prices: of every feature (sets of groups in a layer) for each of them ``[T, F]``.
+        prices: of every feature (sets of groups in a layer of a kind) for each of them ``[T, F]``.
+        before: layers of each kind before each layer ``[kinds, L]``.
         kv_depth: exit depth of the keys of each group ``[S, G]``.
         blocks: first and last level of each block ``[B, 2]``.
         ends, end_block: level and block of each end ``[E]``, one for a block of one level, else two.
@@ -82,6 +83,9 @@ class Blocks:
         self.token_nats = surrogate.curves[space.tokens.name]
         table = cost_model.group_prices(space.tokens.levels, space.shares)
         self.fixed, shape = table.fixed, (len(self.levels), -1)
+        self.kinds, self.num_kinds = table.kinds, table.attention.shape[1]
+        of_kind = self.kinds == np.arange(self.num_kinds)[:, None]
+        self.before: IntArray = np.cumsum(of_kind, axis=1) - of_kind
         self.prices: IntArray = np.concatenate(
             [table.attention.reshape(shape), table.mlp.reshape(shape), table.last], axis=1
         )
@@ -106,8 +110,9 @@ class Blocks:
             self.kv_nats += self.surrogate.curves[parameter.name][column]
         layers, bits = np.arange(self.num_layers), 1 << np.arange(self.num_groups)
         self.keys: IntArray = (self.kv_depth[:, None, :] > layers[None, :, None]) @ bits  # [S, L]
-        sets = np.arange(1 << self.num_groups)
-        self.num_layers_of = (self.keys[:, :-1, None] == sets).sum(axis=1)  # [S, 2**G]
+        code = self.keys[:, :-1] + (self.kinds[:-1] << self.num_groups)
+        sets = np.arange(self.num_kinds << self.num_groups)
+        self.num_layers_of = (code[:, :, None] == sets).sum(axis=1)  # [S, kinds * 2**G]
 
     def _make_blocks(self) -> None:
         octaves = np.log2(np.maximum(self.levels, 1) / max(1, self.levels[-1]))
@@ -132,21 +137,23 @@ class Blocks:
         self.token_sag = np.maximum.reduceat(nats_line - nats, starts).clip(0)  # [B]
 
     def table_of(self, prices: NDArray[Any], role: Role) -> NDArray[Any]:
-        """The attention's or the MLP's part of ``[..., F]`` as ``[..., 2**G that run it, 2**G keys]``."""
+        """The attention's or the MLP's part of ``[n, F]``: ``[n, 2**G that run it, kinds (MLPs: 1), 2**G keys]``."""
         sets = 1 << self.num_groups
-        part = prices[..., : sets * sets] if role == "q" else prices[..., sets * sets : 2 * sets * sets]
-        return part.reshape(*prices.shape[:-1], sets, sets)
+        first, kinds = (0, self.num_kinds) if role == "q" else (self.num_kinds, 1)
+        part = prices[:, first * sets * sets : (first + kinds) * sets * sets]
+        return part.reshape(-1, kinds, sets, sets).swapaxes(1, 2)
 
     def marginals(self, prices: NDArray[Any], role: Role, group: int) -> NDArray[Any]:
-        """What a group that is a key adds to the groups without it ``[..., sets without it, sets of keys with it]``."""
+        """What a group that is a key adds to the groups without it ``[n, sets without it, kinds, sets of keys with
+        it]``."""
         table, sets = self.table_of(prices, role), np.arange(1 << self.num_groups)
         without, inside = sets[sets >> group & 1 == 0], sets[sets >> group & 1 == 1]
-        return (table[..., without | 1 << group, :] - table[..., without, :])[..., inside]
+        return (table[:, without | 1 << group] - table[:, without])[..., inside]
 
     def is_additive(self, role: Role) -> bool:
         """Whether what a group adds is the same whatever other groups are there."""
         added = [self.marginals(self.prices, role, group) for group in range(self.num_groups)]
-        return all(bool((part == part[..., :1, :]).all()) for part in added)
+        return all(bool((part == part[:, :1]).all()) for part in added)
 
     def _options_of(self, role: Role, group: int) -> tuple[FloatArray, IntArray]:
         """Divergence of each depth (infinite if there is no such option) and its level index ``[kv levels, L]``."""
@@ -173,16 +180,21 @@ class Blocks:
         The layers in which exactly some groups run, and exactly some are keys, are those between two of their depths.
         """
         sets, count = 1 << self.num_groups, len(depths)
-        result = np.zeros((2 * sets * sets + sets, count), dtype=np.int64)
+        result = np.zeros((self.prices.shape[1], count), dtype=np.int64)
         keys = self._between(self.kv_depth[depths.kv].T)
-        for column in range(2):
+        for column, row in enumerate((0, self.num_kinds * sets * sets)):
             runs = self._between(depths.inner[:, column].T)
             for chosen, offered in np.ndindex(sets, sets):
                 if chosen & ~offered == 0:  # what is no key is dead, and does not run
                     first = np.maximum(runs[0][chosen], keys[0][offered])
                     end = np.minimum(runs[1][chosen], keys[1][offered])
-                    result[(column * sets + chosen) * sets + offered] = np.maximum(end - first, 0)
-        result[2 * sets * sets + self.keys[depths.kv, -1], np.arange(count)] = 1
+                    at = row + chosen * sets + offered
+                    if column or self.num_kinds == 1:
+                        result[at] = np.maximum(end - first, 0)
+                        continue
+                    between = self.before[:, end] - self.before[:, np.minimum(first, self.num_layers - 1)]
+                    result[at : row + self.num_kinds * sets * sets : sets * sets] = np.maximum(between, 0)
+        result[self.keys[depths.kv, -1] - sets, np.arange(count)] = 1
         return result.T
 
     def _between(self, depths: IntArray) -> tuple[list[NDArray[np.int16]], list[NDArray[np.int16]]]:

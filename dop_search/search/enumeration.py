@@ -70,27 +70,28 @@ class Enumeration(Blocks):
     def _base(self) -> FloatArray:
         """Lowered cost of the kv depths alone, divided by the scale ``[E, S]``."""
         sets = 1 << self.num_groups
-        base = (self.table_of(self.lower, "q") + self.table_of(self.lower, "mlp"))[:, 0] @ self.num_layers_of.T
+        nobody = (self.table_of(self.lower, "q") + self.table_of(self.lower, "mlp"))[:, 0]  # [E, kinds, 2**G keys]
+        base = nobody.reshape(len(nobody), -1) @ self.num_layers_of.T
         return (base + self.lower[:, -sets:][:, self.keys[:, -1]] + self.fixed) / self.scale[:, None]
 
     def bound(self, alpha: float, x: FloatArray, end: IntArray) -> FloatArray:
         """A lower bound of ``alpha D + x cost / scale`` over all depths, at ends ``[n]``, per kv depths ``[n, S]``."""
         total = x[:, None] * self._base[end] + alpha * self.kv_nats
-        depths = np.arange(self.num_layers)
         for group in range(self.num_groups):
             best = np.zeros((len(end), 1))
             for role in ROLES:
-                step = x * self._least_marginal[role, group][end]
+                before = self.before if role == "q" else np.arange(self.num_layers)[None]
+                least = (x[:, None] * self._least_marginal[role, group][end]) @ before  # [n, L]
                 nats = _weighted(alpha, self.options[role, group][0])
-                best = best + (nats + step[:, None, None] * depths).min(axis=2)  # [n, kv levels]
+                best = best + (nats + least[:, None]).min(axis=2)  # [n, kv levels]
             total += best[:, self.kv_level[:, group]]
         return np.asarray(total)
 
     @cached_property
     def _least_marginal(self) -> dict[tuple[Role, int], FloatArray]:
-        """The least that a group can add in a layer in which it is a key, divided by the scale ``[E]``."""
+        """The least that a group can add in a layer of a kind in which it is a key, by the scale ``[E, kinds]``."""
         return {
-            (role, group): self.marginals(self.lower, role, group).min(axis=(1, 2)) / self.scale
+            (role, group): self.marginals(self.lower, role, group).min(axis=(1, 3)) / self.scale[:, None]
             for role, group in self.options
         }
 
@@ -120,9 +121,10 @@ class Enumeration(Blocks):
     def _until(self, role: Role, chosen: int, end: IntArray, kv: IntArray) -> FloatArray:
         """Lowered cost that the set ``chosen`` adds in the layers before each depth ``[n, L]``."""
         table = self.table_of(self.lower, role)
-        added = (table[:, chosen] - table[:, 0]) / self.scale[:, None]
+        added = (table[:, chosen] - table[:, 0]) / self.scale[:, None, None]
+        kinds = self.kinds[:-1] if role == "q" else 0
         total = np.zeros((len(end), self.num_layers))
-        np.cumsum(added[end[:, None], self.keys[kv, :-1]], axis=1, out=total[:, 1:])
+        np.cumsum(added[end[:, None], kinds, self.keys[kv, :-1]], axis=1, out=total[:, 1:])
         return total  # the last layer adds nothing: only text has a query and an MLP there
 
     def _component(

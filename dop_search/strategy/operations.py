@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +76,34 @@ def group_sizes(groups: tuple[TokenGroup, ...], num_tokens: int) -> tuple[int, .
 
 
 @dataclass(frozen=True)
+class RecurrentDims:
+    """The layers of a decoder that carry a state from token to token instead of attending, and their sizes.
+
+    Attributes:
+        layers: their numbers.
+        in_width: features that are projected for a token that updates the state or reads it.
+        out_width: features of gate and output projection, of a token that reads it.
+        state_size: numbers in the recurrent state of a sample, kept in float32.
+        window_size: numbers that the short convolution keeps of a sample.
+    """
+
+    layers: tuple[int, ...]
+    in_width: int
+    out_width: int
+    state_size: int
+    window_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # a list in JSON
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """The sizes of a decoder that its cost depends on.
 
     With experts ``intermediate_size`` is the width of one of ``num_experts``, of which a token runs
-    ``active_experts`` and the router.
+    ``active_experts`` and the router, and one that is shared, of ``shared_expert_size``, with its gate. With
+    ``gated_queries`` the query projection makes a gate of the same width.
     """
 
     num_layers: int
@@ -92,11 +116,26 @@ class ModelDims:
     vocab_size: int = 0
     num_experts: int = 0
     active_experts: int = 1
+    shared_expert_size: int = 0
+    gated_queries: bool = False
+    recurrent: RecurrentDims | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelDims:
+        """Inverse of ``dataclasses.asdict``."""
+        recurrent = data.get("recurrent")
+        return cls(**{**data, "recurrent": None if recurrent is None else RecurrentDims(**recurrent)})
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Of each layer whether it is recurrent; layers of a kind cost the same."""
+        recurrent = () if self.recurrent is None else self.recurrent.layers
+        return tuple(layer in recurrent for layer in range(self.num_layers))
 
     @property
     def mlp_width(self) -> int:
         """Width of all that a token runs of the MLP."""
-        return self.intermediate_size * self.active_experts
+        return self.intermediate_size * self.active_experts + self.shared_expert_size
 
     @property
     def query_width(self) -> int:
@@ -111,8 +150,16 @@ class ModelDims:
     def fingerprint(self, model_type: str) -> str:
         """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
         sizes = asdict(self)
-        if not self.num_experts:  # fingerprints of dense models are older than these fields
-            del sizes["num_experts"], sizes["active_experts"]
+        newer = {
+            "num_experts": 0,
+            "active_experts": 1,
+            "shared_expert_size": 0,
+            "gated_queries": False,
+            "recurrent": None,
+        }
+        for name, default in newer.items():  # fingerprints are older than these fields
+            if sizes[name] == default:
+                del sizes[name]
         text = json.dumps({"model_type": model_type, **sizes}, sort_keys=True)
         return f"{model_type}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -8,8 +8,8 @@ from torch import nn
 
 
 def cache_lengths(cache: Any) -> list[int]:
-    """Keys held by each layer of a transformers cache, padding included."""
-    return [int(layer.keys.shape[-2]) for layer in cache.layers]
+    """Keys held by each layer of a transformers cache, padding included; 0 where there is a state instead."""
+    return [int(layer.keys.shape[-2]) if hasattr(layer, "keys") else 0 for layer in cache.layers]
 
 
 _DATA_ATTRIBUTES = {"rope_deltas"}

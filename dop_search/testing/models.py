@@ -7,7 +7,8 @@ from torch import nn
 
 
 def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
-    """Draw every parameter anew: matrices of variance ``gain² / fan_in``, norms near 1, biases near 0.
+    """Draw every parameter anew: matrices of variance ``gain² / fan_in``, norms near 1, biases near 0; decays of
+    recurrent layers slow, so that their states are of many tokens.
 
     The usual 0.02 initialisation leaves attention uniform and the residual stream almost untouched, and then a wrong
     mask hides behind the tolerance.
@@ -26,5 +27,5 @@ def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
             elif name.endswith("weight"):
                 value = 1.0 + 0.1 * noise
             else:
-                value = 0.2 * noise
+                value = 0.2 * noise - (3.0 if name.endswith("A_log") else 0.0)
             parameter.copy_(value)

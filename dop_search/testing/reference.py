@@ -7,6 +7,8 @@ among the tokens of an image where ``token_type_ids`` say so.
 
 * keys and values: their columns of the attention mask are closed in that layer;
 * queries: the attention output of their rows is replaced by zero, so that the residual stream passes unchanged;
+* recurrent layers: their output is computed anew, token by token, over the tokens that have keys and values there;
+  one that has queries alone leaves the state as it finds it;
 * MLP: the MLP output of their rows is replaced by zero.
 
 Visual tokens outside the first ``num_visual_tokens`` of the ranking have no operation in any layer. The prompt's last
@@ -281,13 +283,19 @@ def _masking(
     """Hide what is skipped while the context is open."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-            visible, sees_any = _visible(masks.kv[index], attended, getattr(attention, "sliding_window", None), images)
-            handles = (
-                attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
-                attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),
-                mlp.register_forward_hook(_hide_mlp(masks.mlp[index])),
-            )
+            parts = dict(layer.named_children())
+            handles = [parts["mlp"].register_forward_hook(_hide_mlp(masks.mlp[index]))]
+            if "linear_attn" in parts:
+                hook = _recur(masks.q[index] & attended, masks.kv[index] & attended)
+                handles.append(parts["linear_attn"].register_forward_hook(hook, with_kwargs=True))
+            else:
+                attention = parts["self_attn"]
+                window = getattr(attention, "sliding_window", None)
+                visible, sees_any = _visible(masks.kv[index], attended, window, images)
+                handles += [
+                    attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
+                    attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),
+                ]
             for handle in handles:
                 stack.callback(handle.remove)
         yield
@@ -318,3 +326,55 @@ def _hide_mlp(runs: Tensor) -> Callable[..., Tensor]:
         return output.masked_fill(~runs[:, :, None], 0.0)
 
     return hook
+
+
+def _recur(reads: Tensor, updates: Tensor) -> Callable[..., Tensor]:
+    """What ``reads`` get from a gated delta net that sees the tokens ``updates`` (both ``[batch, position]``)."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        result = torch.zeros_like(output)
+        for sample, (reading, updating) in enumerate(zip(reads.tolist(), updates.tolist(), strict=True)):
+            taps = module.conv1d.weight[:, 0]  # [features, taps]
+            seen = [torch.zeros_like(taps[:, 0])] * (taps.shape[1] - 1)
+            state = hidden.new_zeros(module.num_v_heads, module.head_k_dim, module.head_v_dim)
+            for place, (asks, learns) in enumerate(zip(reading, updating, strict=True)):
+                if asks or learns:
+                    answer, seen, state = delta_step(module, hidden[sample, place], seen, state, learns)
+                    result[sample, place] = answer if asks else 0.0
+        return result
+
+    return hook
+
+
+def delta_step(
+    module: Any, token: Tensor, seen: list[Tensor], state: Tensor, learns: bool = True
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """One token of a gated delta net: its output, and what it leaves if it ``learns``, by the equations of the paper
+    (arXiv 2412.06464, eq. 10): ``S' = S exp(g)``, ``S' += k (v - k S')^T beta``, ``o = q S'``.
+
+    Args:
+        module: the layer's gated delta net.
+        token: ``[hidden_size]``, normed.
+        seen: features of the tokens before it, as many as the convolution looks back.
+        state: ``[heads, key width, value width]``.
+        learns: otherwise it reads the state that others have left.
+    """
+    features = module.in_proj_qkv(token)
+    taps = module.conv1d.weight[:, 0]
+    mixed = nn.functional.silu(sum(taps[:, i] * part for i, part in enumerate([*seen, features])))
+    query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim])
+    repeats = module.num_v_heads // module.num_k_heads
+    query, key = (
+        (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(repeats, dim=0)
+        for part in (query.view(module.num_k_heads, -1), key.view(module.num_k_heads, -1))
+    )
+    if learns:
+        decay = torch.exp(-module.A_log.exp() * nn.functional.softplus(module.in_proj_a(token) + module.dt_bias))
+        state = state * decay[:, None, None]
+        known = (key[:, None] @ state)[:, 0]
+        change = (value.view(module.num_v_heads, -1) - known) * module.in_proj_b(token).sigmoid()[:, None]
+        state, seen = state + key[:, :, None] @ change[:, None], [*seen[1:], features]
+    answer = (query[:, None] @ state)[:, 0] / module.head_k_dim**0.5
+    gate = module.in_proj_z(token).view(module.num_v_heads, -1)
+    return module.out_proj(module.norm(answer, gate).flatten()), seen, state

@@ -22,7 +22,7 @@ from dop_search.evaluation.timing.timing import now_ms
 from dop_search.evaluation.timing.validation import random_strategies
 from dop_search.models.families import adapter_for
 from dop_search.strategy.cost import layer_counts
-from dop_search.strategy.operations import Module, TokenCounts
+from dop_search.strategy.operations import TokenCounts
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def main() -> None:
     for strategy, row in zip(strategies, data["predictions"], strict=True):
         assert strategy.describe() == row["strategy"]
         tokens = layer_counts(strategy, counts)
-        triples = zip(*(tokens[module].tolist() for module in (Module.Q, Module.KV, Module.MLP)), strict=True)
+        triples = zip(tokens.q.tolist(), tokens.kv.tolist(), tokens.mlp.tolist(), strict=True)
         predicted = 0.0
         for triple in triples:
             if triple not in known:

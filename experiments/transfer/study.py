@@ -69,15 +69,17 @@ class Transfer(Study):
 
     def row(self, bench: Workbench, target: str, budget: float, axis: str, source: str) -> Measured:
         """See base class."""
-        here, seed, limit = self._at(bench, target), bench.config.data.seed, Budget(flops_ratio=budget)
+        seed, limit = bench.config.data.seed, Budget(flops_ratio=budget)
+        there: dict[str, Any] = {"model": target, "seed": seed, "budget": budget}
+        if axis not in (TARGET, UNIFORM):
+            there[axis] = _like(axis, source)
+        found = None if axis == UNIFORM else self._search(bench, **there)  # first: it may need another model
+        here = self._at(bench, target)
         problem = here.profile(seed=seed).problem(limit)
-        if axis == TARGET:
-            strategy = self._search(bench, target, seed, budget)
-        elif axis == UNIFORM:
+        if found is None:
             strategy = uniform_strategy(problem, limit)
         else:
-            place: dict[str, Any] = {"model": target, "seed": seed, "budget": budget} | {axis: _like(axis, source)}
-            strategy = moved(self._search(bench, **place), problem, budget)
+            strategy = found if axis == TARGET else moved(found, problem, budget)
         heldout = here.divergence([strategy], "heldout")[0]
         values = {
             "flops_ratio": problem.cost_model.ratio(strategy),
@@ -90,10 +92,11 @@ class Transfer(Study):
         return values, heldout
 
     def _at(self, bench: Workbench, model: str) -> Workbench:
-        """The workbench of a model."""
+        """The workbench of a model; beside the configured one, the latest alone is held."""
         if model == bench.loaded.name:
             return bench
         if model not in self._benches:
+            self._benches.clear()
             other = bench.config.model.model_copy(update={"name_or_path": model})
             config = bench.config.model_copy(update={"model": other})
             self._benches[model] = Workbench(config, load(**config.model.model_dump()), bench.progress)

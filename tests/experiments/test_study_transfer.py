@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 
 from dop_search.search import Problem, Space
 from dop_search.strategy import Strategy
@@ -45,6 +50,35 @@ def test_rows_fit_their_budgets_and_a_rerun_measures_nothing(run_small_study: St
             assert {"to_target_ci95": move["to_target_ci95"]} == same
     assert (tmp_path / "out" / "transfer.png").exists()
     check_that_a_rerun_measures_nothing(run_small_study, tmp_path, "transfer", *GIVEN)
+
+
+@pytest.mark.slow
+def test_between_sizes_of_a_family(run_small_study: StudyRunner, tmp_path: Path) -> None:
+    """The command for Qwen2.5-VL, of 4 and of 6 layers: each is source and target."""
+    for layers in (4, 6):
+        tiny_model("qwen2_5_vl", layers, seed=layers).save_pretrained(tmp_path / f"{layers}")
+        tiny_processor("qwen2_5_vl").save_pretrained(tmp_path / f"{layers}")
+    pixels, lines = np.random.default_rng(0).integers(0, 255, (12, 24, 24, 3), dtype=np.uint8), []
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "question": "what is this?"}))
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    result = run_small_study(
+        "transfer",
+        "model=qwen2_5_vl_3b",
+        "selector=divprune",
+        f"model.name_or_path={tmp_path / '4'}",
+        "model.dtype=float32",
+        "data=jsonl",
+        f"data.path={tmp_path / 'mine.jsonl'}",
+        "data.num_test=0",
+        "budget=[0.7]",
+        "study.options.seeds=[]",
+        f"study.options.models=[{tmp_path / '6'}]",
+    )
+    found = {(row["target"][-1], row["axis"]): row for row in result["rows"]}
+    assert set(found) == {(layers, axis) for layers in "46" for axis in ("target", "uniform", "model")}
+    assert all(row["flops_ratio"] <= 0.7 for row in found.values())
 
 
 def test_moving_scales_depths_and_takes_the_most_tokens_that_fit() -> None:

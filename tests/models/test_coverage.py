@@ -24,7 +24,8 @@ def test_the_readme_holds_the_table() -> None:
         ("smolvlm", "covered", ""),
         ("janus", "refused", "nothing but an adapter"),
         ("paligemma", "refused", "not causal"),
-        ("qwen3_5", "refused", r"linear_attention.*without `self_attn`"),
+        ("minicpmv4_6", "refused", "nothing but an adapter"),
+        ("lfm3_vl", "refused", r"\(conv\).*without `self_attn`"),
         ("mllama", "not applicable", "cross attention"),
     ],
 )

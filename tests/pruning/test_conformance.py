@@ -99,6 +99,14 @@ class TestQwen3VLMoe(Family):
     max_examples = 2
 
 
+class TestQwen3_5(Family):
+    """Recurrent layers between those that attend, gated queries, half of each head rotated."""
+
+    __test__ = True
+    model_type = "qwen3_5"
+    separates_packed_rows = False  # one recurrence runs through all of a row
+
+
 class TestGemma3(Family):
     """Windows shorter than an image, images that are seen as a whole, four norms, two rotations."""
 
@@ -131,6 +139,7 @@ WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
 for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     _fields = {"__test__": True, "model_type": _name, "takes_videos": TINY_FAMILIES[_name].takes_videos}
     _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
+    _fields["separates_packed_rows"] = _name != "qwen3_5_moe"
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)
 
 

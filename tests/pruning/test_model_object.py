@@ -163,7 +163,7 @@ REGISTER = ("register_forward_hook", "register_forward_pre_hook", "register_full
 def test_hooks_that_would_not_fire_are_refused(where, register):
     model, inputs = tiny_model("llava"), tiny_inputs(model_of("llava"))
     module = model.model.language_model.get_submodule(where)
-    name = "decoder layer 2" if where == "layers.2" else "self_attn of decoder layer 1"
+    name = "decoder layer 2" if where == "layers.2" else "the attention of decoder layer 1"
     with getattr(module, register)(lambda *_: None):
         before = model_state(model)
         with pytest.raises(DopError, match=f"hook on {name} would not fire"):

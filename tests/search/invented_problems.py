@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dop_search.search import EvaluationStore, Evaluator, Problem, Space, Surrogate
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel, LatencyTable
-from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.strategy.operations import ModelDims, RecurrentDims, TokenCounts
 
 
 def make_space(kind: str, num_layers: int, num_visual_tokens: int, **options: int) -> Space:
@@ -70,6 +70,12 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
     kind = draw(st.sampled_from(KINDS))
     num_layers = draw(st.integers(1, 6 if kind in ("dop", "uniform") else 4))
     num_tokens = draw(st.integers(1, 9))
+    cost_kind = draw(st.sampled_from(["flops", "flops", "latency", "latency", "kv_cache"]))
+    recurrent = None
+    if cost_kind != "latency" and draw(st.booleans()):  # layers of two kinds, or of the other
+        layers = tuple(sorted(draw(st.sets(st.integers(0, num_layers - 1), min_size=1))))
+        sizes = (draw(st.sampled_from(size)) for size in ((3, 90), (1, 50), (0, 64), (1, 24)))
+        recurrent = RecurrentDims(layers, *sizes)
     dims = ModelDims(
         num_layers=num_layers,
         hidden_size=draw(st.sampled_from([4, 16])),
@@ -78,6 +84,8 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
         num_kv_heads=draw(st.sampled_from([1, 4])),
         head_dim=draw(st.sampled_from([2, 16])),
         gated_mlp=draw(st.booleans()),
+        gated_queries=draw(st.booleans()),
+        recurrent=recurrent,
     )
     counts = draw(
         st.lists(st.builds(TokenCounts, st.integers(1, 12), st.integers(0, num_tokens)), min_size=0, max_size=3)
@@ -89,7 +97,6 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
         name = max(space.names, key=lambda n: len(space.parameter(n).levels))
         levels = space.parameter(name).levels
         space = space.with_levels({name: rng.choice(levels[:-1], len(levels) - 2, replace=False).tolist()})
-    cost_kind = draw(st.sampled_from(["flops", "latency", "latency", "kv_cache"]))
     if cost_kind == "latency":
         model = CostModel(dims, counts, "latency", latency=random_table(num_layers, counts, rng))
     else:

@@ -179,6 +179,24 @@ def _qwen(processor: Any, videos: Any) -> Any:
     )
 
 
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DELTA_NETS = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+}
+
+
+def _qwen3_5_sizes(sizes: TinySizes) -> tuple[Values, Values]:
+    """Half of each head is rotated."""
+    text, vision = _mrope("out_hidden_size")(sizes)
+    head_dim, types = 2 * sizes.hidden_size // sizes.num_attention_heads, ["linear_attention", "full_attention"]
+    text["rope_parameters"] |= {"partial_rotary_factor": 0.5}
+    text |= {"head_dim": head_dim, "layer_types": (types * sizes.num_hidden_layers)[: sizes.num_hidden_layers]}
+    return text, vision
+
+
 # -- Idefics3, SmolVLM: 4 visual tokens per tile, up to 2 x 2 tiles and the whole image -----------------------------
 
 _IDEFICS = {"image_token_id": IMAGE_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID, "scale_factor": 2}
@@ -336,6 +354,22 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         sized=_mrope("out_hidden_size", head_dim=True),
         takes_videos=True,
     ),
+    "qwen3_5": TinyFamily(  # every other layer is recurrent, with two value heads per key head
+        _QWEN_TOKENS,
+        _qwen_vision(depth=3, num_position_embeddings=64),
+        lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+        _DELTA_NETS,
+        sized=_qwen3_5_sizes,
+        takes_videos=True,
+    ),
+    "qwen3_5_moe": TinyFamily(
+        _QWEN_TOKENS,
+        _qwen_vision(depth=3, num_position_embeddings=64),
+        lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+        {**_DELTA_NETS, **_EXPERTS, "shared_expert_intermediate_size": 16},
+        _qwen3_5_sizes,
+        takes_videos=True,
+    ),
     "internvl": TinyFamily(  # tiles of 3 x 3 visual tokens after pixel shuffle
         {"image_token_id": IMAGE_TOKEN_ID},
         _tower("internvl_vision", num_hidden_layers=2, image_size=42),
@@ -347,7 +381,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         _QWEN_TOKENS,
         _DEEPSTACK,
         lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
-        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        _EXPERTS,
         _mrope("out_hidden_size", head_dim=True),
         takes_videos=True,
     ),

@@ -105,7 +105,7 @@ def _vision_inputs(model: PreTrainedModel, num_images: int, shape: int, generato
             "pixel_values": pixels(num_images, 1 + rows * columns, 3, side, side),
             "image_sizes": torch.tensor([[rows * side, columns * side]] * num_images),
         }
-    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+    if family.startswith("qwen"):
         merge = vision.spatial_merge_size
         height, width = (merge * n for n in _QWEN_GRIDS[shape])
         channels = getattr(vision, "in_channels", 3)

@@ -179,9 +179,18 @@ def read_prefill(
 
 
 def cache_bytes(cache: Any) -> int | None:
-    """Bytes of all keys and values of a transformers cache."""
+    """Bytes of all keys and values, and of the states of recurrent layers, of a transformers cache."""
     layers = getattr(cache, "layers", None)
-    return None if layers is None else sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
+    return None if layers is None else sum(int(part.nbytes) for layer in layers for part in _held(layer))
+
+
+def _held(layer: Any) -> Iterator[Any]:
+    if hasattr(layer, "recurrent_states"):
+        yield from (
+            part for its in (layer.conv_states, layer.recurrent_states) for part in its.values() if part is not None
+        )
+    else:
+        yield from (layer.keys, layer.values)
 
 
 def interleaved(

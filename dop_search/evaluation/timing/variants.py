@@ -15,7 +15,8 @@ from dop_search.evaluation.timing.reductions import dropped_by_hooks, kept_colum
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
-from dop_search.strategy.cost import CostModel, full_flops, layer_flops
+from dop_search.strategy.cost import CostModel, full_flops
+from dop_search.strategy.cost.flops import LayerCounts, total_flops
 from dop_search.strategy.operations import ModelDims, TokenCounts
 
 Kind = Literal["full", "empty", "strategy", "bound", "hooks"]
@@ -176,9 +177,8 @@ def nearest(ratio_of: Callable[[int], float], ratio: float, most: int) -> int:
 
 def dropping_flops(dims: ModelDims, counts: TokenCounts, num_kept: int, first_layer: int) -> int:
     """FLOPs of a plain decoder that drops visual tokens in front of ``first_layer``; nothing dead is left out."""
-    few, all_tokens = counts.text + num_kept, counts.total
-    before = first_layer * layer_flops(dims, all_tokens, all_tokens, all_tokens)
-    return before + (dims.num_layers - first_layer) * layer_flops(dims, few, few, few)
+    tokens = [counts.text + num_kept if layer >= first_layer else counts.total for layer in range(dims.num_layers)]
+    return total_flops(dims, LayerCounts.everything(tokens))
 
 
 def _dropping(model: PreTrainedModel, prompt: Prompt, dims: ModelDims, ratio: float, first_layer: int) -> Variant | str:

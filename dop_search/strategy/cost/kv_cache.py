@@ -1,14 +1,23 @@
-"""Bytes of the key/value cache after prefill: ``2 * n_kv * (H_kv * d_h) * bytes_per_element`` per layer."""
+"""Bytes of the cache after prefill: ``2 * n_kv * (H_kv * d_h) * bytes_per_element`` per layer.
+
+A recurrent layer keeps a state of one size instead, whatever tokens there were: its numbers in float32, and the last
+features of its convolution.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import CostCoefficients, check_num_layers, layer_counts
-from dop_search.strategy.operations import ModelDims, Module, TokenCounts
+from dop_search.strategy.operations import ModelDims, TokenCounts
 
 
-def kv_cache_coefficients(dims: ModelDims, bytes_per_element: int = 2) -> CostCoefficients:
-    """Bytes per cached token and layer; queries and MLPs leave nothing in the cache."""
+def kv_cache_coefficients(dims: ModelDims, bytes_per_element: int = 2, recurrent: bool = False) -> CostCoefficients:
+    """Bytes per cached token and layer, or per layer; queries and MLPs leave nothing in the cache."""
+    if recurrent and (sizes := dims.recurrent) is not None:
+        state = 4 * sizes.state_size + bytes_per_element * sizes.window_size
+        return CostCoefficients(q=0, kv=0, score=0, mlp=0, state=state)
     return CostCoefficients(q=0, kv=2 * dims.kv_width * bytes_per_element, score=0, mlp=0)
 
 
@@ -19,5 +28,6 @@ def strategy_kv_bytes(dims: ModelDims, strategy: Strategy, counts: TokenCounts, 
         StrategyError: if the strategy is for another number of layers.
     """
     check_num_layers(dims, strategy)
-    per_token = kv_cache_coefficients(dims, bytes_per_element).kv
-    return per_token * int(layer_counts(strategy, counts)[Module.KV].sum())
+    keys, recurrent = layer_counts(strategy, counts).kv, np.array(dims.kinds)
+    state = kv_cache_coefficients(dims, bytes_per_element, recurrent=True).state * int(recurrent.sum())
+    return kv_cache_coefficients(dims, bytes_per_element).kv * int(keys[~recurrent].sum()) + state

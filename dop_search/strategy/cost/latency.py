@@ -94,7 +94,7 @@ class LatencyTable:
 
     # -- prices ---------------------------------------------------------------------------------
 
-    def attention(self, text: Counts, queries: Counts, keys: Counts) -> IntArray:
+    def attention(self, text: Counts, queries: Counts, keys: Counts, either: Counts) -> IntArray:
         """Nanoseconds of a layer's attention, norms, gathers and the text tokens' MLP."""
         base = self._at(self.keys_ms, text, keys - text)
         more = self._extra(self.queries_ms, self.queries_part_ms, text, keys - text, queries - text)

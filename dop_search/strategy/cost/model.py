@@ -29,12 +29,14 @@ class GroupPrices:
     layer's price is looked up, whatever function of the token counts it is.
 
     Attributes:
-        attention: ``[P, 2**G of the queries, 2**G of the keys]``.
+        kinds: of each layer the number of its kind ``[L]``.
+        attention: ``[P, kinds, 2**G of the queries, 2**G of the keys]``.
         mlp: ``[P, 2**G of the MLP, 2**G of the keys]``.
         last: ``[P, 2**G of the keys]``: the last layer, in which only text tokens issue queries.
         fixed: price of the forwards beside their layers.
     """
 
+    kinds: IntArray
     attention: IntArray
     mlp: IntArray
     last: IntArray
@@ -68,15 +70,21 @@ class CostModel:
             raise DataError("a cost model needs the token counts of at least one sample, but got none")
         self.dims = dims
         self.kind: CostKind = kind
-        self.prices: LayerPrices = _prices(kind, dims, counts, bytes_per_element, latency)
+        self.prices: list[LayerPrices] = [
+            _prices(kind, dims, recurrent, counts, bytes_per_element, latency) for recurrent in sorted(set(dims.kinds))
+        ]
+        self._kinds = np.unique(dims.kinds, return_inverse=True)[1]
         self.num_samples = len(counts)
         unique = Counter(counts)
         self._weight = np.array(list(unique.values()), dtype=np.int64)
         self._text = np.array([item.text for item in unique], dtype=np.int64)
         self._visual = np.array([item.visual for item in unique], dtype=np.int64)
         tokens = self._text + self._visual
-        self.full_total = self._sum(self.prices.full(tokens, dims.num_layers))
-        self._fixed_total = self._sum(self.prices.fixed(tokens))
+        num_layers = np.bincount(self._kinds).tolist()
+        self.full_total = sum(
+            self._sum(price.full(tokens, num)) for price, num in zip(self.prices, num_layers, strict=True)
+        )
+        self._fixed_total = self._sum(self.prices[0].fixed(tokens))
         if self.full_total >= 2**62:
             raise DataError(
                 f"the cost of all {self.num_samples} samples together must fit 64-bit integers, but got "
@@ -120,10 +128,13 @@ class CostModel:
         kept = np.array([sizes[int(v)] for v in self._visual], dtype=np.int64)  # [unique samples, G]
         runs = strategy.canonical().to_array().astype(np.int64)
         text = self._text[:, None]
-        tokens = {m: text + kept @ runs[:, :, i] for i, m in enumerate(MODULES)}
-        cost = self.prices.attention(text, tokens[Module.Q], tokens[Module.KV])
-        cost = cost + self.prices.mlp_price(text, tokens[Module.KV], tokens[Module.MLP])
-        return self._sum(cost.sum(axis=1)) + self._fixed_total
+        q, kv, mlp = (text + kept @ runs[:, :, MODULES.index(m)] for m in (Module.Q, Module.KV, Module.MLP))
+        either = text + kept @ runs[:, :, [MODULES.index(Module.Q), MODULES.index(Module.KV)]].max(axis=2)
+        cost = self.prices[0].mlp_price(text, kv, mlp).sum(axis=1)
+        for kind, prices in enumerate(self.prices):
+            its = self._kinds == kind
+            cost = cost + prices.attention(text, q[:, its], kv[:, its], either[:, its]).sum(axis=1)
+        return self._sum(cost) + self._fixed_total
 
     def absolute(self, strategy: Strategy) -> float:
         """Cost of ``strategy``, mean per sample, in :attr:`unit`."""
@@ -138,17 +149,20 @@ class CostModel:
         groups = tuple(TokenGroup(share) for share in shares)
         table = np.array([group_sizes(groups, n) for n in range(self.max_visual_tokens + 1)], dtype=np.int64)
         limits = np.asarray(num_visual_tokens, dtype=np.int64)
-        member = (np.arange(2 ** len(groups))[:, None] >> np.arange(len(groups))) & 1  # [2**G, G]
-        shape = (len(limits), len(member), len(member))
-        attention, mlp = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        last = np.zeros(shape[:2], dtype=np.int64)
+        sets = np.arange(2 ** len(groups))
+        member = (sets[:, None] >> np.arange(len(groups))) & 1  # [2**G, G]
+        shape = (len(limits), len(sets), len(sets))
+        attention = np.zeros((len(limits), len(self.prices), *shape[1:]), dtype=np.int64)
+        mlp, last = np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.int64)
+        end = self.prices[self._kinds[-1]]
         for weight, text, visual in zip(self._weight, self._text, self._visual, strict=True):
             tokens = text + table[np.minimum(limits, visual)] @ member.T  # [P, 2**G]
-            inner, keys = tokens[:, :, None], tokens[:, None, :]
-            attention += weight * self.prices.attention(text, inner, keys)
-            mlp += weight * self.prices.mlp_price(text, keys, inner)
-            last += weight * (self.prices.attention(text, text, tokens) + self.prices.mlp_price(text, tokens, text))
-        return GroupPrices(attention, mlp, last, self._fixed_total)
+            inner, keys, either = tokens[:, :, None], tokens[:, None, :], tokens[:, sets[:, None] | sets]
+            for kind, prices in enumerate(self.prices):
+                attention[:, kind] += weight * prices.attention(text, inner, keys, either)
+            mlp += weight * end.mlp_price(text, keys, inner)
+            last += weight * (end.attention(text, text, tokens, tokens) + end.mlp_price(text, tokens, text))
+        return GroupPrices(self._kinds, attention, mlp, last, self._fixed_total)
 
     def _sum(self, per_sample: IntArray) -> int:
         return int((self._weight * per_sample).sum())
@@ -157,20 +171,25 @@ class CostModel:
 def _prices(
     kind: CostKind,
     dims: ModelDims,
+    recurrent: bool,
     counts: Sequence[TokenCounts],
     bytes_per_element: int,
     latency: LatencyTable | None,
 ) -> LayerPrices:
     if kind == "flops":
-        return flops_coefficients(dims)
+        return flops_coefficients(dims, recurrent)
     if kind == "kv_cache":
-        return kv_cache_coefficients(dims, bytes_per_element)
+        return kv_cache_coefficients(dims, bytes_per_element, recurrent)
     if kind != "latency":
         raise ConfigError(f"`kind` must be one of {', '.join(get_args(CostKind))}, but got {kind!r}")
     if latency is None:
         raise ConfigError(
             "a latency budget needs a table of what was measured on this device: "
             "`dop_search.evaluation.timing.layer_times.measure_table(model, counts)`"
+        )
+    if dims.recurrent is not None:
+        raise ConfigError(
+            "a latency budget needs layers of one kind, but some of this model's are recurrent; use FLOPs"
         )
     latency.check_covers(dims, counts)
     return latency

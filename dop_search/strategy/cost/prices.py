@@ -14,12 +14,12 @@ Counts = NDArray[Any]
 class LayerPrices(Protocol):
     """Integer prices, so that sums over layers and samples are exact in any order.
 
-    A layer costs ``attention + mlp``, and a forward ``fixed`` beside its layers. Arrays of counts broadcast; every
-    count includes the text tokens.
+    A layer costs ``attention + mlp``, and a forward ``fixed`` beside its layers; only attention has kinds of layers.
+    Arrays of counts broadcast; every count includes the text tokens.
     """
 
-    def attention(self, text: Counts, queries: Counts, keys: Counts) -> IntArray:
-        """Price of a layer's attention, and of all that belongs to neither module."""
+    def attention(self, text: Counts, queries: Counts, keys: Counts, either: Counts) -> IntArray:
+        """Price of a layer's attention, and of all that belongs to neither module; ``either``: queries or keys."""
 
     def mlp_price(self, text: Counts, keys: Counts, mlps: Counts) -> IntArray:
         """Price of a layer's feed-forward block."""

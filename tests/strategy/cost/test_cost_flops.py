@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conventions import CONVENTIONS
@@ -10,13 +12,14 @@ from hypothesis import strategies as st
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import (
+    CostModel,
     full_flops,
     layer_counts,
     layer_flops,
     strategy_flops,
     strategy_kv_bytes,
 )
-from dop_search.strategy.operations import ModelDims, Module, TokenCounts
+from dop_search.strategy.operations import ModelDims, RecurrentDims, TokenCounts
 from dop_search.utils.errors import StrategyError
 
 LLAVA_7B = ModelDims(
@@ -83,20 +86,30 @@ def count_by_hand(dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> i
     sizes = strategy.group_sizes(counts.visual)
     total = 0
     for layer in range(dims.num_layers):
-        queries = keys = mlps = counts.text
+        queries = keys = mlps = either = counts.text
         for size, policy in zip(sizes, strategy.groups, strict=True):
             last_key = max(policy.kv, default=-1)
             queries += size * (layer in policy.q and layer < last_key)
             keys += size * (layer in policy.kv)
             mlps += size * (layer in policy.mlp and layer < last_key)
+            either += size * (layer in policy.kv or (layer in policy.q and layer < last_key))
         width, kv_width = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-        for rows, inner, columns in [
-            (queries, dims.hidden_size, width),  # q_proj
+        mixer = [
+            *[(queries, dims.hidden_size, width)] * (1 + dims.gated_queries),  # q_proj and its gate
             (keys, dims.hidden_size, kv_width),  # k_proj
             (keys, dims.hidden_size, kv_width),  # v_proj
             (queries, width, dims.hidden_size),  # o_proj
             (queries, width, keys),  # scores of all heads
             (queries, keys, width),  # values of all heads
+        ]
+        if dims.recurrent is not None and layer in dims.recurrent.layers:  # two heads of 3 keys and 5 values
+            mixer = [
+                (either, dims.hidden_size, 2 * (3 + 3 + 5 + 1 + 1)),  # queries, keys, values, decays, strengths
+                *[(queries, dims.hidden_size, 2 * 5)] * 2,  # gate and output
+                *[(either, 2 * 3, 5)] * 3,  # what the state says of the key, what it learns, what it answers
+            ]
+        for rows, inner, columns in [
+            *mixer,
             *[(mlps, dims.hidden_size, dims.intermediate_size)] * (3 if dims.gated_mlp else 2),
         ]:
             total += 2 * rows * inner * columns
@@ -108,10 +121,18 @@ def count_by_hand(dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> i
     strategy=layer_set_strategies(GQA.num_layers),
     text=st.integers(1, 9),
     visual=st.integers(0, 20),
+    recurrent=st.sets(st.integers(0, GQA.num_layers - 1)),
 )
-def test_strategy_flops_equal_a_count_matrix_by_matrix(strategy: Strategy, text: int, visual: int) -> None:
-    counts = TokenCounts(text, visual)
-    assert strategy_flops(GQA, strategy, counts) == count_by_hand(GQA, strategy, counts)
+def test_strategy_flops_equal_a_count_matrix_by_matrix(
+    strategy: Strategy, text: int, visual: int, recurrent: set[int]
+) -> None:
+    counts, dims = TokenCounts(text, visual), GQA
+    if recurrent:
+        sizes = RecurrentDims(tuple(recurrent), in_width=26, out_width=20, state_size=30, window_size=64)
+        dims = replace(GQA, gated_queries=True, recurrent=sizes)
+    by_hand = count_by_hand(dims, strategy, counts)
+    assert strategy_flops(dims, strategy, counts) == by_hand
+    assert CostModel(dims, [counts, counts]).total(strategy) == 2 * by_hand
 
 
 def test_full_counts_dead_operations_and_the_empty_strategy_does_not() -> None:
@@ -134,7 +155,7 @@ def test_kv_bytes() -> None:
     strategy = Strategy.depthwise(4, q=4, kv=[3, 1], mlp=4, num_visual_tokens=8, shares=[0.25, 0.75])
     assert strategy_kv_bytes(GQA, strategy, counts) == 2 * 16 * 2 * (4 * 5 + 3 * 2 + 1 * 6)
     assert strategy_kv_bytes(GQA, Strategy.full(GQA.num_layers), counts, bytes_per_element=4) == 2 * 16 * 4 * 4 * 15
-    assert layer_counts(strategy, counts)[Module.KV].tolist() == [13, 7, 7, 5]
+    assert layer_counts(strategy, counts).kv.tolist() == [13, 7, 7, 5]
 
 
 def test_foreign_strategy_is_refused() -> None:

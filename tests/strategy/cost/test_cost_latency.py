@@ -67,7 +67,9 @@ def test_interpolation_meets_a_function_that_is_linear_between_the_points(
 ) -> None:
     table = made_up_table()
     queries, mlps = round(share_q * keys), round(share_mlp * keys)
-    price = table.attention(text, text + queries, text + keys) + table.mlp_price(text, text + keys, text + mlps)
+    price = table.attention(text, text + queries, text + keys, text + keys) + table.mlp_price(
+        text, text + keys, text + mlps
+    )
     assert int(price) == pytest.approx(1e6 * bilinear_ms(text, keys, queries, mlps), abs=3)
     assert int(table.fixed(text + keys)) == pytest.approx(1e6 * (1 + 0.01 * (text + keys - 10)), abs=1)
 

@@ -69,7 +69,7 @@ def test_group_prices_are_sums_over_samples() -> None:
                 ]
                 expected += layer_flops(DIMS, *n)
                 last += layer_flops(DIMS, sample.text, n[1], sample.text)
-            assert prices.attention[row, queries, keys] + prices.mlp[row, mlps, keys] == expected
+            assert prices.attention[row, 0, queries, keys] + prices.mlp[row, mlps, keys] == expected
             assert prices.last[row, keys] == last
     assert prices.fixed == 0
 
