@@ -20,6 +20,7 @@ from dop_search.baselines.skip_vision import SkipVision
 from dop_search.baselines.space_search import SEARCHED_SELECTORS, SEARCHED_SPACES, SPACES, SpaceSearch, UniformSearch
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.baselines.uniform import Full, Uniform, UniformReduction
+from dop_search.baselines.vscan import VScan
 from dop_search.baselines.vtw import Vtw
 from dop_search.selectors import SELECTORS
 from dop_search.utils.errors import ConfigError
@@ -37,6 +38,7 @@ _PUBLISHED: tuple[Method, ...] = (
     FitPrune(),
     IvcPrune(),
     HiDrop(),
+    VScan(),
     Vtw(),
     ShortV(),
     Gsop(),

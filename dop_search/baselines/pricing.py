@@ -55,14 +55,14 @@ class Pricing:
     def _selection(self, strategy: Strategy) -> int:
         """A strategy that keeps all tokens in one group needs no ranking."""
         whole = strategy.num_visual_tokens is None and len(strategy.groups) == 1
-        if strategy.stages or whole:
+        if strategy.ranked_before is None or whole:
             return 0
-        selector = make_selector(strategy.selector, strategy.selector_options)
+        selector = make_selector(*strategy.ranked_before)
         width = self.vision_width or self.dims.hidden_size
         total = 0
         for counts, weight in self._unique.items():
             visual, kept = counts.visual, strategy.num_kept(counts.visual)
-            if kept < visual or len(strategy.groups) > 1:
+            if kept < visual or (len(strategy.groups) > 1 and not strategy.stages):
                 sizes = SelectionSizes(visual, kept, self.dims, width, visual * self.patches_per_token)
                 total += weight * selector.selection_flops(sizes)
         return total

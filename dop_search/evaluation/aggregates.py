@@ -63,6 +63,7 @@ class Aggregate:
         units: samples → units.
         combine: sums ``[..., num_statistics]`` → scores ``[...]``, in the unit of the benchmark.
         whole_units: whether a part of a unit is worth nothing, so that a limit must keep units whole.
+        right, wrong: statistics of a unit that is all right, and of one that is all wrong; empty with strata.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Aggregate:
     units: Callable[[Sequence[SampleScore]], Units]
     combine: Callable[[FloatArray], FloatArray]
     whole_units: bool = False
+    right: tuple[float, ...] = ()
+    wrong: tuple[float, ...] = ()
 
     def __call__(self, samples: Sequence[SampleScore]) -> float:
         """The score of ``samples``.
@@ -191,12 +194,12 @@ def _hallusion(samples: Sequence[SampleScore]) -> Units:
 
 
 _AGGREGATES = (
-    Aggregate("mean", 0, _per_sample, _mean(100.0)),
-    Aggregate("mean_of_1000", 0, _per_sample, _mean(1000.0)),
-    Aggregate("yes_f1", 0, _yes_no, _f1),
+    Aggregate("mean", 0, _per_sample, _mean(100.0), right=(1, 1), wrong=(0, 1)),
+    Aggregate("mean_of_1000", 0, _per_sample, _mean(1000.0), right=(1, 1), wrong=(0, 1)),
+    Aggregate("yes_f1", 0, _yes_no, _f1, right=(1, 1, 1), wrong=(0, 0, 1)),
     Aggregate("mme", 2, _pairs, _sum_of_means, whole_units=True),
-    Aggregate("circular", 1, _all_right, _mean(100.0), whole_units=True),
-    Aggregate("hallusionbench", 3, _hallusion, _mean_of_means, whole_units=True),
+    Aggregate("circular", 1, _all_right, _mean(100.0), True, (1, 1), (0, 1)),
+    Aggregate("hallusionbench", 3, _hallusion, _mean_of_means, True, (1, 1) * 3, (0, 1) * 3),
     Aggregate("category_mean", 1, _categories, _mean_of_means),
 )
 AGGREGATES = Registry("aggregate", {aggregate.name: aggregate for aggregate in _AGGREGATES}, DopError)

@@ -188,13 +188,16 @@ def relative_mean(pruned: SuiteScores, full: SuiteScores) -> float:
 
 
 def difference_ci95(
-    pruned: BenchmarkScore, full: BenchmarkScore, seed: int = 0, num_resamples: int = 2000
+    pruned: BenchmarkScore, full: BenchmarkScore, seed: int = 0, num_resamples: int = 2000, smoothed: bool = True
 ) -> tuple[float, float]:
-    """95 % percentile interval of ``pruned.score - full.score``, in the benchmark's unit.
+    """95 % interval of ``pruned.score - full.score``, in the benchmark's unit.
 
     A paired bootstrap: both models are scored anew on the same resample of units (samples; pairs for MME, questions
     with all their rotations for MMBench, sets for HallusionBench), drawn within each category where the score is a sum
-    or mean over categories.
+    or mean over categories. Elsewhere two units come on top, which either model alone gets right (A. Agresti and
+    Y. Min, *Simple improved confidence intervals for comparing matched proportions*, Statistics in Medicine 24, 2005):
+    without them (``smoothed=False``, for what is averaged over many benchmarks, where they would add up) an interval is
+    too narrow, or empty, where the models differ in a handful of units.
 
     Raises:
         DopError: if the two were not measured on the same rows in the same way.
@@ -213,10 +216,14 @@ def difference_ci95(
             f"{len(sides[1].names)} differ, e.g. in {missing}; measure both with the same limit"
         )
     both = np.concatenate([side.statistics for side in sides], axis=1)
-    num_statistics = sides[0].statistics.shape[1]
+    num_statistics, strata = sides[0].statistics.shape[1], sides[0].strata
+    if smoothed and aggregate.right:
+        right, wrong = aggregate.right, aggregate.wrong
+        both = np.concatenate([both, [(*right, *wrong), (*wrong, *right)]])
+        strata = np.zeros(len(both), dtype=np.int64)
     return stratified_bootstrap_ci95(
         both,
-        sides[0].strata,
+        strata,
         lambda sums: aggregate.combine(sums[:, :num_statistics]) - aggregate.combine(sums[:, num_statistics:]),
         seed,
         num_resamples,

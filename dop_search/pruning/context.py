@@ -155,8 +155,8 @@ def prune_(
         if strategy.stages:
             adapter.check_plain_attention(f"selector {strategy.selector!r}")
         stages = StagePlan(strategy) if strategy.stages and rankings is None else None
-        known = rankings is not None or stages is not None
-        selector = None if known else make_selector(strategy.selector, strategy.selector_options)
+        before = None if rankings is not None else strategy.ranked_before
+        selector = None if before is None else make_selector(*before)
         uncalled = UncalledModules(adapter)
         source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
         handle.on_restore(source.close)

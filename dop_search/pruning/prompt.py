@@ -105,7 +105,7 @@ def arrange(
     Args:
         tokens: the decoder's input.
         strategy: what runs.
-        rankings: ranks before the decoder; nothing is ranked for strategies with stages.
+        rankings: ranks before the decoder, if anything does.
         text: groups of text tokens.
         start: tokens that were fed before.
     """
@@ -114,7 +114,7 @@ def arrange(
     ranked = ranked_tokens(is_visual, is_valid, None if tokens.read is None else tokens.read.cpu().numpy())
     counts, embeds = is_visual.sum(axis=1).tolist(), tokens.embeds
     orders = [np.arange(count) for count in counts]
-    if any(counts) and not (strategy.stages and rankings.rankings is None):
+    if any(counts) and rankings.ranks:
         embeds = rankings.prepare(embeds, tokens.input_ids, tokens.visual, tokens.valid, strategy.num_kept)
         orders = rankings.rank(counts)
     rankings.forget()

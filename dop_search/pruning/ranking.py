@@ -78,7 +78,7 @@ class RankingSource(Attached):
 
     Args:
         adapter: the model.
-        selector: the criterion; ``None`` if rankings are given.
+        selector: the criterion; ``None`` if rankings are given, or nothing is ranked before the decoder.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
         num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
 
@@ -112,6 +112,11 @@ class RankingSource(Attached):
         except DopError:
             self.close()
             raise
+
+    @property
+    def ranks(self) -> bool:
+        """Whether tokens are ranked before the decoder."""
+        return self.selector is not None or self.rankings is not None
 
     @property
     def captured_fields(self) -> frozenset[str]:

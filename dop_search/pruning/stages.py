@@ -51,7 +51,7 @@ class StagePlan:
             return 0
         steps = layer_steps(self.strategy)
         sizes = self.strategy.group_sizes(counts.visual)
-        total = self.selector.begin_flops(dims, counts.text, counts.visual)
+        total = self.selector.begin_flops(dims, counts.text, sum(sizes))
         for stage in self.stages:
             alive = steps[stage - 1].alive if stage else frozenset(range(len(sizes)))
             rows = counts.text + sum(sizes[group] for group in alive)

@@ -8,6 +8,10 @@ from dop_search.strategy import Strategy
 
 
 def ranking_version(strategy: Strategy) -> int:
-    """``version`` of the selector that ranks the strategy's tokens, before the decoder or inside it."""
-    make = make_stage_selector if strategy.stages else make_selector
-    return make(strategy.selector, strategy.selector_options).version
+    """``version`` of the selectors that rank the strategy's tokens, before the decoder and inside it."""
+    before, version = strategy.ranked_before, 0
+    if before is not None:
+        version += make_selector(*before).version
+    if strategy.stages:
+        version += make_stage_selector(strategy.selector, strategy.selector_options).version
+    return version

@@ -31,7 +31,7 @@ class HiredSelector(AttentionSelector):
 
     Not reproduced: the released code rounds the crops' tokens down and loses the rest; it counts horizontal strips of
     the whole image instead of the crops' regions wherever there is more than one column of crops, which is a fault.
-    Crops are counted without regard to the padding of the image's aspect ratio, as released.
+    Crops are counted without regard to the padding of the image's aspect ratio, as released. Renumbered positions.
     """
 
     full_share: float = 0.5

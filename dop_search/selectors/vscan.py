@@ -35,8 +35,8 @@ class VScanSelector(PerImageSelector):
         window: tokens per side of a window.
 
     Not reproduced: what the windows cannot share equally goes to the global tokens (the released code keeps fewer than
-    ``T``); smaller windows at the edges of grids that six does not divide; the paper's second stage, which drops tokens
-    inside the decoder (set exit depths for that); renumbered positions.
+    ``T``); smaller windows at the edges of grids that six does not divide; renumbered positions. The stage inside the
+    decoder is the method ``vscan_two_stage``.
     """
 
     local_share: float = 0.5

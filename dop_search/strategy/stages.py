@@ -42,7 +42,11 @@ def ranked_until(policies: Sequence[GroupPolicy], stages: Sequence[int], num_lay
 
 
 def check_stages(
-    policies: Sequence[GroupPolicy], stages: Sequence[Any], num_layers: int, num_visual_tokens: int | None
+    policies: Sequence[GroupPolicy],
+    stages: Sequence[Any],
+    num_layers: int,
+    num_visual_tokens: int | None,
+    ranked_before: bool,
 ) -> None:
     """Refuse stages that cannot be run.
 
@@ -55,10 +59,11 @@ def check_stages(
     plain = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in stages)
     if not plain or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < num_layers:
         raise StrategyError(f"`stages` must be increasing layers within 0..{num_layers - 1}, but got {list(stages)}")
-    if num_visual_tokens is not None:
+    if ranked_before != (num_visual_tokens is not None):
         raise StrategyError(
-            f"a selector with stages ranks inside the decoder, so that all visual tokens enter it: "
-            f"`num_visual_tokens` must be None, but got {num_visual_tokens}"
+            "a selector with stages ranks inside the decoder, so that all visual tokens enter it, or as many as its "
+            f"option `before` chooses: give both `before` and `num_visual_tokens` or neither, but got "
+            f"(num_visual_tokens={num_visual_tokens}, {'with' if ranked_before else 'without'} `before`)"
         )
     for group, layer in enumerate(first_differences(policies, num_layers)):
         if layer < stages[0]:

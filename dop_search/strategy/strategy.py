@@ -35,7 +35,8 @@ class Strategy:
         groups: one policy per token group, best-ranked tokens first.
         num_visual_tokens: visual tokens that enter the decoder, per sample; ``None`` keeps all.
         selector: name of the ranking, see ``dop_search.selectors``.
-        selector_options: keyword arguments of the selector; ``stages`` are layers that rank inside the decoder.
+        selector_options: keyword arguments of the selector; ``stages`` are layers that rank inside the decoder, and
+            ``before``, ``{"selector": NAME, OPTION: …}``, chooses the ``num_visual_tokens`` that these stages rank.
         model_fingerprint: architecture that the strategy was searched on; ``None`` fits any model of
             ``num_layers`` layers.
         provenance: free-form facts about where the strategy comes from.
@@ -66,7 +67,7 @@ class Strategy:
                         f"the `{module.value}` layers of group {index} must be sorted, unique and within "
                         f"0..{self.num_layers - 1}, but got {list(layers)}"
                     )
-        check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens)
+        check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens, self.ranked_before is not None)
 
     # -- constructors ---------------------------------------------------------------------------
 
@@ -157,6 +158,18 @@ class Strategy:
         if not isinstance(stages, (list, tuple)):
             raise StrategyError(f"`stages` must be a list of layers, but got {stages!r}")
         return tuple(stages)
+
+    @property
+    def ranked_before(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the selector that ranks before the decoder; ``None`` where only stages rank."""
+        if not self.stages:
+            return self.selector, dict(self.selector_options)
+        before = self.selector_options.get("before")
+        if before is None:
+            return None
+        if not isinstance(before, Mapping) or "selector" not in before:
+            raise StrategyError(f"`before` must be {{'selector': NAME, OPTION: VALUE, …}}, but got {before!r}")
+        return before["selector"], {name: value for name, value in before.items() if name != "selector"}
 
     def ranked_until(self) -> tuple[int, ...]:
         """Per group the last stage that ranks it: its state is read there. 0 without stages."""

@@ -31,20 +31,22 @@ def stratified_bootstrap_ci95(
 ) -> tuple[float, float]:
     """95 % percentile interval of a function of the column sums of ``values`` (``[num_units, n]``).
 
-    Units are drawn within each of ``strata`` (``[num_units]``). ``statistic`` takes the sums of all resamples,
-    ``[num_resamples, n]``, and returns ``[num_resamples]``.
+    Units are drawn within each of ``strata`` (``[num_units]``), one fewer than there are where there are several, which
+    makes the variance of a mean the right one. ``statistic`` takes the sums of all resamples, ``[num_resamples, n]``,
+    and returns ``[num_resamples]``.
     """
     rng = np.random.default_rng(seed)
     sums = np.zeros((num_resamples, values.shape[1]))
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
+        size = max(1, len(members) - 1)
         step = max(1, _DRAWS_AT_ONCE // len(members))
         for start in range(0, num_resamples, step):
             rows = min(step, num_resamples - start)
-            drawn = rng.integers(0, len(members), size=(rows, len(members)))
+            drawn = rng.integers(0, len(members), size=(rows, size))
             offsets = np.arange(rows)[:, None] * len(members)
             counts = np.bincount((drawn + offsets).ravel(), minlength=rows * len(members)).reshape(rows, -1)
-            sums[start : start + rows] += counts @ values[members]
+            sums[start : start + rows] += counts @ values[members] * (len(members) / size)
     return percentiles95(statistic(sums))
 
 

@@ -29,7 +29,7 @@ from dop_search.search import Problem, rerank_all
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.strategy.operations import MODULES
-from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
 from dop_search.utils.statistics import spearman
 
 ABLATIONS = ("single", "from_end", "from_start")
@@ -254,8 +254,9 @@ def _fill(problem: Problem, runs: Runs, budget: float) -> Strategy | None:
 
 
 def _differences(bench: Workbench, results: ResultFile, reference: str = "exit") -> list[Row]:
-    """Per budget and kind: search-set and held-out KL above that of ``exit``, the latter paired over samples."""
-    found = []
+    """Per budget and kind: search-set and held-out KL above that of ``exit``, the latter paired over samples, with
+    p-values by sign flips that are adjusted by Holm over all of them."""
+    found: list[Row] = []
     names: Sequence[str] = ("start", *MOVES, "gsop")
     for budget, name in itertools.product(bench.budgets, names):
         key, base = ({"kind": "search", "name": item, "budget": budget} for item in (name, reference))
@@ -269,8 +270,11 @@ def _differences(bench: Workbench, results: ResultFile, reference: str = "exit")
                     "kl_search": row["kl_search"] - other["kl_search"],
                     "kl_heldout": float((mine - theirs).mean()),
                     "kl_heldout_ci95": mean_ci95(mine - theirs, bench.config.seed),
+                    "kl_heldout_p": sign_flip_p(mine - theirs),
                 }
             )
+    for row, p in zip(found, holm([row["kl_heldout_p"] for row in found]), strict=True):
+        row["kl_heldout_p"] = p
     return found
 
 

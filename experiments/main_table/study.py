@@ -114,7 +114,7 @@ class MainTable(Study):
             "unit": ours.unit,
             "num_samples": ours.num_samples,
             "relative": 100.0 * ours.score / full.score if full.score else None,
-            "difference_ci95": difference_ci95(ours, full, bench.config.seed),
+            "difference_ci95": difference_ci95(ours, full, bench.config.seed, smoothed=False),
             "flops_ratio": judged.fitted.flops_ratio,
             **(judged.times or {}),
             "hyperparameters": dict(judged.fitted.hyperparameters),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from dop_search.search import Solution, rerank_all, solve
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import BudgetError
-from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
 
 CURVE, SEARCH = "curve", "search"
 """Parts of the result: one parameter varied alone, and what a search found."""
@@ -142,7 +142,7 @@ class ExtensionStudy(Study):
                 self._curves[row["parameter"]][row["depth"]] = row["kl_search"]
         with bench.watch() as notify:
             results.measure(searches, partial(self.row, bench), notify, "searches with and without", ("budget",))
-        results.summarize({"both_minus_visual": list(_differences(bench, results))})
+        results.summarize({"both_minus_visual": _differences(bench, results)})
 
     def row(self, bench: Workbench, part: str, **key: Any) -> Measured:
         """See base class."""
@@ -318,15 +318,22 @@ def pareto_depths(
     return front
 
 
-def _differences(bench: Workbench, results: ResultFile) -> Iterator[Row]:
-    """Held-out KL with the extension minus without, with paired intervals; below 0 the extension helps."""
+def _differences(bench: Workbench, results: ResultFile) -> list[Row]:
+    """Held-out KL with the extension minus without, with paired intervals; below 0 the extension helps.
+
+    ``p``: by sign flips, adjusted by Holm over the budgets.
+    """
+    found: list[Row] = []
     for budget in bench.budgets:
         without, both = (
             results.per_sample({"part": SEARCH, "variant": variant, "budget": budget}) for variant in (VISUAL, BOTH)
         )
         if without is not None and both is not None:
-            ci95 = mean_ci95(both - without, bench.config.seed)
-            yield {"budget": budget, "difference": float((both - without).mean()), "ci95": ci95}
+            ci95, p = mean_ci95(both - without, bench.config.seed), sign_flip_p(both - without)
+            found.append({"budget": budget, "difference": float((both - without).mean()), "ci95": ci95, "p": p})
+    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+        row["p"] = p
+    return found
 
 
 def levels(full: Mapping[str, int], num_levels: int) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from dop_search.app.config import SearchConfig
 from dop_search.app.config.section import Listed
 from dop_search.app.report.style import FAINT, FOUND, LOOKS, styled
 from dop_search.app.report.style import UNIFORM as UNIFORM_COLOR
-from dop_search.app.results import ResultFile
+from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
 from dop_search.models.loading import load
@@ -29,7 +29,7 @@ from dop_search.search import Problem, rerank_all, uniform_strategy
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.intervals import mean_ci95
+from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
 
 TARGET, UNIFORM = "target", "uniform"
 """Sources of the rows that the others are compared with: the search on the target itself, and uniform reduction."""
@@ -184,18 +184,24 @@ def moved(strategy: Strategy, problem: Problem, budget: float) -> Strategy:
 
 
 def summarize(results: ResultFile) -> dict[str, Any]:
-    """Per row that moved: paired 95 % intervals of its held-out KL minus the target's own, and minus uniform's."""
-    moves = []
+    """Per row that moved: its held-out KL minus the target's own, and minus uniform's, paired by sample.
+
+    ``to_…_ci95``: the 95 % interval; ``to_…_p``: by sign flips, adjusted by Holm over all of these differences.
+    """
+    moves: list[Row] = []
+    tested: list[tuple[Row, str, float]] = []
     for row in results.rows:
         if row["axis"] in (TARGET, UNIFORM) or "kl_heldout" not in row:
             continue
         its = _samples(results, row)
-        differences = {}
+        moves.append({name: row[name] for name in ("target", "budget", "axis", "source")})
         for axis in (TARGET, UNIFORM):
             other = _samples(results, {**row, "axis": axis, "source": ""})
             if its is not None and other is not None:
-                differences[f"to_{axis}_ci95"] = mean_ci95(its - other)
-        moves.append({name: row[name] for name in ("target", "budget", "axis", "source")} | differences)
+                moves[-1][f"to_{axis}_ci95"] = mean_ci95(its - other)
+                tested.append((moves[-1], f"to_{axis}_p", sign_flip_p(its - other)))
+    for (move, name, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
+        move[name] = p
     return {"moves": moves}
 
 

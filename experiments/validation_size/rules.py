@@ -25,7 +25,8 @@ from dop_search.search.rerank import rerank_all
 from dop_search.search.solution import MeasuredSolution
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
-from experiments.validation_size.crossed import crossed_bootstrap_ci95
+from dop_search.utils.intervals import holm
+from experiments.validation_size.crossed import crossed
 
 RULES = ("additive", "rerank", "one_se", "root")
 RULE_NAMES = {
@@ -89,7 +90,9 @@ def search_each(bench: Workbench, profiles: Sequence[MeasuredProfile], budget: f
     values["kl_search"] = {r: float(np.mean([c[r].kl_search for c in picked])) for r in RULES}
     values["kl_heldout"] = {rule: float(kl[rule].mean()) for rule in RULES}
     values["kl_heldout_draws"] = {rule: kl[rule].mean(axis=1) for rule in RULES}
-    values["difference_ci95"] = {r: crossed_bootstrap_ci95(d, bench.config.seed) for r, d in difference.items()}
+    tested = {rule: crossed(item) for rule, item in difference.items()}
+    values["difference_ci95"] = {rule: item.ci95 for rule, item in tested.items()}
+    values["difference_p"] = {rule: item.p for rule, item in tested.items()}
     values["strategies"] = {
         rule: dict(Counter(choice[rule].strategy.describe() for choice in picked).most_common()) for rule in RULES
     }
@@ -102,7 +105,8 @@ def search_each(bench: Workbench, profiles: Sequence[MeasuredProfile], budget: f
 def compare_rules(results: ResultFile, keys: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per budget, over all its rows: mean held-out KL by rule and the 95 % interval of the difference to ``additive``.
 
-    The interval resamples rows and held-out samples; draws within a row are averaged first.
+    The interval is over rows and held-out samples; draws within a row are averaged first. p-values are adjusted by Holm
+    over budgets and rules. ``rows_below_05``: the rows' own differences that are significant after Holm over all rows.
     """
     summary: dict[str, Any] = {}
     for budget in dict.fromkeys(key["budget"] for key in keys):
@@ -112,12 +116,30 @@ def compare_rules(results: ResultFile, keys: Sequence[Mapping[str, Any]]) -> dic
         if not rows or len(samples) < len(rows):
             continue
         by_rule = np.stack(samples).reshape(len(samples), len(RULES) - 1, -1)
+        tested = {rule: crossed(by_rule[:, i]) for i, rule in enumerate(RULES[1:])}
         summary[f"{budget:g}"] = {
             "kl_heldout": {rule: float(np.mean([row["kl_heldout"][rule] for row in rows])) for rule in RULES},
             "difference": {rule: float(by_rule[:, i].mean()) for i, rule in enumerate(RULES[1:])},
-            "difference_ci95": {rule: crossed_bootstrap_ci95(by_rule[:, i]) for i, rule in enumerate(RULES[1:])},
+            "difference_ci95": {rule: item.ci95 for rule, item in tested.items()},
+            "difference_p": {rule: item.p for rule, item in tested.items()},
         }
+    adjust([item["difference_p"] for item in summary.values()])
+    measured = [{**row, "difference_p": dict(row["difference_p"])} for row in results.rows if "difference_p" in row]
+    adjust([row["difference_p"] for row in measured])
+    summary["rows_below_05"] = [
+        {**{name: row[name] for name in keys[0]}, "rule": rule, "p": p}
+        for row in measured
+        for rule, p in row["difference_p"].items()
+        if p < 0.05
+    ]
     return summary
+
+
+def adjust(tables: Sequence[dict[str, float]]) -> None:
+    """Replace p-values by Holm's over all of the tables."""
+    places = [(table, name) for table in tables for name in table]
+    for (table, name), p in zip(places, holm([table[name] for table, name in places]), strict=True):
+        table[name] = p
 
 
 def _estimate(solution: MeasuredSolution) -> tuple[float, float]:

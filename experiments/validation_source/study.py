@@ -15,7 +15,7 @@ from dop_search.app.workbench import Workbench
 from dop_search.search.additive_exact import additive_exact
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import ConfigError
-from experiments.validation_size.crossed import crossed_bootstrap_ci95
+from experiments.validation_size.crossed import crossed
 from experiments.validation_size.rules import measured_budgets, measured_rows, on_samples
 
 _SMALLEST_DRAWN = 0.01
@@ -58,6 +58,7 @@ class ValidationSource(Study):
         ]
         kl = bench.divergence(chosen)
         own, mixed = kl[0], kl[1:].mean(axis=0)
+        difference = crossed((own - kl[1:])[:, asked != family])
         values: Row = {
             "num_samples": len(its),
             "strategy": chosen[0].describe(),
@@ -65,7 +66,8 @@ class ValidationSource(Study):
             "kl_same_family_mixed": float(mixed[asked == family].mean()) if (asked == family).any() else None,
             "kl_others": float(own[asked != family].mean()),
             "kl_others_mixed": float(mixed[asked != family].mean()),
-            "difference_ci95": crossed_bootstrap_ci95((own - kl[1:])[:, asked != family], bench.config.seed),
+            "difference_ci95": difference.ci95,
+            "difference_p": difference.p,
         }
         return values, own
 

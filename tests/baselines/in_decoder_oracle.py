@@ -65,14 +65,23 @@ def look(model: PreTrainedModel, inputs: Inputs, strategy: Strategy, ranking: np
     return found
 
 
-def staged_ranking(model: PreTrainedModel, inputs: Inputs, strategy: Strategy, criterion: Criterion) -> np.ndarray:
-    """The ranking of one unpadded sample that a staged strategy should have ended with (``eager`` attention)."""
+def staged_ranking(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    strategy: Strategy,
+    criterion: Criterion,
+    before: np.ndarray | None = None,
+) -> np.ndarray:
+    """The ranking of one unpadded sample that a staged strategy should have ended with (``eager`` attention).
+
+    ``before``: the ranking whose first tokens enter the decoder.
+    """
     visual = visual_positions(model, inputs["input_ids"])[0].nonzero()[:, 0].tolist()
     length = inputs["input_ids"].shape[1]
     text = [position for position in range(length) if position not in visual]
     sizes = strategy.group_sizes(len(visual))
     ends = np.cumsum([0, *sizes])
-    ranking = np.arange(len(visual))
+    ranking = np.arange(len(visual)) if before is None else before.copy()
     pools = stage_pools(strategy.groups, strategy.stages, strategy.num_layers)
     after = [*pools[1:], stage_pools(strategy.groups, [strategy.num_layers], strategy.num_layers)[0]]
     for stage, pool, going_on in zip(strategy.stages, pools, after, strict=True):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import dop_search.baselines
 from dop_search.baselines import BASELINES, FitContext, FittedMethod, Method, baseline
 from dop_search.baselines.equal_flops import solve_integer, solve_real
 from dop_search.baselines.fastv import FastV
@@ -287,6 +291,20 @@ def test_registry_has_every_method_under_its_name() -> None:
         assert baseline(name) is method
     with pytest.raises(ConfigError, match="did you mean 'pyramiddrop'"):
         baseline("pyramidrop")
+
+
+def test_the_table_of_code_has_every_method_and_the_commits_that_ran() -> None:
+    """The README's, against the registry and the facts beside the golden numbers."""
+    readme = Path(dop_search.baselines.__file__).with_name("README.md").read_text()
+    table = readme.partition("## Beside the authors' code")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(BASELINES)
+    cases = Path(__file__).parents[1] / "golden" / "cases"
+    sources = [json.loads(path.read_text())["source"] for path in cases.glob("*.json")]
+    ran = {(source["repository"], source["commit"][:7]) for source in sources}
+    compared = {tuple(row[2].split()) for row in rows if "/" in row[2]}
+    assert compared <= ran
+    assert len(compared) > 25
 
 
 @pytest.mark.parametrize("name", ["shortv", "gsop", "fitprune", "short_lvlm"])

@@ -21,7 +21,7 @@ from dop_search.models import adapter_for
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.in_decoder.sparsevlm import density_peaks, split_kept, with_recycled
 from dop_search.pruning.stages import stage_flops
-from dop_search.selectors import make_selector
+from dop_search.selectors import SelectorInputs, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
 from dop_search.strategy.operations import TokenCounts
@@ -35,10 +35,15 @@ TOLERANCE = 2e-5
 
 
 def staged(
-    selector: str, stages: tuple[int, ...], exits: list[int], shares: list[float], **options: object
+    selector: str,
+    stages: tuple[int, ...],
+    exits: list[int],
+    shares: list[float],
+    entering: int | None = None,
+    **options: object,
 ) -> Strategy:
     return Strategy.depthwise(
-        LAYERS, exits, exits, exits, shares=shares, selector=selector, selector_options={"stages": stages, **options}
+        LAYERS, exits, exits, exits, entering, shares, selector=selector, selector_options={"stages": stages, **options}
     )
 
 
@@ -56,6 +61,11 @@ CASES = {
     "dart_few": (staged("dart", (2,), [LAYERS, 2], [0.125, 0.875]), oracle.dart),
     "fitprune": (staged("fitprune", (1, 2, 3), [LAYERS, 3, 2, 1], [0.25, 0.25, 0.25, 0.25]), oracle.fitprune),
     "ivc_prune": (staged("ivc_prune", (2,), [LAYERS, 3], [0.5, 0.5]), oracle.ivc_prune),
+    # the worst four of sixteen, by uniform_grid, do not enter the decoder
+    "before": (
+        staged("fastv", (1, 3), [LAYERS, 4, 2], [0.25, 0.25, 0.5], 12, before={"selector": "uniform_grid"}),
+        oracle.fastv,
+    ),
     # separated at layer 1, gone at layer 3: another ranking comes in between and must leave the group alone
     "later": (staged("fastv", (0, 2), [LAYERS, 2, 1], [0.25, 0.25, 0.5]), oracle.fastv),
 }
@@ -81,7 +91,12 @@ def distance(inputs: Inputs, logits: torch.Tensor, expected: torch.Tensor) -> fl
 def expected_rankings(name: str) -> tuple[np.ndarray, ...]:
     strategy, criterion = CASES[name]
     with torch.no_grad():
-        return tuple(oracle.staged_ranking(model_of("eager"), x, strategy, criterion) for x in samples())
+        before = uniform_grid() if name == "before" else None
+        return tuple(oracle.staged_ranking(model_of("eager"), x, strategy, criterion, before) for x in samples())
+
+
+def uniform_grid() -> np.ndarray:
+    return make_selector("uniform_grid").rank(SelectorInputs(16, ((4, 4),)))
 
 
 @cases
@@ -182,6 +197,30 @@ def test_half_precision_runs() -> None:
             assert torch.isfinite(model(**tiny_sample(model, 3, 4, seed=1)).logits).all()
 
 
+def test_merged_before_the_decoder_and_ranked_inside() -> None:
+    """The same as a model whose projector gives the means of four boxes, of which two go on from layer 2 on."""
+    model, inputs = model_of("eager"), samples()[1]
+    strategy = staged("fastv", (1,), [LAYERS, 2], [0.5, 0.5], 4, before={"selector": "avg_pool"})
+    boxes = {5: [0, 1, 4, 5], 7: [2, 3, 6, 7], 13: [8, 9, 12, 13], 15: [10, 11, 14, 15]}
+
+    def pool(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        pooled = output.clone()
+        for middle, members in boxes.items():
+            pooled[:, middle] = output[:, members].mean(dim=1)
+        return pooled
+
+    entering = np.array([*boxes, *[i for i in range(16) if i not in boxes]])
+    handle = model.model.multi_modal_projector.register_forward_hook(pool)
+    with torch.no_grad():
+        ranking = oracle.staged_ranking(model, inputs, strategy, oracle.fastv, entering)
+        expected = masked_forward(model, inputs, strategy, [ranking])
+    handle.remove()
+    with torch.no_grad(), dop.pruned(model, strategy):
+        logits = model(**inputs).logits
+    assert distance(inputs, logits, expected) < TOLERANCE
+    assert distance(inputs, masked_forward(model, inputs, strategy, [ranking]), expected) > 50 * TOLERANCE
+
+
 # -- recycling ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +291,7 @@ def test_refuses_what_cannot_be_ranked_in_time() -> None:
         staged("fastv", (2,), [LAYERS, 1], [0.5, 0.5])
     with pytest.raises(StrategyError, match=r"increasing layers.*\[2, 1\]"):
         staged("fastv", (2, 1), [LAYERS, 3], [0.5, 0.5])
-    with pytest.raises(StrategyError, match="must be None, but got 9"):
+    with pytest.raises(StrategyError, match=r"num_visual_tokens=9, without `before`"):
         Strategy.full(LAYERS, num_visual_tokens=9, selector="fastv", selector_options={"stages": [1]})
     with pytest.raises(StrategyError, match="another depth"):
         CASES["fastv"][0].for_num_layers(8)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from dop_search.evaluation.scores import (
     relative_mean,
 )
 from dop_search.utils.errors import CacheError, DopError
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def _samples(values, keys=None, predictions=None, targets=None):
@@ -125,7 +129,7 @@ def _by_hand(pruned, full, rng):
     rows: list[tuple[int, str]] = []
     for members in units.values():
         names = list(members)
-        for copy, pick in enumerate(rng.integers(0, len(names), len(names))):
+        for copy, pick in enumerate(rng.integers(0, len(names), len(names) - 1)):
             rows += [(index, f"#{copy}") for index in members[names[pick]]]
 
     def rescored(side):
@@ -145,12 +149,27 @@ def _by_hand(pruned, full, rng):
     return rescored(pruned) - rescored(full)
 
 
+def _with_two_more(pruned, full):
+    """Each side with one unit that it alone gets right, and one that the other alone does."""
+    keys = {0: [(), ()], 1: [("900",), ("901",)], 3: [("new", "f", "q"), ("newer", "f", "q")]}
+
+    def longer(side, values):
+        its = keys[AGGREGATES[side.aggregate].num_keys]
+        more = [
+            SampleScore(1000 + i, "yes" if value else "no", ("yes",), value, its[i]) for i, value in enumerate(values)
+        ]
+        return BenchmarkScore.of("b", "%", side.aggregate, (*side.samples, *more))
+
+    return longer(pruned, (1.0, 0.0)), longer(full, (0.0, 1.0))
+
+
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.fast_cases(1)
 def test_bootstrap_equals_resampling_by_hand(aggregate):
     pruned, full = _invented(aggregate, seed=3)
     rng = np.random.default_rng(1)
-    by_hand = [_by_hand(pruned, full, rng) for _ in range(600)]
+    sides = (pruned, full) if aggregate in ("mme", "category_mean") else _with_two_more(pruned, full)
+    by_hand = [_by_hand(*sides, rng) for _ in range(600)]
     low, high = difference_ci95(pruned, full, seed=0, num_resamples=4000)
     spread = np.std(by_hand)
     assert low == pytest.approx(np.quantile(by_hand, 0.025), abs=0.35 * spread)
@@ -160,12 +179,34 @@ def test_bootstrap_equals_resampling_by_hand(aggregate):
 
 def test_bootstrap_is_paired_and_reproducible():
     pruned, full = _invented("mean", seed=1)
-    assert difference_ci95(full, full) == (0.0, 0.0)
+    low, high = difference_ci95(full, full)  # 120 questions without a difference do not show that there is none
+    assert -4.0 < low < 0.0 < high < 4.0
     assert difference_ci95(pruned, full, seed=5) == difference_ci95(pruned, full, seed=5)
     with pytest.raises(DopError, match="the same rows on both sides"):
         difference_ci95(BenchmarkScore.of("b", "%", "mean", pruned.samples[:-1]), full)
     with pytest.raises(DopError, match="same benchmark and aggregate"):
         difference_ci95(_score("mean_of_1000", [1, 0]), _score("mean", [1, 0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_questions", [50, 200])
+def test_intervals_cover_95_percent_also_where_models_hardly_differ(num_questions):
+    """Questions drawn from the main table's rows, of methods that differ from the full model in 1 to 46 of 50."""
+    rows = json.loads((EXPERIMENTS / "main_table" / "per_sample.json").read_text())
+    answers = {tuple(json.loads(key).items()): np.array(values) for key, values in rows.items()}
+    full = {dict(key)["benchmark"]: values for key, values in answers.items() if dict(key)["method"] == "full"}
+    pairs = [(values, full[dict(key)["benchmark"]]) for key, values in answers.items()]
+    pairs = [pair for pair in pairs if not np.array_equal(*pair)]
+    rng, covered = np.random.default_rng(2), {True: [], False: []}
+    for ours, theirs in pairs[::2]:
+        truth, few = 100.0 * (ours - theirs).mean(), (ours != theirs).sum() < 8
+        for _ in range(10):
+            drawn = rng.integers(0, len(ours), num_questions)
+            sides = [_score("mean", side[drawn]) for side in (ours, theirs)]
+            low, high = difference_ci95(*sides, num_resamples=400)
+            covered[few].append(low - 1e-9 <= truth <= high + 1e-9)
+    assert 0.93 <= np.mean(covered[False]) <= 0.97
+    assert 0.93 <= np.mean(covered[True]) <= 0.99
 
 
 def _suite(name="s", **scores):

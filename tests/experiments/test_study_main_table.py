@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
+from support.small_studies import SMALL, StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.app.config import DataConfig
 from dop_search.app.config.schema import FINAL_SEED
-from dop_search.app.results import ResultFile
+from dop_search.app.results import ResultFile, Row, read_result
 from dop_search.app.study import open_study
 from dop_search.evaluation.scores import relative_mean
 from dop_search.evaluation.suite_scores import score_suite
@@ -32,10 +35,27 @@ GIVEN = (
 )
 
 
-def test_cells_are_the_scores_of_the_saved_strategies_and_tables_have_them_all(
+def killed_rows(folder: Path) -> list[Row]:
+    """What a process of its own had written when it was killed with ``kill -9`` after its first row."""
+    path = folder / "out" / "result.json"
+    places = (f"study.folder={folder / 'out'}", "study.published=null", f"cache_dir={folder / 'cache'}")
+    command = ("-m", "dop_search.app.cli.search", "experiment=main_table", f"hydra.run.dir={folder / 'killed'}")
+    child = subprocess.Popen([sys.executable, *command, *SMALL, *places, *GIVEN], stdout=subprocess.DEVNULL)
+    while child.poll() is None and not (path.exists() and read_result(path)["rows"]):
+        time.sleep(0.02)
+    child.kill()
+    assert child.wait() != 0, "it was not done"
+    rows: list[Row] = read_result(path)["rows"]
+    return rows
+
+
+def test_a_killed_table_goes_on_and_cells_are_the_scores_of_the_saved_strategies(
     run_small_study: StudyRunner, tmp_path: Path, pocket
 ) -> None:
+    before = killed_rows(tmp_path)
     result = run_small_study("main_table", *GIVEN)
+    assert [row for row in result["rows"] if row in before] == before, "none lost, none measured again"
+    assert 0 < len(before) < len(result["rows"]) == 10, "none twice"
     rows = {(row["method"], row["budget"], row["benchmark"]): row for row in result["rows"]}
     assert len(rows) == 2 + 2 * 2 * 2
     assert rows["full", 1.0, "gqa"]["relative"] == 100.0

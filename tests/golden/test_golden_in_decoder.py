@@ -11,6 +11,7 @@ from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
 from dop_search.baselines.hidrop import HiDrop
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.sparsevlm import SparseVlm
+from dop_search.baselines.vscan import VScan
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
 from dop_search.pruning.in_decoder.adaptinfer import word_scores
@@ -128,6 +129,19 @@ def tokens_per_layer(strategy: Strategy, num_visual: int) -> list[int]:
         sum(size for size, policy in zip(sizes, strategy.groups, strict=True) if layer in policy.kv)
         for layer in range(strategy.num_layers)
     ]
+
+
+@cases("vscan_decoder")
+def test_vscan_inside_the_decoder(case: Case) -> None:
+    """At the released layer the method's criterion keeps the released code's tokens, and as many."""
+    s = case.settings
+    strategy = VScan().strategy(32, s["visual_tokens"])
+    assert list(strategy.stages) == s["layer_list"]
+    assert tokens_per_layer(strategy, 576) == [s["visual_tokens"]] * 16 + [s["num_kept"]] * 16
+    sample = sample_of(case)
+    kept = ranked(strategy.selector, sample, s["num_kept"])
+    rows = sorted([*sample.text.tolist(), *sample.candidates[kept].tolist()])
+    assert rows == case["out.keep_rows"].tolist()
 
 
 @cases("adaptinfer")

@@ -31,7 +31,7 @@ STAGE_SELECTORS = Registry("in-decoder selector", {selector.name: selector for s
 
 
 def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
-    """The in-decoder criterion of that name.
+    """The in-decoder criterion of that name; its option ``before`` is about what happens before the decoder.
 
     Raises:
         DopError: on an unknown name or option.
@@ -41,6 +41,7 @@ def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
             f"selector {name!r} cannot rank at `stages` inside the decoder; "
             f"{', '.join(sorted(STAGE_SELECTORS))} can. {did_you_mean(name, STAGE_SELECTORS)}".strip()
         )
+    options = {option: value for option, value in options.items() if option != "before"}
     known = STAGE_SELECTORS[name].option_names()
     unknown = [option for option in options if option not in known]
     if unknown:
