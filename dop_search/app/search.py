@@ -57,7 +57,7 @@ from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
-from dop_search.utils.progress import Progress
+from dop_search.utils.progress import Notify, Progress
 
 MAX_FRONT_POINTS = 200
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _solve_budget(
     start = time.perf_counter()
     config = bench.config
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
-        place = _place(bench, profile, budget)
+        place = _place(bench, profile, budget, notify)
         ranked = config.search.candidates(profile.problem(budget), budget, place, notify)
         studies += place.studies
     best = ranked[0]
@@ -267,7 +267,7 @@ def _candidate(solution: MeasuredSolution, prices: Pricing | CostModel, uniform:
     )
 
 
-def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> SearchPlace:
+def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify: Notify) -> SearchPlace:
     """What a solver has beside its problem."""
     return SearchPlace(
         model=bench.loaded.name,
@@ -276,17 +276,17 @@ def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> Search
         averaging=bench.config.data.averaging,
         storage=bench.config.storage,
         cache_dir=bench.cache,
-        options=partial(_options, bench, profile, budget),
+        options=partial(_options, bench, profile, budget, notify),
         decide=bench.decide,
         also=(bench.config.selector.also, bench.config.space.also),
     )
 
 
-def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget) -> list[Option]:
+def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify: Notify) -> list[Option]:
     """What ``search=joint`` chooses among; pairs of a space and a selector that the model cannot have are left out."""
     selector, space = bench.config.selector, bench.config.space
     options, left_out = search_options(
-        bench.context(),
+        replace(bench.context(), on_progress=notify),
         [None, *(name for name in space.also if name != space.name)],
         [None, *(name for name in selector.also if name != selector.name)],
         budget,

@@ -109,7 +109,7 @@ def search_options(
                 option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
                 if ("trajectory", name) not in context.memo:
-                    context.memo["trajectory", name] = gsop_search(problem)
+                    context.memo["trajectory", name] = gsop_search(problem, context.on_progress)
                 option = gsop_option(option, context.memo["trajectory", name])
             found.append(option)
         except FAILURES:
