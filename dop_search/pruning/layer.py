@@ -20,7 +20,7 @@ from dop_search.models.decoder_checks import PLAIN_RMS_NORMS
 from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.sight import window_of
-from dop_search.pruning.steps import Groups, LayerStep
+from dop_search.strategy.steps import Groups, LayerStep
 
 MAX_COMPILED_VARIANTS = 32
 """Per compiled function: it is compiled anew for which of its index sets are given, not for their sizes."""

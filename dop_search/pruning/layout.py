@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dop_search.pruning.plans import AttentionPlan, LayerPlan, Segment
 from dop_search.pruning.sight import NO_IMAGE, Sight, within_window
-from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import Groups, LayerStep
 from dop_search.utils.errors import DopError
 
 TEXT = -1
