@@ -125,7 +125,16 @@ class Footprint:
         copied = 2 * places * query if uneven else 0
         mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.mlp_width)
         attending = attend * self.element + self._scores(rows, past, masked)
-        return max((project + copied) * self.element, attending, mlp * self.element) + self.unpacked
+        recurrent = self._recurrent(rows)
+        return max((project + copied) * self.element, attending, mlp * self.element, recurrent) + self.unpacked
+
+    def _recurrent(self, rows: Rows) -> int:
+        """The most that a recurrent layer holds at a time: features thrice, and what its kernel works on."""
+        if (sizes := self.dims.recurrent) is None:
+            return 0
+        places = len(rows.query) * max(map(max, zip(rows.query, rows.keys, strict=True)))
+        states = 2 * sum(rows.present) * self.dims.hidden_size
+        return (states + 3 * places * sizes.in_width) * self.element + 4 * places * sizes.working_size
 
     def layer_of(self, lengths: Sequence[int]) -> int:
         """The most that one layer of the full model holds at a time for samples of these lengths."""
@@ -180,15 +189,18 @@ class Footprint:
         waiting = self.states(sum(lengths), WAITING_STATES)
         return self.standing(lengths, num_answer_tokens, past) + waiting + working
 
-    def cache(self, num_tokens: int) -> int:
-        """Keys and values of all layers."""
-        return num_tokens * 2 * self.dims.kv_width * self.dims.num_layers * self.element
+    def cache(self, num_tokens: int, num_samples: int = 1) -> int:
+        """Keys and values of all layers, or their states."""
+        dims, states = self.dims, 0
+        if (sizes := dims.recurrent) is not None:
+            states = len(sizes.layers) * (4 * sizes.state_size + sizes.window_size * self.element)
+        return num_tokens * 2 * dims.kv_width * dims.kinds.count(False) * self.element + num_samples * states
 
     def generation(self, batch: int, length: int, max_new_tokens: int) -> int:
         """The most that ``generate()`` takes for prompts of one length."""
         logits = batch * self.dims.vocab_size * (self.element + 8)
         return (
-            self.cache(batch * (length + max_new_tokens))
+            self.cache(batch * (length + max_new_tokens), batch)
             + self.states(batch * length)
             + max(self.layer(Rows.all([length] * batch)), logits)
         )

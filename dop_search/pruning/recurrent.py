@@ -83,8 +83,8 @@ def plan_recurrence(
 
 
 @functools.lru_cache(maxsize=64)
-def even_chunk(num_samples: int, length: int, taps: int, device: torch.device) -> LayerPlan:
-    """A chunk of text without pads."""
+def even_chunk(num_samples: int, length: int, taps: int, device: torch.device, inference: bool) -> LayerPlan:
+    """A chunk of text without pads; ``inference``: the mode, whose tensors cannot be trained through."""
     every = np.ones(num_samples * length, dtype=np.bool_)
     plan = plan_recurrence(np.repeat(np.arange(num_samples), length), every, every, num_samples, taps, device)
     return LayerPlan(None, None, None, None, None, plan)
@@ -93,7 +93,7 @@ def even_chunk(num_samples: int, length: int, taps: int, device: torch.device) -
 def text_chunk(num_samples: int, length: int, taps: int, device: torch.device, valid: Tensor | None) -> LayerPlan:
     """A chunk of text, in which every token (``valid``: that is real, ``[num_samples, length]``) does everything."""
     if valid is None:
-        return even_chunk(num_samples, length, taps, device)
+        return even_chunk(num_samples, length, taps, device, torch.is_inference_mode_enabled())
     place = np.flatnonzero(valid.cpu().numpy())
     every = np.ones(len(place), dtype=np.bool_)
     plan = plan_recurrence(place // length, every, every, num_samples, taps, device, place, length)

@@ -85,6 +85,7 @@ class RecurrentDims:
         out_width: features of gate and output projection, of a token that reads it.
         state_size: numbers in the recurrent state of a sample, kept in float32.
         window_size: numbers that the short convolution keeps of a sample.
+        working_size: float32 numbers per token that a kernel which is not fused holds at most.
     """
 
     layers: tuple[int, ...]
@@ -92,6 +93,7 @@ class RecurrentDims:
     out_width: int
     state_size: int
     window_size: int
+    working_size: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # a list in JSON

@@ -23,7 +23,7 @@ def norms_of(model_type: str) -> list[nn.Module]:
     return [module for module in layer.modules() if "Norm" in type(module).__name__]
 
 
-ADD_ONE = ("gemma3",)
+ADD_ONE = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Families whose norms add one to their weights, in float32: they are called as they are."""
 
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_families import TINY_FAMILIES
 from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
+from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import DynamicCache
 
 import dop_search as dop
+from dop_search.divergence.footprint import Footprint
 from dop_search.models import adapter_for
+from dop_search.pruning.attention import ForwardTables
+from dop_search.pruning.layer import run_layer
+from dop_search.pruning.layout import TEXT, pack
 from dop_search.pruning.recurrent import plan_recurrence
+from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel
 from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.conformance.decoding import continuation_arguments
 from dop_search.testing.inputs import collate, random_text
+from dop_search.testing.peak_memory import peak_memory
 from dop_search.testing.reference import append_tokens, visual_positions
+from dop_search.testing.sizes import TinySizes
 from dop_search.utils.errors import ConfigError, DopError, UnsupportedModelError
 
 
@@ -82,6 +92,24 @@ def test_what_a_row_sees_through_the_convolution() -> None:
     assert rows[3] == [6, 8, 9]
     assert rows[4:] == [[4, 5, 10], [4, 5, 11]]
     assert plan.tail.view(2, 3).tolist() == [[6, 8, 9], [4, 5, 11]]
+
+
+@pytest.mark.parametrize("lengths", [(700,), (500, 400)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_recurrent_layer(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Predicted within 15 per cent of what torch reports, with transformers' own kernel."""
+    heads = {"linear_key_head_dim": 32, "linear_value_head_dim": 64}
+    family = replace(TINY_FAMILIES["qwen3_5"], text={**TINY_FAMILIES["qwen3_5"].text, **heads})
+    config = family.config("qwen3_5", TinySizes(hidden_size=192, intermediate_size=384))
+    adapter = adapter_for(AutoModelForImageTextToText.from_config(config, dtype=dtype))
+    layout, _ = pack([np.full(length, TEXT) for length in lengths], torch.device("cpu"))
+    hidden = torch.randn(sum(lengths), 192, dtype=dtype)
+    nobody: frozenset[int] = frozenset()
+    step, table = LayerStep(nobody, nobody, nobody, nobody), torch.zeros(sum(lengths), 24, dtype=dtype)
+    with torch.inference_mode(), peak_memory() as peak:
+        run_layer(adapter.layers[0], hidden.clone(), nobody, step, layout, ForwardTables(table, table))
+    predicted = Footprint.of(adapter).layer_of(lengths)
+    assert 0.9 * peak.num_bytes < predicted < 1.15 * peak.num_bytes
 
 
 def test_what_needs_layers_of_one_kind_is_refused() -> None:
