@@ -108,9 +108,10 @@ def search_options(
                 expected = budget.resolve(problem.cost_model) - left.resolve(problem.cost_model)
                 option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
-                if ("trajectory", name) not in context.memo:
-                    context.memo["trajectory", name] = gsop_search(problem, context.on_progress)
-                option = gsop_option(option, context.memo["trajectory", name])
+                search = gsop_search(problem, context.on_progress)
+                known = context.memo.setdefault(("trajectory", name), search)
+                known.evaluate = search.evaluate  # which says for which budget it measures now
+                option = gsop_option(option, known)
             found.append(option)
         except FAILURES:
             raise
