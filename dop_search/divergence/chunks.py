@@ -19,8 +19,8 @@ from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
 from dop_search.pruning.recurrent import State
-from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import LayerStep
 
 NO_GROUPS: frozenset[int] = frozenset()
 Place = Literal["device", "host", "nowhere"]

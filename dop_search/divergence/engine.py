@@ -34,9 +34,9 @@ from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.deepstack import Deepstack
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import Layout
-from dop_search.pruning.steps import layer_steps
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import layer_steps
 from dop_search.utils.errors import DopError, NumericalError
 
 Progress = Callable[[int, int], None]

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from dop_search.divergence.footprint import TOGETHER, Footprint, Rows, SampleSize
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
-from dop_search.pruning.steps import Groups, LayerStep, layer_steps
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import flops_coefficients
+from dop_search.strategy.steps import Groups, LayerStep, layer_steps
 
 
 @dataclass

@@ -180,7 +180,7 @@ def make_space(
     min_visual_tokens: int = 1,
     strategy_fields: Mapping[str, Any] | None = None,
 ) -> Space:
-    """A search space by name: ``dop``, ``dop_split``, ``dop_groups`` or ``uniform``.
+    """A search space by name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``.
 
     Raises:
         ConfigError: on an unknown name.
@@ -189,6 +189,7 @@ def make_space(
     makers: dict[str, Callable[..., Space]] = {
         "dop": Space.dop,
         "dop_split": Space.dop_split,
+        "dop_full_kv": Space.dop_full_kv,
         "dop_groups": partial(Space.dop_groups, shares=shares, split=split),
         "uniform": Space.uniform,
     }

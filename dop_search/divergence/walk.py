@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import Groups, LayerStep
 
 
 @dataclass(frozen=True)

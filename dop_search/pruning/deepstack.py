@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dop_search.pruning.layout import Layout
-from dop_search.pruning.steps import Groups
+from dop_search.strategy.steps import Groups
 
 NO_TOKEN = -1
 

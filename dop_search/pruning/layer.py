@@ -22,7 +22,7 @@ from dop_search.pruning.layout import Layout
 from dop_search.pruning.plans import LayerPlan
 from dop_search.pruning.recurrent import State, mix, taps_of
 from dop_search.pruning.sight import window_of
-from dop_search.pruning.steps import Groups, LayerStep
+from dop_search.strategy.steps import Groups, LayerStep
 
 MAX_COMPILED_VARIANTS = 32
 """Per compiled function: it is compiled anew for which of its index sets are given, not for their sizes."""

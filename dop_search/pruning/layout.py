@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dop_search.pruning.plans import AttentionPlan, LayerPlan, RecurrentPlan, Segment
 from dop_search.pruning.recurrent import plan_recurrence
 from dop_search.pruning.sight import NO_IMAGE, Sight, within_window
-from dop_search.pruning.steps import Groups, LayerStep
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import Groups, LayerStep
 from dop_search.utils.errors import DopError
 
 TEXT = -1

@@ -37,9 +37,9 @@ from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.recurrent import taps_of, text_chunk
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of
 from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
-from dop_search.pruning.steps import LayerStep, layer_steps
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
+from dop_search.strategy.steps import LayerStep, layer_steps
 from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError
 

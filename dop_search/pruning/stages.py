@@ -16,10 +16,10 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.in_decoder import StageSample, StageSelector, make_stage_selector
 from dop_search.pruning.layout import TEXT, Layout
-from dop_search.pruning.steps import Groups, layer_steps
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.strategy.stages import Pool, stage_pools
+from dop_search.strategy.steps import Groups, layer_steps
 from dop_search.utils.errors import DopError
 
 

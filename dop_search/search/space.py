@@ -51,7 +51,7 @@ class Space:
     not searched unless asked for (``min_visual_tokens=0``): it equals exit depth 0 of every ``kv``.
 
     Attributes:
-        name: ``dop``, ``dop_split``, ``dop_groups`` or ``uniform``.
+        name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``.
         num_layers: decoder layers ``L``.
         parameters: what is searched; modules without a parameter are full.
         shares: share of the kept tokens per group, by rank.
@@ -78,7 +78,7 @@ class Space:
                     f"{'all visual tokens' if top is None else f'num_layers={top}'}, but got {list(levels)}"
                 )
 
-    # -- the four spaces ------------------------------------------------------------------------
+    # -- the five spaces ------------------------------------------------------------------------
 
     @classmethod
     def dop(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
@@ -91,6 +91,12 @@ class Space:
         """Queries and keys/values get exit depths of their own."""
         depths = _depths(num_layers, ("q", "kv", "mlp"), 1)
         return cls("dop_split", num_layers, (*depths, _tokens(num_visual_tokens, min_visual_tokens)), (1.0,), fields)
+
+    @classmethod
+    def dop_full_kv(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
+        """Queries and MLP; kept tokens stay keys in every layer, so that a server may share cached prefixes."""
+        depths = _depths(num_layers, ("q", "mlp"), 1)
+        return cls("dop_full_kv", num_layers, (*depths, _tokens(num_visual_tokens, min_visual_tokens)), (1.0,), fields)
 
     @classmethod
     def dop_groups(

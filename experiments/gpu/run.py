@@ -40,11 +40,11 @@ from dop_search.models.families import adapter_for
 from dop_search.pruning.attention import ForwardTables, lower_right
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import assign_groups, pack
-from dop_search.pruning.steps import layer_steps
 from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, rerank_all, uniform_assignment
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
+from dop_search.strategy.steps import layer_steps
 from dop_search.utils.files import write_text_atomic
 
 RATIOS = (0.5, 0.3, 0.14)

@@ -19,11 +19,10 @@ def make_space(kind: str, num_layers: int, num_visual_tokens: int, **options: in
         return Space.dop_groups(num_layers, num_visual_tokens, shares=(0.25, 0.75), **options)
     if kind == "dop_groups_tied":
         return Space.dop_groups(num_layers, num_visual_tokens, shares=(0.2, 0.3, 0.5), split=False, **options)
-    make = {"dop": Space.dop, "dop_split": Space.dop_split, "uniform": Space.uniform}[kind]
-    return make(num_layers, num_visual_tokens, **options)
+    return getattr(Space, kind)(num_layers, num_visual_tokens, **options)
 
 
-KINDS = ("dop", "dop_split", "dop_groups", "dop_groups_tied", "uniform")
+KINDS = ("dop", "dop_split", "dop_full_kv", "dop_groups", "dop_groups_tied", "uniform")
 
 
 def random_curves(space: Space, rng: np.random.Generator, monotone: bool) -> dict[str, np.ndarray]:

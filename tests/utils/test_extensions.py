@@ -112,7 +112,9 @@ def test_options_of_a_solver_of_ones_own_are_checked_before_anything_runs(module
         config(*own, "search.solver=dearestt")
     with pytest.raises(ConfigError, match=r"search: solver 'dearest' has no option 'num_trie'; did you mean 'num_tri"):
         config(*own, "search.solver=dearest", "+search.num_trie=5")
-    with pytest.raises(ConfigError, match=r"no option 'num_proposals'.*`search=own` brings no options of other solvers"):
+    with pytest.raises(
+        ConfigError, match=r"no option 'num_proposals'.*`search=own` brings no options of other solvers"
+    ):
         config(own[0], "search.solver=dearest")
 
 

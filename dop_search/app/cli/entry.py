@@ -35,6 +35,11 @@ def bench() -> None:
     _start("dop-bench", "bench", extras=())
 
 
+def serve() -> None:
+    """``dop-serve``."""
+    _start("dop-serve", "serve", extras=())
+
+
 def _start(command: str, module: str, extras: tuple[str, ...], function: str = "main") -> None:
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")

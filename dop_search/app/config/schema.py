@@ -151,16 +151,17 @@ class SelectorConfig(Section):
 class SpaceConfig(Section):
     """Which strategies are searched: exit depths per module and group, and the number of visual tokens."""
 
-    name: Literal["dop", "dop_split", "dop_groups", "uniform"] = "dop_split"
-    """``dop``: one depth for attention and one for MLP; ``dop_split``: queries and keys/values apart; ``dop_groups``:
-    that per group of tokens; ``uniform``: the number of tokens alone."""
+    name: Literal["dop", "dop_split", "dop_full_kv", "dop_groups", "uniform"] = "dop_split"
+    """``dop``: one depth for attention and one for MLP; ``dop_split``: queries and keys/values apart; ``dop_full_kv``:
+    that with keys/values in every layer; ``dop_groups``: ``dop_split`` per group of tokens; ``uniform``: the number of
+    tokens alone."""
     shares: Listed[float] = (1.0,)
     """Share of the kept visual tokens per group, best-ranked first; sums to 1."""
     num_depth_levels: Annotated[int, Field(ge=2)] | None = None
     """Exit depths measured per curve, the others are interpolated; ``null``: every depth."""
     num_token_levels: int = Field(default=12, ge=2)
     """Numbers of visual tokens measured; every integer between is interpolated and can be chosen."""
-    also: Listed[Literal["dop", "dop_split", "dop_groups", "gsop", "uniform"]] = ()
+    also: Listed[Literal["dop", "dop_split", "dop_full_kv", "dop_groups", "gsop", "uniform"]] = ()
     """Further spaces that ``search=joint`` may choose; ``gsop``: GSOP's trajectory with any number of tokens."""
 
     @model_validator(mode="after")

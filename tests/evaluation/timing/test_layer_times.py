@@ -21,10 +21,10 @@ from dop_search.evaluation.timing.layer_times import (
 from dop_search.evaluation.timing.shapes import SHAPES, build
 from dop_search.evaluation.timing.validation import random_strategies, summary, validate_table
 from dop_search.models.families import adapter_for
-from dop_search.pruning.steps import layer_steps
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel
 from dop_search.strategy.operations import TokenCounts
+from dop_search.strategy.steps import layer_steps
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.utils.errors import DataError
 

@@ -1,0 +1,77 @@
+"""What can be served, and the line that ``dop-serve`` prints."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dop_search.app.cli import serve
+from dop_search.selectors import SELECTORS, make_selector
+from dop_search.serving.servable import check_servable
+from dop_search.strategy import Strategy
+from dop_search.utils.errors import StrategyError
+
+
+def depthwise(kv: int = 12, **fields: Any) -> Strategy:
+    return Strategy.depthwise(12, q=5, kv=kv, mlp=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "reason"),
+    [
+        (depthwise(), {"num_layers": 32}, "is for 12 decoder layers, but the model has 32"),
+        (depthwise(num_visual_tokens=0), {}, "num_visual_tokens >= 1"),
+        (depthwise(kv=11), {"prefix_caching": True}, "--no-enable-prefix-caching"),
+        (depthwise(selector="cdpruner"), {}, "'cdpruner' cannot be served: it reads the prompt's text"),
+        (depthwise(selector="tome"), {}, "'tome' cannot be served: it changes what the vision tower computes"),
+        (depthwise(selector="avg_pool"), {}, "'avg_pool' cannot be served: it merges tokens"),
+        (depthwise(selector="hiprune"), {}, "needs middle_global_attention of the vision tower"),
+        (depthwise(selector="text_attention", selector_options={"stages": [2]}), {}, "ranks inside the decoder"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(strategy: Strategy, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(StrategyError, match=reason):
+        check_servable(strategy, **options)
+
+
+def test_the_remedy_names_selectors_that_are_served() -> None:
+    with pytest.raises(StrategyError) as error:
+        check_servable(depthwise(selector="cdpruner"))
+    named = str(error.value).rpartition("selector=one of ")[2].split(", ")
+    assert {"cls_attention", "divprune", "vispruner"} <= set(named) <= set(SELECTORS)
+    for name in named:
+        assert check_servable(depthwise(selector=name)) == make_selector(name)
+
+
+def test_keys_to_the_last_layer_keep_prefix_caching() -> None:
+    check_servable(depthwise(kv=12, num_visual_tokens=64), num_layers=12, prefix_caching=True)
+    check_servable(depthwise(kv=11), num_layers=12, prefix_caching=False)
+
+
+def test_the_command_prints_the_line_for_every_strategy_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    depthwise(kv=11, num_visual_tokens=64, provenance={"model": "pocket"}).save(tmp_path / "strategy-30.json")
+    depthwise(provenance={"model": "me/my model"}).save(tmp_path / "strategy-50.json")
+    assert serve.main([str(tmp_path)]) == 0
+    first, second = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    assert json.loads(first[first.index("--hf-overrides") + 1]) == {
+        "architectures": ["DopLlavaForConditionalGeneration"],
+        "dop_strategy": str(tmp_path / "strategy-30.json"),
+    }
+    assert (Path(first[first.index("--model") + 1]) / "config.json").is_file()
+    assert "--no-enable-prefix-caching" in first
+    assert "--no-enable-prefix-caching" not in second
+    assert second[second.index("--model") + 1] == "me/my model"
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main([str(tmp_path)]) == 1
+    assert "has no strategy-*.json" in capsys.readouterr().err
+    depthwise().save(tmp_path / "mine.json")
+    assert serve.main([str(tmp_path / "mine.json")]) == 1
+    assert "add --model" in capsys.readouterr().err
