@@ -71,6 +71,7 @@ def ask(address: str, images: list[Image.Image], question: str) -> Any:
         model = json.load(answer)["data"][0]["id"]
     body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 4}
     body |= {"logprobs": True, "top_logprobs": 20, "return_token_ids": True, "ignore_eos": True}
+    body["add_special_tokens"] = True  # the chat template has no first token, and the server adds none by itself
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
