@@ -22,10 +22,10 @@ from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import TEXT, pack
 from dop_search.pruning.recurrent import plan_recurrence
-from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel
 from dop_search.strategy.operations import TokenCounts
+from dop_search.strategy.steps import LayerStep
 from dop_search.testing.conformance.decoding import continuation_arguments
 from dop_search.testing.inputs import collate, random_text
 from dop_search.testing.peak_memory import peak_memory
