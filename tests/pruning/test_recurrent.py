@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dop_search.pruning.steps import LayerStep
 from support.tiny_families import TINY_FAMILIES
 from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
@@ -22,7 +23,6 @@ from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.layer import run_layer
 from dop_search.pruning.layout import TEXT, pack
 from dop_search.pruning.recurrent import plan_recurrence
-from dop_search.pruning.steps import LayerStep
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel
 from dop_search.strategy.operations import TokenCounts
