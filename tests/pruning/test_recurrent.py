@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dop_search.pruning.steps import LayerStep
 from support.tiny_families import TINY_FAMILIES
 from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
@@ -26,6 +25,7 @@ from dop_search.pruning.recurrent import plan_recurrence
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel
 from dop_search.strategy.operations import TokenCounts
+from dop_search.strategy.steps import LayerStep
 from dop_search.testing.conformance.decoding import continuation_arguments
 from dop_search.testing.inputs import collate, random_text
 from dop_search.testing.peak_memory import peak_memory
