@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.hub_content import add_benchmarks, add_checkpoint, add_search_sources
 from support.local_hub import LocalHub, local_hub
+from support.tiny_families import tiny_processor
+from support.tiny_models import tiny_model
 
 from dop_search.app.record import Record
+from dop_search.app.scoring import EVALUATION_FOLDER
+from dop_search.models.loading import load
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +41,34 @@ SEARCH = (
     "tracking=none",
 )
 NOBODY = "http://127.0.0.1:9"
+GATED = "meta/gated"
+FAMILIES = {
+    "llava_next": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "internvl": "OpenGVLab/InternVL3-8B-hf",
+}
+"""Of the papers' tables, beside LLaVA-1.5, with the real checkpoints' names."""
+LOADS = """
+import json, sys
+import dop_search as dop
+from dop_search.utils.errors import DopError
+data = dop.validation_set("pocket", num_samples=2)
+searched = sys.argv[2] == "search"
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        loaded = dop.load(name, dtype="float32", revision=revision)
+    except DopError as error:
+        print(json.dumps({"error": str(error)}))
+        continue
+    found = {"fingerprint": loaded.weights_fingerprint, "family": loaded.model.config.model_type}
+    if searched:
+        profile = dop.profile(loaded, data, "received_attention", space="uniform", max_new_tokens=2)
+        cost = profile.problem(dop.Budget(flops_ratio=1.0)).cost_model
+        budget = dop.Budget(flops_ratio=(1 + cost.floor_ratio) / 2)  # half of what the text leaves
+        found["ratios"] = cost.floor_ratio, cost.ratio(profile.solve(budget=budget)), budget.flops_ratio
+    print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +77,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     hub = LocalHub(root)
     add_checkpoint(hub, CHECKPOINT)
+    (hub.repository("models", GATED) / "config.json").write_text("{}")
+    for family, name in FAMILIES.items():
+        add_checkpoint(hub, name, tiny_model(family), tiny_processor(family))
     add_benchmarks(hub, "dop13_static", 4)
     add_search_sources(hub)
     return root
-
-
-@pytest.fixture
-def hub(root: Path) -> Iterator[LocalHub]:
-    with local_hub(root) as hub:
-        yield hub
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
@@ -62,59 +92,65 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 
 def search(environment: dict[str, str], folder: Path, *overrides: str) -> Record:
-    places = (f"hydra.run.dir={folder}", f"cache_dir={folder / 'cache'}")
+    places = (f"hydra.run.dir={folder / 'run'}", f"cache_dir={folder / 'cache'}")
     done = run(environment, "-m", "dop_search.app.cli.search", *SEARCH, *places, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Record.load(folder / "record.json")
+    return Record.load(folder / "run" / "record.json")
 
 
-def load_checkpoint(environment: dict[str, str], revision: str | None = None) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys, dop_search as dop\n"
-        f"try: print(dop.load({CHECKPOINT!r}, dtype='float32', revision={revision!r}).weights_fingerprint)\n"
-        "except dop.utils.errors.DopError as error: sys.exit(str(error))"
-    )
-    return run(environment, "-c", "import dop_search.utils.errors\n" + code)
+def loads(environment: dict[str, str], what: str, *asked: tuple[str, str | None]) -> list[dict[str, Any]]:
+    """What loading ``(name, revision)`` one after the other in a new process gives, with a tiny ``search`` each."""
+    done = run(environment, "-c", LOADS, json.dumps(asked), what)
+    assert done.returncode == 0, done.stdout + done.stderr  # an error that is no DopError
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_a_search_with_thirteen_benchmarks_and_the_same_again_without_network(root: Path, tmp_path: Path) -> None:
+    """The second time benchmarks of each kind of data set are scored anew, from what was downloaded."""
     with local_hub(root) as hub:
         environment = hub.environment(tmp_path / "home")
-        online = search(environment, tmp_path / "online")
+        online = search(environment, tmp_path)
     assert online.results[0].scores is not None
     assert len(online.results[0].scores) == 13
-    offline = search({**environment, "HF_ENDPOINT": NOBODY}, tmp_path / "offline")
+    shutil.rmtree(tmp_path / "cache" / EVALUATION_FOLDER)
+    few = "eval.benchmarks=[gqa,mme,scienceqa]"
+    offline = search({**environment, "HF_ENDPOINT": NOBODY}, tmp_path, few)
     assert offline.results[0].strategy.key() == online.results[0].strategy.key()
-    assert offline.results[0].scores == online.results[0].scores
     assert offline.results[0].kl_heldout == pytest.approx(online.results[0].kl_heldout, rel=1e-5)
+    assert offline.results[0].scores is not None
+    assert list(offline.results[0].scores) == ["gqa", "mme", "scienceqa"]
+    for name, score in offline.results[0].scores.items():
+        assert score == online.results[0].scores[name]
 
 
-def test_a_commit_that_the_hub_does_not_have_is_named(hub: LocalHub, tmp_path: Path) -> None:
-    environment = hub.environment(tmp_path)
-    pinned = load_checkpoint(environment, hub.commit("models", CHECKPOINT))
-    assert pinned.returncode == 0
-    missing = load_checkpoint(environment, "0" * 40)
-    assert missing.returncode == 1
-    assert "0" * 40 in missing.stderr
-    assert "Traceback" not in missing.stderr
+def test_what_a_hub_may_answer(root: Path, tmp_path: Path) -> None:
+    """A download that breaks off leaves nothing wrong; a pinned commit, one that is not there, a gated repository."""
+    with local_hub(root) as hub:
+        index = json.loads((root / "models" / CHECKPOINT / "model.safetensors.index.json").read_text())
+        hub.truncate.add(sorted(set(index["weight_map"].values()))[1])
+        hub.gated.add(GATED)
+        asked = [(CHECKPOINT, None), (CHECKPOINT, None), (CHECKPOINT, hub.commit("models", CHECKPOINT))]
+        first, again, pinned, missing, gated = loads(
+            hub.environment(tmp_path), "load", *asked, (CHECKPOINT, "0" * 40), (GATED, None)
+        )
+        assert not hub.truncate
+    whole = load(str(root / "models" / CHECKPOINT), dtype="float32").weights_fingerprint
+    assert first.get("fingerprint") in (whole, None)
+    assert again["fingerprint"] == pinned["fingerprint"] == whole
+    assert "0" * 40 in missing["error"]
+    assert "gated" in gated["error"].lower() or "restricted" in gated["error"].lower()
 
 
-def test_a_gated_repository_is_a_sentence(hub: LocalHub, tmp_path: Path) -> None:
-    hub.gated.add(CHECKPOINT)
-    done = load_checkpoint(hub.environment(tmp_path))
-    assert done.returncode == 1
-    assert "gated" in done.stderr.lower() or "restricted" in done.stderr.lower()
-    assert "Traceback" not in done.stderr
-
-
-def test_a_download_that_breaks_off_leaves_nothing_wrong(hub: LocalHub, tmp_path: Path) -> None:
-    index = json.loads((hub.root / "models" / CHECKPOINT / "model.safetensors.index.json").read_text())
-    hub.truncate.add(sorted(set(index["weight_map"].values()))[1])
-    environment = hub.environment(tmp_path / "home")
-    first = load_checkpoint(environment)
-    again = load_checkpoint(environment)
-    assert again.returncode == 0
-    assert first.returncode == 0 or "Traceback" not in first.stderr
-    whole = load_checkpoint(hub.environment(tmp_path / "other"))
-    assert again.stdout.split()[-1] == whole.stdout.split()[-1]
-    assert not hub.truncate
+def test_every_family_of_the_papers_tables_comes_from_a_hub(root: Path, tmp_path: Path) -> None:
+    """Shards, processor and pinned commit of tiny models under the names of the real ones, and a search on each."""
+    with local_hub(root) as hub:
+        asked = [(name, hub.commit("models", name)) for name in FAMILIES.values()]
+        found = loads(hub.environment(tmp_path), "search", *asked)
+        shards = [line for line in hub.asked if line.startswith("GET") and ".safetensors" in line]
+    assert len(found) == len(FAMILIES)
+    for (family, name), item in zip(FAMILIES.items(), found, strict=True):
+        assert item.get("family") == family, item
+        assert item["fingerprint"] == load(str(root / "models" / name), dtype="float32").weights_fingerprint
+        floor, ratio, limit = item["ratios"]
+        assert floor < ratio <= limit < 1.0
+    assert len(shards) >= 3 * len(FAMILIES)

@@ -14,14 +14,19 @@ from dop_search.models.loading import load
 from support.local_hub import LocalHub
 
 NUM_SEARCH_ROWS = 48
+NUM_BENCHMARK_ROWS = 8
+"""At most, per benchmark."""
 
 
-def add_checkpoint(hub: LocalHub, name: str) -> Path:
-    """The bundled model under a hub id, in shards."""
+def add_checkpoint(hub: LocalHub, name: str, model: Any = None, processor: Any = None) -> Path:
+    """A model under a hub id, in shards; by default the bundled one."""
     folder = hub.repository("models", name)
-    loaded = load("pocket")
-    loaded.model.save_pretrained(folder, max_shard_size="4MB")
-    loaded.processor.save_pretrained(folder)
+    if model is None:
+        loaded = load("pocket")
+        model, processor = loaded.model, loaded.processor
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 3)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -40,7 +45,7 @@ def add_search_sources(hub: LocalHub) -> None:
     """The splits that ``data=mixed`` draws from; no row is one of :func:`add_benchmarks`."""
 
     def later(benchmark: str) -> list[dict[str, Any]]:
-        return benchmark_rows(benchmark, 100 + NUM_SEARCH_ROWS)[100:]
+        return benchmark_rows(benchmark, NUM_BENCHMARK_ROWS + NUM_SEARCH_ROWS)[NUM_BENCHMARK_ROWS:]
 
     add_gqa(hub, later("gqa"), "val", "val_balanced_instructions")
     add_table(hub, "lmms-lab-encoder/textvqa", None, "train", later("textvqa"), "data/train-00000-of-00020.parquet")
