@@ -55,7 +55,6 @@ def test_empty_strategy_is_exactly_zero_and_nothing_is_negative(pocket, teacher)
         {"early_start": False},
         {"keep_prefix": False},
         {"keep_states": False},
-        {"memory": 0.13},
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ from dop_search.divergence import chunks as chunks_module
 from dop_search.divergence import engine as engine_module
 from dop_search.divergence.footprint import Footprint
 from dop_search.divergence.forecast import ChunkForecast
-from dop_search.divergence.memory import GIB, told_bytes, weight_bytes
+from dop_search.divergence.memory import GIB, release_all, told_bytes, weight_bytes
 from dop_search.divergence.teacher import generate_ids
 from dop_search.evaluation.timing.shapes import SHAPES
 from dop_search.models.loading import load
@@ -93,7 +93,8 @@ def precise(pocket, few_samples):
 
 
 def limit(adapter, activations: float) -> float:
-    """GiB that leave so many bytes beside weights and teachers."""
+    """GiB that leave so many bytes beside weights and teachers, with nothing kept by engines of other tests."""
+    release_all()
     return (weight_bytes(adapter.model) + told_bytes() + activations) / GIB
 
 
