@@ -139,7 +139,9 @@ WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
 for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     _fields = {"__test__": True, "model_type": _name, "takes_videos": TINY_FAMILIES[_name].takes_videos}
     _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
-    _fields["separates_packed_rows"] = _name != "qwen3_5_moe"
+    if _name == "qwen3_5_moe":
+        _fields["separates_packed_rows"] = False
+        _fields["tolerance"] = 1e-4  # its recurrence counts in float32 even where the weights are float64
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)
 
 
