@@ -180,7 +180,9 @@ class Workbench:
     @property
     def decide(self) -> Decide | None:
         """Divergences on the samples that decide among the last few strategies; ``None`` without such samples."""
-        return partial(self.divergence, split="decision") if self.config.data.num_decision else None
+        if not self.config.data.num_decision:
+            return None
+        return partial(self.divergence, split="decision", what="the last few strategies on samples that decide")
 
     def distances(
         self, strategies: Sequence[Strategy], split: Split, divergence: Divergence, **changes: Any

@@ -82,7 +82,7 @@ def fit(
         teacher,
         ranker.name,
         ranker.options(),
-        evaluate=lambda strategies: store.evaluate(strategies, on_progress=on_progress).mean(axis=1),
+        evaluate=store.means(on_progress),
         samples=data.samples,
         profile=partial(_profile, loaded, data, teacher, cache, on_progress),
         store=lambda other: evaluation_store(loaded, _ranked(loaded, data, teacher, cache, other), cache_dir=cache),

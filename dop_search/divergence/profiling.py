@@ -33,7 +33,7 @@ FORMAT = Format("a profile", "dop_search.profile", 1, "profile the model again")
 SAVE_EVERY = 16
 """Strategies per call of the engine: about one curve, so that prefixes are shared and little is lost in a crash."""
 
-OnProgress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int | None, str], None]
 
 
 @dataclass(frozen=True)

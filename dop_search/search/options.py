@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch, with_to
 from dop_search.search.optuna_solvers import feasible_limit
 from dop_search.search.solution import Problem, uniform_assignment
 from dop_search.search.space import TOKENS, Assignment, Space
-from dop_search.search.store import FloatArray, OnProgress
+from dop_search.search.store import OnProgress
 from dop_search.search.surrogate import Surrogate
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.budget import Budget
@@ -151,11 +151,7 @@ def gsop_search(problem: Problem, on_progress: OnProgress | None = None) -> Gsop
     """GSOP's search on a problem's samples, under the selector of its space; all budgets share it."""
     store, space = problem.need_store(GSOP), problem.space
     what = f"GSOP's trajectory over {space.strategy_fields.get('selector', 'the selector')}"
-
-    def evaluate(strategies: Sequence[Strategy]) -> FloatArray:
-        return store.evaluate(strategies, on_progress=on_progress, what=what).mean(axis=1)
-
-    return GsopSearch(evaluate, space.num_layers, dict(space.strategy_fields))
+    return GsopSearch(store.means(on_progress, what), space.num_layers, dict(space.strategy_fields))
 
 
 def gsop_option(option: Option, search: GsopSearch) -> Option:

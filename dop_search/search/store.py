@@ -23,7 +23,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Evaluator: TypeAlias = Callable[[Sequence[Strategy], Sequence[int] | None], FloatArray]
 """Per-sample divergence in nats ``[num_strategies, num_samples]``; second argument: which samples (None: all)."""
 
-OnProgress: TypeAlias = Callable[[int, int, str], None]
+OnProgress: TypeAlias = Callable[[int, int | None, str], None]
 """Called with (done, total, what is being measured)."""
 
 Report: TypeAlias = Callable[[int], None]
@@ -130,6 +130,27 @@ class EvaluationStore:
         for strategy in distinct.values():
             self.count(strategy, samples)
         return np.stack([self._values[key][samples] for key in keys]) if keys else np.zeros((0, len(samples)))
+
+    def means(
+        self, on_progress: OnProgress | None = None, what: str = "evaluating strategies"
+    ) -> Callable[[Sequence[Strategy]], FloatArray]:
+        """A function from strategies to their mean divergences in nats, for searches that ask many times: progress
+        counts the strategies of all calls."""
+        num_done = 0
+
+        def evaluate(strategies: Sequence[Strategy]) -> FloatArray:
+            nonlocal num_done
+            before = num_done
+
+            def step(done: int, total: int | None, what: str) -> None:
+                nonlocal num_done
+                num_done = before + done
+                if on_progress is not None:
+                    on_progress(num_done, None, what)
+
+            return self.evaluate(strategies, on_progress=step, what=what).mean(axis=1)
+
+        return evaluate
 
     def count(self, strategy: Strategy, samples: NDArray[Any]) -> None:
         """Count a run as asked for, as by :meth:`evaluate`, that a solver's own memory has the result of."""

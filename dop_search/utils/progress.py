@@ -129,8 +129,8 @@ def default_progress(console: Console | None = None) -> Progress:
 class Notify(Protocol):
     """Told how far things are."""
 
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """So many steps of ``what`` are done."""
+    def __call__(self, done: int, total: int | None, what: str) -> None:
+        """So many steps of ``what`` are done; ``None``: nobody knows of how many."""
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def watch(progress: Progress, prefix: str = "") -> Iterator[Notify]:
     advance: Advance = _nothing
     with ExitStack() as task:
 
-        def notify(done: int, total: int, what: str) -> None:
+        def notify(done: int, total: int | None, what: str) -> None:
             nonlocal advance, current, so_far
             if what != current:
                 task.close()

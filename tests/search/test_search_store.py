@@ -28,7 +28,7 @@ HEADER = {"model": "m-1", "data": "d-1"}
 def test_values_are_the_evaluators_and_each_is_computed_once() -> None:
     evaluator, calls = counted(EXACT)
     store = EvaluationStore(evaluator, 6, batch_size=4)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int | None]] = []
     twice = [*STRATEGIES, *STRATEGIES[:5]]
     values = store.evaluate(twice, on_progress=lambda done, total, what: seen.append((done, total)))
     np.testing.assert_array_equal(values, EXACT(twice, None))
@@ -40,6 +40,16 @@ def test_values_are_the_evaluators_and_each_is_computed_once() -> None:
     assert seen[-1] == (distinct, distinct)
     store.evaluate(STRATEGIES)
     assert sum(calls) == 6 * distinct
+
+
+def test_means_count_the_strategies_of_all_calls() -> None:
+    seen: list[tuple[int, int | None, str]] = []
+    means = EvaluationStore(EXACT, 6, batch_size=4).means(lambda *heard: seen.append(heard), "a long search")
+    for start in (0, 5, 8):
+        its = STRATEGIES[start : start + 6]
+        np.testing.assert_allclose(means(its), EXACT(its, None).mean(axis=1))
+    assert seen[-1] == (18, None, "a long search")
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
 def test_parts_of_the_samples_add_up() -> None:

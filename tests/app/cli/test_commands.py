@@ -206,7 +206,10 @@ def test_an_error_is_a_message_and_a_status(
 
 HELP = {
     "dop-search": (
-        *("space: any, dop, dop_full_kv, dop_groups, dop_split, uniform", "hydra/launcher: basic, joblib, ray_gpu, slurm"),
+        *(
+            "space: any, dop, dop_full_kv, dop_groups, dop_split, uniform",
+            "hydra/launcher: basic, joblib, ray_gpu, slurm",
+        ),
         *("budget=0.3", "llava_next_7b", "experiment=smoke"),
     ),
     "dop-eval": ("dop-eval strategy=outputs", "dop13_static", "pocket13", "limit: null", "llava_next_7b"),
