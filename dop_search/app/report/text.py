@@ -158,8 +158,8 @@ def notes(record: Record) -> list[str]:
     lines = [
         f"{record.model.name} on {data.name}; KL in nats, mean of {data.num_samples} search and "
         f"{data.num_heldout} held-out samples.",
-        f"D_A, D_P: exit depths of attention (q/kv where they differ) and MLP, of {record.model.num_layers} layers.",
-        "n_v: visual tokens that enter the decoder; uniform: only fewer of them, same FLOPs.",
+        f"D_A, D_P: exit depths of attention (q/kv if they differ) and MLP, of {record.model.num_layers} layers.",
+        "n_v: visual tokens in the decoder; uniform: only fewer of them, same FLOPs.",
         f"Validation runs: {', '.join(f'{_effort(result)} at {result.budget.text}' for result in record.results)}.",
     ]
     if full is not None:
@@ -173,15 +173,21 @@ def notes(record: Record) -> list[str]:
         lines.append(f"Prefill time on this device, predicted by its layer times: {', '.join(timed)}.")
     verdicts = ", ".join(f"{verdict(result)} at {result.budget.text}{_p_text(result)}" for result in record.results)
     tested = any(result.kl_heldout_difference_p is not None for result in record.results)
-    how = "paired by sample; sign flips, Holm" if tested else "paired by sample"
+    how = "sign flips, Holm" if tested else "paired by sample"
     lines.append(f"Held-out KL against uniform reduction ({how}): {verdicts}.")
     if len({item.selector for result in record.results for item in result.candidates}) > 1:
-        chosen = ", ".join(f"{result.strategy.selector} at {result.budget.text}" for result in record.results)
-        lines.append(f"Selector: {chosen}; {record.data.num_decision} further samples decided among the last few.")
+        chosen = {result.budget.text: str(result.strategy.selector) for result in record.results}
+        places = ", ".join(f"{name} at {budget}" for budget, name in chosen.items())
+        if len(set(chosen.values())) == 1 < len(chosen):
+            places = f"{record.results[0].strategy.selector} at every budget"
+        lines.append(f"Selector: {places}; {record.data.num_decision} more samples decided.")
+    signs = []
     if any("{" in text for result in record.results for text in policy_text(result.strategy).values()):
-        lines.append("{n}: n layers, not the first n.")
+        signs.append("{n}: n layers, not the first n")
     if any(len(result.strategy.groups) > 1 for result in record.results):
-        lines.append("More than one depth: a group of tokens each, the best-ranked first.")
+        signs.append("several depths: one per group of tokens")
+    if signs:
+        lines.append(f"{'; '.join(signs)}.")
     few = [
         f"{item.num_dominant} at {item.budget.text}"
         for item in record.results
