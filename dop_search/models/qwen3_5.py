@@ -8,6 +8,7 @@ from typing import Any
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dop_search.models.qwen2_vl import Qwen2VLAdapter
+from dop_search.models.qwen3_vl import with_experts
 from dop_search.strategy.operations import ModelDims, RecurrentDims
 
 CHUNK = 64
@@ -44,12 +45,4 @@ class Qwen3_5MoeAdapter(Qwen3_5Adapter):
 
     @property
     def dims(self) -> ModelDims:
-        text: Any = self.text_config
-        return replace(
-            super().dims,
-            intermediate_size=text.moe_intermediate_size,
-            gated_mlp=True,
-            num_experts=text.num_experts,
-            active_experts=text.num_experts_per_tok,
-            shared_expert_size=text.shared_expert_intermediate_size,
-        )
+        return with_experts(super().dims, self.text_config)

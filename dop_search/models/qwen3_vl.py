@@ -44,11 +44,16 @@ class Qwen3VLMoeAdapter(Qwen3VLAdapter):
 
     @property
     def dims(self) -> ModelDims:
-        text = self.text_config
-        return replace(
-            super().dims,
-            intermediate_size=text.moe_intermediate_size,
-            gated_mlp=True,
-            num_experts=text.num_experts,
-            active_experts=text.num_experts_per_tok,
-        )
+        return with_experts(super().dims, self.text_config)
+
+
+def with_experts(dims: ModelDims, text: Any) -> ModelDims:
+    """Sizes of a decoder in which every MLP is a mixture of experts; Qwen3.5's have one that is shared."""
+    return replace(
+        dims,
+        intermediate_size=text.moe_intermediate_size,
+        gated_mlp=True,
+        num_experts=text.num_experts,
+        active_experts=text.num_experts_per_tok,
+        shared_expert_size=getattr(text, "shared_expert_intermediate_size", 0),
+    )
