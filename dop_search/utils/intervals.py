@@ -9,6 +9,7 @@ more than a handful of samples carry the mean, see :func:`num_dominant`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,16 +67,25 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0, num_resamples: int = 9999
     data = data[data != 0.0]  # flipping a zero changes nothing
     if len(data) < 2:
         return 1.0 if len(np.atleast_1d(differences)) > 1 else float("nan")
-    result = stats.permutation_test(
-        (data,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=num_resamples,
-        batch=max(1, 2_000_000 // len(data)),
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    exact = 2 ** len(data) <= num_resamples
+    if exact:
+        null = np.array(list(product((1.0, -1.0), repeat=len(data)))) @ data
+    else:
+        null = _random_flips(data, seed, num_resamples)
+    observed = data.sum()
+    tolerance = 100 * np.finfo(np.float64).eps * abs(observed)  # values that are equal but for rounding are equal
+    tail = min(np.sum(null <= observed + tolerance), np.sum(null >= observed - tolerance))
+    return float(min(1.0, 2 * (tail + (not exact)) / (len(null) + (not exact))))
+
+
+def _random_flips(data: NDArray[np.float64], seed: int, num_resamples: int) -> NDArray[np.float64]:
+    """Sums under random signs, those that ``scipy.stats.permutation_test`` draws, which takes ten times as long."""
+    rng, block = np.random.default_rng(seed), max(1, 2_000_000 // len(data))
+    sums = []
+    for start in range(0, num_resamples, block):
+        drawn = rng.integers(0, 1 << 32, (min(block, num_resamples - start), len(data)), dtype=np.uint32) & 1
+        sums.append(2.0 * (drawn @ data) - data.sum())
+    return np.concatenate(sums)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,19 +27,23 @@ class TextOperations(Extension):
 
     Args:
         dims: sizes of the decoder.
-        teacher: has the prompts that FLOPs are counted on.
+        teacher: gives the one whose prompts FLOPs are counted on; asked when something is to be counted.
     """
 
-    def __init__(self, dims: ModelDims, teacher: Teacher) -> None:
-        self.dims = dims
+    def __init__(self, dims: ModelDims, teacher: Callable[[], Teacher]) -> None:
+        self.dims, self._teacher = dims, teacher
         self.full: Mapping[str, int] = {f"{group}_{m.value}": dims.num_layers for group in GROUPS for m in MODULES}
-        self._prompts: dict[tuple[int, tuple[int, int]], int] = {}
-        for sample in teacher.samples:
-            visual = sample.encoded.visual[: sample.encoded.prompt_length].cpu().numpy()
-            key = (TokenCounts.of_prompt(visual).visual, text_sizes(visual))
-            self._prompts[key] = self._prompts.get(key, 0) + 1
-        self._full_flops = sum(
-            weight * full_flops(dims, TokenCounts(sum(sizes) + 1, visual))
+
+    @cached_property
+    def _prompts(self) -> Counter[tuple[int, tuple[int, int]]]:
+        """How many prompts have so many visual tokens, and text tokens before and after them."""
+        masks = [s.encoded.visual[: s.encoded.prompt_length].cpu().numpy() for s in self._teacher().samples]
+        return Counter((TokenCounts.of_prompt(visual).visual, text_sizes(visual)) for visual in masks)
+
+    @cached_property
+    def _full_flops(self) -> int:
+        return sum(
+            weight * full_flops(self.dims, TokenCounts(sum(sizes) + 1, visual))
             for (visual, sizes), weight in self._prompts.items()
         )
 
@@ -83,4 +89,4 @@ class TextOperationsStudy(ExtensionStudy):
 
     def make_extension(self, bench: Workbench) -> TextOperations:
         """See base class."""
-        return TextOperations(bench.loaded.adapter.dims, bench.teacher("search"))
+        return TextOperations(bench.loaded.adapter.dims, lambda: bench.teacher("search"))

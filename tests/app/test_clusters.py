@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.one_node_slurm import missing_programs, one_node_slurm
+from support.pictures import UNDRAWN, WITH_SUPPORT
 
 from dop_search.app.record import Record
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 TINY = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0"),
-    *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "num_threads=1"),
+    *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "num_threads=1", UNDRAWN),
 )
-SLURM = ("gpus_per_node=null", "mem_gb=1", "cpus_per_task=1", "timeout_min=5", "setup=['export DOP_SETUP=1']")
+SLURM = ("gpus_per_node=null", "mem_gb=1", "cpus_per_task=1", "timeout_min=30", "setup=['export DOP_SETUP=1']")
 RAY = ("ray.init.address=auto", "ray.remote.num_gpus=0", "ray.remote.num_cpus=1")
 
 
@@ -55,7 +56,9 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     head = ["--head", "--port=6399", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     try:
         for role in ([*head, f"--temp-dir={folder}"], [f"--address={address}"]):
-            subprocess.run([ray, "start", *role, *options], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [ray, "start", *role, *options], env=WITH_SUPPORT, check=True, capture_output=True, text=True
+            )
         yield {"RAY_ADDRESS": address}
     finally:
         subprocess.run([ray, "stop", "--force"], check=False, capture_output=True)
@@ -72,7 +75,7 @@ def check_first_sweep(
     swept = ("space=dop,uniform", f"seed={','.join(map(str, seeds))}", *launcher)
     command = [sys.executable, "-m", "dop_search.app.cli.search", "-m", *TINY, "tracking=mlflow", *places, *swept]
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, check=False, capture_output=True, text=True
+        command, cwd=folder, env={**WITH_SUPPORT, **environment}, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     records = [Record.load(path) for path in folder.glob("sweep/**/record.json")]

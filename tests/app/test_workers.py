@@ -14,6 +14,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from support.pictures import WITH_SUPPORT
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
@@ -31,12 +32,17 @@ SMALL = {
     "eval": {"name": "none"},
     "budget": [0.3],
 }
-RUN = (
-    "import sys; from pathlib import Path; from dop_search.app.config import SearchConfig; "
-    "from dop_search.models import fast_linear; fast_linear.MIN_SPEEDUP = float('inf'); "
-    "from dop_search.app.search import run; from dop_search.utils.progress import SilentProgress; "
-    "run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())"
-)
+RUN = """
+import sys
+from pathlib import Path
+import support.without_pictures
+from dop_search.app.config import SearchConfig
+from dop_search.app.search import run
+from dop_search.models import fast_linear
+from dop_search.utils.progress import SilentProgress
+fast_linear.MIN_SPEEDUP = float("inf")
+run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +75,7 @@ def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_pa
     workers = {}
     for name in ("one", "two"):
         command = [sys.executable, "-c", RUN, shared.model_dump_json(), str(tmp_path / name)]
-        workers[name] = subprocess.Popen(command)
+        workers[name] = subprocess.Popen(command, env=WITH_SUPPORT)
     deadline = time.monotonic() + 120
     held: list[str] = []
     while not held:  # until somebody has claimed strategies and the search has got somewhere

@@ -6,7 +6,6 @@ The hub is a stub on the loopback address; what asks it is the real client code 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from support.hub_content import add_benchmarks, add_checkpoint, add_search_sources
 from support.local_hub import LocalHub, local_hub
+from support.pictures import UNDRAWN, WITH_SUPPORT
 from support.tiny_families import tiny_processor
 from support.tiny_models import tiny_model
 
@@ -42,6 +42,7 @@ SEARCH = (
     "eval=dop13_static",
     "eval.limit=2",
     "tracking=none",
+    UNDRAWN,
 )
 NOBODY = "http://127.0.0.1:9"
 GATED = "meta/gated"
@@ -90,7 +91,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, check=False, capture_output=True, text=True
+        [sys.executable, *command], env={**WITH_SUPPORT, **environment}, check=False, capture_output=True, text=True
     )
 
 

@@ -28,7 +28,7 @@ class Family(PruningConformance):
 
     __test__ = False
     model_type: ClassVar[str]
-    max_examples = 4
+    max_examples = 2
 
     def make_model(self, attn_implementation: str) -> PreTrainedModel:
         return tiny_model(self.model_type, attn_implementation=attn_implementation)
@@ -55,33 +55,12 @@ class TestLlavaNext(Family):
     model_type = "llava_next"
 
 
-class TestLlavaOnevision(Family):
-    """SigLIP tower, Qwen2 decoder."""
-
-    __test__ = True
-    model_type = "llava_onevision"
-
-
-class TestQwen2VL(Family):
-    """Multimodal RoPE, dynamic resolution."""
-
-    __test__ = True
-    model_type = "qwen2_vl"
-
-
 @pytest.mark.slow
 class TestQwen2_5VL(Family):
-    """Windowed attention in the tower."""
+    """Multimodal RoPE, dynamic resolution, windowed attention in the tower."""
 
     __test__ = True
     model_type = "qwen2_5_vl"
-
-
-class TestInternVL(Family):
-    """Tiles of an image without a separator, Qwen2 decoder."""
-
-    __test__ = True
-    model_type = "internvl"
 
 
 class TestQwen3VL(Family):
@@ -89,14 +68,6 @@ class TestQwen3VL(Family):
 
     __test__ = True
     model_type = "qwen3_vl"
-
-
-class TestQwen3VLMoe(Family):
-    """Experts."""
-
-    __test__ = True
-    model_type = "qwen3_vl_moe"
-    max_examples = 2
 
 
 class TestQwen3_5(Family):

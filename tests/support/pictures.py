@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+WITH_SUPPORT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+"""The environment of a process that imports from here, for instance :data:`UNDRAWN`."""
+
+UNDRAWN = "imports=[support.without_pictures]"
+"""The same for a command."""
 
 
 @pytest.fixture(autouse=True)

@@ -87,6 +87,20 @@ def test_sign_flips_are_all_flips_where_they_are_few() -> None:
     assert np.isnan(sign_flip_p([0.3]))
 
 
+@pytest.mark.parametrize("num", [5, 13, 14, 700])
+def test_sign_flips_are_those_of_scipy(num: int) -> None:
+    values = np.random.default_rng(num).standard_normal(num) ** 3 + 0.1
+    expected = stats.permutation_test(
+        (values,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        batch=2_000_000 // num,
+        rng=np.random.default_rng(0),
+    )
+    assert sign_flip_p(values) == expected.pvalue
+
+
 def test_sign_flips_of_symmetric_noise_reject_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     tails = rng.standard_t(2, (300, 60))

@@ -38,4 +38,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         time.sleep(0.3)
     yield address
     os.killpg(server.pid, signal.SIGTERM)  # the server has workers
-    server.wait(timeout=30)
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(timeout=30)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pictures import WITH_SUPPORT
 from support.records import example_curves, example_record
 
 from dop_search.app.config import TrackingConfig
@@ -24,9 +24,6 @@ from dop_search.app.tracking.system import system_metrics
 from dop_search.app.tracking.values import result_metrics, result_params, started_ms
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-
-WITH_SUPPORT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-"""For processes that use ``tests/support``."""
 
 SEARCHES = """
 import sys
