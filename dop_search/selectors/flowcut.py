@@ -221,15 +221,8 @@ class PackedFlowCutPatch(TowerPatch):
             raise DopError(f"'flowcut' needs one image per sample, but got a video of {frames} frames")
         counts = [rows * columns * self.adapter.patches_per_token for ((rows, columns),) in images]
         self.at.images = [
-            [
-                _Part(
-                    torch.arange(end - count, end, device=device),
-                    self.num_kept,
-                    torch.ones(count) > 0,
-                    first=end - count,
-                )
-            ]
-            for count, end in zip(counts, itertools.accumulate(counts), strict=True)
+            [_Part(torch.arange(a, b, device=device), self.num_kept, torch.ones(b - a, device=device) > 0, first=a)]
+            for a, b in itertools.pairwise(itertools.accumulate(counts, initial=0))
         ]
 
     def block(

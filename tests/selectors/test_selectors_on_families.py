@@ -267,6 +267,7 @@ def test_flowcut_leaves_as_many_patches_as_tokens(family):
     assert len(choice.embeds) == kept
     distance = (choice.embeds[:, None] - rows["hidden"]).abs().amax(dim=-1)
     assert float(distance.min(dim=1).values.max()) < 1e-4
+    assert set(distance.argmin(dim=1).diff().tolist()) == {1}, "in the order of the sequence"
     if family == "qwen2_vl":
         assert choice.slots.tolist() == list(range(kept)), "as released, in the first places of the image"
 
