@@ -102,10 +102,16 @@ class SelectorInputs:
         return replace(self, layers={**self.layers, **layers}, **own)
 
     def survivors_first(self) -> np.ndarray:
-        """A ranking where the tower merged or dropped tokens: what is left of them first, in the image's order."""
+        """A ranking where the tower merged or dropped tokens: what is left of them first, in the image's order.
+
+        Newline tokens, which the tower does not compute, are not.
+        """
         if self.tower_sizes is None:
             return np.arange(self.num_visual_tokens)
-        return np.argsort(self.tower_sizes.cpu().numpy() == 0, kind="stable")
+        gone = self.tower_sizes.cpu().numpy() == 0
+        if self.tiles is not None:
+            gone |= self.tiles.cpu().numpy() < 0
+        return np.argsort(gone, kind="stable")
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,7 @@ class FlowCutSelector(Selector):
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""
-        order = inputs.survivors_first()
-        if inputs.tiles is None:
-            return order
-        is_patch = inputs.tiles.cpu().numpy()[order] >= 0
-        return np.concatenate([order[is_patch], order[~is_patch]])
+        return inputs.survivors_first()
 
     def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
         """See base class; images may have any size on LLaVA-NeXT, and on Qwen2-VL, whose tower has no windows."""

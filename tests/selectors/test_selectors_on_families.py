@@ -404,21 +404,31 @@ def test_tokens_know_their_tile(family):
 
 @pytest.mark.parametrize(
     "name",
-    ["visionzip", "prumerge_plus", "vispruner", "vscan", "prunesid", "hiprune", "hired", "scope", "cdpruner_llm"],
+    [
+        "visionzip",
+        "prumerge_plus",
+        "vispruner",
+        "vscan",
+        "prunesid",
+        "hiprune",
+        "hired",
+        "scope",
+        "cdpruner_llm",
+        "flowcut",
+    ],
 )
 def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     model, inputs = model_of("llava_next"), prompts("llava_next", (1,))
     adapter, seen = adapter_for(model), {}
-    source = RankingSource(adapter, make_selector(name))
+    visual = adapter.visual_token_mask(ids := inputs["input_ids"])
+    count = int(visual.sum())
+    source = RankingSource(adapter, make_selector(name), num_kept=count // 3)
     hook = adapter.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
     )
     try:
         with torch.no_grad():
             model(**inputs)
-            ids = inputs["input_ids"]
-            visual = adapter.visual_token_mask(ids)
-            count = int(visual.sum())
             (sample,) = source.sample_inputs([count], seen["embeds"], ids, visual)
             selection = source.selector.select(sample, count // 3)
     finally:
@@ -428,6 +438,7 @@ def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     kept = selection.order[: count // 3]
     assert sorted(selection.order) == list(range(count))
     assert (tiles[kept] >= 0).all()
+    assert sample.tower_sizes is None or bool((sample.tower_sizes[kept] > 0).all()), "what the tower left out"
     if name != "hired":
         sizes = np.bincount(tiles[tiles >= 0])
         fair = len(kept) * sizes / sizes.sum()
