@@ -19,8 +19,8 @@ from dop_search.baselines.shortv import ShortV
 from dop_search.baselines.skip_vision import SkipVision
 from dop_search.baselines.space_search import SEARCHED_SELECTORS, SEARCHED_SPACES, SPACES, SpaceSearch, UniformSearch
 from dop_search.baselines.sparsevlm import SparseVlm
+from dop_search.baselines.two_stage import FlowCut, VScan
 from dop_search.baselines.uniform import Full, Uniform, UniformReduction
-from dop_search.baselines.vscan import VScan
 from dop_search.baselines.vtw import Vtw
 from dop_search.selectors import SELECTORS
 from dop_search.utils.errors import ConfigError
@@ -39,6 +39,7 @@ _PUBLISHED: tuple[Method, ...] = (
     IvcPrune(),
     HiDrop(),
     VScan(),
+    FlowCut(),
     Vtw(),
     ShortV(),
     Gsop(),

@@ -156,8 +156,11 @@ def encode(
     chooser = None
     if selector.chooses_per_count and bool(visual.any()):
         (sample,) = source.sample_inputs(visual_counts(visual), embeds, ids, visual, prompt)
-        pixels = inputs["pixel_values"] if selector.changes_tower else None
-        chooser = source.chooser(replace(sample, embeds=None, pixel_values=pixels))
+        sample = replace(sample, embeds=None)
+        if selector.changes_tower:
+            sizes = inputs.get(adapter.sizes_name)
+            sample = replace(sample, pixel_values=inputs["pixel_values"], image_sizes=sizes)
+        chooser = source.chooser(sample)
     return EncodedSample(
         embeds=embeds[0],
         position_ids=position_ids.reshape(-1, ids.shape[1]),

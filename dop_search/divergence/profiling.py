@@ -294,7 +294,7 @@ def profile(
     counts = token_counts(teacher)
     dims = loaded.adapter.dims
     num_visual = max(item.visual for item in counts)
-    fewest = ranker.fewest_tokens(num_visual, len(loaded.adapter.tower_view.layers)) if ranker.changes_tower else 1
+    fewest = ranker.fewest_tokens(num_visual, len(loaded.adapter.attention_modules)) if ranker.changes_tower else 1
     searched = make_space(
         space,
         dims.num_layers,

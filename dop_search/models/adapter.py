@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dop_search.models.capture import TowerView, capture_field, refuse
+from dop_search.models.capture import Layer, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
 from dop_search.models.tower import Grids, TowerCapture, VisionCall, VisionWatch
 from dop_search.strategy.operations import ModelDims
@@ -37,6 +37,10 @@ class ModelAdapter:
     """Where the tower's layers have their attention."""
     has_cls: bool = False
     """Whether the tower has a CLS token."""
+    sizes_name: ClassVar[str] = ""
+    """What the model calls the sizes of images, where they may have any."""
+    middle_depth: ClassVar[float] = 9 / 24
+    """Which share of the tower's layers lies below the end of the ``middle`` one, by which HiPrune ranks."""
     has_tower: ClassVar[bool] = True
     """Whether there is a vision tower for selectors to look at."""
     input_fields: ClassVar[frozenset[str]] = frozenset()
@@ -291,10 +295,17 @@ class ModelAdapter:
         kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
         raise refuse(["what it computes"], f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Vision tower and projector: ``[visual tokens of the images, hidden_size]``."""
-        model: Any = self.model
-        return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
+    def encode_images(self, pixel_values: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Vision tower and projector: ``[visual tokens of the images, hidden_size]``; ``sizes``: the images' own."""
+        model, given = self.model, {} if sizes is None else {self.sizes_name: sizes}
+        return torch.cat(list(cast(Any, model).get_image_features(pixel_values=pixel_values, **given).pooler_output))
+
+    def packed_patches(self) -> list[Tensor]:
+        """Which patches become visual tokens, ``[tiles, patches]`` boolean of each image whose encoding is under way.
+
+        Of families that cut images into tiles and leave out padding.
+        """
+        raise NotImplementedError
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """Where the visual tokens of each image (or video) of a call stand: rows and columns, part after part.
@@ -350,22 +361,33 @@ class ModelAdapter:
                 "attention of the vision tower is captured in the layer that feeds the projector, but this model has "
                 f"vision_feature_layer={layer}; use selector=uniform_grid or selector=random"
             )
-        layers, name = self.tower_attention.split(".{}.")
-        return self.vision_tower.get_submodule(layers)[layer - (layer > 0)].get_submodule(name)
+        return self.attention_modules[layer - (layer > 0)]
 
-    def cls_attention_module(self) -> Any:
-        """The same, for the attention of a CLS token.
+    def attention_module(self, layer: Layer | None) -> Any:
+        """The attention of any layer of the tower; ``None``: :meth:`received_attention_module`.
 
         Raises:
-            UnsupportedModelError: if the tower has none; names selectors that work.
+            DopError: if the tower has no such layer.
+            UnsupportedModelError: if it sees a part of the image alone.
         """
-        if not self.has_cls:
-            raise UnsupportedModelError(
-                f"`cls_attention` is not available for {type(self.model).__name__}: its vision tower has no CLS token; "
-                "use selector=received_attention, selector=uniform_grid or selector=random, or where a selector has it "
-                "its option attention=received"
+        return self.received_attention_module() if layer is None else self.attention_modules[self.tower_layer(layer)]
+
+    @property
+    def attention_modules(self) -> list[Any]:
+        """The attention of each layer of the tower."""
+        layers, name = self.tower_attention.split(".{}.")
+        return [layer.get_submodule(name) for layer in self.vision_tower.get_submodule(layers)]
+
+    def tower_layer(self, layer: Layer) -> int:
+        """The number of a layer from 0, or its depth as a share, see ``dop_search.selectors.base.at_layer``."""
+        count = len(self.attention_modules)
+        if not isinstance(layer, int):
+            return max(1, round((self.middle_depth if isinstance(layer, str) else layer) * count)) - 1
+        if not -count <= layer < count:
+            raise DopError(
+                f"`{-count} <= layer < {count}` must hold for the {count} layers of the vision tower, but got {layer}"
             )
-        return self.received_attention_module()
+        return layer % count
 
     def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
         """Rows and columns of the visual tokens of each sample, image after image.

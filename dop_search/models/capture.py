@@ -27,27 +27,34 @@ if TYPE_CHECKING:
 TOWER_FIELDS = (
     "cls_attention",
     "received_attention",
-    "keys",
-    "first_cls_attention",
-    "first_received_attention",
-    "shallow_cls_attention",
-    "last_cls_attention",
     "global_attention",
-    "middle_global_attention",
+    "keys",
+    "last_cls_attention",
     "last_keys",
     "features",
     "cls_feature",
     "patch_states",
 )
-"""See ``dop_search.selectors.SelectorInputs`` for their meaning. The first three are had from more towers than
-:class:`TowerView` covers, the others through one."""
+"""See ``dop_search.selectors.SelectorInputs`` for their meaning. The first three are had of any layer, and with the
+keys from more towers than :class:`TowerView` covers; the others through one."""
 
-CLS_FIELDS = frozenset(
-    {"first_cls_attention", "shallow_cls_attention", "last_cls_attention", "cls_feature", "patch_states"}
-)
+_ATTENTION: dict[str, Read] = {
+    "cls_attention": cls_attention,
+    "received_attention": received_attention,
+    "global_attention": global_attention,
+}
+_CLS_FIELDS = frozenset({"last_cls_attention", "cls_feature", "patch_states"})
 
-SHALLOW, MIDDLE = 6 / 24, 9 / 24
-"""How deep in the tower "shallow" and "middle" layers are: the sixth and the ninth of CLIP ViT-L's 24."""
+Layer = int | float | str
+"""A layer of the tower: see ``dop_search.selectors.base.at_layer``."""
+
+
+def field_and_layer(name: str) -> tuple[str, Layer | None]:
+    """``cls_attention@5`` as ``("cls_attention", 5)``; without a layer ``None``, the one that feeds the projector."""
+    kind, _, layer = name.partition("@")
+    if not layer or layer == "middle":
+        return kind, layer or None
+    return kind, float(layer) if "." in layer else int(layer)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def refuse(wanted: Iterable[str], why: str) -> UnsupportedModelError:
 
 
 def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-    """Capture one of :data:`TOWER_FIELDS` as :class:`TowerCapture` does.
+    """Capture one of :data:`TOWER_FIELDS`, or attention in another layer, as :class:`TowerCapture` does.
 
     Attention is averaged over heads. What each patch receives from all patches is what VisionZip (arXiv 2412.04467) and
     VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
@@ -101,14 +108,19 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
     Raises:
         UnsupportedModelError: if the tower is not covered, or has no CLS token and the field needs one.
     """
-    if name == "cls_attention":
-        return TowerCapture(adapter, adapter.cls_attention_module(), cls_attention, receive)
-    if name == "received_attention":
-        return TowerCapture(adapter, adapter.received_attention_module(), received_attention, receive)
+    kind, layer = field_and_layer(name)
+    if kind == "cls_attention" and not adapter.has_cls:
+        raise UnsupportedModelError(
+            f"`cls_attention` is not available for {type(adapter.model).__name__}: its vision tower has no CLS token; "
+            "where a selector has it use its option attention=received, or selector=received_attention, "
+            "selector=uniform_grid or selector=random"
+        )
+    if kind in _ATTENTION:
+        return TowerCapture(adapter, adapter.attention_module(layer), _ATTENTION[kind], receive)
     if name == "keys":
         return TowerCapture(adapter, adapter.received_attention_module(), head_mean_keys, receive)
     view = adapter.tower_view
-    if not view.has_cls and name in CLS_FIELDS:
+    if not view.has_cls and name in _CLS_FIELDS:
         raise refuse([name], "the vision tower has no CLS token (try the selector's option attention=received)")
     extra, norm = view.num_extra, view.final_norm
     feature, last = view.layers[view.feature_layer], view.layers[-1]
@@ -129,12 +141,7 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
         return _wide_keys(attention, args, kwargs)[:, extra:]
 
     where: dict[str, tuple[Any, Read, bool]] = {
-        "first_cls_attention": (view.layers[0].self_attn, cls_attention, False),
-        "first_received_attention": (view.layers[0].self_attn, received_attention, False),
-        "shallow_cls_attention": (_at(view, SHALLOW), cls_attention, False),
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
-        "global_attention": (feature.self_attn, global_attention, False),
-        "middle_global_attention": (_at(view, MIDDLE), global_attention, False),
         "last_keys": (last.self_attn, last_keys, False),
         "features": (feature, features, True),
         "cls_feature": (feature, cls_feature, True),
@@ -142,11 +149,6 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
     }
     module, read, of_output = where[name]
     return TowerCapture(adapter, module, read, receive, of_output)
-
-
-def _at(view: TowerView, depth: float) -> Any:
-    """The attention of the layer that is so deep in the tower."""
-    return view.layers[max(1, round(depth * len(view.layers))) - 1].self_attn
 
 
 def wide_cls_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

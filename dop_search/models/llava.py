@@ -93,9 +93,10 @@ class LlavaAdapter(ModelAdapter):
                 raise DopError(f"a prompt has {count} visual tokens, but each image has {per_image}")
         return [grids * (count // per_image) for count in num_visual]
 
-    def received_attention_module(self) -> Any:
+    @property
+    def attention_modules(self) -> list[Any]:
         self._check_only_patches()
-        return super().received_attention_module()
+        return super().attention_modules
 
     def _grids_of_one_image(self) -> Grids:
         side = self.patches_per_side

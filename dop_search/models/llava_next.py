@@ -12,10 +12,13 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.llava import LlavaAdapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.utils.errors import DopError
 
 
 class LlavaNextAdapter(LlavaAdapter):
     """``LlavaNextForConditionalGeneration`` (LLaVA-1.6)."""
+
+    sizes_name = "image_sizes"
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; the newline tokens are the last column of the tiles' grid."""
@@ -72,6 +75,21 @@ class LlavaNextAdapter(LlavaAdapter):
         values = torch.nn.functional.one_hot(marks, max(counts)).float()[:, None].expand(-1, patches, -1)
         packed = self._pack(values, torch.zeros(max(counts)), call)
         return [torch.where(tokens.sum(dim=1) < 0.5, -1, tokens.argmax(dim=1)) for tokens in packed]
+
+    def packed_patches(self) -> list[Tensor]:
+        """See base class.
+
+        Raises:
+            DopError: if a video is being encoded.
+        """
+        call = self.vision_watch.current()
+        if call.modality != "image":
+            raise DopError("what leaves out patches tile by tile needs images, but a video is being encoded")
+        counts, patches = self.tiles_per_image(call), self.patches_per_side**2
+        marks = torch.arange(1.0, 1 + sum(counts) * patches).view(-1, patches, 1)
+        kept = torch.zeros(1 + marks.numel(), dtype=torch.bool)
+        kept[torch.cat(self._pack(marks, torch.zeros(1), call))[:, 0].long()] = True  # newlines are 0
+        return list(kept[1:].view(-1, patches).split(counts))
 
     def _tile_grids(self, call: VisionCall) -> list[tuple[int, int]]:
         """Rows and columns of the crops of each image; none for an image that has the base view alone."""

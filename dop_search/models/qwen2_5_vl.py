@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
+from dop_search.models.capture import Layer
 from dop_search.models.qwen2_vl import Qwen2VLAdapter, grid_thw
 from dop_search.utils.errors import UnsupportedModelError
 
@@ -28,20 +29,16 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
 
     def received_attention_module(self) -> Any:
         """See base class: windows hide most patches, so it is the last block with full attention."""
-        return self._last_full(len(self.vision_tower.blocks))
+        return self.attention_module(1.0)
 
-    def middle_attention_module(self) -> Any:
-        """See base class: the last block of the lower half with full attention, or the first one above."""
-        blocks, full = self.vision_tower.blocks, self.vision_tower.fullatt_block_indexes
-        return self._last_full(max(len(blocks) // 2, min(full, default=0) + 1))
-
-    def _last_full(self, end: int) -> Any:
-        """The attention of the last block below ``end`` that attends to whole images."""
-        blocks, full = self.vision_tower.blocks[:end], self.vision_tower.fullatt_block_indexes
-        within = [index for index in full if index < len(blocks)]
-        if not within:
+    def tower_layer(self, layer: Layer) -> int:
+        """See base class; by depth, the last block up to there with full attention, or the first one above."""
+        found, count = super().tower_layer(layer), len(self.vision_tower.blocks)
+        full = [index for index in self.vision_tower.fullatt_block_indexes if index < count]
+        if not full or (isinstance(layer, int) and found not in full):
             raise UnsupportedModelError(
-                f"no block of the vision tower attends to whole images (it has {len(blocks)} blocks and "
-                f"fullatt_block_indexes={list(full)}); use selector=uniform_grid or selector=random"
+                f"{f'block {found}' if full else 'no block'} of the vision tower attends to whole images (it has "
+                f"{count} blocks and fullatt_block_indexes={list(self.vision_tower.fullatt_block_indexes)}); use "
+                + (f"a layer of {full}" if full else "selector=uniform_grid or selector=random")
             )
-        return blocks[max(within)].attn
+        return max((index for index in full if index <= found), default=min(full))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.tower import Grids, TowerCapture, VisionCall, received_attention
+from dop_search.models.tower import Grids, VisionCall
 
 
 class Qwen2VLAdapter(ModelAdapter):
     """``Qwen2VLForConditionalGeneration`` (arXiv 2409.12191)."""
 
     tower_name, tower_attention = "visual", "blocks.{}.attn"
+    sizes_name = "image_grid_thw"
+    middle_depth = 0.5  # HiPrune: 16 of 32
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """See base class; axes are time, height and width, with the text's own in front when ``generate()`` calls."""
@@ -38,19 +37,6 @@ class Qwen2VLAdapter(ModelAdapter):
     def to_token_order(self, values: Tensor) -> Tensor:
         """See base class; the processor already orders patches by the cell that they are merged in."""
         return values.reshape(-1, self.patches_per_token, values.shape[-1]).mean(dim=1)
-
-    def middle_attention_module(self) -> Any:
-        """The attention halfway up the tower, whose ``middle_global_attention`` is captured (HiPrune: 16 of 32)."""
-        blocks = self.vision_tower.blocks
-        return blocks[max(1, len(blocks) // 2) - 1].attn
-
-    def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-        """See base class; without a CLS token attention of all tokens is attention of all patches."""
-        if name == "global_attention":
-            name = "received_attention"
-        if name == "middle_global_attention":
-            return TowerCapture(self, self.middle_attention_module(), received_attention, receive)
-        return super().capture(name, receive)
 
 
 def grid_thw(call: VisionCall) -> Tensor:

@@ -297,6 +297,8 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """As :func:`received_attention`, with a CLS token among those that ask."""
+    if kwargs.get("position_embeddings") is not None:
+        return _received_packed(attention, args, kwargs)
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
     return _mean_received(query, key, _scale(attention))[:, 1 if _has_cls(attention) else 0 :]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dop_search.models.adapter import ModelAdapter
 from dop_search.selectors import Selection, Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.errors import DopError
 
 MAX_REMEMBERED = 8
 PREFIX = "selector."
@@ -69,7 +69,7 @@ class Chooser:
     @property
     def tensors(self) -> list[Tensor]:
         """What it keeps of the sample."""
-        return [value for value in vars(self.inputs).values() if isinstance(value, Tensor)]
+        return [*self.inputs.tensors.values()]
 
     def to_host(self) -> Chooser:
         """The same with what it keeps in host memory; it computes on the decoder's device all the same."""
@@ -93,17 +93,19 @@ class Chooser:
     def _through_tower(self, inputs: SelectorInputs, num_kept: int) -> Choice:
         patch = None
         if 0 < num_kept < inputs.num_visual_tokens:
-            images = check_images(self.adapter, self.selector, inputs.num_visual_tokens)
+            images = check_images(self.adapter, self.selector, inputs.num_visual_tokens, inputs)
             patch = patch_tower(self.adapter, self.selector, num_kept)
         if patch is None:
             return Choice(self.selector.rank(inputs, num_kept))
         patch.run.images = (images,)
+        watch = self.adapter.vision_watch.open()
         try:
-            embeds = self.adapter.encode_images(inputs.tensor("pixel_values"))
+            embeds = self.adapter.encode_images(inputs.tensor("pixel_values"), inputs.image_sizes)
+            noticed = {name: self.adapter.to_token_order(values)[:, 0] for name, values in patch.run.values.items()}
         finally:
+            watch.remove()
             patch.restore()
-        noticed: dict[str, Any] = {name: values.reshape(-1) for name, values in patch.run.values.items()}
-        order = self.selector.rank(replace(inputs, **noticed), num_kept)
+        order = self.selector.rank(inputs.with_tensors(noticed), num_kept)
         slots = order[:num_kept]
         return Choice(order, slots, embeds[torch.from_numpy(slots).to(embeds.device)])
 
@@ -112,46 +114,50 @@ def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None)
     """Make the tower compute for ``num_kept`` tokens per sample; ``None`` if that is all of them or none.
 
     Raises:
-        UnsupportedModelError: if the model's images do not all have the same number of tokens.
+        UnsupportedModelError: if it cannot change this tower.
     """
-    tower = adapter.tower_view
-    if tower.grid is None:
-        raise UnsupportedModelError(
-            f"{selector.name!r} changes what the vision tower computes and needs images of one size, but "
-            f"{type(adapter.model).__name__} takes any; use avg_pool or another selector, "
-            "or the method `resize`, which has the processor make smaller images"
-        )
-    if not num_kept or (num_kept >= tower.grid[0] * tower.grid[1] and not selector.several_images):
+    grid = selector.tower_grid(adapter)
+    if not num_kept or (grid is not None and num_kept >= grid[0] * grid[1] and not selector.several_images):
         return None
-    return selector.patch_tower(tower, num_kept, tower.grid)
+    return selector.patch_tower(adapter, num_kept)
 
 
-def check_images(adapter: ModelAdapter, selector: Selector, num_visual: int) -> int:
+def check_images(
+    adapter: ModelAdapter, selector: Selector, num_visual: int, inputs: SelectorInputs | None = None
+) -> int:
     """How many images a sample has under a selector that changes the tower.
+
+    Where images may have any size, ``inputs`` tell whether there are several, once they are there.
 
     Raises:
         DopError: if there are several and it works on one.
     """
-    rows, columns = adapter.tower_view.grid or (1, 1)
-    if num_visual != rows * columns and not selector.several_images:
+    if (grid := selector.tower_grid(adapter)) is not None:
+        number, several = num_visual // (grid[0] * grid[1]), num_visual != grid[0] * grid[1]
+        what = f"one image per sample ({grid[0] * grid[1]} visual tokens)"
+    else:
+        number, several, what = 1, inputs is not None and _has_several_images(inputs), "one image per sample, no video"
+    if several and not selector.several_images:
         raise DopError(
-            f"{selector.name!r} changes the vision tower and needs one image per sample "
-            f"({rows * columns} visual tokens), but a sample has {num_visual}"
+            f"{selector.name!r} changes the vision tower and needs {what}, but a sample has {num_visual} visual tokens"
         )
-    return num_visual // (rows * columns)
+    return number
+
+
+def _has_several_images(inputs: SelectorInputs) -> bool:
+    return len(inputs.image_grids) > 1 if inputs.tiles is None else inputs.tile_grid is None
 
 
 def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a file keeps of selector inputs: tensors by name, and JSON-ready facts. ``embeds`` are left out."""
-    tensors, facts = {}, {}
-    for item in fields(inputs):
-        value = getattr(inputs, item.name)
-        if isinstance(value, Tensor):
-            if item.name != "embeds":
-                tensors[f"{PREFIX}{item.name}"] = value.contiguous().clone()
-        elif value is not None:
-            facts[item.name] = value
-    return tensors, facts
+    kept = {name: value for name, value in inputs.tensors.items() if name != "embeds"}
+    facts = {
+        item.name: value
+        for item in fields(inputs)
+        if (value := getattr(inputs, item.name)) is not None and not isinstance(value, Tensor)
+    }
+    tensors = {f"{PREFIX}{name}": value.contiguous().clone() for name, value in kept.items()}
+    return tensors, facts | {"layers": sorted(inputs.layers)}
 
 
 def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor | None]) -> SelectorInputs:
@@ -161,8 +167,9 @@ def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor |
         facts: the JSON-ready facts.
         get_tensor: the tensor of a name, ``None`` where the file has none.
     """
-    tensors = {item.name: get_tensor(f"{PREFIX}{item.name}") for item in fields(SelectorInputs)}
-    present: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    names = [*(item.name for item in fields(SelectorInputs)), *facts.get("layers", ())]
+    tensors = {name: tensor for name in names if (tensor := get_tensor(f"{PREFIX}{name}")) is not None}
     grids = tuple((int(rows), int(columns)) for rows, columns in facts["image_grids"])
     tile_grid = None if facts.get("tile_grid") is None else tuple(facts["tile_grid"])
-    return SelectorInputs(**{**facts, **present, "image_grids": grids, "tile_grid": tile_grid})
+    plain = {**facts, "image_grids": grids, "tile_grid": tile_grid, "layers": {}}
+    return SelectorInputs(**plain).with_tensors(tensors)

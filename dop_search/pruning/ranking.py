@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import TOWER_FIELDS
+from dop_search.models.capture import TOWER_FIELDS, field_and_layer
 from dop_search.models.tower import TowerCapture, VisionWatch
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, patch_tower
@@ -29,7 +29,6 @@ from dop_search.utils.errors import DopError, UnsupportedModelError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-CAPTURED = frozenset(TOWER_FIELDS)
 _SPAN: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("selection span", default=nullcontext)
 
 
@@ -121,7 +120,7 @@ class RankingSource(Attached):
     @property
     def captured_fields(self) -> frozenset[str]:
         """What the selector needs of the vision tower."""
-        return self.needs & CAPTURED - self.adapter.input_fields
+        return of_the_tower(self.adapter, self.needs)
 
     @property
     def captured(self) -> dict[str, Tensor]:
@@ -263,8 +262,7 @@ class RankingSource(Attached):
         result = []
         for index, count in enumerate(num_visual):
             inputs = SelectorInputs(num_visual_tokens=count, image_grids=grids[index])
-            captured: dict[str, Any] = {name: _squeeze(name, parts[index]) for name, parts in tower.items()}
-            inputs = replace(inputs, **captured)
+            inputs = inputs.with_tensors({name: _squeeze(name, parts[index]) for name, parts in tower.items()})
             if (tiling := tiles[index]) is not None:
                 inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1])
             if embeds is not None and input_ids is not None and visual is not None:
@@ -276,7 +274,7 @@ class RankingSource(Attached):
     def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
         assert self.selector is not None
         if self.selector.changes_tower and 0 < num_kept < inputs.num_visual_tokens:
-            check_images(self.adapter, self.selector, inputs.num_visual_tokens)
+            check_images(self.adapter, self.selector, inputs.num_visual_tokens, inputs)
         if self._patch is None:
             return as_choice(self.adapter, self.selector.select(inputs, num_kept), dtype)
         if self._patch.run.num_runs == 0:
@@ -312,7 +310,7 @@ class RankingSource(Attached):
         """Per field ``[visual tokens that the tower encoded, channels]``."""
         values = {name: value.reshape(len(value), -1) for name, value in self.captured.items()}
         if self._patch is not None:
-            values |= {name: value.flatten(0, 1) for name, value in self._patch.run.values.items()}
+            values |= {name: self.adapter.to_token_order(value) for name, value in self._patch.run.values.items()}
         missing = self.captured_fields - set(values)
         if missing:
             names = ", ".join(f"`{name}`" for name in sorted(missing))
@@ -337,7 +335,13 @@ class RankingSource(Attached):
 
 def _squeeze(name: str, values: Tensor) -> Tensor:
     """Scores have one value per token, keys and features a vector."""
-    return values[:, 0] if name.endswith("attention") or name == "tower_sizes" else values
+    kind, _ = field_and_layer(name)
+    return values[:, 0] if kind.endswith("attention") or name == "tower_sizes" else values
+
+
+def of_the_tower(adapter: ModelAdapter, needs: frozenset[str]) -> frozenset[str]:
+    """The fields that the vision tower shows."""
+    return frozenset(name for name in needs if field_and_layer(name)[0] in TOWER_FIELDS) - adapter.input_fields
 
 
 def check_model(adapter: ModelAdapter, selector: Selector) -> None:
@@ -346,12 +350,14 @@ def check_model(adapter: ModelAdapter, selector: Selector) -> None:
     Raises:
         UnsupportedModelError: naming selectors that work.
     """
-    seen = selector.needs() & CAPTURED - adapter.input_fields
+    seen = of_the_tower(adapter, selector.needs())
     if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
         raise UnsupportedModelError(
             f"{selector.name!r} works on images, but {type(adapter.model).__name__} reads text alone; use selector="
             "received_attention, divprune, divprune_lazy, cdpruner_llm, uniform_grid or random"
         )
+    if "tile_grid" in selector.needs():
+        _ = adapter.tower_view  # or an error: of these families it is known whether and how images are cut
     if selector.merges and adapter.has_deepstack:
         raise UnsupportedModelError(
             f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "

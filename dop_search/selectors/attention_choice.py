@@ -1,13 +1,14 @@
-"""Methods that rank by the CLS token's attention where there is one, and by what a token receives elsewhere."""
+"""Methods that rank by attention of the tower: the CLS token's where there is one, what a token receives elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
-from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs
+from dop_search.selectors.base import SelectionSizes, Selector, SelectorInputs, at_layer, descending
 from dop_search.utils.errors import DopError
 
 
@@ -55,6 +56,26 @@ class AttentionSelector(Selector):
     def states_width(self, sizes: SelectionSizes) -> int:
         """Channels of the states in :attr:`space`."""
         return sizes.width if self.by_cls else sizes.dims.hidden_size
+
+
+@dataclass(frozen=True)
+class LayerAttentionSelector(Selector):
+    """Ranks by the attention whose name it has.
+
+    Options:
+        layer: another layer of the tower than the usual one: its number from 0 (or from -1 backwards), or its depth in
+            (0, 1]. It costs the same.
+    """
+
+    layer: int | float | None = None
+
+    def needs(self) -> frozenset[str]:
+        """See base class."""
+        return frozenset({at_layer(self.name, self.layer)})
+
+    def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
+        """See base class."""
+        return descending(inputs.tensor(at_layer(self.name, self.layer)))
 
 
 def cls_flops(sizes: SelectionSizes) -> int:

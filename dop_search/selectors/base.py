@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.attached import Attached
-from dop_search.utils.errors import DopError
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from dop_search.models.capture import TowerView
+    from dop_search.models.adapter import ModelAdapter
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,8 @@ class SelectorInputs:
         cls_attention: ``[n]`` head-mean attention of the CLS token in the layer that feeds the projector.
         received_attention: ``[n]`` attention that a token receives there (or in the last layer that attends to whole
             images), mean over heads and over the patches that ask.
-        first_cls_attention: ``[n]`` as ``cls_attention``, in the tower's first layer.
-        first_received_attention: ``[n]`` as ``received_attention``, there.
-        shallow_cls_attention: ``[n]`` as ``cls_attention``, a quarter up the tower (layer 6 of 24).
         global_attention: ``[n]`` as ``received_attention``, with the CLS token among those that ask.
-        middle_global_attention: ``[n]`` the same in layer 9 of 24 (Qwen-VL: halfway up).
+        layers: each of these three in other layers of the tower, as :func:`at_layer` names them: ``cls_attention@5``.
         last_cls_attention: ``[n]`` CLS attention of the tower's last layer, as one head over the full width.
         keys: ``[n, head_dim]`` head-mean keys of the layer of ``received_attention``, rotated as the tower does.
         last_keys: ``[n, width]`` keys of the tower's last layer, all heads side by side.
@@ -53,18 +51,15 @@ class SelectorInputs:
             reading order, then the next image's; -1 none (newline tokens).
         tile_grid: rows and columns of the crops, of a sample with one image.
         pixel_values: the sample's images as the tower receives them; for selectors that change what the tower does.
+        image_sizes: their sizes as the model is told them, where they may have any.
     """
 
     num_visual_tokens: int
     image_grids: tuple[tuple[int, int], ...]
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
-    first_cls_attention: Tensor | None = None
-    first_received_attention: Tensor | None = None
-    shallow_cls_attention: Tensor | None = None
     last_cls_attention: Tensor | None = None
     global_attention: Tensor | None = None
-    middle_global_attention: Tensor | None = None
     keys: Tensor | None = None
     last_keys: Tensor | None = None
     features: Tensor | None = None
@@ -77,6 +72,8 @@ class SelectorInputs:
     tiles: Tensor | None = None
     tile_grid: tuple[int, int] | None = None
     pixel_values: Tensor | None = None
+    image_sizes: Tensor | None = None
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """A field that the selector asked for.
@@ -84,23 +81,37 @@ class SelectorInputs:
         Raises:
             DopError: if it was not captured.
         """
-        value = getattr(self, name)
+        value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
         return value
 
     def to(self, device: torch.device) -> SelectorInputs:
         """The same with its tensors on ``device``."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
+        return self.with_tensors({name: value.to(device) for name, value in self.tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {**self.layers}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SelectorInputs:
+        """The same with these tensors, by name."""
+        layers = {name: value for name, value in tensors.items() if "@" in name}
+        own: dict[str, Any] = {name: value for name, value in tensors.items() if "@" not in name}
+        return replace(self, layers={**self.layers, **layers}, **own)
 
     def survivors_first(self) -> np.ndarray:
-        """A ranking where the tower merged or dropped tokens: what is left of them first, in the image's order."""
+        """A ranking where the tower merged or dropped tokens: what is left of them first, in the image's order.
+
+        Newline tokens, which the tower does not compute, are not.
+        """
         if self.tower_sizes is None:
             return np.arange(self.num_visual_tokens)
-        return np.argsort(self.tower_sizes.cpu().numpy() == 0, kind="stable")
+        gone = self.tower_sizes.cpu().numpy() == 0
+        if self.tiles is not None:
+            gone |= self.tiles.cpu().numpy() < 0
+        return np.argsort(gone, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -152,8 +163,8 @@ class Selector(ABC):
         merges: whether kept tokens receive other features (:meth:`select`), which depend on their number.
         changes_tower: whether the vision tower itself computes something else (:meth:`patch_tower`).
         several_images: whether it does so on samples of several images.
-        version: raised whenever the same options choose other tokens than before, so that nothing that was measured
-            with the old choice is read from a cache.
+        version: raised whenever the same options choose other tokens than before, or by other fields, so that nothing
+            that was kept with the old choice is read from a cache.
     """
 
     name: ClassVar[str]
@@ -192,12 +203,26 @@ class Selector(ABC):
             UnsupportedModelError: if it cannot be had.
         """
 
-    def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
+    def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
         """Make the tower compute for ``num_kept`` tokens per sample, until the patch is restored.
 
         Only for selectors with ``changes_tower``.
         """
         raise NotImplementedError
+
+    def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
+        """Rows and columns of every image on a tower that the selector changes; ``None``: images have any size.
+
+        Raises:
+            UnsupportedModelError: if it cannot change this one; by default where images have any size.
+        """
+        if (grid := adapter.tower_view.grid) is None:
+            raise UnsupportedModelError(
+                f"{self.name!r} changes what the vision tower computes and needs images of one size, but "
+                f"{type(adapter.model).__name__} takes any; use avg_pool or another selector, "
+                "or the method `resize`, which has the processor make smaller images"
+            )
+        return grid
 
     def selection_flops(self, sizes: SelectionSizes) -> int:
         """Rough FLOPs of the selection itself for one sample (1 MAC = 2 FLOPs), sorting left out."""
@@ -218,8 +243,9 @@ class Selector(ABC):
         return tuple(item.name for item in fields(cls))
 
     def options(self) -> dict[str, Any]:
-        """Values of the options, as :func:`make_selector` takes them."""
-        return {name: getattr(self, name) for name in self.option_names()}
+        """Values of the options, as :func:`make_selector` takes them; ``None``, which asks for nothing, is left out."""
+        values = ((name, getattr(self, name)) for name in self.option_names())
+        return {name: value for name, value in values if value is not None}
 
     @property
     def chooses_per_count(self) -> bool:
@@ -278,6 +304,20 @@ def check_options(holds: bool, rule: str, **values: Any) -> None:
     """
     if not holds:
         raise DopError(f"{rule} must hold, but got ({', '.join(f'{name}={value}' for name, value in values.items())})")
+
+
+def at_layer(attention: str, layer: int | float | str | None) -> str:
+    """The name of ``cls_attention``, ``received_attention`` or ``global_attention`` in another layer of the tower.
+
+    Args:
+        attention: one of the three.
+        layer: its number from 0, or from -1 backwards; how deep it is as a share of the layers (.25: the 6th of 24);
+            ``middle``: 9 of 24, on Qwen-VL half; ``None``: the layer that feeds the projector, which has no suffix.
+            By depth, a tower that attends within windows has the last layer up to there that attends to whole images.
+    """
+    if isinstance(layer, float):
+        check_options(0.0 < layer <= 1.0, "a layer's number, or `0 < layer <= 1` as its depth,", layer=layer)
+    return attention if layer is None else f"{attention}@{layer}"
 
 
 def descending(scores: Tensor) -> np.ndarray:

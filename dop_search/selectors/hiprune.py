@@ -7,8 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.selectors.attention_choice import received_flops
-from dop_search.selectors.base import Selection, SelectionSizes, SelectorInputs, check_options, descending, with_rest
+from dop_search.selectors.base import (
+    Selection,
+    SelectionSizes,
+    SelectorInputs,
+    at_layer,
+    check_options,
+    descending,
+    with_rest,
+)
 from dop_search.selectors.sharing import PerImageSelector
+
+MIDDLE = at_layer("global_attention", "middle")
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class HiPruneSelector(PerImageSelector):
     alpha: float = 0.1
 
     name = "hiprune"
-    requires = frozenset({"global_attention", "middle_global_attention"})
+    version = 2
+    requires = frozenset({"global_attention", MIDDLE})
 
     def __post_init__(self) -> None:
         check_options(0.0 <= self.alpha <= 1.0, "`0 <= alpha <= 1`", alpha=self.alpha)
@@ -40,7 +51,7 @@ class HiPruneSelector(PerImageSelector):
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
         """See base class."""
         last = inputs.num_visual_tokens - 1
-        anchors = descending(inputs.tensor("middle_global_attention"))[: round(self.alpha * num_kept / 5)]
+        anchors = descending(inputs.tensor(MIDDLE))[: round(self.alpha * num_kept / 5)]
         columns = inputs.image_grids[0][1]
         near = np.concatenate([anchors + step for step in (-1, 1, -columns, columns)]).clip(0, last)
         chosen = with_rest(anchors, np.unique(near))

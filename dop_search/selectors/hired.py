@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dop_search.selectors.attention_choice import AttentionSelector
-from dop_search.selectors.base import SelectionSizes, SelectorInputs, check_options, descending, kept_count
+from dop_search.selectors.base import SelectionSizes, SelectorInputs, at_layer, check_options, descending, kept_count
 from dop_search.selectors.sharing import shares
 from dop_search.utils.errors import DopError
 
@@ -37,8 +37,8 @@ class HiredSelector(AttentionSelector):
     full_share: float = 0.5
 
     name = "hired"
-    version = 2
-    requires = frozenset({"tiles"})
+    version = 3
+    requires = frozenset({"tiles", "tile_grid"})
     nested = False
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class HiredSelector(AttentionSelector):
 
     @property
     def _first(self) -> str:
-        return f"first_{self.attention}_attention"
+        return at_layer(f"{self.attention}_attention", 0)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """See base class."""

@@ -16,6 +16,7 @@ from dop_search.selectors.uniform_grid import farthest_point_order
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
+    from dop_search.models.adapter import ModelAdapter
     from dop_search.models.capture import TowerView
 
 
@@ -43,9 +44,11 @@ class ResizeSelector(Selector):
         """See base class."""
         return per_image(inputs, num_kept, _middles_first).order
 
-    def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
+    def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
         """See base class."""
-        return ResizePatch(tower, grid, num_kept)
+        grid = self.tower_grid(adapter)
+        assert grid is not None
+        return ResizePatch(adapter.tower_view, grid, num_kept)
 
 
 def _middles_first(inputs: SelectorInputs, num_kept: int) -> Selection:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dop_search.selectors.base import Selection, Selector, SelectorInputs, kept_count
 
@@ -137,13 +135,13 @@ def _take_turns(parts: list[Ranked]) -> np.ndarray:
 
 def _one_part(inputs: SelectorInputs, tokens: np.ndarray, grid: tuple[int, int]) -> SelectorInputs:
     """The inputs of one image or tile; text is shared, per-token tensors are cut."""
-    whole = {"text_embeds", "pixel_values"}
-    cut: dict[str, Any] = {
-        item.name: value[torch.from_numpy(tokens).to(value.device)]
-        for item in fields(inputs)
-        if isinstance(value := getattr(inputs, item.name), Tensor) and item.name not in whole
+    whole = {"text_embeds", "pixel_values", "image_sizes"}
+    cut = {
+        name: value[torch.from_numpy(tokens).to(value.device)]
+        for name, value in inputs.tensors.items()
+        if name not in whole
     }
-    return replace(inputs, num_visual_tokens=len(tokens), image_grids=(grid,), **cut | {"tiles": None})
+    return replace(inputs.with_tensors(cut), num_visual_tokens=len(tokens), image_grids=(grid,), tiles=None)
 
 
 @dataclass(frozen=True)

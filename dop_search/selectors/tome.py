@@ -16,6 +16,7 @@ from dop_search.selectors.base import Selector, SelectorInputs, TowerPatch
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from dop_search.models.adapter import ModelAdapter
     from dop_search.models.capture import TowerView
 
 
@@ -48,8 +49,10 @@ class ToMeSelector(Selector):
         """See base class."""
         return inputs.survivors_first()
 
-    def patch_tower(self, tower: TowerView, num_kept: int, grid: tuple[int, int]) -> TowerPatch:
+    def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
         """See base class."""
+        tower, grid = adapter.tower_view, self.tower_grid(adapter)
+        assert grid is not None
         schedule = merge_schedule(grid[0] * grid[1], num_kept, tower.feature_layer + 1)
         return ToMePatch(tower, schedule, self.proportional_attention)
 

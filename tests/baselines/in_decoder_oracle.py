@@ -117,6 +117,25 @@ def fastv(seen: Seen, num_kept: int) -> list[int]:
     return by_score({i: float(seen.attention[:, last, i].mean()) for i in seen.candidates})
 
 
+def flowcut(seen: Seen, num_kept: int) -> list[int]:
+    """From probabilities: the last query's over all keys, cut to the candidates, is its softmax over them."""
+    last, attention = seen.here[-1], seen.layer.self_attn
+    states = seen.layer.input_layernorm(seen.hidden[None])
+    values = attention.v_proj(states)[0].unflatten(-1, (-1, attention.head_dim)).double()
+    score = dict.fromkeys(seen.candidates, 0.0)
+    for head in seen.attention.double():
+        total = sum(float(head[last, i]) for i in seen.candidates)
+        for i in seen.candidates:
+            score[i] += float(head[last, i]) / total / len(seen.attention)
+    for head in range(values.shape[1]):
+        alike = {
+            i: math.exp(float(values[last, head] @ values[i, head]) / math.sqrt(attention.head_dim)) for i in score
+        }
+        for i in seen.candidates:
+            score[i] += alike[i] / sum(alike.values()) / values.shape[1]
+    return by_score({i: score[i] * float(values[i].mean(dim=0).abs().sum()) for i in seen.candidates})
+
+
 def raters_of(seen: Seen) -> list[int]:
     everything = [i for i in range(len(seen.hidden)) if i not in seen.text]
     questions = [t for t in seen.text if t > everything[0]]

@@ -49,6 +49,7 @@ def staged(
 
 CASES = {
     "fastv": (staged("fastv", (1,), [LAYERS, 2], [0.25, 0.75]), oracle.fastv),
+    "flowcut_two_stage": (staged("flowcut_two_stage", (1,), [LAYERS, 2], [0.5, 0.5]), oracle.flowcut),
     "adaptinfer": (staged("adaptinfer", (1, 3), [LAYERS, 3, 1], [0.25, 0.25, 0.5]), oracle.adaptinfer),
     "entropyprune": (staged("entropyprune", (1,), [LAYERS, 2], [0.25, 0.75]), oracle.entropyprune),
     "pyramiddrop": (staged("pyramiddrop", (1, 2, 4), [LAYERS, 4, 2, 1], [0.125, 0.125, 0.25, 0.5]), oracle.fastv),

@@ -129,6 +129,21 @@ def tiny_llava(case: Case, clip: Any = None) -> Any:
     return model
 
 
+def tiny_qwen_tower(case: Case) -> Any:
+    """The vision tower of Qwen2-VL of a case, with attention that is less even than random weights make it."""
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    s = case.settings
+    tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**s["vision_config"]))
+    _fill(tower, s["tower_seed"], 1.6)
+    with torch.no_grad():
+        for block in tower.blocks:
+            block.attn.qkv.weight.mul_(s["qkv_gain"])
+    _check(tower, s["tower_sha256"])
+    return tower
+
+
 def decoder_layer(case: Case) -> Any:
     """A Llama layer with the projections and the input norm of a case; nothing else of it is used."""
     from transformers import LlamaConfig

@@ -11,7 +11,7 @@ from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
 from dop_search.baselines.hidrop import HiDrop
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.sparsevlm import SparseVlm
-from dop_search.baselines.vscan import VScan
+from dop_search.baselines.two_stage import FlowCut, VScan
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
 from dop_search.pruning.in_decoder.adaptinfer import word_scores
@@ -21,6 +21,7 @@ from dop_search.pruning.in_decoder.entropyprune import head_entropy
 from dop_search.pruning.in_decoder.fitprune import received_attention
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled
+from dop_search.pruning.stages import StagePlan
 from dop_search.strategy import Strategy
 
 
@@ -142,6 +143,31 @@ def test_vscan_inside_the_decoder(case: Case) -> None:
     kept = ranked(strategy.selector, sample, s["num_kept"])
     rows = sorted([*sample.text.tolist(), *sample.candidates[kept].tolist()])
     assert rows == case["out.keep_rows"].tolist()
+
+
+@cases("vscan_qwen_decoder")
+def test_vscan_inside_the_decoder_of_qwen2_5_vl(case: Case) -> None:
+    """Without rotation; the released ratios are a sixth of the tokens and .333 of them, which rounds down."""
+    s = case.settings
+    strategy = VScan().strategy(s["layers"], s["visual_tokens"], has_cls=False)
+    assert list(strategy.stages) == s["layer_list"]
+    sample = sample_of(case)
+    with torch.no_grad():
+        ranking = StagePlan(strategy).selector.rank(sample, s["num_kept"], None).order[: s["num_kept"]]
+    rows = sorted([*sample.text.tolist(), *sample.candidates[ranking.tolist()].tolist()])
+    assert rows == case["out.keep_rows"].tolist()
+    assert rows != sorted(
+        [*sample.text.tolist(), *sample.candidates[ranked("pyramiddrop", sample, s["num_kept"])].tolist()]
+    )
+
+
+@cases("flowcut_decoder")
+def test_flowcut_inside_the_decoder(case: Case) -> None:
+    """In layer 1 all tokens are keys, from layer 2 on half of those that entered are there."""
+    s = case.settings
+    strategy = FlowCut().strategy(32, 2 * s["num_kept"])
+    assert tokens_per_layer(strategy, 576) == [2 * s["num_kept"]] * 2 + [s["num_kept"]] * 30
+    assert sorted(ranked(strategy.selector, sample_of(case), s["num_kept"])) == case.kept()
 
 
 @cases("adaptinfer")

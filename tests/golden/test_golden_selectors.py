@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from golden_cases import Case, case_names, cases, read_case, tiny_clip, tiny_llava
+from golden_cases import Case, case_names, cases, read_case, tiny_clip, tiny_llava, tiny_qwen_tower
 
 from dop_search.models import adapter_for
 from dop_search.models.capture import TowerView
@@ -16,7 +16,8 @@ from dop_search.selectors import SelectorInputs, cdpruner, make_selector, trim
 from dop_search.selectors.base import descending, finite_array
 from dop_search.selectors.cdpruner import greedy_map, normalised
 from dop_search.selectors.clip_text import ClipText
-from dop_search.selectors.flowcut import FlowCutPatch
+from dop_search.selectors.flowcut import FlowCutPatch, PackedFlowCutPatch
+from dop_search.selectors.hiprune import MIDDLE
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.tome import merge_most_similar, merge_schedule
 
@@ -72,9 +73,7 @@ def test_gprune(case: Case) -> None:
 
 @cases("hiprune")
 def test_hiprune(case: Case) -> None:
-    inputs = inputs_of(
-        case, global_attention=case["in.deep_received"], middle_global_attention=case["in.shallow_received"]
-    )
+    inputs = inputs_of(case, global_attention=case["in.deep_received"], layers={MIDDLE: case["in.shallow_received"]})
     kept = kept_of("hiprune", inputs, case, alpha=case.settings["alpha"])
     assert sorted(kept[: len(case["out.anchors_and_buffers"])]) == case.kept("out.anchors_and_buffers")
     assert sorted(kept) == case.kept()
@@ -115,7 +114,7 @@ def test_hired(case: Case) -> None:
     tiles = torch.arange(len(last)).repeat_interleave(last.shape[1])
     grid = (case.settings["crop_rows"], case.settings["crop_cols"])
     inputs = SelectorInputs(
-        last.numel(), ((1, last.numel()),), cls_attention=last.flatten(), first_cls_attention=first.flatten(),
+        last.numel(), ((1, last.numel()),), cls_attention=last.flatten(), layers={"cls_attention@0": first.flatten()},
         tiles=tiles, tile_grid=grid,
     )  # fmt: skip
     total = case.settings["total_budget"]
@@ -154,17 +153,21 @@ def test_visionzip(case: Case) -> None:
     case.close("out.tokens", torch.cat([cls, case["in.features"][dominant], merged]))
 
 
-@cases("vscan")
-def test_vscan(case: Case) -> None:
-    count = case.settings["num_kept"]
+@pytest.mark.parametrize("name", case_names("vscan") + case_names("vscan_qwen"))
+def test_vscan(name: str) -> None:
+    """With a CLS token, and by the rule for Qwen2.5-VL."""
+    case = read_case(name)
+    count, kind = case.settings["num_kept"], "received" if name.startswith("vscan_qwen") else "cls"
+    given = ("in.shallow_received", "in.deep_received")
+    if kind == "cls":
+        given = ("in.shallow_cls_attention", "in.deep_cls_attention")
+    shallow, deep = (case[key].reshape(-1, case[key].shape[-1]).mean(dim=0) for key in given)
     inputs = inputs_of(
-        case,
-        shallow_cls_attention=case["in.shallow_cls_attention"].mean(dim=0),
-        cls_attention=case["in.deep_cls_attention"].mean(dim=0),
-        embeds=case["in.embeds"],
+        case, embeds=case["in.embeds"], layers={f"{kind}_attention@0.25": shallow}, **{f"{kind}_attention": deep}
     )
-    options = {"window": case.settings["window"], "local_share": case.settings["local_ratio"]}
-    selection = make_selector("vscan", options).select(inputs, count)
+    selector = make_selector("vscan", {"attention": kind})
+    assert (case.settings["window"], case.settings["local_ratio"]) == ({"cls": 6, "received": 4}[kind], 0.5)
+    selection = selector.select(inputs, count)
     kept, num_local = selection.order[:count], len(case["out.local"])
     assert sorted(kept[:num_local].tolist()) == case.kept("out.local")
     assert kept[num_local:].tolist() == case["out.global"].tolist()
@@ -248,6 +251,54 @@ def test_flowcut(case: Case) -> None:
     assert kept.tolist() == case.kept()
     assert lengths == case["out.lengths"].tolist()[:-1]
     case.close("out.features", states[kept])
+
+
+@cases("flowcut_tiles")
+def test_flowcut_on_tiles(case: Case) -> None:
+    """The tiles of an image without padding: as many patches leave of each, but not the same ones."""
+    tower, s, lengths = tiny_clip(case).vision_model, case.settings, []
+    layers, grid = tower.encoder.layers, (s["tiles"], (s["clip_config"]["vision_config"]["image_size"] // 4) ** 2)
+    view = TowerView(tower, layers, len(layers) - 2, True, 32, 4, None, None, None)
+    patch = FlowCutPatch(view, s["per_tile"] * s["tiles"], lambda: [torch.ones(grid, dtype=torch.bool)])
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1])) for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            states = tower(case["in.pixels"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    finally:
+        patch.restore()
+        for hook in hooks:
+            hook.remove()
+    kept = patch.run.values["tower_sizes"][..., 0] > 0
+    assert [row.nonzero()[:, 0].tolist() for row in kept] == case["out.kept"].tolist()
+    assert lengths == [length for length in case["out.lengths"].tolist() for _ in range(s["tiles"])]
+    case.close("out.features", states[kept].view_as(case["out.features"]))
+
+
+@cases("flowcut_qwen")
+def test_flowcut_on_qwen2_vl(case: Case) -> None:
+    """Block by block as many patches, and the tokens that the merger makes of what is left, in their places."""
+    tower, (_, rows, columns), lengths = tiny_qwen_tower(case), case.settings["grid_thw"], []
+    adapter = types.SimpleNamespace(
+        vision_tower=tower,
+        patches_per_token=4,
+        vision_watch=types.SimpleNamespace(current=lambda: None),
+        token_grids=lambda call: [((rows // 2, columns // 2),)],
+    )
+    patch = PackedFlowCutPatch(adapter, case.settings["num_kept"])
+    hooks = [
+        block.mlp.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0]))) for block in tower.blocks
+    ]
+    try:
+        with torch.no_grad():
+            tokens = tower(case["in.pixels"], grid_thw=torch.tensor([case.settings["grid_thw"]])).pooler_output
+    finally:
+        patch.restore()
+        for hook in hooks:
+            hook.remove()
+    assert lengths == case["out.lengths"].tolist()[:-1]
+    case.close("out.tokens", tokens[: case.settings["num_kept"]])
 
 
 @cases("tome")

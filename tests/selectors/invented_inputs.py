@@ -6,6 +6,11 @@ import torch
 
 from dop_search.selectors import SelectorInputs
 
+LAYERS = (
+    "cls_attention@0", "received_attention@0", "cls_attention@0.25", "received_attention@0.25",
+    "global_attention@middle",
+)  # fmt: skip
+
 
 def invented(rows: int = 6, columns: int = 8, seed: int = 0, images: int = 1, dtype=torch.float32) -> SelectorInputs:
     generator = torch.Generator().manual_seed(seed)
@@ -23,11 +28,8 @@ def invented(rows: int = 6, columns: int = 8, seed: int = 0, images: int = 1, dt
         image_grids=((rows, columns),) * images,
         cls_attention=attention(),
         received_attention=attention(),
-        first_cls_attention=attention(),
-        shallow_cls_attention=attention(),
         last_cls_attention=attention(),
         global_attention=attention(),
-        middle_global_attention=attention(),
         keys=normal(count, 8),
         last_keys=normal(count, 16),
         features=normal(count, 16),
@@ -36,5 +38,5 @@ def invented(rows: int = 6, columns: int = 8, seed: int = 0, images: int = 1, dt
         embeds=normal(count, 24) + mean,
         text_embeds=normal(5, 24),
         text="how many red circles?",
-        first_received_attention=attention(),
+        layers={name: attention() for name in LAYERS},
     )

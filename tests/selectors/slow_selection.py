@@ -149,7 +149,7 @@ def scope(inputs: SelectorInputs, num_kept: int, alpha: float) -> list[int]:
 
 
 def hiprune(inputs: SelectorInputs, num_kept: int, alpha: float, columns: int) -> set[int]:
-    middle, deep = array(inputs.middle_global_attention), array(inputs.global_attention)
+    middle, deep = array(inputs.layers["global_attention@middle"]), array(inputs.global_attention)
     kept: set[int] = set()
     for anchor in best(middle, round(alpha * num_kept / 5)):
         for token in (anchor, anchor - 1, anchor + 1, anchor - columns, anchor + columns):
@@ -163,7 +163,7 @@ def hiprune(inputs: SelectorInputs, num_kept: int, alpha: float, columns: int) -
 def vscan(inputs: SelectorInputs, num_kept: int, window: int):
     """Kept tokens, and ``{token: embedding}``."""
     (rows, columns), embeds = inputs.image_grids[0], array(inputs.embeds)
-    shallow, deep = array(inputs.shallow_cls_attention), array(inputs.cls_attention)
+    shallow, deep = array(inputs.layers["cls_attention@0.25"]), array(inputs.cls_attention)
     windows = [
         [r * columns + c for r in range(top, min(top + window, rows)) for c in range(left, min(left + window, columns))]
         for top in range(0, rows, window)

@@ -68,7 +68,7 @@ def test_equal_inputs_give_equal_choices(name, clip_folder):
 def test_ties_keep_the_order_of_the_tokens_and_choose_without_error(name, clip_folder):
     """A blank image: every token is the same."""
     inputs = invented()
-    fields = ("cls_attention", "last_cls_attention", "first_cls_attention", "keys", "last_keys", "features")
+    fields = ("cls_attention", "last_cls_attention", "keys", "last_keys", "features")
     same = {field: getattr(inputs, field)[:1] for field in (*fields, "embeds", "patch_states")}
     inputs = replace(inputs, **{field: value.repeat(48, *[1] * (value.ndim - 1)) for field, value in same.items()})
     order = made(name, clip_folder).rank(inputs, 9)
@@ -313,7 +313,9 @@ def test_hired_gives_crops_what_the_whole_image_sees_in_them():
     first, last = torch.rand(2, 88, generator=generator)
     first[[10, 11, 14, 15]] += 1.0
     last[-8:] += 5.0  # newline tokens never count
-    inputs = replace(invented(8, 11), cls_attention=last, first_cls_attention=first, tiles=crops, tile_grid=(2, 2))
+    inputs = replace(
+        invented(8, 11), cls_attention=last, layers={"cls_attention@0": first}, tiles=crops, tile_grid=(2, 2)
+    )
     kept = make_selector("hired", {"full_share": 0.75}).rank(inputs, 8)[:8]  # a quarter of 16 positions is counted
     assert sorted(crops[kept].tolist()) == [0] * 6 + [4] * 2
     whole = [token for token in kept if token < 16]

@@ -1,5 +1,6 @@
 """Every selector on every family: it runs and is the same in a batch, or refuses before anything is touched."""
 
+import sys
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,27 +9,34 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_families import tiny_processor
+from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 import dop_search as dop
 import dop_search.baselines
+from dop_search.baselines import FitContext
+from dop_search.divergence.encoding import encode
 from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.ranking import RankingSource
-from dop_search.selectors import SELECTORS, make_selector
+from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
+from dop_search.selectors.base import at_layer
+from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.processors import drawn_image
-from dop_search.utils.errors import UnsupportedModelError
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 TOWERS = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "vipllava")
 """Families whose towers or projectors differ in what selectors see of them."""
 HAS_CLS = ("llava", "llava_next", "vipllava", "internvl")
 COVERED = ("llava", "llava_next")
 """With a CLS token in a tower that selectors can look into."""
-EVERYWHERE = {"cdpruner_llm", "divprune", "divprune_lazy", "gprune", "random", "received_attention", "uniform_grid"}
+EVERYWHERE = {
+    "cdpruner_llm", "divprune", "divprune_lazy", "gprune", "hiprune", "random", "received_attention", "uniform_grid"
+}  # fmt: skip
 README = Path(dop_search.baselines.__file__).parent / "README.md"
 PUBLISHED = {
     "avg_pool": ("qwen2_5_vl", "internvl"),
@@ -53,8 +61,6 @@ PUBLISHED = {
 }
 """Families in tables of the papers, or of others that run the methods (EffiVLM-Bench, UniPruneBench, TOPS)."""
 NEEDS_CLIP = ("cdpruner", "trim")
-NOT_HERE = {("flowcut", "llava_next"), ("flowcut", "qwen2_vl"), ("vscan", "qwen2_5_vl")}
-"""Published, and refused here; the README says why."""
 
 
 @cache
@@ -81,13 +87,12 @@ def way(family, name):
         return "yes" if covered else late if merges_late else None
     if name == "hired" and family == "llava_onevision":
         return "received"
-    if name == "hiprune":
-        return None if family in ("internvl", "vipllava") else "yes"
-    if name in ("hired", "vscan", *NEEDS_CLIP) and covered:
+    if name == "vscan" and family not in HAS_CLS:
+        return "received" if merges_late else None
+    if name in ("hired", *NEEDS_CLIP) and covered:
         return "clip" if name in NEEDS_CLIP else "yes"
-    if (name == "cls_attention" and family in HAS_CLS) or (name in ("flowcut", "resize", "tome") and family == "llava"):
-        return "yes"
-    return None
+    where = {"cls_attention": HAS_CLS, "vscan": HAS_CLS, "flowcut": (*COVERED, "qwen2_vl")}
+    return "yes" if family in where.get(name, ("llava",) if name in ("resize", "tome") else ()) else None
 
 
 RUNS = [(family, name) for family in TOWERS for name in SELECTORS if way(family, name) not in (None, "clip")]
@@ -128,7 +133,7 @@ def test_runs_and_does_not_depend_on_the_batch(family, name):
 
 
 def test_the_table_of_families_is_what_runs():
-    """The README's: with a star what tables of papers have; all of that runs, but for what is stated there."""
+    """The README's: with a star what tables of papers have; all of that runs."""
     table = README.read_text().partition("## Where each runs")[2].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     families, found = lines[0][1:], {}
@@ -141,7 +146,7 @@ def test_the_table_of_families_is_what_runs():
             star = "*" if family in PUBLISHED.get(name, ()) else ""
             expected[name, family] = (way(family, name) or "–") + star
     assert found == expected
-    assert {pair for pair, cell in found.items() if cell == "–*"} == NOT_HERE
+    assert "–*" not in found.values()
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -163,16 +168,20 @@ def test_methods_that_rank_inside_the_decoder_run_everywhere(family):
         assert not torch.allclose(full, together, atol=1e-3), name
 
 
-def test_the_middle_of_a_tower_with_windows_attends_to_whole_images():
-    """Qwen2.5-VL's 32 blocks: HiPrune reads the 16th, which is one of the four that attend to whole images."""
+def test_layers_of_a_tower_with_windows_attend_to_whole_images():
+    """Four of Qwen2.5-VL's 32 blocks do: HiPrune reads the 16th, VScan the 8th; others can be had by their depth."""
 
     class Adapter(Qwen2_5VLAdapter):
-        vision_tower = SimpleNamespace(
-            blocks=[SimpleNamespace(attn=number) for number in range(1, 33)], fullatt_block_indexes=[7, 15, 23, 31]
-        )
+        vision_tower = SimpleNamespace(blocks=list(range(1, 33)), fullatt_block_indexes=[7, 15, 23, 31])
+        attention_modules = tuple(range(1, 33))
 
     adapter = object.__new__(Adapter)
-    assert (adapter.middle_attention_module(), adapter.received_attention_module()) == (16, 32)
+    found = [adapter.attention_module(layer) for layer in ("middle", 0.25, None, 7, -9, 0.1, 0.7)]
+    assert found == [16, 8, 32, 8, 24, 8, 16]
+    with pytest.raises(UnsupportedModelError, match=r"block 6 of the vision tower.*use a layer of \[7, 15, 23, 31\]"):
+        adapter.attention_module(6)
+    with pytest.raises(DopError, match=r"-32 <= layer < 32.*but got 32"):
+        adapter.attention_module(32)
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)
@@ -183,6 +192,107 @@ def test_refuses_what_it_cannot_do_and_leaves_nothing_behind(family, name):
         dop.prune_(model, dop.Strategy.full(4, num_visual_tokens=5, selector=name))
     assert state_difference(before, model_state(model)) == []
     assert adapter_for(model).vision_watch._open == 0
+
+
+@pytest.mark.parametrize("family", ["llava", "vipllava", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl"])
+def test_attention_of_any_layer_is_the_eager_towers(family):
+    """By its number and its depth, beside transformers' own maps; it ranks, and costs what the usual layer costs."""
+    model, inputs = model_of(family), prompts(family, (0,))
+    adapter, maps, shown = adapter_for(model), {}, {}
+    modules = adapter.attention_modules
+    layer = adapter.tower_layer(0.01)  # the first that attends to whole images
+    kinds = ["received_attention", "global_attention", *(["cls_attention"] if adapter.has_cls else [])]
+    code = sys.modules[type(modules[0]).__module__]
+    eager = code.eager_attention_forward
+
+    def recording(module, *args, **kwargs):
+        output = eager(module, *args, **kwargs)
+        maps.setdefault(id(module), output[1].mean(dim=1))
+        return output
+
+    used = model.config._attn_implementation
+    names = [at_layer(kind, layer) for kind in kinds]
+    handles = [adapter.capture(name, partial(shown.__setitem__, name)) for name in names]
+    code.eager_attention_forward = recording
+    try:
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            model(**inputs)
+            of_tower, cls = maps[id(modules[layer])], int(adapter.has_cls)
+            rows = {"cls": of_tower[:, :1], "received": of_tower[:, cls:], "global": of_tower}
+            expected = [rows[kind.partition("_")[0]].mean(dim=1)[:, cls:, None] for kind in kinds]
+            for name, values in zip(names, expected, strict=True):
+                torch.testing.assert_close(shown[name], adapter.to_token_order(values)[:, 0], rtol=1e-4, atol=1e-6)
+    finally:
+        code.eager_attention_forward = eager
+        model.set_attn_implementation(used)
+        for handle in handles:
+            handle.remove()
+    check_runs(family, "received_attention", {"layer": layer})
+    usual, other = make_selector("received_attention"), make_selector("received_attention", {"layer": layer})
+    sizes = SelectionSizes(16, 5, adapter.dims, adapter.tower_width, 16)
+    assert usual.selection_flops(sizes) == other.selection_flops(sizes) > 0
+    chosen = dop.Strategy.full(4, num_visual_tokens=5, selector="received_attention", selector_options={"layer": 99})
+    with pytest.raises(DopError, match="but got 99"):
+        dop.prune_(model, chosen)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+def test_flowcut_leaves_as_many_patches_as_tokens(family):
+    """The tower computes no others, and what the engine chooses is what a forward has; images with padding."""
+    model, inputs, kept = model_of(family), prompts(family, (1,)), 11
+    adapter, rows, seen = adapter_for(model), {}, []
+    chosen = dop.Strategy.full(4, num_visual_tokens=kept, selector="flowcut")
+    if family == "llava_next":
+        last = adapter.tower_view.layers[adapter.tower_view.feature_layer].mlp
+        hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1] - 1))
+    else:
+        last = model.model.visual.blocks[-1].mlp
+        hook = last.register_forward_pre_hook(lambda module, args: seen.append(len(args[0]) / 4))
+    first = adapter.layers[0].input_layernorm.register_forward_pre_hook(
+        lambda module, args: rows.update(hidden=args[0].reshape(-1, args[0].shape[-1]))
+    )
+    try:
+        with torch.no_grad(), dop.pruned(model, chosen):
+            model(**inputs)
+        patches = sum(seen)
+    finally:
+        hook.remove()
+        first.remove()
+    visual = int(adapter.visual_token_mask(inputs["input_ids"]).sum())
+    assert len(rows["hidden"]) == inputs["input_ids"].shape[1] - visual + kept
+    assert patches == kept if family == "llava_next" else kept < patches <= visual
+    with torch.no_grad():
+        choice = encode(adapter, inputs, (7,), make_selector("flowcut")).choice(kept)
+    assert len(choice.embeds) == kept
+    distance = (choice.embeds[:, None] - rows["hidden"]).abs().amax(dim=-1)
+    assert float(distance.min(dim=1).values.max()) < 1e-4
+    assert set(distance.argmin(dim=1).diff().tolist()) == {1}, "in the order of the sequence"
+    if family == "qwen2_vl":
+        assert choice.slots.tolist() == list(range(kept)), "as released, in the first places of the image"
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+def test_flowcut_refuses_several_images(family):
+    model = model_of(family)
+    sample = tiny_sample(model, 2, 2, num_images=2)
+    chosen = dop.Strategy.full(4, num_visual_tokens=5, selector="flowcut")
+    with torch.no_grad(), dop.pruned(model, chosen), pytest.raises(DopError, match="one image per sample"):
+        model(**sample)
+
+
+@pytest.mark.parametrize(("method", "family"), [("flowcut_two_stage", "qwen2_vl"), ("vscan_two_stage", "qwen2_5_vl")])
+def test_both_stages_run_by_the_methods_name(method, family):
+    """Fitted with the model at hand, which says whether its tower has a CLS token."""
+    model = model_of(family)
+    loaded = SimpleNamespace(adapter=adapter_for(model))
+    context = FitContext(loaded.adapter.dims, (TokenCounts(12, 36),), loaded=loaded)
+    fitted = dop_search.baselines.baseline(method).fit(context, 0.62)
+    with torch.no_grad(), fitted.apply(model):
+        logits = model(**prompts(family, (0,))).logits[0, -1]
+        assert not torch.allclose(logits, model(**prompts(family, (2,))).logits[0, -1])
+    assert fitted.strategy.stages
+    assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
@@ -294,21 +404,31 @@ def test_tokens_know_their_tile(family):
 
 @pytest.mark.parametrize(
     "name",
-    ["visionzip", "prumerge_plus", "vispruner", "vscan", "prunesid", "hiprune", "hired", "scope", "cdpruner_llm"],
+    [
+        "visionzip",
+        "prumerge_plus",
+        "vispruner",
+        "vscan",
+        "prunesid",
+        "hiprune",
+        "hired",
+        "scope",
+        "cdpruner_llm",
+        "flowcut",
+    ],
 )
 def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     model, inputs = model_of("llava_next"), prompts("llava_next", (1,))
     adapter, seen = adapter_for(model), {}
-    source = RankingSource(adapter, make_selector(name))
+    visual = adapter.visual_token_mask(ids := inputs["input_ids"])
+    count = int(visual.sum())
+    source = RankingSource(adapter, make_selector(name), num_kept=count // 3)
     hook = adapter.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
     )
     try:
         with torch.no_grad():
             model(**inputs)
-            ids = inputs["input_ids"]
-            visual = adapter.visual_token_mask(ids)
-            count = int(visual.sum())
             (sample,) = source.sample_inputs([count], seen["embeds"], ids, visual)
             selection = source.selector.select(sample, count // 3)
     finally:
@@ -318,6 +438,7 @@ def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     kept = selection.order[: count // 3]
     assert sorted(selection.order) == list(range(count))
     assert (tiles[kept] >= 0).all()
+    assert sample.tower_sizes is None or bool((sample.tower_sizes[kept] > 0).all()), "what the tower left out"
     if name != "hired":
         sizes = np.bincount(tiles[tiles >= 0])
         fair = len(kept) * sizes / sizes.sum()

@@ -40,7 +40,8 @@ def eager(tower, pixels, **kwargs):
 
 def test_captures_equal_what_the_eager_tower_reports(pocket, few_samples, pixels):
     view, captured = pocket.adapter.tower_view, {}
-    handles = [pocket.adapter.capture(name, partial(captured.__setitem__, name)) for name in TOWER_FIELDS]
+    names = {*TOWER_FIELDS, "cls_attention@0", "cls_attention@0.25", "global_attention@middle", "received_attention@-1"}
+    handles = [pocket.adapter.capture(name, partial(captured.__setitem__, name)) for name in names]
     try:
         with torch.inference_mode():
             pocket.model(**model_inputs(pocket.processor, few_samples.samples[:2], torch.device("cpu")))
@@ -50,17 +51,19 @@ def test_captures_equal_what_the_eager_tower_reports(pocket, few_samples, pixels
     out = eager(view.module, pixels)
     layer = pocket.model.config.vision_feature_layer
     shown = {name: values.view(2, 256, -1) for name, values in captured.items()}
-    assert set(shown) == set(TOWER_FIELDS)
+    assert set(shown) == names
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(shown["cls_attention"][..., 0], out.attentions[layer].mean(dim=1)[:, 0, 1:], **close)
-    torch.testing.assert_close(shown["first_cls_attention"][..., 0], out.attentions[0].mean(dim=1)[:, 0, 1:], **close)
+    torch.testing.assert_close(shown["cls_attention@0"][..., 0], out.attentions[0].mean(dim=1)[:, 0, 1:], **close)
     quarter = out.attentions[0].mean(dim=1)[:, 0, 1:]  # of five layers the first is a quarter up, the second the middle
-    torch.testing.assert_close(shown["shallow_cls_attention"][..., 0], quarter, **close)
-    for name, which in (("global_attention", layer), ("middle_global_attention", 1)):
+    torch.testing.assert_close(shown["cls_attention@0.25"][..., 0], quarter, **close)
+    for name, which in (("global_attention", layer), ("global_attention@middle", 1)):
         everyone = out.attentions[which].mean(dim=(1, 2))[:, 1:]  # the CLS token asks, too
         torch.testing.assert_close(shown[name][..., 0], everyone, **close)
     received = out.attentions[layer][:, :, 1:].mean(dim=(1, 2))[:, 1:]  # the CLS token does not ask
     torch.testing.assert_close(shown["received_attention"][..., 0], received, **close)
+    received = out.attentions[-1][:, :, 1:].mean(dim=(1, 2))[:, 1:]
+    torch.testing.assert_close(shown["received_attention@-1"][..., 0], received, **close)
     torch.testing.assert_close(shown["features"], out.hidden_states[layer][:, 1:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shown["cls_feature"][:, 7], out.hidden_states[layer][:, 0], rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
@@ -81,7 +84,7 @@ def test_captures_equal_what_the_eager_tower_reports(pocket, few_samples, pixels
 def test_a_tower_without_cls_token_says_what_works():
     adapter = adapter_for(tiny_model("llava_onevision"))
     with pytest.raises(UnsupportedModelError, match=r"no CLS token.*attention=received.*uniform_grid"):
-        capture_field(adapter, "first_cls_attention", print)
+        capture_field(adapter, "cls_attention@0", print)
 
 
 def test_the_projector_works_token_by_token(pocket, pixels):
@@ -98,7 +101,7 @@ def test_tome_equals_its_definition_head_by_head(pocket, pixels, num_kept):
     view, selector = pocket.adapter.tower_view, make_selector("tome")
     with torch.inference_mode():
         embedded = slow.array(view.module.pre_layrnorm(view.module.embeddings(pixels)))
-        patch = selector.patch_tower(view, num_kept, view.grid)
+        patch = selector.patch_tower(pocket.adapter, num_kept)
         try:
             states = view.module(pixels, output_hidden_states=True).hidden_states[-1]
             merged = pocket.adapter.encode_images(pixels).view(2, 256, -1)
@@ -128,7 +131,7 @@ def test_resizing_equals_the_tower_on_a_small_image(pocket, pixels, num_kept):
     scaled = torch.nn.functional.interpolate(
         pixels, size=(6 * small[0], 6 * small[1]), mode="bicubic", antialias=True, align_corners=False
     )
-    patch = selector.patch_tower(view, num_kept, view.grid)
+    patch = selector.patch_tower(pocket.adapter, num_kept)
     try:
         with torch.inference_mode():
             ours = pocket.adapter.encode_images(pixels).view(2, 256, -1)
@@ -152,7 +155,7 @@ def test_tower_flops_are_what_a_counter_measures(pocket, pixels, name, num_kept)
         return sum(flops for operation, flops in counts.items() if "convolution" not in str(operation))
 
     full = measured()
-    patch = selector.patch_tower(view, num_kept, view.grid)
+    patch = selector.patch_tower(pocket.adapter, num_kept)
     try:
         reduced = measured()
     finally:
@@ -173,10 +176,10 @@ def test_tower_flops_are_what_a_counter_measures(pocket, pixels, name, num_kept)
 def test_tome_refuses_flash_attention_and_too_few_tokens(pocket, monkeypatch):
     view, selector = pocket.adapter.tower_view, make_selector("tome")
     with pytest.raises(DopError, match="at least 8"):
-        selector.patch_tower(view, 7, view.grid)
+        selector.patch_tower(pocket.adapter, 7)
     monkeypatch.setattr(view.module.config, "_attn_implementation", "flash_attention_2")
     with pytest.raises(UnsupportedModelError, match=r"flash.*sdpa"):
-        selector.patch_tower(view, 64, view.grid)
+        selector.patch_tower(pocket.adapter, 64)
 
 
 @pytest.mark.parametrize("num_kept", [5, 20], ids=["fewer than one image", "more than one image"])

@@ -29,7 +29,7 @@ def depthwise(kv: int = 12, **fields: Any) -> Strategy:
         (depthwise(selector="cdpruner"), {}, "'cdpruner' cannot be served: it reads the prompt's text"),
         (depthwise(selector="tome"), {}, "'tome' cannot be served: it changes what the vision tower computes"),
         (depthwise(selector="avg_pool"), {}, "'avg_pool' cannot be served: it merges tokens"),
-        (depthwise(selector="hiprune"), {}, "needs middle_global_attention of the vision tower"),
+        (depthwise(selector="hiprune"), {}, "needs global_attention@middle of the vision tower"),
         (depthwise(selector="text_attention", selector_options={"stages": [2]}), {}, "ranks inside the decoder"),
     ],
 )

@@ -11,7 +11,7 @@ from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.entropyprune import EntropyPruneSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
-from dop_search.pruning.in_decoder.last_token import FastVSelector, PyramidDropSelector
+from dop_search.pruning.in_decoder.last_token import FastVSelector, FlowCutSelector, PyramidDropSelector
 from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
 from dop_search.utils.registry import Registry, did_you_mean
@@ -19,6 +19,7 @@ from dop_search.utils.registry import Registry, did_you_mean
 _SELECTORS: tuple[type[StageSelector], ...] = (
     FastVSelector,
     PyramidDropSelector,
+    FlowCutSelector,
     SparseVlmSelector,
     SparseVlm2Selector,
     AdaptInferSelector,

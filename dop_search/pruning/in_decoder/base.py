@@ -52,16 +52,23 @@ class StageSample:
         """Rotated keys ``[kv_heads, len(rows), head_dim]``; of every row by default."""
         return self._heads("k", rows)
 
-    def _heads(self, which: str, rows: Tensor | None) -> Tensor:
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        """Values ``[kv_heads, len(rows), head_dim]``; of every row by default."""
+        return self._heads("v", rows, rotated=False)
+
+    def _heads(self, which: str, rows: Tensor | None, rotated: bool = True) -> Tensor:
         attention = self.layer.self_attn
         projection, norm = getattr(attention, f"{which}_proj"), getattr(attention, f"{which}_norm", None)
         heads = project_heads(projection, norm, self.normed(rows), attention.head_dim).transpose(0, 1)
+        if not rotated:
+            return heads
         cos, sin = (part if rows is None else part.index_select(0, rows) for part in (self.cos, self.sin))
         return rotate(heads, cos, sin)
 
-    def attention(self, rows: Tensor) -> Tensor:
+    def attention(self, rows: Tensor, rotated: bool = True) -> Tensor:
         """Causal attention probabilities of some rows to every row: ``[heads, len(rows), num_rows]`` float32."""
-        return attention_probabilities(self.layer.self_attn, self.queries(rows), self.keys(), rows)
+        queries, keys = self._heads("q", rows, rotated), self._heads("k", None, rotated)
+        return attention_probabilities(self.layer.self_attn, queries, keys, rows)
 
 
 def attention_probabilities(attention: Any, queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:

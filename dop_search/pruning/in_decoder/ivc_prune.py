@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector, best_first
-from dop_search.pruning.layer import project_heads
 from dop_search.selectors.base import with_rest
 from dop_search.strategy.operations import ModelDims
 
@@ -58,9 +57,7 @@ class IvcPruneSelector(StageSelector):
 
     def by_value(self, sample: StageSample) -> tuple[Any, Any]:
         """Places of the seeds, best first, and of all candidates by what question and seeds resemble."""
-        attention = sample.layer.self_attn
-        values = project_heads(attention.v_proj, None, sample.normed(), attention.head_dim).transpose(0, 1)
-        question = sample.text_after()
+        values, question = sample.values(), sample.text_after()
         if int(question.sum()) > self.skipped_text:
             question &= question.cumsum(0) > self.skipped_text
         asked = _resembled(values, sample.text)[question]
