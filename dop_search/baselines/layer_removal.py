@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_search.models.decoder_checks import mixer_of
 from dop_search.models.families import adapter_for
+from dop_search.models.layer_names import mixer_of
 from dop_search.pruning import pruned
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import ModelDims, TokenCounts
@@ -97,7 +97,8 @@ def layers_removed(
     Raises:
         DopError: if a layer does not exist, or none would be left.
     """
-    text_model = adapter_for(model).text_model
+    adapter = adapter_for(model)
+    text_model = adapter.text_model
     layers, config = text_model.layers, text_model.config
     if not set(removed) <= set(range(len(layers))) or len(set(removed)) == len(layers):
         raise DopError(
@@ -119,7 +120,7 @@ def layers_removed(
         for number, layer in enumerate(text_model.layers):
             mixer_of(layer).layer_idx = number
         if repair is not None:
-            handle = text_model.norm.register_forward_pre_hook(lambda module, args: (repair(args[0]), *args[1:]))
+            handle = adapter.final_norm.register_forward_pre_hook(lambda module, args: (repair(args[0]), *args[1:]))
         with pruned(model, Strategy.full(len(kept), num_visual_tokens=num_visual_tokens, **fields)):
             yield model
     finally:

@@ -109,7 +109,7 @@ def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Colle
 def final_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
     """States before the final norm with all visual tokens, ``[length, hidden_size]``; ``None``: prompt and answer."""
     seen: list[Tensor] = []
-    handle = adapter.text_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    handle = adapter.final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     try:
         full_states(adapter, sample, length)
     finally:

@@ -119,10 +119,10 @@ def encode(
         answer_ids: teacher-forced answer; its last token is not fed, since nothing reads its output.
         selector: ranks the visual tokens from what the vision tower shows on the way.
     """
-    if adapter.sees_images_whole and "token_type_ids" not in inputs:
+    if adapter.sees_images_whole and adapter.token_types not in inputs:
         raise DopError(
-            f"{type(adapter.model).__name__} sees images as a whole by `token_type_ids`, which its processor makes; "
-            f"but got {sorted(inputs)}"
+            f"{type(adapter.model).__name__} sees images as a whole by `{adapter.token_types}`, which its processor "
+            f"makes; but got {sorted(inputs)}"
         )
     answer = torch.tensor([list(answer_ids[:-1])], dtype=inputs["input_ids"].dtype, device=inputs["input_ids"].device)
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
@@ -187,7 +187,8 @@ def sight(adapter: ModelAdapter, sample: EncodedSample) -> Sight | None:
     if not adapter.has_sight:
         return None
     visual = sample.visual.cpu().numpy()
-    return sights_of(0, visual[None] if adapter.sees_images_whole else np.zeros_like(visual)[None])[0]
+    whole = visual if adapter.sees_images_whole else np.zeros_like(visual)
+    return sights_of(0, whole[None], adapter.sees_images_in_windows)[0]
 
 
 def full_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:

@@ -252,9 +252,9 @@ class DivergenceEngine:
         states[operation.target] = hidden
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        normed = self.adapter.text_model.norm(hidden.to(self.adapter.text_model.norm.weight.device))
-        logits: Tensor = self.adapter.lm_head(normed.to(self.adapter.lm_head.weight.device))
-        return logits.to(self.adapter.device).float().log_softmax(dim=-1)
+        norm = self.adapter.final_norm
+        normed = norm(hidden.to(norm.weight.device))
+        return self.adapter.logits(normed).to(self.adapter.device).float().log_softmax(dim=-1)
 
     def _entry_hidden(self, walk: _Walk, layer: int) -> Tensor:
         if walk.entry is None:

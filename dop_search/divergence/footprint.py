@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.quantization import stored_bytes
-from dop_search.strategy.operations import ModelDims
+from dop_search.strategy.operations import LayerKind, ModelDims
 
 TOWER_LAYER = 12
 """Activations of a layer of a vision tower, in its widths: input, norm, MLP of four widths before and after its
@@ -110,7 +110,11 @@ class Footprint:
             rows: tokens of each sample that take part.
             past: keys of every sample that are already there.
         """
-        dims, present, places = self.dims, sum(rows.present), len(rows.query) * max(rows.query)
+        return max(self._layer(rows, past, self.dims.of_kind(kind)) for kind in set(self.dims.kinds)) + self.unpacked
+
+    def _layer(self, rows: Rows, past: int, dims: ModelDims) -> int:
+        """Of layers with these sizes."""
+        present, places = sum(rows.present), len(rows.query) * max(rows.query)
         hidden, query, keys = dims.hidden_size, dims.query_width, dims.kv_width
         offered = len(rows.keys) * max(rows.keys)
         uneven = min(rows.query) < max(rows.query) or min(rows.keys) < max(rows.keys)
@@ -126,15 +130,17 @@ class Footprint:
         mlp = 2 * present * hidden + places * query + copied + sum(rows.mlp) * (hidden + 3 * dims.mlp_width)
         attending = attend * self.element + self._scores(rows, past, masked)
         recurrent = self._recurrent(rows)
-        return max((project + copied) * self.element, attending, mlp * self.element, recurrent) + self.unpacked
+        return max((project + copied) * self.element, attending, mlp * self.element, recurrent)
 
     def _recurrent(self, rows: Rows) -> int:
-        """The most that a recurrent layer holds at a time: features thrice, and what its kernel works on."""
+        """The most that a recurrent layer holds at a time: features thrice (of a short convolution, which only a third
+        of them enters, 5/3 times), and what its kernel works on."""
         if (sizes := self.dims.recurrent) is None:
             return 0
         places = len(rows.query) * max(map(max, zip(rows.query, rows.keys, strict=True)))
         states = 2 * sum(rows.present) * self.dims.hidden_size
-        return (states + 3 * places * sizes.in_width) * self.element + 4 * places * sizes.working_size
+        features = places * sizes.in_width * (9 if sizes.state_size else 5) // 3
+        return (states + features) * self.element + 4 * places * sizes.working_size
 
     def layer_of(self, lengths: Sequence[int]) -> int:
         """The most that one layer of the full model holds at a time for samples of these lengths."""
@@ -153,7 +159,8 @@ class Footprint:
         longest, count = max(lengths), len(lengths)
         pairs = longest * (longest + past)
         kinds = 2 if self.sighted else 1  # of layers, with tables and masks of their own
-        tables = kinds * 13 * sum(lengths) * self.dims.head_dim * self.element
+        width = max(self.dims.of_kind(kind).head_dim for kind in set(self.dims.kinds))
+        tables = kinds * 13 * sum(lengths) * width * self.element
         if self.eager:
             return tables + kinds * 2 * count * pairs * self.element
         if min(lengths) < longest or self.sighted:
@@ -194,7 +201,8 @@ class Footprint:
         dims, states = self.dims, 0
         if (sizes := dims.recurrent) is not None:
             states = len(sizes.layers) * (4 * sizes.state_size + sizes.window_size * self.element)
-        return num_tokens * 2 * dims.kv_width * dims.kinds.count(False) * self.element + num_samples * states
+        attending = [dims.of_kind(kind) for kind in dims.kinds if kind != LayerKind.RECURRENT]
+        return num_tokens * 2 * sum(its.kv_width for its in attending) * self.element + num_samples * states
 
     def generation(self, batch: int, length: int, max_new_tokens: int) -> int:
         """The most that ``generate()`` takes for prompts of one length."""
@@ -215,11 +223,10 @@ class Footprint:
         return max(1, min(answering, free // tower)) if tower else answering
 
 
-def num_patches(num_values: int, vision_config: Any) -> int:
+def num_patches(num_values: int, adapter: ModelAdapter) -> int:
     """Patches that ``num_values`` pixel values are, as the vision tower receives them."""
-    side = vision_config.patch_size
-    side = side[0] if isinstance(side, (list, tuple)) else side
-    return int(num_values // (3 * getattr(vision_config, "temporal_patch_size", 1) * side**2))
+    frames = getattr(adapter.model.config.vision_config, "temporal_patch_size", 1)
+    return int(num_values // (3 * frames * adapter.patch_size**2))
 
 
 def tower_bytes(config: Any, width: int, patches: int, element: int) -> int:
@@ -232,6 +239,6 @@ def tower_bytes(config: Any, width: int, patches: int, element: int) -> int:
         element: bytes of an activation.
     """
     vision = config.vision_config
-    depth = getattr(vision, "num_hidden_layers", None) or vision.depth
+    depth: int = getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0)
     states = depth + 1 if hasattr(config, "vision_feature_layer") else 1
     return patches * width * (states + TOWER_LAYER) * element

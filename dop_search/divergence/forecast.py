@@ -10,6 +10,7 @@ from dop_search.divergence.footprint import TOGETHER, Footprint, Rows, SampleSiz
 from dop_search.divergence.walk import Candidate, Emit, Load, Run, buckets, schedule
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import flops_coefficients
+from dop_search.strategy.operations import LayerKind
 from dop_search.strategy.steps import Groups, LayerStep, layer_steps
 
 
@@ -54,7 +55,7 @@ class ChunkForecast:
     keeps: bool
     known_layers: int = 0
     _work: Work = field(default_factory=Work)
-    _priced: dict[tuple[LayerStep, bool, bool], tuple[int, int]] = field(default_factory=dict)
+    _priced: dict[tuple[LayerStep, bool, LayerKind], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -157,7 +158,7 @@ class ChunkForecast:
         return self.footprint.states(sum(self._tokens(sizes, groups)))
 
     @cached_property
-    def _kinds(self) -> tuple[bool, ...]:
+    def _kinds(self) -> tuple[LayerKind, ...]:
         return self.footprint.dims.kinds
 
     def _flops(self, rows: Rows, layer: int) -> int:

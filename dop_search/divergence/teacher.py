@@ -175,7 +175,7 @@ def generate_ids(
     length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
     footprint, tower, config = Footprint.of(loaded.adapter), 0, loaded.model.config
     if "pixel_values" in inputs:
-        patches = num_patches(inputs["pixel_values"].numel() // len(batch), config.vision_config)
+        patches = num_patches(inputs["pixel_values"].numel() // len(batch), loaded.adapter)
         tower = tower_bytes(config, loaded.adapter.tower_width, patches, footprint.element)
     together = footprint.generated_together(free, length, max_new_tokens, tower)
     if len(batch) <= together:
@@ -235,7 +235,7 @@ def _observe(loaded: LoadedModel, sample: Sample, answer: list[int], selector: S
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
     encoded = encode(loaded.adapter, inputs, answer, selector).to_host()
     hidden = full_states(loaded.adapter, encoded)[encoded.prompt_length - 1 :]
-    logits = loaded.adapter.lm_head(hidden).float()
+    logits = loaded.adapter.logits(hidden).float()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError(
             f"the full model's logits for sample {sample.id!r} are not finite (dtype {loaded.model.dtype}); "

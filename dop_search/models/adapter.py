@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from dop_search.models.capture import Layer, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
+from dop_search.models.layer_names import names_of
 from dop_search.models.tower import Grids, TowerCapture, VisionCall, VisionWatch
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import DopError, UnsupportedModelError
@@ -49,9 +50,13 @@ class ModelAdapter:
     """Whether the decoder adds vision features after its first layers, see :meth:`pop_deepstack`."""
     layer_types: ClassVar[frozenset[str]] = frozenset()
     """Types of layers that do not attend to everything: ``sliding_attention``, no further back than ``sliding_window``
-    tokens; ``linear_attention``, which carries a state."""
-    sees_images_whole: ClassVar[bool] = False
-    """Whether the tokens of an image see each other in both directions, where ``token_type_ids`` are given."""
+    tokens; ``linear_attention`` and ``conv``, which carry a state."""
+    sees_images_whole: bool = False
+    """Whether the tokens of an image see each other in both directions, where :attr:`token_types` are given."""
+    sees_images_in_windows: ClassVar[bool] = False
+    """Whether they do so only in layers with a window."""
+    token_types: ClassVar[str] = "token_type_ids"
+    """By what name the model is told which tokens are of images."""
     decoder_output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPast
     """What the decoder returns."""
     decoder_layers: ClassVar[frozenset[str]] = DECODER_LAYERS
@@ -82,13 +87,18 @@ class ModelAdapter:
         return self.model.config.get_text_config()
 
     @property
+    def layer_config(self) -> Any:
+        """The same, for the sizes of the layers; where they differ, of those that are most."""
+        return self.text_config
+
+    @property
     def multimodal(self) -> Any:
         """The module whose forward receives ``input_ids`` together with the images."""
         return self.model.model
 
     @property
     def text_model(self) -> Any:
-        """The decoder: has ``layers``, ``norm`` and ``rotary_emb``; receives ``inputs_embeds``."""
+        """The decoder: has ``layers`` and ``rotary_emb``; receives ``inputs_embeds``."""
         return getattr(self.model.model, self.decoder_name)
 
     @property
@@ -98,9 +108,20 @@ class ModelAdapter:
         return layers
 
     @property
+    def final_norm(self) -> Any:
+        """The norm after the last layer."""
+        return self.text_model.norm
+
+    @property
     def lm_head(self) -> Any:
         """Maps the last hidden states to logits."""
         return self.model.get_output_embeddings()
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """What the model makes of the decoder's output: ``[..., hidden_size]`` to ``[..., vocab_size]``."""
+        logits: Tensor = self.lm_head(normed.to(self.lm_head.weight.device))
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +136,8 @@ class ModelAdapter:
     @property
     def dims(self) -> ModelDims:
         """The decoder's sizes."""
-        config = self.text_config
+        config = self.layer_config
+        mlp = getattr(self.layers[0], names_of(self.layers[0]).mlp)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return ModelDims(
             num_layers=config.num_hidden_layers,
@@ -124,7 +146,7 @@ class ModelAdapter:
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
-            gated_mlp=hasattr(self.layers[0].mlp, "gate_proj"),
+            gated_mlp=any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj", "w3")),
             vocab_size=config.vocab_size,
         )
 
@@ -139,7 +161,7 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: naming what was found and the remedy.
         """
-        check_placement(type(self.model).__name__, [*self.layers, self.text_model.norm])
+        check_placement(type(self.model).__name__, [*self.layers, self.final_norm])
         check_attention(self.text_config._attn_implementation)
 
     # -- what the decoder is given ----------------------------------------------------------------
@@ -267,6 +289,12 @@ class ModelAdapter:
         return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
 
     @property
+    def patch_size(self) -> int:
+        """Pixels per side of what the tower first makes one vector of."""
+        side = self.model.config.vision_config.patch_size
+        return int(side[0] if isinstance(side, (list, tuple)) else side)
+
+    @property
     def merge_size(self) -> int:
         """Patches per side of the square that one visual token is made of."""
         return 1
@@ -331,7 +359,7 @@ class ModelAdapter:
         if merge == 1:
             return values.flatten(0, 1)
         rows, columns = self.tile_grid
-        return values.unflatten(1, (rows, merge, columns, merge)).mean(dim=(2, 4)).flatten(0, 2)
+        return torch.cat([square_means(tile, rows, columns, merge) for tile in values])
 
     def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
         """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut."""
@@ -407,3 +435,17 @@ class ModelAdapter:
                 "images to the pruned model, or give `rankings=`"
             )
         return grids
+
+
+def square_means(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Means over squares of patches: ``[rows * side * columns * side, channels]`` to ``[rows * columns, channels]``."""
+    return values.unflatten(0, (rows, side, columns, side)).mean(dim=(1, 3)).flatten(0, 1)
+
+
+def padded_square_means(tiles: Tensor, grids: Sequence[Grids], side: int) -> Tensor:
+    """As :func:`square_means` of tiles ``[tiles, patches, channels]`` padded to the largest, one after the other.
+
+    ``grids``: of each tile, in tokens.
+    """
+    parts = zip(tiles, grids, strict=True)
+    return torch.cat([square_means(tile[: its[0][0] * its[0][1] * side**2], *its[0], side) for tile, its in parts])

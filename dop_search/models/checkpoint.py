@@ -38,8 +38,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LFS_MAX_BYTES = 1024
 
-_NEVER_READ = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|(^|\.)vision_(tower|model)\.(.+\.)?head\.")
-"""Left-over weights that mean nothing: what old versions saved and is computed today, and SigLIP's pooling head."""
+_NEVER_READ = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)position_ids$|(^|\.)vision_(tower|model)\.(.+\.)?head\."
+    r"|\.num_batches_tracked$"
+)
+"""Left-over weights that mean nothing: what old versions saved and is computed today, SigLIP's pooling head, and how
+long a batch norm was trained."""
 _QUANTISATION_STATE = re.compile(
     r"\.(g_idx|qzeros|scales|SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\.\w+|\w*_scale(_inv)?|"
     r"\w*zero_point|weight_shape)$"

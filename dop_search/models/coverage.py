@@ -29,6 +29,19 @@ NUM_LAYERS = 2
 UNBUILDABLE = (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 """What classes make of their own default configurations."""
 
+NOTES = {
+    "gemma4": "31B and 26B-A4B; E2B and E4B share keys and values between layers and read per-layer embeddings",
+    "gemma3n": "keys and values that layers share, per-layer embeddings, four residual streams (AltUp)",
+    "got_ocr2": "visual tokens that convolutions mix over an image",
+    "pp_chart2table": "visual tokens that convolutions mix over an image",
+    "molmo2": "tokens of all images see each other",
+    "granite_docling": "scaled residuals",
+    "kimi_k25": "latent attention (MLA), which has no projections of keys and values; experts",
+    "mistral4": "latent attention (MLA), which has no projections of keys and values; experts",
+    "glm4v_moe": "experts in some layers alone",
+}
+"""Where what a family's code says is better than what can be read off its modules."""
+
 Status = Literal["covered", "refused", "not applicable"]
 
 
@@ -40,7 +53,7 @@ class Coverage:
         model_type: of the configuration.
         name: the class.
         status: whether there is an adapter; ``not applicable`` where visual tokens are no part of a decoder's sequence.
-        reason: what stands in the way.
+        reason: what stands in the way, or what of the family is covered.
     """
 
     model_type: str
@@ -53,7 +66,9 @@ def coverage(model_type: str) -> Coverage:
     """The row of a model type of transformers' image-text-to-text classes."""
     name = str(CLASSES[model_type])
     if model_type in FAMILIES:
-        return Coverage(model_type, name, "covered")
+        return Coverage(model_type, name, "covered", NOTES.get(model_type, ""))
+    if model_type in NOTES:
+        return Coverage(model_type, name, "refused", NOTES[model_type])
     try:
         config = shortened(AutoConfig.for_model(model_type))
         with torch.device("meta"):

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from dop_search.models.layer_names import mixer_of
 from dop_search.utils.errors import UnsupportedModelError
 
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
@@ -19,6 +20,7 @@ DECODER_LAYERS = frozenset(
         "MistralDecoderLayer",
         "GemmaDecoderLayer",
         "Gemma3DecoderLayer",
+        "Gemma4TextDecoderLayer",
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
         "Qwen2VLDecoderLayer",
@@ -27,6 +29,10 @@ DECODER_LAYERS = frozenset(
         "Qwen3VLMoeTextDecoderLayer",
         "Qwen3_5DecoderLayer",
         "Qwen3_5MoeDecoderLayer",
+        "Glm4vTextDecoderLayer",
+        "GlmOcrTextDecoderLayer",
+        "Lfm2DecoderLayer",
+        "AriaTextDecoderLayer",
     }
 )
 """Classes of transformers whose arithmetic is that of :func:`dop_search.pruning.layer.run_layer`. Names of modules do
@@ -41,6 +47,10 @@ PLAIN_RMS_NORMS = frozenset(
         "Qwen2_5_VLRMSNorm",
         "Qwen3RMSNorm",
         "Qwen3VLTextRMSNorm",
+        "Glm4vRMSNorm",
+        "GlmOcrRMSNorm",
+        "Lfm2RMSNorm",
+        "AriaTextRMSNorm",
         "Qwen3VLMoeTextRMSNorm",
     }
 )
@@ -74,11 +84,6 @@ def forward_owner(cls: type) -> type | None:
     if any(file != files[-1] and not file.startswith(_TRANSFORMERS) for file in files):
         return None
     return next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}.forward" == name), None)
-
-
-def mixer_of(layer: Any) -> Any:
-    """The attention of a layer, or the recurrence that it has in its place."""
-    return layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
 
 
 def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> None:

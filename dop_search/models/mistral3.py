@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import unfold
 
-from dop_search.models.adapter import ModelAdapter
+from dop_search.models.adapter import ModelAdapter, square_means
 from dop_search.models.tower import Grids, VisionCall
 
 
@@ -19,25 +18,16 @@ class Mistral3Adapter(ModelAdapter):
     def merge_size(self) -> int:
         return int(self.model.config.spatial_merge_size)
 
-    def _patch_grids(self, call: VisionCall) -> list[tuple[int, int]]:
-        """Rows and columns of each image in patches."""
-        patch = self.model.config.vision_config.patch_size
-        return [(int(height) // patch, int(width) // patch) for height, width in call.arguments["image_sizes"]]
-
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        merge = self.merge_size
-        return [((rows // merge, columns // merge),) for rows, columns in self._patch_grids(call)]
+        side = self.model.config.vision_config.patch_size * self.merge_size
+        return [((int(height) // side, int(width) // side),) for height, width in call.arguments["image_sizes"]]
 
     def to_token_order(self, values: Tensor) -> Tensor:
-        """See base class; the mean over each cell that the model's merger unfolds."""
-        merge, channels, means = self.merge_size, values.shape[-1], []
-        start = 0
-        for rows, columns in self._patch_grids(self.vision_watch.current()):
-            image = values[0, start : start + rows * columns].T.reshape(1, channels, rows, columns)
-            start += rows * columns
-            cells = unfold(image.float(), kernel_size=merge, stride=merge).view(channels, merge**2, -1)
-            means.append(cells.mean(dim=1).T)
-        return torch.cat(means)
+        """See base class; the mean over each square that the model's merger unfolds."""
+        grids = [grid for (grid,) in self.token_grids(self.vision_watch.current())]
+        counts = [rows * columns * self.patches_per_token for rows, columns in grids]
+        parts = zip(values[0].split(counts), grids, strict=True)
+        return torch.cat([square_means(part, *grid, self.merge_size) for part, grid in parts])
 
 
 class LightOnOcrAdapter(Mistral3Adapter):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -288,11 +289,11 @@ def received_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     The softmax runs over all keys, a CLS token included. Works block by block of queries, with any backend.
     """
-    if kwargs.get("position_embeddings") is not None:
+    if _is_packed(attention, kwargs):
         return _received_packed(attention, args, kwargs)
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
     first = 1 if _has_cls(attention) else 0
-    return _mean_received(query[:, :, first:], key, _scale(attention))[:, first:]
+    return _mean_received(query[:, :, first:], key, _scale(attention), _real(kwargs))[:, first:]
 
 
 def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -300,24 +301,36 @@ def global_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if kwargs.get("position_embeddings") is not None:
         return _received_packed(attention, args, kwargs)
     query, key = _vit_heads(attention, args, kwargs, queries=slice(None))
-    return _mean_received(query, key, _scale(attention))[:, 1 if _has_cls(attention) else 0 :]
+    return _mean_received(query, key, _scale(attention), _real(kwargs))[:, 1 if _has_cls(attention) else 0 :]
 
 
 def head_mean_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Keys of the patches, mean over heads, after their rotation if there is one: ``[images, patches, head_dim]``."""
-    if kwargs.get("position_embeddings") is not None:
+    if _is_packed(attention, kwargs):
         return _packed_heads(attention, args, kwargs)[1].float().mean(dim=1)
     key = _vit_heads(attention, args, kwargs, queries=slice(0, 1))[1]
     return key.float().mean(dim=1)[:, 1 if _has_cls(attention) else 0 :]
 
 
-def _mean_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _real(kwargs: dict[str, Any]) -> Tensor | None:
+    """Which patches of a batch of tiles are no padding, ``[batch, patches]``; ``None``: all."""
+    mask: Tensor | None = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    return mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+
+
+def _mean_received(query: Tensor, key: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
     """``[batch, heads, queries, dim]`` and ``[batch, heads, keys, dim]`` to ``[batch, keys]``."""
     total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
     for start in range(0, query.shape[2], QUERY_BLOCK):
         scores = query[:, :, start : start + QUERY_BLOCK] @ key.transpose(2, 3) * scale
-        total += scores.float().softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return total / query.shape[2]
+        if real is not None:  # padding neither asks nor is seen
+            scores = scores.masked_fill(~real[:, None, None], -torch.inf)
+            scores = scores.masked_fill(~real[:, None, start : start + QUERY_BLOCK, None], -torch.inf)
+        shares = scores.float().softmax(dim=-1).mean(dim=1)
+        total += (shares if real is None else shares.nan_to_num(0.0)).sum(dim=1)
+    return total / (query.shape[2] if real is None else real.sum(dim=1, keepdim=True))
 
 
 def _has_cls(attention: Any) -> bool:
@@ -329,17 +342,31 @@ def _scale(attention: Any) -> float:
 
 
 def _vit_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], queries: slice) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[batch, heads, length, head_dim]`` of a CLIP, SigLIP, DINOv2 or InternVL attention."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    shape = (hidden.shape[0], -1, attention.q_proj.out_features // attention.head_dim, attention.head_dim)
+    """Queries and keys ``[batch, heads, length, head_dim]`` of a tower that works tile by tile."""
+    hidden, heads = args[0] if args else kwargs["hidden_states"], (-1, attention.head_dim)
     query, key = attention.q_proj(hidden[:, queries]), attention.k_proj(hidden)
+    if (rotate := _rotates_tiles(attention)) is not None:
+        places = (*kwargs["position_embeddings"], kwargs["position_ids"])
+        query = rotate(attention.q_norm(query.unflatten(-1, heads)), *(part[:, queries] for part in places))
+        return query.transpose(1, 2), rotate(attention.k_norm(key.unflatten(-1, heads)), *places).transpose(1, 2)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    return query.view(shape).transpose(1, 2), key.view(shape).transpose(1, 2)
+    return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+
+
+def _is_packed(attention: Any, kwargs: dict[str, Any]) -> bool:
+    if _rotates_tiles(attention) is not None:
+        return False
+    return kwargs.get("position_embeddings") is not None or kwargs.get("cu_seqlens") is not None
+
+
+def _rotates_tiles(attention: Any) -> Any:
+    """Gemma 4's function that rotates heads by the place of their patch in its tile; ``None``: another tower."""
+    return getattr(sys.modules[type(attention).__module__], "apply_multidimensional_rope", None)
 
 
 def _received_packed(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Towers with rotary positions (Qwen, Pixtral): patches of all images in one row; ``[1, patches]``."""
+    """Towers (Qwen, Pixtral, MiniCPM-V) with the patches of all images in one row; ``[1, patches]``."""
     query, key = _packed_heads(attention, args, kwargs)
     parts = [
         _mean_received(query[:, :, start:stop], key[:, :, start:stop], attention.scaling)
@@ -349,7 +376,7 @@ def _received_packed(attention: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _packed_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys ``[1, heads, patches, head_dim]`` of a tower with rotary positions."""
+    """Queries and keys ``[1, heads, patches, head_dim]`` of such a tower, rotated where it does so."""
     hidden = args[0] if args else kwargs["hidden_states"]
     rows = hidden.reshape(-1, hidden.shape[-1])
     if hasattr(attention, "qkv"):
@@ -361,9 +388,12 @@ def _packed_heads(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         query, key = (
             part(rows).unflatten(-1, (attention.num_heads, -1)) for part in (attention.q_proj, attention.k_proj)
         )
-    cos, sin = (part.float()[:, None, :] for part in kwargs["position_embeddings"])
-    query, key = (_rotate(heads.float(), cos, sin).to(hidden.dtype).transpose(0, 1)[None] for heads in (query, key))
-    return query, key
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    if kwargs.get("position_embeddings") is not None:
+        cos, sin = (part.float()[:, None, :] for part in kwargs["position_embeddings"])
+        query, key = (_rotate(heads.float(), cos, sin).to(hidden.dtype) for heads in (query, key))
+    return query.transpose(0, 1)[None], key.transpose(0, 1)[None]
 
 
 def _image_ends(kwargs: dict[str, Any], num_patches: int) -> list[int]:

@@ -101,15 +101,21 @@ class PrunedCache(DynamicCache):
     def state_of(self, layer_idx: int) -> State | None:
         """The state of a recurrent layer; ``None``: it has seen nothing."""
         layer: Any = self.layers[layer_idx]
-        return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
+        if not layer.has_previous_state[0]:
+            return None
+        window, matrices = layer.conv_states[0], layer.recurrent_states[0]
+        return window, window.new_zeros(len(window), 0) if matrices is None else matrices
 
     def keep_state(self, layer_idx: int, state: State) -> None:
         """Take the state of a recurrent layer, in the form that transformers gives it."""
         layer: Any = self.layers[layer_idx]
         if not layer.is_conv_states_initialized[0]:
             layer.lazy_initialization(conv_states=state[0])
-            layer.lazy_initialization(recurrent_states=state[1])
-        layer.conv_states[0], layer.recurrent_states[0] = state
+            if state[1].numel():
+                layer.lazy_initialization(recurrent_states=state[1])
+        layer.conv_states[0] = state[0]
+        if state[1].numel():
+            layer.recurrent_states[0] = state[1]
         layer.has_previous_state[0] = True
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:

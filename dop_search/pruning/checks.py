@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dop_search.models.adapter import UNKNOWN_TOKEN, ModelAdapter
-from dop_search.models.decoder_checks import check_layer, mixer_of
+from dop_search.models.decoder_checks import check_layer
+from dop_search.models.layer_names import mixer_of
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.nn.modules import module as modules
 
-from dop_search.models.decoder_checks import PLAIN_RMS_NORMS, mixer_of
+from dop_search.models.decoder_checks import PLAIN_RMS_NORMS
+from dop_search.models.layer_names import mixer_of, names_of
 from dop_search.pruning.attention import ForwardTables, attend, attend_text
 from dop_search.pruning.layout import Layout
 from dop_search.pruning.plans import LayerPlan
@@ -43,17 +44,23 @@ class KeyValueStore(Protocol):
 
 def device_of(layer: Any) -> torch.device:
     """Where a decoder layer computes."""
-    device: torch.device = layer.input_layernorm.weight.device
+    device: torch.device = getattr(layer, names_of(layer).norm).weight.device
     return device
 
 
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-rotation convention of the Llama family, of the first features if ``cos``
-    is for fewer than there are."""
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, in_pairs: bool = False) -> Tensor:
+    """Rotary position embedding of the first features if ``cos`` is for fewer than there are.
+
+    In the half-rotation convention of the Llama family, in which ``cos`` and ``signed_sin`` always are; ``in_pairs``:
+    the features that rotate together are neighbours.
+    """
     width = cos.shape[-1]
     if width < x.shape[-1]:
-        return torch.cat([rotate(x[..., :width], cos, signed_sin), x[..., width:]], dim=-1)
+        return torch.cat([rotate(x[..., :width], cos, signed_sin, in_pairs), x[..., width:]], dim=-1)
     half = width // 2
+    if in_pairs:
+        halves = rotate(x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(-2), cos, signed_sin)
+        return halves.unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
     if torch.compiler.is_compiling():  # a roll is fused with what is around it, a cat is two kernels more
         turned = torch.roll(x, half, dims=-1)
     else:
@@ -155,7 +162,7 @@ def run_recurrent(layer: Any, hidden: Tensor, rows: LayerPlan, cache: KeyValueSt
     assert rows.recurrent is not None
     mixer = mixer_of(layer)
     past = None if cache is None else cache.state_of(mixer.layer_idx)
-    attended, state = mix(mixer, normalize(layer.input_layernorm, hidden), rows, rows.recurrent, past)
+    attended, state = mix(mixer, normalize(getattr(layer, names_of(layer).norm), hidden), rows, rows.recurrent, past)
     if cache is not None and state is not None:
         cache.keep_state(mixer.layer_idx, state)
     return feed_forward(layer, hidden, attended, rows.query, rows.mlp)
@@ -229,22 +236,24 @@ def project(
     """
     attention = layer.self_attn
     head_dim = attention.head_dim
-    normed = normalize(layer.input_layernorm, hidden)
+    names = names_of(layer)
+    query_norm, key_norm = (getattr(attention, name, None) for name in names.head_norms)
+    normed = normalize(getattr(layer, names.norm), hidden)
     queries_in = normed if queries.rows is None else normed.index_select(0, queries.rows)
     keys_in = normed if keys.rows is None else normed.index_select(0, keys.rows)
-    key = project_heads(attention.k_proj, getattr(attention, "k_norm", None), keys_in, head_dim)
-    value = project_heads(attention.v_proj, None, keys_in, head_dim)
+    key = attention.k_proj(keys_in).unflatten(-1, (-1, head_dim))
+    value = key if attention.v_proj is None else attention.v_proj(keys_in).unflatten(-1, (-1, head_dim))
+    if "v_norm" in attention._modules:
+        value = attention.v_norm(value)
+    key = key if key_norm is None else normalize(key_norm, key)
     query, gate = attention.q_proj(queries_in), None
     if query.shape[-1] == 2 * key.shape[-2] * attention.num_key_value_groups * head_dim:
         query, gate = (part.flatten(1) for part in query.unflatten(-1, (-1, 2, head_dim)).unbind(dim=-2))
-    query, norm = query.unflatten(-1, (-1, head_dim)), getattr(attention, "q_norm", None)
+    query = query.unflatten(-1, (-1, head_dim))
+    query = arrange(query if query_norm is None else normalize(query_norm, query), queries.pad, num_samples)
     return (
-        rotate(
-            arrange(query if norm is None else normalize(norm, query), queries.pad, num_samples),
-            queries.cos,
-            queries.sin,
-        ),
-        rotate(arrange(key, keys.pad, num_samples), keys.cos, keys.sin),
+        rotate(query, queries.cos, queries.sin, names.in_pairs),
+        rotate(arrange(key, keys.pad, num_samples), keys.cos, keys.sin, names.in_pairs),
         arrange(value, keys.pad, num_samples),
         gate,
     )
@@ -274,28 +283,39 @@ def finish(
         context = context.index_select(0, unpad)
     if gate is not None:
         context = context * gate.sigmoid()
-    return feed_forward(layer, hidden, layer.self_attn.o_proj(context), query_rows, mlp_rows)
+    output = getattr(layer.self_attn, names_of(layer).output)
+    return feed_forward(layer, hidden, output(context), query_rows, mlp_rows)
 
 
 def feed_forward(
     layer: Any, hidden: Tensor, attended: Tensor, query_rows: Tensor | None, mlp_rows: Tensor | None
 ) -> Tensor:
-    """Residual and MLP after what the queries have received; arguments as in :func:`finish`.
-
-    Gemma's layers norm what attention and MLP return as well, so that four norms bear other names.
-    """
-    sandwiched = hasattr(layer, "pre_feedforward_layernorm")
-    hidden = add_rows(hidden, query_rows, layer.post_attention_layernorm(attended) if sandwiched else attended)
+    """Residual and MLP after what the queries have received; arguments as in :func:`finish`."""
+    names = names_of(layer)
+    if names.attended_norm is not None:
+        attended = normalize(getattr(layer, names.attended_norm), attended)
+    hidden = add_rows(hidden, query_rows, attended)
     mlp_in = hidden if mlp_rows is None else hidden.index_select(0, mlp_rows)
-    norm = layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm
-    update = run_mlp(layer.mlp, normalize(norm, mlp_in))
-    return add_rows(hidden, mlp_rows, layer.post_feedforward_layernorm(update) if sandwiched else update)
+    update = run_mlp(getattr(layer, names.mlp), normalize(getattr(layer, names.mlp_norm), mlp_in))
+    if "router" in layer._modules:
+        update = layer.post_feedforward_layernorm_1(update) + run_experts(layer, mlp_in)
+    if names.update_norm is not None:
+        update = normalize(getattr(layer, names.update_norm), update)
+    hidden = add_rows(hidden, mlp_rows, update)
+    return hidden * layer.layer_scalar if "layer_scalar" in layer._buffers else hidden
 
 
 def run_mlp(mlp: Any, rows: Tensor) -> Tensor:
     """The MLP on ``[rows, hidden_size]``; blocks of experts ask for a batch axis."""
     result: Tensor = mlp(rows[None])[0] if hasattr(mlp, "experts") else mlp(rows)
     return result
+
+
+def run_experts(layer: Any, rows: Tensor) -> Tensor:
+    """Gemma 4's experts beside its MLP, with a router and norms of their own, on what enters both."""
+    _, weights, chosen = layer.router(rows)
+    update: Tensor = layer.experts(layer.pre_feedforward_layernorm_2(rows), chosen, weights)
+    return layer.post_feedforward_layernorm_2(update)  # type: ignore[no-any-return]
 
 
 def add_rows(hidden: Tensor, index: Tensor | None, update: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Layers that carry a state from token to token (gated delta nets, arXiv 2412.06464) on packed rows.
+"""Layers that carry a state from token to token on packed rows: gated delta nets (arXiv 2412.06464), and LFM2's short
+convolutions (arXiv 2511.23404).
 
-The state of a sample is what a short convolution remembers (the features of the last tokens) and a matrix per head. A
-token's ``kv`` is its update of both, its ``q`` what it reads: the output of the layer. A token with neither is as if it
-were not there; one without ``kv`` reads a state that it leaves as it was. All that others see of a token is its ``kv``,
-as in attention, so that the same operations are dead.
+The state of a sample is what a short convolution remembers (the features of the last tokens) and, of a gated delta
+net, a matrix per head. A token's ``kv`` is its update of both, its ``q`` what it reads: the output of the layer. A
+token with neither is as if it were not there; one without ``kv`` reads a state that it leaves as it was. All that
+others see of a token is its ``kv``, as in attention, so that the same operations are dead.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from dop_search.models.layer_names import is_recurrent, mixer_of
 from dop_search.pruning.plans import LayerPlan, RecurrentPlan
 
 State = tuple[Tensor, Tensor]
 """What a layer knows of each sample: last features of the convolution ``[batch, features, taps]``, and matrices
-``[batch, heads, key width, value width]``."""
+``[batch, heads, key width, value width]``, or ``[batch, 0]`` where there are none."""
 
 
 def taps_of(layer: Any) -> int:
     """How many tokens the convolution of a recurrent layer sees; 0: the layer attends."""
-    return int(layer.linear_attn.conv_kernel_size) if hasattr(layer, "linear_attn") else 0
+    return int(mixer_of(layer).conv_kernel_size) if is_recurrent(layer) else 0
 
 
 def plan_recurrence(
@@ -107,7 +109,7 @@ def mix(
     """Update the state and read it.
 
     Args:
-        mixer: the layer's gated delta net.
+        mixer: the layer's gated delta net or short convolution.
         normed: ``[rows, hidden_size]``.
         rows: ``key``: those that take part, ``query``: those that read.
         plan: their arrangement.
@@ -119,15 +121,41 @@ def mix(
     if not plan.length:
         return normed.new_zeros(0, normed.shape[1]), past
     inside = normed if rows.key is None else normed.index_select(0, rows.key)
-    features = mixer.in_proj_qkv(inside)
+    context, state = (_short_convolution if hasattr(mixer, "in_proj") else _delta_net)(mixer, inside, plan, past)
+    context = context.flatten(0, 1)
+    context = context if plan.reads is None else context.index_select(0, plan.reads)
+    if hasattr(mixer, "in_proj_z"):
+        asking = normed if rows.query is None else normed.index_select(0, rows.query)
+        context = mixer.norm(context, mixer.in_proj_z(asking).unflatten(-1, (-1, mixer.head_v_dim)))
+    return mixer.out_proj(context.flatten(1)), state
+
+
+def _convolve(features: Tensor, convolution: Any, plan: RecurrentPlan, past: State | None) -> tuple[Tensor, Tensor]:
+    """Of each row with those before it (float32, ``[rows, features]``), and what is remembered of the last ones."""
     known = features.new_zeros(plan.num_samples, features.shape[1], plan.num_taps) if past is None else past[0]
     every = torch.cat([known.to(features.dtype).transpose(1, 2).flatten(0, 1), features])
-    weight = mixer.conv1d.weight[:, 0].float()
+    weight = convolution.weight[:, 0].float()
     convolved = sum(every.index_select(0, tap).float() * weight[:, i] for i, tap in enumerate(plan.window))
-    if mixer.conv1d.bias is not None:
-        convolved = convolved + mixer.conv1d.bias
-    convolved = torch.nn.functional.silu(convolved).to(features.dtype)
+    assert isinstance(convolved, Tensor)
+    if convolution.bias is not None:
+        convolved = convolved + convolution.bias
     remembered = every.index_select(0, plan.tail).unflatten(0, (plan.num_samples, plan.num_taps)).transpose(1, 2)
+    return convolved, remembered
+
+
+def _short_convolution(mixer: Any, inside: Tensor, plan: RecurrentPlan, past: State | None) -> tuple[Tensor, State]:
+    """LFM2's: gated before and after; a state without matrices. ``[num_samples, length, hidden_size]``."""
+    before, after, features = mixer.in_proj(inside).chunk(3, dim=-1)
+    convolved, remembered = _convolve(before * features, mixer.conv, plan, past)
+    context = plan.arranged(after * convolved.to(after.dtype))
+    return context, (remembered, remembered.new_zeros(plan.num_samples, 0))
+
+
+def _delta_net(mixer: Any, inside: Tensor, plan: RecurrentPlan, past: State | None) -> tuple[Tensor, State]:
+    """What the heads read, ``[num_samples, length, heads, value width]``, and the state after it."""
+    features = mixer.in_proj_qkv(inside)
+    convolved, remembered = _convolve(features, mixer.conv1d, plan, past)
+    convolved = torch.nn.functional.silu(convolved).to(features.dtype)
     strength = mixer.in_proj_b(inside).sigmoid()
     decay = -mixer.A_log.float().exp() * softplus(mixer.in_proj_a(inside).float() + mixer.dt_bias)
     if plan.updates is not None:  # the others change nothing: no decay, no strength
@@ -145,8 +173,4 @@ def mix(
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,
     )
-    context = context.flatten(0, 1)
-    context = context if plan.reads is None else context.index_select(0, plan.reads)
-    asking = normed if rows.query is None else normed.index_select(0, rows.query)
-    gate = mixer.in_proj_z(asking).unflatten(-1, values)
-    return mixer.out_proj(mixer.norm(context, gate).flatten(1)), (remembered, state)
+    return context, (remembered, state)

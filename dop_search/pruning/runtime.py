@@ -91,7 +91,9 @@ class PrunedDecoder(Attached):
         self.rankings.begin(encoded)
         if not encoded:  # otherwise `generate()` has encoded the images just before
             self.rankings.expect(call.input_ids)
-        return (args, TokenMasks.of_call(kwargs)) if self.adapter.has_sight else None
+        if not self.adapter.has_sight:
+            return None
+        return args, TokenMasks.of_call(kwargs, self.adapter.token_types if self.adapter.sees_images_whole else None)
 
     # Inside `torch.compile(model)` nothing is traced here: the layers are compiled by `compile=True`.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -154,7 +156,8 @@ class PrunedDecoder(Attached):
         finally:
             state.open = False
         state.add_tokens(tokens.valid if packing is None else None, batch, length, device)
-        hidden = self.text_model.norm(hidden.to(self.text_model.norm.weight.device))
+        norm = self.adapter.final_norm
+        hidden = norm(hidden.to(norm.weight.device))
         return self.adapter.decoder_output(
             last_hidden_state=hidden if packing is None else packing.gather(hidden),
             past_key_values=past_key_values,
@@ -204,7 +207,7 @@ class PrunedDecoder(Attached):
         sights = None
         if self.adapter.has_sight:
             whole = torch.zeros_like(visual) if tokens.whole is None else tokens.whole
-            sights = sights_of(state.num_seen, whole.cpu().numpy())
+            sights = sights_of(state.num_seen, whole.cpu().numpy(), self.adapter.sees_images_in_windows)
         layout, kept = self.layouts.pack(prompt.groups, visual.device, sights)
         places = np.concatenate([row * length + keep for row, keep in enumerate(kept)])
         full = prompt.embeds.new_zeros(batch * length, width)

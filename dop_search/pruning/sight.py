@@ -25,19 +25,22 @@ class Sight:
     Attributes:
         place: number of each in what was fed to its sample.
         image: which image of its sample it is part of, where the tokens of an image see each other; else ``NO_IMAGE``.
+        in_windows: whether they see each other only in layers with a window.
     """
 
     place: np.ndarray
     image: np.ndarray
+    in_windows: bool = False
 
     def at(self, index: np.ndarray | slice) -> Sight:
         """Of some of them."""
-        return Sight(self.place[index], self.image[index])
+        return Sight(self.place[index], self.image[index], self.in_windows)
 
     @staticmethod
     def joined(parts: Sequence[Sight]) -> Sight:
         """Of several samples, one after the other."""
-        return Sight(np.concatenate([part.place for part in parts]), np.concatenate([part.image for part in parts]))
+        place, image = (np.concatenate([getattr(part, name) for part in parts]) for name in ("place", "image"))
+        return Sight(place, image, parts[0].in_windows)
 
     @property
     def key(self) -> bytes:
@@ -49,7 +52,7 @@ class Sight:
 
         ``True`` only where that is simple to find; a mask is right in any case.
         """
-        if (self.image[keys] != NO_IMAGE).any():
+        if (self.image[keys] != NO_IMAGE).any() and not (window is None and self.in_windows):
             return False
         if window is None or not len(queries) or not len(keys):
             return True
@@ -68,10 +71,10 @@ def image_numbers(is_image: np.ndarray) -> np.ndarray:
     return np.where(is_image, np.cumsum(starts, axis=-1) - 1, NO_IMAGE)
 
 
-def sights_of(num_seen: int, whole: np.ndarray) -> list[Sight]:
+def sights_of(num_seen: int, whole: np.ndarray, in_windows: bool = False) -> list[Sight]:
     """The tokens of each sample, after ``num_seen`` others; ``whole`` (``[batch, length]``): parts of images."""
     place = np.arange(num_seen, num_seen + whole.shape[1])
-    return [Sight(place, image) for image in image_numbers(whole)]
+    return [Sight(place, image, in_windows) for image in image_numbers(whole)]
 
 
 class TokenMasks(dict[str, Tensor]):
@@ -79,7 +82,7 @@ class TokenMasks(dict[str, Tensor]):
 
     Args:
         attention_mask: ``[batch, length so far]``, ``None``: all are real.
-        token_type_ids: ``[batch, length]``, 1 in images; ``None``: no token sees what comes after it.
+        token_type_ids: ``[batch, length]``, 1 in images, 2 in videos; ``None``: no token sees what comes after it.
     """
 
     def __init__(self, attention_mask: Any, token_type_ids: Tensor | None) -> None:
@@ -87,10 +90,11 @@ class TokenMasks(dict[str, Tensor]):
         self.attention_mask, self.token_type_ids = attention_mask, token_type_ids
 
     @classmethod
-    def of_call(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a model's call with these in the place of its attention mask."""
-        mask = kwargs.get("attention_mask")
-        return {**kwargs, "attention_mask": cls(mask, kwargs.get("token_type_ids"))}
+    def of_call(cls, kwargs: dict[str, Any], types: str | None) -> dict[str, Any]:
+        """The arguments of a model's call with these in the place of its attention mask; ``types``: by what name the
+        model is given the types of tokens, ``None``: it does not ask."""
+        mask, given = kwargs.get("attention_mask"), None if types is None else kwargs.get(types)
+        return {**kwargs, "attention_mask": cls(mask, given)}
 
     @staticmethod
     def undone(attention_mask: Any, length: int) -> tuple[Any, Tensor | None]:
@@ -102,7 +106,7 @@ class TokenMasks(dict[str, Tensor]):
             return attention_mask, None
         types = attention_mask.token_type_ids
         if types is not None:
-            types = torch.nn.functional.pad(types, (0, max(0, length - types.shape[1])))[:, -length:] == 1
+            types = torch.nn.functional.pad(types, (0, max(0, length - types.shape[1])))[:, -length:] > 0
         return attention_mask.attention_mask, types
 
 

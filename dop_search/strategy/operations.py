@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import numpy as np
@@ -100,12 +100,39 @@ class RecurrentDims:
 
 
 @dataclass(frozen=True)
+class OtherHeads:
+    """The layers of a decoder whose attention has other heads than that of the others.
+
+    Attributes:
+        layers: their numbers.
+        num_kv_heads, head_dim: as in :class:`ModelDims`.
+        values_are_keys: whether one projection makes both.
+    """
+
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    values_are_keys: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+
+class LayerKind(IntEnum):
+    """Layers of a kind cost the same."""
+
+    ATTENTION = 0
+    RECURRENT = 1
+    OTHER_HEADS = 2
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """The sizes of a decoder that its cost depends on.
 
     With experts ``intermediate_size`` is the width of one of ``num_experts``, of which a token runs
-    ``active_experts`` and the router, and one that is shared, of ``shared_expert_size``, with its gate. With
-    ``gated_queries`` the query projection makes a gate of the same width.
+    ``active_experts`` and the router, and one that is shared, of ``shared_expert_size``, with its gate where
+    ``shared_expert_gate``. With ``gated_queries`` the query projection makes a gate of the same width.
     """
 
     num_layers: int
@@ -121,18 +148,38 @@ class ModelDims:
     shared_expert_size: int = 0
     gated_queries: bool = False
     recurrent: RecurrentDims | None = None
+    shared_expert_gate: bool = True
+    other_heads: OtherHeads | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelDims:
         """Inverse of ``dataclasses.asdict``."""
-        recurrent = data.get("recurrent")
-        return cls(**{**data, "recurrent": None if recurrent is None else RecurrentDims(**recurrent)})
+        recurrent, others = data.get("recurrent"), data.get("other_heads")
+        parts = {
+            "recurrent": None if recurrent is None else RecurrentDims(**recurrent),
+            "other_heads": None if others is None else OtherHeads(**others),
+        }
+        return cls(**{**data, **parts})
 
     @property
-    def kinds(self) -> tuple[bool, ...]:
-        """Of each layer whether it is recurrent; layers of a kind cost the same."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of each layer."""
         recurrent = () if self.recurrent is None else self.recurrent.layers
-        return tuple(layer in recurrent for layer in range(self.num_layers))
+        others = () if self.other_heads is None else self.other_heads.layers
+        return tuple(
+            LayerKind.RECURRENT
+            if layer in recurrent
+            else LayerKind.OTHER_HEADS
+            if layer in others
+            else LayerKind.ATTENTION
+            for layer in range(self.num_layers)
+        )
+
+    def of_kind(self, kind: LayerKind) -> ModelDims:
+        """The sizes that count in the layers of a kind that attends."""
+        if kind != LayerKind.OTHER_HEADS or (others := self.other_heads) is None:
+            return self
+        return replace(self, num_kv_heads=others.num_kv_heads, head_dim=others.head_dim)
 
     @property
     def mlp_width(self) -> int:
@@ -158,6 +205,8 @@ class ModelDims:
             "shared_expert_size": 0,
             "gated_queries": False,
             "recurrent": None,
+            "shared_expert_gate": True,
+            "other_heads": None,
         }
         for name, default in newer.items():  # fingerprints are older than these fields
             if sizes[name] == default:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.text import MARKERS_KEY
 from dop_search.testing.processors import drawn_image
@@ -107,6 +108,9 @@ def collate(samples: Sequence[Inputs]) -> Inputs:
     batch: Inputs = {}
     for name in samples[0]:
         tensors = [sample[name] for sample in samples]
+        if name.startswith("pixel_values") and "target_sizes" in samples[0]:  # patches of all images in one row
+            batch[name] = torch.cat(tensors, dim=-1)
+            continue
         if name in _LEFT_PADDED:
             longest = max(tensor.shape[1] for tensor in tensors)
             value = _LEFT_PADDED[name]
@@ -140,8 +144,8 @@ def pack_rows(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
         hook.remove()
     packed = {name: value for name, value in collate(samples).items() if name not in _LEFT_PADDED}
     input_ids = torch.cat([sample["input_ids"] for sample in samples], dim=1)
-    if "token_type_ids" in samples[0]:
-        packed["token_type_ids"] = torch.cat([sample["token_type_ids"] for sample in samples], dim=1)
+    if (adapter := adapter_for(model)).sees_images_whole:
+        packed[adapter.token_types] = torch.cat([sample[adapter.token_types] for sample in samples], dim=1)
     return {**packed, "input_ids": input_ids, "position_ids": torch.cat(positions, dim=-1)}
 
 

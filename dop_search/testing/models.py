@@ -7,8 +7,8 @@ from torch import nn
 
 
 def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
-    """Draw every parameter anew: matrices of variance ``gain² / fan_in``, norms near 1, biases near 0; decays of
-    recurrent layers slow, so that their states are of many tokens.
+    """Draw every parameter anew: matrices of variance ``gain² / fan_in``, norms and scales of layers near 1, biases
+    near 0; decays of recurrent layers slow, so that their states are of many tokens.
 
     The usual 0.02 initialisation leaves attention uniform and the residual stream almost untouched, and then a wrong
     mask hides behind the tolerance.
@@ -22,6 +22,8 @@ def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
                 value = noise
             elif ".experts." in name:  # [experts, out, in]
                 value = noise * gain / parameter.shape[-1] ** 0.5
+            elif ".stages." in name and parameter.ndim == 4:  # of a convolutional tower, whose branches add up
+                value = noise * gain / 3 / parameter[0].numel() ** 0.5
             elif parameter.ndim >= 2:
                 value = noise * gain / parameter[0].numel() ** 0.5
             elif name.endswith("weight"):
@@ -29,3 +31,6 @@ def randomize_(model: nn.Module, seed: int, gain: float = 1.5) -> None:
             else:
                 value = 0.2 * noise - (3.0 if name.endswith("A_log") else 0.0)
             parameter.copy_(value)
+        for name, scale in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                scale.fill_(1.0 + 0.2 * float(torch.randn((), generator=generator)))

@@ -47,12 +47,19 @@ def canvas_of(model: PreTrainedModel, modality: Modality = "image") -> Canvas:
         UnsupportedModelError: if the projector has another name.
     """
     whole: Any = adapter_for(model).multimodal
+    if hasattr(whole, "visual") and hasattr(whole.visual, "downsample"):  # GLM: joins squares in front of its merger
+        return Canvas(whole.visual.post_layernorm, of_output=True)
     if hasattr(whole, "visual"):
         return Canvas(whole.visual.merger)
     if model.config.model_type in ("internvl", "qianfan_ocr"):  # their projector comes after the pixel shuffle
         tower = whole.vision_tower
         layers = tower.encoder.layer if hasattr(tower, "encoder") else tower.layers
         return Canvas(layers[-1], of_output=True, num_extra=1)
+    if model.config.model_type in ("lfm2_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"):
+        # what comes after is given one tile at a time
+        return Canvas(whole.vision_tower.post_layernorm, of_output=True)
+    if model.config.model_type == "gemma4":  # pools squares in the tower
+        return Canvas(whole.vision_tower.encoder.layers[-1], of_output=True)
     if model.config.model_type == "video_llama_3":  # averages squares in the tower
         return Canvas(whole.vision_model.post_layernorm, of_output=True)
     if modality == "video" and hasattr(whole, "vision_resampler"):  # pools frames in front of the projector

@@ -173,7 +173,7 @@ def masked_forward(
 
 def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: OperationMasks) -> Tensor:
     """As :func:`masked_forward`, for operations of any positions."""
-    images = _images(inputs)
+    images = _images(model, inputs)
     with torch.no_grad(), _masking(_decoder_layers(model), masks, _attended(inputs), images):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
@@ -221,17 +221,20 @@ def _attended(inputs: dict[str, Tensor]) -> Tensor:
     return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def _images(inputs: dict[str, Tensor]) -> Tensor | None:
+def _images(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
     """Which image each token is part of, -1 for text (``[batch, position]``); ``None``: none sees what comes later."""
-    if "token_type_ids" not in inputs:
+    types = inputs.get("token_type_ids")
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision":  # Gemma 4
+        types = inputs["mm_token_type_ids"]
+    if types is None:
         return None
     numbers = [[-1] * inputs["input_ids"].shape[1] for _ in inputs["input_ids"]]
-    for row, types in zip(numbers, inputs["token_type_ids"].tolist(), strict=True):
+    for row, kinds in zip(numbers, (types > 0).tolist(), strict=True):
         number = 0
-        for place, kind in enumerate(types):
-            if kind == 1:
+        for place, is_image in enumerate(kinds):
+            if is_image:
                 row[place] = number
-            elif place and types[place - 1] == 1:
+            elif place and kinds[place - 1]:
                 number += 1
     return torch.tensor(numbers, device=inputs["input_ids"].device)
 
@@ -284,14 +287,20 @@ def _masking(
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             parts = dict(layer.named_children())
-            handles = [parts["mlp"].register_forward_hook(_hide_mlp(masks.mlp[index]))]
-            if "linear_attn" in parts:
+            mlp = parts["feed_forward" if "feed_forward" in parts else "mlp"]
+            if "router" in parts:  # Gemma 4: with the experts that are beside it
+                mlp = parts["post_feedforward_layernorm"]
+            handles = [mlp.register_forward_hook(_hide_mlp(masks.mlp[index]))]
+            recurrent = parts.get("linear_attn", parts.get("conv"))
+            if recurrent is not None:
                 hook = _recur(masks.q[index] & attended, masks.kv[index] & attended)
-                handles.append(parts["linear_attn"].register_forward_hook(hook, with_kwargs=True))
+                handles.append(recurrent.register_forward_hook(hook, with_kwargs=True))
             else:
                 attention = parts["self_attn"]
                 window = getattr(attention, "sliding_window", None)
-                visible, sees_any = _visible(masks.kv[index], attended, window, images)
+                everywhere = getattr(attention.config, "use_bidirectional_attention", None) != "vision"
+                whole = images if everywhere or window is not None else None  # Gemma 4: in windows alone
+                visible, sees_any = _visible(masks.kv[index], attended, window, whole)
                 handles += [
                     attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
                     attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),
@@ -329,22 +338,37 @@ def _hide_mlp(runs: Tensor) -> Callable[..., Tensor]:
 
 
 def _recur(reads: Tensor, updates: Tensor) -> Callable[..., Tensor]:
-    """What ``reads`` get from a gated delta net that sees the tokens ``updates`` (both ``[batch, position]``)."""
+    """What ``reads`` get from a recurrence that sees the tokens ``updates`` (both ``[batch, position]``)."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         result = torch.zeros_like(output)
         for sample, (reading, updating) in enumerate(zip(reads.tolist(), updates.tolist(), strict=True)):
-            taps = module.conv1d.weight[:, 0]  # [features, taps]
+            is_short = hasattr(module, "conv")
+            taps = (module.conv if is_short else module.conv1d).weight[:, 0]  # [features, taps]
             seen = [torch.zeros_like(taps[:, 0])] * (taps.shape[1] - 1)
-            state = hidden.new_zeros(module.num_v_heads, module.head_k_dim, module.head_v_dim)
+            shape = (0,) if is_short else (module.num_v_heads, module.head_k_dim, module.head_v_dim)
+            state, step = hidden.new_zeros(shape), convolution_step if is_short else delta_step
             for place, (asks, learns) in enumerate(zip(reading, updating, strict=True)):
                 if asks or learns:
-                    answer, seen, state = delta_step(module, hidden[sample, place], seen, state, learns)
+                    answer, seen, state = step(module, hidden[sample, place], seen, state, learns)
                     result[sample, place] = answer if asks else 0.0
         return result
 
     return hook
+
+
+def convolution_step(
+    module: Any, token: Tensor, seen: list[Tensor], state: Tensor, learns: bool = True
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """As :func:`delta_step`, of LFM2's short convolution (arXiv 2511.23404, section 2): ``o = W (C * conv(B * x))``,
+    whose state is what it looks back to."""
+    before, after, features = module.in_proj(token).chunk(3)
+    window = [*seen, before * features]
+    mixed = sum(module.conv.weight[:, 0, i] * part for i, part in enumerate(window))
+    if module.conv.bias is not None:
+        mixed = mixed + module.conv.bias
+    return module.out_proj(after * mixed), window[1:] if learns else seen, state
 
 
 def delta_step(

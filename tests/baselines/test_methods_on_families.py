@@ -14,6 +14,7 @@ from dop_search.baselines.fitprune import layer_inputs
 from dop_search.baselines.short_lvlm import ShortLvlm, final_states
 from dop_search.divergence.encoding import encode
 from dop_search.models import FAMILIES, adapter_for
+from dop_search.models.closed_towers import ClosedTowerAdapter
 from dop_search.models.families import adapter_class
 from dop_search.models.prompts import with_answer
 from dop_search.selectors import SelectionSizes, make_selector
@@ -23,7 +24,9 @@ from dop_search.strategy.operations import TokenCounts
 ANSWER = (7, 8, 9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if not issubclass(adapter_class(name, name), ClosedTowerAdapter)]
+)
 def test_selections_are_priced_whatever_the_tower_is(family: str) -> None:
     adapter = adapter_for(tiny_model(family))
     loaded = SimpleNamespace(adapter=adapter)
@@ -32,7 +35,8 @@ def test_selections_are_priced_whatever_the_tower_is(family: str) -> None:
     patches = 16 * adapter.patches_per_token
     assert pricing.vision_width == adapter.tower_width == 16
     singly = {"llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "video_llava", "video_llama_3"}
-    assert adapter.patches_per_token == (1 if family in singly or family.startswith("deepseek_vl") else 4)
+    singly |= {"deepseek_vl", "deepseek_vl_hybrid", "janus"}
+    assert adapter.patches_per_token == (1 if family in singly else 4)
     fewer = Strategy.full(adapter.dims.num_layers, num_visual_tokens=8, selector="received_attention")
     asked = pricing.selection_ratio(fewer) * pricing.cost_model.full_total
     assert asked == pytest.approx(2 * patches * 16 * (2 * 16 + patches))
@@ -59,6 +63,27 @@ def test_states_are_the_full_models(family: str) -> None:
         handle.remove()
     assert len(prompt_states.embeds) == length
     torch.testing.assert_close(entering, seen[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "glm46v"])  # plain, with norms of heads, rotated in pairs
+def test_attention_inside_the_decoder_is_the_models(family: str) -> None:
+    model = tiny_model(family, attn_implementation="eager")
+    adapter, inputs = adapter_for(model), tiny_sample(model)
+    maps = []
+    handles = [
+        layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1][0]))
+        for layer in adapter.layers
+    ]
+    with torch.inference_mode():
+        encoded = encode(adapter, inputs, ANSWER[:1], make_selector("uniform_grid"))
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        rows = torch.arange(encoded.prompt_length)
+        found = [stage.attention(rows) for stage in layer_inputs(adapter, encoded)]
+    assert len(maps) == len(found)
+    for its, expected in zip(found, maps, strict=True):
+        torch.testing.assert_close(its, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_that_is_asked_for_is_paid_for() -> None:

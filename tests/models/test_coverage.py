@@ -22,9 +22,9 @@ def test_the_readme_holds_the_table() -> None:
     ("model_type", "status", "reason"),
     [
         ("smolvlm", "covered", ""),
-        ("janus", "refused", "nothing but an adapter"),
+        ("idefics2", "refused", "nothing but an adapter"),
+        ("gemma4", "covered", "26B"),
         ("paligemma", "refused", "not causal"),
-        ("minicpmv4_6", "refused", "nothing but an adapter"),
         ("lfm3_vl", "refused", r"\(conv\).*without `self_attn`"),
         ("mllama", "not applicable", "cross attention"),
     ],

@@ -78,11 +78,30 @@ class TestQwen3_5(Family):
     separates_packed_rows = False  # one recurrence runs through all of a row
 
 
+class TestLfm2VL(Family):
+    """Short convolutions between the layers that attend, other names."""
+
+    __test__ = True
+    model_type = "lfm2_vl"
+    max_examples = 1
+    separates_packed_rows = False
+
+
 class TestGemma3(Family):
     """Windows shorter than an image, images that are seen as a whole, four norms, two rotations."""
 
     __test__ = True
     model_type = "gemma3"
+    prefills_in_chunks = False
+    separates_packed_rows = False
+
+
+class TestGemma4(Family):
+    """Images as a whole within windows alone, layers with other heads, experts beside MLPs, scaled layers."""
+
+    __test__ = True
+    model_type = "gemma4"
+    max_examples = 1
     prefills_in_chunks = False
     separates_packed_rows = False
 
@@ -109,8 +128,15 @@ class Sharing(AdapterConformance):
 WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
 for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     _fields = {"__test__": True, "model_type": _name, "takes_videos": TINY_FAMILIES[_name].takes_videos}
-    _fields["prefills_in_chunks"] = _name != "ovis2"  # looks for its indicator tokens in chunks without an image
-    if _name == "qwen3_5_moe":
+    # Ovis2 looks for its indicator tokens in chunks without an image; what timm's towers return cannot be sliced
+    _fields["prefills_in_chunks"] = _name not in ("ovis2", "fast_vlm", "perception_lm")
+    if _name.startswith("glm"):  # transformers 5.23 repeats image by image what beams need prompt by prompt
+        _fields |= {"mixes_videos": False, "num_beams": 1}
+    if _name in ("fast_vlm", "perception_lm", "aria"):
+        _fields |= {"selector": "uniform_grid", "patches_have_places": _name != "aria"}
+    if _name == "perception_lm":  # frames are encoded by the method for images, in the forward of each beam
+        _fields |= {"mixes_videos": False, "num_beams": 1}
+    if _name == "qwen3_5_moe" or _name.startswith("minicpm"):
         _fields["separates_packed_rows"] = False
         _fields["tolerance"] = 1e-4  # its recurrence counts in float32 even where the weights are float64
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (Sharing,), _fields)

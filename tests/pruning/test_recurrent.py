@@ -96,11 +96,16 @@ def test_what_a_row_sees_through_the_convolution() -> None:
 
 @pytest.mark.parametrize("lengths", [(700,), (500, 400)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_recurrent_layer(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "text"),
+    [("qwen3_5", {"linear_key_head_dim": 32, "linear_value_head_dim": 64}), ("lfm2_vl", {})],
+)
+def test_memory_of_a_recurrent_layer(
+    lengths: tuple[int, ...], dtype: torch.dtype, model_type: str, text: dict[str, int]
+) -> None:
     """Predicted within 15 per cent of what torch reports, with transformers' own kernel."""
-    heads = {"linear_key_head_dim": 32, "linear_value_head_dim": 64}
-    family = replace(TINY_FAMILIES["qwen3_5"], text={**TINY_FAMILIES["qwen3_5"].text, **heads})
-    config = family.config("qwen3_5", TinySizes(hidden_size=192, intermediate_size=384))
+    family = replace(TINY_FAMILIES[model_type], text={**TINY_FAMILIES[model_type].text, **text})
+    config = family.config(model_type, TinySizes(hidden_size=192, intermediate_size=384))
     adapter = adapter_for(AutoModelForImageTextToText.from_config(config, dtype=dtype))
     layout, _ = pack([np.full(length, TEXT) for length in lengths], torch.device("cpu"))
     hidden = torch.randn(sum(lengths), 192, dtype=dtype)
@@ -121,5 +126,5 @@ def test_what_needs_layers_of_one_kind_is_refused() -> None:
         pass
     with dop.pruned(model, NOTHING, rankings=rankings(sample)), pytest.raises(DopError, match=r"DynamicCache\(config="):
         model(**sample, past_key_values=DynamicCache(), use_cache=True)
-    with pytest.raises(ConfigError, match="recurrent; use FLOPs"):
+    with pytest.raises(ConfigError, match="recurrent or have other heads; use FLOPs"):
         CostModel(adapter_for(model).dims, [TokenCounts(3, 4)], "latency", latency=object())  # type: ignore[arg-type]

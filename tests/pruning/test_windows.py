@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_families import TINY_FAMILIES
 from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import dop_search as dop
@@ -19,7 +21,9 @@ from dop_search.models import adapter_for
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.testing.inputs import collate, random_text
-from dop_search.testing.reference import append_tokens
+from dop_search.testing.models import randomize_
+from dop_search.testing.reference import append_tokens, masked_forward
+from dop_search.testing.sizes import TinySizes
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 IMAGE_TOKENS = 16
@@ -126,3 +130,26 @@ def test_what_goes_by_causal_attention_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="fastv"), dop.pruned(model, ranking_inside):
         pass
+
+
+def gemma4(**text: Any) -> Any:
+    family = TINY_FAMILIES["gemma4"]
+    config = replace(family, text={**family.text, **text}).config("gemma4", TinySizes())
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    randomize_(model, 0)
+    return model.eval()
+
+
+def test_gemma_4_without_experts_causal_and_with_values_of_their_own() -> None:
+    model = gemma4(use_bidirectional_attention=None, attention_k_eq_v=False, enable_moe_block=False)
+    assert not adapter_for(model).sees_images_whole
+    sample = tiny_sample(model, 3, 4)
+    order = [np.random.default_rng(0).permutation(70)]
+    strategy = Strategy.depthwise(4, 2, 3, 2, num_visual_tokens=20, selector="explicit")
+    expected = masked_forward(model, sample, strategy, order)[:, -4:]
+    torch.testing.assert_close(logits(model, strategy, order, **sample).logits[:, -4:], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_gemma_4_that_shares_keys_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"num_kv_shared_layers=2.*hidden_size_per_layer_input=8"):
+        adapter_for(gemma4(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dop_search.search import EvaluationStore, Evaluator, Problem, Space, Surrogate
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import CostModel, LatencyTable
-from dop_search.strategy.operations import ModelDims, RecurrentDims, TokenCounts
+from dop_search.strategy.operations import ModelDims, OtherHeads, RecurrentDims, TokenCounts
 
 
 def make_space(kind: str, num_layers: int, num_visual_tokens: int, **options: int) -> Space:
@@ -75,6 +75,10 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
         layers = tuple(sorted(draw(st.sets(st.integers(0, num_layers - 1), min_size=1))))
         sizes = (draw(st.sampled_from(size)) for size in ((3, 90), (1, 50), (0, 64), (1, 24)))
         recurrent = RecurrentDims(layers, *sizes)
+    others = None
+    if cost_kind != "latency" and draw(st.booleans()):  # another kind of those that attend
+        layers = tuple(sorted(draw(st.sets(st.integers(0, num_layers - 1), min_size=1))))
+        others = OtherHeads(layers, draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 32])), draw(st.booleans()))
     dims = ModelDims(
         num_layers=num_layers,
         hidden_size=draw(st.sampled_from([4, 16])),
@@ -85,6 +89,7 @@ def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
         gated_mlp=draw(st.booleans()),
         gated_queries=draw(st.booleans()),
         recurrent=recurrent,
+        other_heads=others,
     )
     counts = draw(
         st.lists(st.builds(TokenCounts, st.integers(1, 12), st.integers(0, num_tokens)), min_size=0, max_size=3)

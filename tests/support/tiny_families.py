@@ -179,6 +179,45 @@ def _qwen(processor: Any, videos: Any) -> Any:
     )
 
 
+_GLM_TOKENS = ("<|begin_of_video|>", "<|end_of_video|>")
+
+
+def _glm_tokenizer() -> Any:
+    return tiny_tokenizer("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", _GLM_TOKENS)
+
+
+def _glm(kind: Any, images: Any, videos: Any) -> Any:
+    sizes: Values = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    return kind(
+        image_processor=images(size={"shortest_edge": 2 * 16 * 16, "longest_edge": 2 * 40 * 40}, **sizes),
+        tokenizer=_glm_tokenizer(),
+        video_processor=videos(
+            size={"shortest_edge": 2 * 16 * 16, "longest_edge": 4 * 24 * 24}, do_sample_frames=False, **sizes
+        ),
+        chat_template=chatml(
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+        ),
+    )
+
+
+def _glm_family(processor: Callable[[], Any], **vision: Any) -> TinyFamily:
+    start, end = _glm_tokenizer().convert_tokens_to_ids(list(_GLM_TOKENS))
+    return TinyFamily(
+        {
+            "image_token_id": IMAGE_TOKEN_ID,
+            "video_token_id": VIDEO_TOKEN_ID,
+            "image_start_token_id": VISION_START_TOKEN_ID,
+            "image_end_token_id": VISION_END_TOKEN_ID,
+            "video_start_token_id": start,
+            "video_end_token_id": end,
+        },
+        _qwen_vision(depth=2, image_size=32, **vision),
+        processor,
+        sized=_mrope("out_hidden_size"),
+        takes_videos=True,
+    )
+
+
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _DELTA_NETS = {
     "linear_num_key_heads": 2,
@@ -227,6 +266,81 @@ def _pixtral_processor(kind: Any, **extra: str) -> Any:
     )
 
 
+# -- MiniCPM-V: an image and its slices, 4 x 4 patches per visual token, the tower joins 2 x 2 of them ----------------
+
+_SLICE_TOKENS = ("<slice>", "</slice>", "<image_id>", "</image_id>")
+
+
+def _minicpmv_tokenizer() -> Any:
+    names = ("slice_start_token", "slice_end_token", "image_id_start_token", "image_id_end_token")
+    return tiny_tokenizer(
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<image>",
+        "</image>",
+        _SLICE_TOKENS,
+        image_start_token="<image>",
+        image_end_token="</image>",
+        **dict(zip(names, _SLICE_TOKENS, strict=True)),
+    )
+
+
+def _minicpmv_processor(kind: Any, images: Any, videos: Any, **values: Any) -> Any:
+    sizes: Values = {"patch_size": 4, "scale_resolution": 32, **values}
+    return kind(
+        image_processor=images(max_slice_nums=2, **sizes),
+        video_processor=videos(max_slice_nums=1, do_sample_frames=False, **sizes),
+        tokenizer=_minicpmv_tokenizer(),
+        chat_template=chatml("<|image_pad|>", "<|video_pad|>"),
+    )
+
+
+def _minicpmv_family(processor: Callable[[], Any], **values: Any) -> TinyFamily:
+    return TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID, "video_token_id": VIDEO_TOKEN_ID, "insert_layer_id": 1, **values},
+        {**_tower("minicpmv4_6_vision", patch_size=4), "image_size": 32},
+        processor,
+        _DELTA_NETS,
+        lambda sizes: (_qwen3_5_sizes(sizes)[0], {}),
+        takes_videos=True,
+    )
+
+
+def _minicpmv_markers() -> Values:
+    names = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id", "newline_id")
+    return dict(
+        zip(
+            names,
+            _minicpmv_tokenizer().convert_tokens_to_ids(["<image>", "</image>", *_SLICE_TOKENS[:2], "\n"]),
+            strict=True,
+        )
+    )
+
+
+# -- LFM2-VL: tiles of 2 x 2 visual tokens and the whole image, padded to the largest -------------------------------
+
+
+def _lfm2_sizes(sizes: TinySizes) -> tuple[Values, Values]:
+    types = ["conv", "full_attention"] * sizes.num_hidden_layers
+    return {"layer_types": types[: sizes.num_hidden_layers], "block_multiple_of": 8, "block_ff_dim": 66}, {}
+
+
+def _lfm2_vl_processor() -> Any:
+    tiles = ("<|img_row_1_col_1|>", "<|img_row_1_col_2|>", "<|img_row_2_col_1|>", "<|img_thumbnail|>")
+    return hf.Lfm2VlProcessor(
+        image_processor=hf.Lfm2VlImageProcessor(
+            tile_size=SIDE,
+            encoder_patch_size=PATCH,
+            min_image_tokens=4,
+            max_image_tokens=8,
+            max_tiles=2,
+            max_pixels_tolerance=1.0,
+        ),
+        tokenizer=tiny_tokenizer("<image>", "<video>", "<|image_start|>", "<|image_end|>", tiles),
+        chat_template=chatml("<image>", ""),
+    )
+
+
 # -- Gemma 3: 16 visual tokens of 2 x 2 patches, more than the window of every other layer --------------------------
 
 
@@ -242,6 +356,28 @@ def _gemma3_processor() -> Any:
         tokenizer=tiny_tokenizer("<image_soft_token>", start=start, end=end, boi_token=start, eoi_token=end),
         image_seq_length=16,
         chat_template=chatml(start, ""),
+    )
+
+
+# -- Gemma 4: up to 70 visual tokens of 2 x 2 patches; layers that see everything have one wide head of keys ---------
+
+
+def _gemma4_sizes(sizes: TinySizes) -> tuple[Values, Values]:
+    text, width = _gemma3_sizes(sizes)[0], sizes.hidden_size // sizes.num_attention_heads
+    return {**text, "global_head_dim": 2 * width, "num_global_key_value_heads": 1}, {}
+
+
+def _gemma4_processor() -> Any:
+    start, end = "<|image>", "<image|>"
+    audio = {"audio_token": "<unk>", "boa_token": "<unk>", "eoa_token": "<unk>"}
+    return hf.Gemma4Processor(
+        feature_extractor=hf.Gemma4AudioFeatureExtractor(),
+        image_processor=hf.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2),
+        tokenizer=tiny_tokenizer(
+            "<|image|>", "<|video|>", start=start, end=end, boi_token=start, eoi_token=end, **audio
+        ),
+        video_processor=hf.Gemma4VideoProcessor(patch_size=4, pooling_kernel_size=2, do_sample_frames=False),
+        chat_template=chatml("<|image|>", "<|video|>"),
     )
 
 
@@ -316,6 +452,50 @@ def _video_llama_3_processor() -> Any:
     )
 
 
+# -- towers that show no attention ----------------------------------------------------------------------------------
+
+
+def _fast_vlm_processor() -> Any:
+    return hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(size={"shortest_edge": 256}, crop_size=square(256)),
+        tokenizer=tiny_tokenizer("<image>"),
+        patch_size=64,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=VICUNA,
+    )
+
+
+def _perception_lm_processor() -> Any:
+    return hf.PerceptionLMProcessor(
+        image_processor=hf.PerceptionLMImageProcessor(tile_size=SIDE, max_num_tiles=1, vision_input_type="thumb+tile"),
+        video_processor=hf.PerceptionLMVideoProcessor(size=square(SIDE)),
+        tokenizer=tiny_tokenizer("<|image|>", "<|video|>"),
+        patch_size=PATCH,
+        pooling_ratio=2,
+        chat_template=chatml("<|image|>", "<|video|>"),
+    )
+
+
+def _aria_processor() -> Any:
+    return hf.AriaProcessor(
+        image_processor=hf.AriaImageProcessor(max_image_size=490, min_image_size=336),
+        tokenizer=tiny_tokenizer("<image>"),
+        chat_template=chatml("<image>", ""),
+        size_conversion={490: 6, 980: 9},
+    )
+
+
+def _janus_processor() -> Any:
+    return hf.JanusProcessor(
+        image_processor=hf.JanusImageProcessor(size=square(SIDE), min_size=PATCH),
+        tokenizer=tiny_tokenizer("<image>", boi_token="<img>", eoi_token="</img>"),
+        num_image_tokens=16,
+        chat_template=chatml("<image>", ""),
+    )
+
+
+_JANUS_DRAWING = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "latent_channels": 32}
 _DEEPSTACK = _qwen_vision(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
 
 TINY_FAMILIES: dict[str, TinyFamily] = {
@@ -385,6 +565,32 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         _mrope("out_hidden_size", head_dim=True),
         takes_videos=True,
     ),
+    "glm46v": _glm_family(lambda: _glm(hf.Glm46VProcessor, hf.Glm46VImageProcessor, hf.Glm46VVideoProcessor)),
+    "glm4v": _glm_family(lambda: _glm(hf.Glm4vProcessor, hf.Glm4vImageProcessor, hf.Glm4vVideoProcessor)),
+    "glmga": _glm_family(lambda: _glm(hf.Glm46VProcessor, hf.GlmgaImageProcessor, hf.GlmgaVideoProcessor)),
+    "glm_ocr": _glm_family(
+        lambda: _glm(hf.Glm46VProcessor, hf.Glm46VImageProcessor, hf.Glm46VVideoProcessor), attention_bias=True
+    ),
+    "minicpmv4_6": _minicpmv_family(
+        lambda: _minicpmv_processor(hf.MiniCPMV4_6Processor, hf.MiniCPMV4_6ImageProcessor, hf.MiniCPMV4_6VideoProcessor)
+    ),
+    "minicpmv4_7": _minicpmv_family(
+        lambda: _minicpmv_processor(
+            hf.MiniCPMV4_7Processor, hf.MiniCPMV4_6ImageProcessor, hf.MiniCPMV4_6VideoProcessor
+        ),
+        **_minicpmv_markers(),
+    ),
+    "minicpm_ocr": _minicpmv_family(  # 2 x 2 patches per visual token
+        lambda: _minicpmv_processor(
+            hf.MiniCPMOcrProcessor, hf.MiniCPMOcrImageProcessor, hf.MiniCPMOcrVideoProcessor, scale_resolution=24
+        )
+    ),
+    "lfm2_vl": TinyFamily(  # every other layer is a short convolution
+        {"image_token_id": IMAGE_TOKEN_ID, "projector_hidden_size": 24},
+        {**_tower("siglip2_vision_model"), "num_patches": 16, "vision_use_head": False},
+        _lfm2_vl_processor,
+        sized=_lfm2_sizes,
+    ),
     "idefics3": TinyFamily(
         _IDEFICS,
         _tower("idefics3_vision"),
@@ -449,6 +655,39 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         {"model_type": "gemma3_text", "sliding_window": 12, "query_pre_attn_scalar": 6},
         _gemma3_sizes,
     ),
+    "gemma4": TinyFamily(  # two of five experts beside each MLP
+        {
+            "image_token_id": IMAGE_TOKEN_ID,
+            "video_token_id": VIDEO_TOKEN_ID,
+            "audio_config": None,
+            "tie_word_embeddings": False,  # otherwise every token predicts itself
+        },
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 80,
+        },
+        _gemma4_processor,
+        {
+            "sliding_window": 40,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 30.0,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+        _gemma4_sizes,
+        takes_videos=True,
+    ),
     "deepseek_vl": TinyFamily(
         {"image_token_id": IMAGE_TOKEN_ID},
         _tower("siglip_vision_model", vision_use_head=False),
@@ -462,6 +701,67 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
             hf.DeepseekVLHybridProcessor, hf.DeepseekVLHybridImageProcessor, high_res_size=square(2 * SIDE)
         ),
         _LLAMA,
+    ),
+    "janus": TinyFamily(
+        {
+            "image_token_id": IMAGE_TOKEN_ID,
+            "vq_config": {
+                **_JANUS_DRAWING,
+                "num_embeddings": 8,
+                "projection_dim": 16,
+                "image_token_embed_dim": 16,
+            },
+        },
+        {**_tower("janus_vision_model"), "mlp_ratio": 2, "projection_dim": 32},
+        _janus_processor,
+        _LLAMA,
+    ),
+    "cosmos3_omni": TinyFamily(
+        _QWEN_TOKENS,
+        _DEEPSTACK,
+        lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+        sized=_mrope("out_hidden_size", head_dim=True),
+        takes_videos=True,
+    ),
+    "fast_vlm": TinyFamily(
+        {**_IMAGE, "image_seq_length": 16},
+        {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": 64,
+            "model_args": {"inference_mode": True, "layers": [1] * 5, "embed_dims": [8, 8, 8, 32, 32]},
+        },
+        _fast_vlm_processor,
+        _QWEN2,
+    ),
+    "perception_lm": TinyFamily(
+        {"image_token_id": IMAGE_TOKEN_ID, "video_token_id": VIDEO_TOKEN_ID, "projector_pooling_ratio": 2},
+        {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "do_pooling": False,
+            "model_args": {
+                "embed_dim": 16,
+                "depth": 2,
+                "num_heads": 2,
+                "img_size": [SIDE, SIDE],
+                "patch_size": PATCH,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+            },
+        },
+        _perception_lm_processor,
+        _LLAMA,
+        takes_videos=True,
+    ),
+    "aria": TinyFamily(
+        {**_IMAGE, "projector_patch_to_query_dict": {25: 6, 100: 9}},
+        _tower("idefics3_vision", patch_size=98, image_size=980),
+        _aria_processor,
+        {"moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 2},
+        _head_dim,
     ),
     "vipllava": TinyFamily(  # reads two layers of the tower
         {**_IMAGE, "vision_feature_layer": [-2, 1]}, _tower("clip_vision_model"), _plain_llava_processor, _LLAMA

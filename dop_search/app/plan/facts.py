@@ -173,8 +173,6 @@ def _prompts(
     sizes = sizes if len(sizes) == count else sizes * count
     return (
         tuple(sizes),
-        max(num_patches(item["pixel_values"].numel(), config.vision_config) for item in inputs)
-        if adapter.has_tower
-        else 0,
+        max(num_patches(item["pixel_values"].numel(), adapter) for item in inputs) if adapter.has_tower else 0,
         where,
     )

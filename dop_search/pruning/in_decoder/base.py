@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dop_search.models.layer_names import names_of
 from dop_search.pruning.layer import normalize, project_heads, rotate
 from dop_search.strategy.operations import ModelDims
 
@@ -42,7 +43,7 @@ class StageSample:
     def normed(self, rows: Tensor | None = None) -> Tensor:
         """Normalised hidden states as the layer's projections see them."""
         hidden = self.hidden if rows is None else self.hidden.index_select(0, rows)
-        return normalize(self.layer.input_layernorm, hidden)
+        return normalize(getattr(self.layer, names_of(self.layer).norm), hidden)
 
     def queries(self, rows: Tensor) -> Tensor:
         """Rotated queries ``[heads, len(rows), head_dim]``."""
@@ -58,12 +59,14 @@ class StageSample:
 
     def _heads(self, which: str, rows: Tensor | None, rotated: bool = True) -> Tensor:
         attention = self.layer.self_attn
-        projection, norm = getattr(attention, f"{which}_proj"), getattr(attention, f"{which}_norm", None)
+        names = names_of(self.layer)
+        norm = getattr(attention, names.head_norms[which == "k"], None)
+        projection = getattr(attention, f"{which}_proj")
         heads = project_heads(projection, norm, self.normed(rows), attention.head_dim).transpose(0, 1)
         if not rotated:
             return heads
         cos, sin = (part if rows is None else part.index_select(0, rows) for part in (self.cos, self.sin))
-        return rotate(heads, cos, sin)
+        return rotate(heads, cos, sin, names.in_pairs)
 
     def attention(self, rows: Tensor, rotated: bool = True) -> Tensor:
         """Causal attention probabilities of some rows to every row: ``[heads, len(rows), num_rows]`` float32."""

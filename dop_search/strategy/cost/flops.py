@@ -8,8 +8,9 @@ MLP width ``m``, ``H`` query heads and ``H_kv`` key/value heads of width ``d_h``
     scores, values     2 * 2 * n_q * n_kv * (H * d_h)
     mlp                2 * 3 * n_mlp * d * m            (2 * 2 where the MLP is not gated)
     with E experts     2 * n_mlp * d * (3 * k * m + E)  (k of width m per token, and the router)
-    shared expert      2 * n_mlp * d * (3 * m_s + 1)    (and its gate)
+    shared expert      2 * n_mlp * d * (3 * m_s + 1)    (and its gate, where it has one)
     gated queries      q_proj is twice as wide
+    other heads        some layers with their own H_kv and d_h; k_proj alone where it makes the values as well
 
 A recurrent layer projects ``w_in`` features of the ``n`` tokens that update its state or read it, whose ``s`` numbers
 meet a key, a change and a query per token, and ``w_out`` features (gate and output) of those that read it::
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.prices import Counts, IntArray
-from dop_search.strategy.operations import MODULES, ModelDims, TokenCounts
+from dop_search.strategy.operations import MODULES, LayerKind, ModelDims, TokenCounts
 from dop_search.strategy.policy import GroupPolicy
 from dop_search.utils.errors import StrategyError
 
@@ -83,20 +84,25 @@ class CostCoefficients:
         return np.asarray(num_layers * self.layer_cost(total, total, total, total))
 
 
-def flops_coefficients(dims: ModelDims, recurrent: bool = False) -> CostCoefficients:
-    """FLOPs per token (``score``: per query-key pair) of one decoder layer, of those that attend or of the others."""
-    width = dims.hidden_size
-    routed = dims.num_experts + (dims.shared_expert_size > 0)
+def flops_coefficients(dims: ModelDims, kind: LayerKind = LayerKind.ATTENTION) -> CostCoefficients:
+    """FLOPs per token (``score``: per query-key pair) of one decoder layer of a kind."""
+    width, dims = dims.hidden_size, dims.of_kind(kind)
+    routed = dims.num_experts + (dims.shared_expert_size > 0 and dims.shared_expert_gate)
     mlp = 2 * width * ((3 if dims.gated_mlp else 2) * dims.mlp_width + routed)
-    if recurrent and (sizes := dims.recurrent) is not None:
+    if kind == LayerKind.RECURRENT and (sizes := dims.recurrent) is not None:
         either = 2 * width * sizes.in_width + 6 * sizes.state_size
         return CostCoefficients(q=2 * width * sizes.out_width, kv=0, score=0, mlp=mlp, either=either)
     return CostCoefficients(
         q=(6 if dims.gated_queries else 4) * width * dims.query_width,
-        kv=4 * width * dims.kv_width,
+        kv=(2 if shares_projection(dims, kind) else 4) * width * dims.kv_width,
         score=4 * dims.query_width,
         mlp=mlp,
     )
+
+
+def shares_projection(dims: ModelDims, kind: LayerKind) -> bool:
+    """Whether one projection makes keys and values."""
+    return kind == LayerKind.OTHER_HEADS and dims.other_heads is not None and dims.other_heads.values_are_keys
 
 
 def layer_flops(dims: ModelDims, n_q: Count, n_kv: Count, n_mlp: Count) -> Count:
@@ -135,8 +141,8 @@ def layer_counts(strategy: Strategy, counts: TokenCounts) -> LayerCounts:
 def total_flops(dims: ModelDims, tokens: LayerCounts) -> int:
     """FLOPs of all layers."""
     kinds, total = np.array(dims.kinds), 0
-    for recurrent in set(dims.kinds):
-        cost = flops_coefficients(dims, recurrent).layer_cost(*(its[kinds == recurrent] for its in tokens))
+    for kind in set(dims.kinds):
+        cost = flops_coefficients(dims, kind).layer_cost(*(its[kinds == kind] for its in tokens))
         total += int(cost.sum())
     return total
 

@@ -6,19 +6,19 @@ features of its convolution.
 
 from __future__ import annotations
 
-import numpy as np
-
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import CostCoefficients, check_num_layers, layer_counts
-from dop_search.strategy.operations import ModelDims, TokenCounts
+from dop_search.strategy.operations import LayerKind, ModelDims, TokenCounts
 
 
-def kv_cache_coefficients(dims: ModelDims, bytes_per_element: int = 2, recurrent: bool = False) -> CostCoefficients:
+def kv_cache_coefficients(
+    dims: ModelDims, bytes_per_element: int = 2, kind: LayerKind = LayerKind.ATTENTION
+) -> CostCoefficients:
     """Bytes per cached token and layer, or per layer; queries and MLPs leave nothing in the cache."""
-    if recurrent and (sizes := dims.recurrent) is not None:
+    if kind == LayerKind.RECURRENT and (sizes := dims.recurrent) is not None:
         state = 4 * sizes.state_size + bytes_per_element * sizes.window_size
         return CostCoefficients(q=0, kv=0, score=0, mlp=0, state=state)
-    return CostCoefficients(q=0, kv=2 * dims.kv_width * bytes_per_element, score=0, mlp=0)
+    return CostCoefficients(q=0, kv=2 * dims.of_kind(kind).kv_width * bytes_per_element, score=0, mlp=0)
 
 
 def strategy_kv_bytes(dims: ModelDims, strategy: Strategy, counts: TokenCounts, bytes_per_element: int = 2) -> int:
@@ -28,6 +28,6 @@ def strategy_kv_bytes(dims: ModelDims, strategy: Strategy, counts: TokenCounts, 
         StrategyError: if the strategy is for another number of layers.
     """
     check_num_layers(dims, strategy)
-    keys, recurrent = layer_counts(strategy, counts).kv, np.array(dims.kinds)
-    state = kv_cache_coefficients(dims, bytes_per_element, recurrent=True).state * int(recurrent.sum())
-    return kv_cache_coefficients(dims, bytes_per_element).kv * int(keys[~recurrent].sum()) + state
+    prices = (kv_cache_coefficients(dims, bytes_per_element, kind) for kind in dims.kinds)
+    keys = layer_counts(strategy, counts).kv.tolist()
+    return sum(price.kv * count + price.state for price, count in zip(prices, keys, strict=True))

@@ -14,7 +14,7 @@ from dop_search.strategy.cost.flops import check_num_layers, flops_coefficients
 from dop_search.strategy.cost.kv_cache import kv_cache_coefficients
 from dop_search.strategy.cost.latency import LatencyTable
 from dop_search.strategy.cost.prices import IntArray, LayerPrices
-from dop_search.strategy.operations import MODULES, ModelDims, Module, TokenCounts, TokenGroup, group_sizes
+from dop_search.strategy.operations import MODULES, LayerKind, ModelDims, Module, TokenCounts, TokenGroup, group_sizes
 from dop_search.utils.errors import ConfigError, DataError
 
 CostKind = Literal["flops", "kv_cache", "latency"]
@@ -71,7 +71,7 @@ class CostModel:
         self.dims = dims
         self.kind: CostKind = kind
         self.prices: list[LayerPrices] = [
-            _prices(kind, dims, recurrent, counts, bytes_per_element, latency) for recurrent in sorted(set(dims.kinds))
+            _prices(kind, dims, layers, counts, bytes_per_element, latency) for layers in sorted(set(dims.kinds))
         ]
         self._kinds = np.unique(dims.kinds, return_inverse=True)[1]
         self.num_samples = len(counts)
@@ -171,15 +171,15 @@ class CostModel:
 def _prices(
     kind: CostKind,
     dims: ModelDims,
-    recurrent: bool,
+    layers: LayerKind,
     counts: Sequence[TokenCounts],
     bytes_per_element: int,
     latency: LatencyTable | None,
 ) -> LayerPrices:
     if kind == "flops":
-        return flops_coefficients(dims, recurrent)
+        return flops_coefficients(dims, layers)
     if kind == "kv_cache":
-        return kv_cache_coefficients(dims, bytes_per_element, recurrent)
+        return kv_cache_coefficients(dims, bytes_per_element, layers)
     if kind != "latency":
         raise ConfigError(f"`kind` must be one of {', '.join(get_args(CostKind))}, but got {kind!r}")
     if latency is None:
@@ -187,9 +187,10 @@ def _prices(
             "a latency budget needs a table of what was measured on this device: "
             "`dop_search.evaluation.timing.layer_times.measure_table(model, counts)`"
         )
-    if dims.recurrent is not None:
+    if len(set(dims.kinds)) > 1 or dims.recurrent is not None:
         raise ConfigError(
-            "a latency budget needs layers of one kind, but some of this model's are recurrent; use FLOPs"
+            "a latency budget needs layers of one kind, but some of this model's are recurrent or have other heads; "
+            "use FLOPs"
         )
     latency.check_covers(dims, counts)
     return latency

@@ -11,6 +11,7 @@ from dop_search.evaluation.timing.timing import cache_bytes
 from dop_search.models import adapter_for
 from dop_search.strategy.cost.flops import full_flops, strategy_flops
 from dop_search.strategy.cost.kv_cache import strategy_kv_bytes
+from dop_search.strategy.operations import LayerKind
 from dop_search.testing.conformance.base import ConformanceBase, Models, backends, for_all
 from dop_search.testing.measure import cache_lengths
 from dop_search.testing.strategies import dop_strategies
@@ -37,9 +38,9 @@ class SkippingConformance(ConformanceBase):
         sizes = strategy.group_sizes(counts.visual)
         expected = [
             0
-            if recurrent
+            if kind == LayerKind.RECURRENT
             else counts.text + sum(size for size, its in zip(sizes, strategy.groups, strict=True) if layer in its.kv)
-            for layer, recurrent in enumerate(adapter_for(model).dims.kinds)
+            for layer, kind in enumerate(adapter_for(model).dims.kinds)
         ]
         assert cache_lengths(cache) == expected
         priced = strategy_kv_bytes(adapter_for(model).dims, strategy, counts, model.dtype.itemsize)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from transformers import PreTrainedModel
 
@@ -20,9 +22,14 @@ class VisionConformance(ProcessingConformance):
         """Where the tower's patches can be painted; by default in front of a projector or merger of a known name."""
         return canvas_of(model, modality)
 
+    patches_have_places: ClassVar[bool] = True
+    """Whether visual tokens are made of patches of their own; those of resamplers are made of all."""
+
     @pytest.mark.parametrize("modality", ["image", "video"])
     def test_painted_patches_are_found_at_their_tokens(self, models: Models, modality: Modality) -> None:
         """Images of every shape, or a video: what is scored by patch stands at the tokens that the patch is part of."""
+        if not self.patches_have_places:
+            pytest.skip("every token is made of all patches")
         model = models("sdpa")
         if not hasattr(adapter_for(model).multimodal, METHODS[modality]):
             pytest.skip("frames of videos come as images")
