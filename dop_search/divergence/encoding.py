@@ -13,6 +13,7 @@ from torch import Tensor
 from dop_search.divergence.memory import to_device
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import image_tokens_checked, with_answer
+from dop_search.models.tower import num_tokens
 from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.sight import Sight, sights_of
@@ -33,6 +34,7 @@ class EncodedSample:
         deepstack: per decoder layer from the first on ``[num_visual, hidden_size]``, added to the visual tokens after
             that layer; empty in most families.
         chooser: for selectors whose choice depends on the number of kept tokens; ``None``: the head of ``ranking``.
+        images: visual tokens of each image; empty where the model cannot tell.
     """
 
     embeds: Tensor
@@ -42,6 +44,7 @@ class EncodedSample:
     ranking: np.ndarray
     deepstack: tuple[Tensor, ...] = ()
     chooser: Chooser | None = None
+    images: tuple[int, ...] = ()
 
     def choice(self, num_kept: int) -> Choice:
         """Which visual tokens are kept when ``num_kept`` are, and what the decoder receives for merged ones."""
@@ -169,6 +172,7 @@ def encode(
         ranking=source.rank(visual_counts(visual))[0],
         deepstack=deepstack,
         chooser=chooser,
+        images=tuple(map(num_tokens, adapter.image_grids(visual_counts(visual))[0])) if adapter.knows_images else (),
     )
 
 

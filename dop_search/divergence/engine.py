@@ -176,6 +176,11 @@ class DivergenceEngine:
                     f"a strategy for {strategy.num_layers} layers cannot be scored on a model with "
                     f"{self.adapter.dims.num_layers}"
                 )
+            if strategy.per_image and any(len(sample.encoded.images) > 1 for sample in self.teacher.samples):
+                raise DopError(
+                    "a strategy that counts per image cannot be scored on samples of several images by cached "
+                    "rankings, which are across them; score it with dop_search.baselines.plain_divergence"
+                )
             if strategy.stages:
                 raise DopError(
                     f"selector {strategy.selector!r} ranks inside the decoder, which cached rankings cannot stand for; "

@@ -114,7 +114,7 @@ class Profile:
                 "strategy_fields": dict(self.space.strategy_fields),
             },
             "dims": asdict(self.dims),
-            "counts": [[item.text, item.visual] for item in self.counts],
+            "counts": [[item.text, item.visual, *item.several] for item in self.counts],
             "bytes_per_element": self.bytes_per_element,
             "facts": dict(self.facts),
         }
@@ -134,7 +134,7 @@ class Profile:
             space=make_space(num_layers=dims.num_layers, **data["space"]),
             curves=Curves.load(path.parent / "curves.parquet"),
             dims=dims,
-            counts=tuple(TokenCounts(text, visual) for text, visual in data["counts"]),
+            counts=tuple(TokenCounts(text, visual, tuple(several)) for text, visual, *several in data["counts"]),
             facts=data["facts"],
             bytes_per_element=data.get("bytes_per_element", 2),
         )
@@ -201,7 +201,9 @@ def make_space(
 def token_counts(teacher: Teacher) -> tuple[TokenCounts, ...]:
     """Text and visual tokens of each sample's prompt: what prefill costs."""
     encoded = [sample.encoded for sample in teacher.samples]
-    return tuple(TokenCounts.of_prompt(item.visual[: item.prompt_length].cpu().numpy()) for item in encoded)
+    return tuple(
+        TokenCounts.of_prompt(item.visual[: item.prompt_length].cpu().numpy(), item.images) for item in encoded
+    )
 
 
 def evaluation_store(

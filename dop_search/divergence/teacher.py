@@ -29,7 +29,7 @@ from dop_search.utils.errors import CacheError, MemoryLimitError, NumericalError
 from dop_search.utils.files import write_atomic
 
 FORMAT = "dop_search.teacher"
-VERSION = 3
+VERSION = 4
 Progress = Callable[[int, int], None]
 
 
@@ -261,6 +261,7 @@ def _write(path: Path, teacher: Teacher) -> None:
             "answer_ids": sample.answer_ids,
             "prompt_length": encoded.prompt_length,
             "deepstack": len(encoded.deepstack),
+            "images": encoded.images,
         }
         if encoded.chooser is not None:
             kept, fact["selector_inputs"] = inputs_to_file(encoded.chooser.inputs)
@@ -299,6 +300,7 @@ def _read_sample(
         prompt_length=fact["prompt_length"],
         ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
         deepstack=tuple(file.get_tensor(f"{index}.deepstack.{layer}") for layer in range(fact["deepstack"])),
+        images=tuple(fact["images"]),
     )
     if "selector_inputs" in fact:
         names = set(file.keys())

@@ -130,6 +130,6 @@ def buckets(strategies: Sequence[Strategy]) -> Iterable[list[int]]:
     """Strategies that keep the same tokens and cut them into the same groups."""
     found: dict[tuple[object, ...], list[int]] = {}
     for index, strategy in enumerate(strategies):
-        key = (strategy.num_visual_tokens, tuple(policy.group.share for policy in strategy.groups))
+        key = (strategy.num_visual_tokens, strategy.per_image, tuple(policy.group.share for policy in strategy.groups))
         found.setdefault(key, []).append(index)
     return found.values()

@@ -44,6 +44,8 @@ class ModelAdapter:
     """Which share of the tower's layers lies below the end of the ``middle`` one, by which HiPrune ranks."""
     has_tower: ClassVar[bool] = True
     """Whether there is a vision tower for selectors to look at."""
+    knows_images: ClassVar[bool] = True
+    """Whether the model is told which tiles are of one image."""
     input_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
@@ -361,8 +363,11 @@ class ModelAdapter:
         rows, columns = self.tile_grid
         return torch.cat([square_means(tile, rows, columns, merge) for tile in values])
 
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
-        """``tiles`` and ``tile_grid`` of ``SelectorInputs`` for each sample; ``None`` where images are not cut."""
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, Sequence[tuple[int, int]]] | None]:
+        """``tiles`` of ``SelectorInputs`` for each sample, and ``tile_grid`` of each of its images.
+
+        ``None`` where images are not cut.
+        """
         return [None] * len(num_visual)
 
     def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
@@ -417,8 +422,8 @@ class ModelAdapter:
             )
         return layer % count
 
-    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
-        """Rows and columns of the visual tokens of each sample, image after image.
+    def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
+        """Rows and columns of the visual tokens of each sample's images (and videos), each as in :meth:`token_grids`.
 
         Args:
             num_visual: visual tokens per sample of the batch.
@@ -432,7 +437,7 @@ class ModelAdapter:
         if grids is None:
             raise DopError(
                 f"{sum(num_visual)} visual tokens in the batch do not match the images that were encoded: pass the "
-                "images to the pruned model, or give `rankings=`"
+                "images to the pruned model, or give `rankings=` with a strategy that does not count per image"
             )
         return grids
 

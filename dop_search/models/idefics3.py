@@ -13,6 +13,7 @@ class Idefics3Adapter(ModelAdapter):
     """
 
     decoder_name, tower_name = "text_model", "vision_model"
+    knows_images = False
 
     @property
     def merge_size(self) -> int:

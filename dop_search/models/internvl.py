@@ -10,6 +10,7 @@ class InternVLAdapter(ModelAdapter):
 
     tower_attention = "encoder.layer.{}.attention"
     has_cls = True
+    knows_images = False
 
     @property
     def merge_size(self) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TowerView, refuse
-from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.tower import Grids, VisionCall, num_tokens
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 
@@ -84,14 +84,14 @@ class LlavaAdapter(ModelAdapter):
         self._check_only_patches()
         return values.flatten(0, 1)
 
-    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+    def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
         """See base class; all images have the same size, so that nothing has to be watched."""
         grids = self._grids_of_one_image()
-        per_image = sum(rows * columns for rows, columns in grids)
+        per_image = num_tokens(grids)
         for count in num_visual:
             if count % per_image:
                 raise DopError(f"a prompt has {count} visual tokens, but each image has {per_image}")
-        return [grids * (count // per_image) for count in num_visual]
+        return [(grids,) * (count // per_image) for count in num_visual]
 
     @property
     def attention_modules(self) -> list[Any]:

@@ -25,9 +25,10 @@ class LlavaNextAdapter(LlavaAdapter):
         tiles = self.tiles_per_image(call)
         ones = torch.ones(sum(tiles), self.patches_per_side**2, 1)
         packed = self._pack(ones, torch.zeros(1), call)
-        return [self._grids(tokens[:, 0] < 0.5, count) for tokens, count in zip(packed, tiles, strict=True)]
+        side = self.patches_per_side
+        return [anyres_grids(tokens[:, 0] < 0.5, count, side) for tokens, count in zip(packed, tiles, strict=True)]
 
-    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+    def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
         return ModelAdapter.image_grids(self, num_visual)
 
     def to_token_order(self, values: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ class LlavaNextAdapter(LlavaAdapter):
             parts.append(fill_newlines(tokens[:, :-1], tokens[:, -1] < 0.5, start))
         return torch.cat(parts)
 
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, tuple[int, int] | None] | None]:
-        """See base class; the tiles of several images of a sample are numbered through, and have no grid."""
+    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, Sequence[tuple[int, int]]] | None]:
+        """See base class; the tiles of several images of a sample are numbered through."""
         nothing = [None] * len(num_visual)
         if not any(num_visual) or (call := self.vision_watch.current()).modality != "image":
             return nothing
@@ -64,7 +65,7 @@ class LlavaNextAdapter(LlavaAdapter):
                     own.append(torch.where(tiles < 0, tiles, tiles + first))
                     grids.append(grid)
                     first += 1 + grid[0] * grid[1]
-                sample = (torch.cat(own), grids[0] if len(grids) == 1 else None) if own else None
+                sample = (torch.cat(own), grids) if own else None
             result.append(sample)
         return result
 
@@ -122,14 +123,21 @@ class LlavaNextAdapter(LlavaAdapter):
         """What ``pack_image_features`` of the family takes besides."""
         return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
 
-    def _grids(self, newline: Tensor, tiles: int) -> Grids:
-        side = self.patches_per_side
-        if tiles == 1:
-            return ((side, side), (1, 1))
-        rows = int(newline.sum())
-        if not rows:  # of a very long or very wide image unpadding leaves nothing but the base view
-            return ((side, side),)
-        return ((side, side), (rows, (len(newline) - side * side) // rows))
+
+def anyres_grids(newline: Tensor, tiles: int, side: int) -> Grids:
+    """Of an image the base view and the joined crops, newline tokens being their last column.
+
+    Args:
+        newline: ``[tokens]`` boolean.
+        tiles: base view and crops.
+        side: patches per side of a tile.
+    """
+    if tiles == 1:
+        return ((side, side), (1, 1))
+    rows = int(newline.sum())
+    if not rows:  # of a very long or very wide image unpadding leaves nothing but the base view
+        return ((side, side),)
+    return ((side, side), (rows, (len(newline) - side * side) // rows))
 
 
 def fill_newlines(values: Tensor, newline: Tensor, start: int) -> Tensor:

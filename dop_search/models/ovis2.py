@@ -9,6 +9,7 @@ class Ovis2Adapter(ModelAdapter):
     """``Ovis2ForConditionalGeneration`` (arXiv 2405.20797); the tokens around tiles are text."""
 
     tower_attention = "transformer.encoder.layers.{}.attention"
+    knows_images = False
 
     @property
     def merge_size(self) -> int:

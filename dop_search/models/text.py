@@ -63,9 +63,9 @@ class TextAdapter(ModelAdapter):
         """See base class: which tokens stand between an opening marker and the next closing one."""
         return context_mask(input_ids, *self.markers)
 
-    def image_grids(self, num_visual: Sequence[int]) -> list[Grids]:
+    def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
         """See base class: the context tokens of a sample in one row."""
-        return [((1, count),) if count else () for count in num_visual]
+        return [(((1, count),),) if count else () for count in num_visual]
 
     @property
     def vision_tower(self) -> Any:

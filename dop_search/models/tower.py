@@ -178,13 +178,13 @@ class VisionWatch(Attached):
         merged[is_image], merged[~is_image] = values["image"], values["video"]
         return merged
 
-    def grids_of(self, num_visual: Sequence[int]) -> list[Grids] | None:
-        """The grids of each sample of a batch; ``None`` if what was encoded does not have these visual tokens."""
+    def grids_of(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]] | None:
+        """The grids of the images of each sample of a batch; ``None`` if other visual tokens were encoded."""
         pieces: list[Grids] = []
         numbers: dict[Modality, Tensor] = {}
         for modality, call in self._seen.encoded.calls.items():
             grids = self.adapter.token_grids(call)
-            counts = torch.tensor([sum(rows * columns for rows, columns in part) for part in grids])
+            counts = torch.tensor([num_tokens(part) for part in grids])
             numbers[modality] = torch.repeat_interleave(torch.arange(len(grids)) + len(pieces), counts)
             pieces += grids
         if not pieces:
@@ -196,17 +196,19 @@ class VisionWatch(Attached):
         repeats, start, result = wanted // available, 0, []
         for index, count in enumerate(num_visual):
             part = torch.unique_consecutive(of_token[start : start + count]).tolist()
-            result.append(tuple(grid for piece in dict.fromkeys(part) for grid in pieces[piece]))
+            result.append(tuple(pieces[piece] for piece in dict.fromkeys(part)))
             if (index + 1) % repeats == 0:
                 start += count
-        fits = all(
-            sum(rows * columns for rows, columns in grids) == count
-            for grids, count in zip(result, num_visual, strict=True)
-        )
+        fits = all(sum(map(num_tokens, grids)) == count for grids, count in zip(result, num_visual, strict=True))
         return result if fits else None
 
     def _device(self, tensor: Tensor) -> torch.device:
         return tensor.device if self.input_ids is None else self.input_ids.device
+
+
+def num_tokens(grids: Grids) -> int:
+    """Visual tokens that stand in grids."""
+    return sum(rows * columns for rows, columns in grids)
 
 
 Read = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]

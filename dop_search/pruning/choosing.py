@@ -28,11 +28,13 @@ class Choice:
         order: visual tokens, best first.
         slots: visual tokens whose embeddings are replaced; all of them are kept.
         embeds: ``[len(slots), hidden_size]`` what the decoder receives there instead.
+        images: visual tokens of each image, if the choice was made for each of them.
     """
 
     order: np.ndarray
     slots: np.ndarray = field(default_factory=lambda: NO_SLOTS)
     embeds: Tensor | None = None
+    images: tuple[int, ...] = ()
 
 
 def as_choice(adapter: ModelAdapter, selection: Selection, dtype: torch.dtype) -> Choice:

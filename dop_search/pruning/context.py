@@ -23,7 +23,7 @@ from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.utils.attached import Attached, refuse_copy
-from dop_search.utils.errors import DopError, StrategyError
+from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 _changing = threading.RLock()
 """Held while a model is pruned or restored, which several threads may try at once."""
@@ -64,6 +64,7 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
 
     Raises:
         StrategyError: naming both sides and how to move a strategy.
+        UnsupportedModelError: if it counts per image, which the model cannot.
     """
     num_layers = adapter.dims.num_layers
     if strategy.num_layers != num_layers:
@@ -75,6 +76,25 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
         raise StrategyError(
             f"the strategy was searched on {strategy.model_fingerprint!r}, but the model is {adapter.fingerprint!r}; "
             "search again, or use `dataclasses.replace(strategy, model_fingerprint=None)` to apply it all the same"
+        )
+    if strategy.per_image and not adapter.knows_images:
+        raise UnsupportedModelError(
+            f"{type(adapter.model).__name__} is handed the tiles of all images, and not which are of one, so that "
+            "nothing can be counted per image; leave `per_image` False"
+        )
+
+
+def check_counts_sample(strategy: Strategy) -> None:
+    """Refuse a strategy that counts per image, or by share, where the vision tower is to make so many tokens.
+
+    Raises:
+        StrategyError: naming selectors that can.
+    """
+    if strategy.per_image or isinstance(strategy.num_visual_tokens, float):
+        raise StrategyError(
+            f"{strategy.selector!r} changes the vision tower for a number of tokens per sample, but the strategy keeps "
+            f"{strategy.describe_tokens()}; give a number with per_image=False, or take another selector, such as "
+            "divprune"
         )
 
 
@@ -158,7 +178,10 @@ def prune_(
         before = None if rankings is not None else strategy.ranked_before
         selector = None if before is None else make_selector(*before)
         uncalled = UncalledModules(adapter)
-        source = RankingSource(adapter, selector, explicit_rankings(rankings), strategy.num_visual_tokens)
+        if selector is not None and selector.changes_tower:
+            check_counts_sample(strategy)
+        count = None if isinstance(strategy.num_visual_tokens, float) else strategy.num_visual_tokens
+        source = RankingSource(adapter, selector, explicit_rankings(rankings), count, strategy.per_image)
         handle.on_restore(source.close)
         decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
         _attach(handle, adapter, decoder)

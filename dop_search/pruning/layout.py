@@ -48,7 +48,11 @@ def ranked_tokens(visual: np.ndarray, valid: np.ndarray, read: np.ndarray | None
 
 
 def assign_groups(
-    visual: np.ndarray, ranking: np.ndarray, strategy: Strategy, ranked: np.ndarray | None = None
+    visual: np.ndarray,
+    ranking: np.ndarray,
+    strategy: Strategy,
+    ranked: np.ndarray | None = None,
+    images: Sequence[int] | None = None,
 ) -> np.ndarray:
     """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
 
@@ -58,6 +62,7 @@ def assign_groups(
         strategy: says how many tokens are kept and how the ranks are cut.
         ranked: ``[num_tokens]`` the visual tokens that the strategy decides about (:func:`ranked_tokens`); all of them
             by default. The others are as text, and leave their rank to those after them.
+        images: visual tokens of each image that is ranked by itself; all together by default.
 
     Raises:
         DopError: if the ranking is not a permutation of the sample's visual tokens.
@@ -68,15 +73,18 @@ def assign_groups(
             f"a ranking must be a permutation of the sample's {len(positions)} visual tokens, "
             f"but got {len(ranking)} entries"
         )
-    order = positions[ranking]
-    if ranked is not None:
-        order = order[ranked[order]]
     groups = np.full(len(visual), TEXT, dtype=np.int64)
-    groups[order] = DROPPED
-    start = 0
-    for group, size in enumerate(strategy.group_sizes(len(order))):
-        groups[order[start : start + size]] = group
-        start += size
+    sizes = strategy.parts((len(positions),) if images is None else images)
+    image = np.repeat(np.arange(len(sizes)), sizes)[ranking]
+    for part in range(len(sizes)):
+        order = positions[ranking[image == part]]
+        if ranked is not None:
+            order = order[ranked[order]]
+        groups[order] = DROPPED
+        start = 0
+        for group, size in enumerate(strategy.group_sizes(len(order))):
+            groups[order[start : start + size]] = group
+            start += size
     return groups
 
 

@@ -114,13 +114,14 @@ def arrange(
     ranked = ranked_tokens(is_visual, is_valid, None if tokens.read is None else tokens.read.cpu().numpy())
     counts, embeds = is_visual.sum(axis=1).tolist(), tokens.embeds
     orders = [np.arange(count) for count in counts]
+    images: list[tuple[int, ...]] = [(count,) for count in counts]
     if any(counts) and rankings.ranks:
         embeds = rankings.prepare(embeds, tokens.input_ids, tokens.visual, tokens.valid, strategy.num_kept)
-        orders = rankings.rank(counts)
+        orders, images = rankings.rank(counts), rankings.images(counts)
     rankings.forget()
     groups = []
     for row, order in enumerate(orders):
-        its = assign_groups(is_visual[row], order, strategy, ranked[row])
+        its = assign_groups(is_visual[row], order, strategy, ranked[row], images[row])
         if text is not None:
             place = np.flatnonzero(is_valid[row])
             its[place] = text.assign(its[place], is_visual[row, place], len(strategy.groups))

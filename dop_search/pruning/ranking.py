@@ -18,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import TOWER_FIELDS, field_and_layer
-from dop_search.models.tower import TowerCapture, VisionWatch
+from dop_search.models.tower import TowerCapture, VisionWatch, num_tokens
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
+from dop_search.selectors.sharing import each_image, select_each
 from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
@@ -58,14 +59,14 @@ class _Ranked(threading.local):
 
     Attributes:
         captured: tower values by field.
-        prepared: rankings for the call that is under way.
+        prepared: choices for the call that is under way.
         encoded: what ``generate()`` has encoded for the call.
         choices: the latest choices with what they are of: encoded images, and tokens ``[batch, length]``.
     """
 
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] = {}
-        self.prepared: list[np.ndarray] | None = None
+        self.prepared: list[Choice] | None = None
         self.encoded: list[weakref.ref[Any]] = []
         self.choices: tuple[list[weakref.ref[Any]], Tensor | None, list[Choice]] = ([], None, [])
 
@@ -80,6 +81,7 @@ class RankingSource(Attached):
         selector: the criterion; ``None`` if rankings are given, or nothing is ranked before the decoder.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
         num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
+        per_image: whether each image is ranked by itself.
 
     Raises:
         UnsupportedModelError: if the model lacks what the selector needs.
@@ -91,14 +93,17 @@ class RankingSource(Attached):
         selector: Selector | None,
         rankings: Sequence[np.ndarray] | None = None,
         num_kept: int | None = None,
+        per_image: bool = False,
     ) -> None:
-        self.adapter, self.rankings = adapter, rankings
+        self.adapter, self.rankings, self.per_image = adapter, rankings, per_image
         self.selector = None if rankings is not None else selector
         self.handles: list[RemovableHandle | TowerCapture | VisionWatch] = []
         self.needs = frozenset[str]() if self.selector is None else self.selector.needs()
         self._local = _Ranked()
         self._patch: TowerPatch | None = None
         if self.selector is None:
+            if per_image:  # the sizes of images are needed all the same
+                self.handles.append(adapter.vision_watch.open())
             return
         check_model(adapter, self.selector)
         self.selector.prepare(adapter.tower_view.width if "patch_states" in self.needs else None)
@@ -183,31 +188,25 @@ class RankingSource(Attached):
         valid: Tensor | None = None,
         num_kept: Callable[[int], int] | None = None,
     ) -> Tensor:
-        """Choose the tokens of each sample of a batch; :meth:`rank` then returns the rankings.
+        """Choose the tokens of each sample of a batch; :meth:`rank` and :meth:`images` then return what was chosen.
 
         Args:
             embeds: ``[batch, length, hidden_size]`` what the decoder is about to receive.
             input_ids: ``[batch, length]``.
             visual: ``[batch, length]`` which tokens are visual.
             valid: ``[batch, length]`` which tokens are real; ``None``: all.
-            num_kept: from a sample's visual tokens to those kept; ``None``: all are.
+            num_kept: from the visual tokens of a sample, or of an image, to those kept; ``None``: all are.
 
         Returns:
             ``embeds``, with the merged features of selectors that merge.
         """
-        if self.selector is None:
+        if self.selector is None and not self.per_image:
             return embeds
         encoded, prompt, choices = self._local.encoded, *self._local.choices[1:]
         if prompt is None or not torch.equal(input_ids[:, : prompt.shape[1]], prompt):
-            counts = visual_counts(visual)
-            seen = self.sample_inputs(counts, embeds, input_ids, visual, valid)
-            totals = [count if num_kept is None else num_kept(count) for count in counts]
-            choices = [
-                self._choose(inputs, total, embeds.dtype) if count else Choice(np.empty(0, dtype=np.int64))
-                for count, inputs, total in zip(counts, seen, totals, strict=True)
-            ]
+            choices = self._choices(embeds, input_ids, visual, valid, num_kept or (lambda count: count))
             self._local.choices = (encoded, input_ids if encoded else None, choices)
-        self._local.prepared = [choice.order for choice in choices]
+        self._local.prepared = choices
         if all(choice.embeds is None for choice in choices):
             return embeds
         embeds = embeds.clone()
@@ -230,13 +229,17 @@ class RankingSource(Attached):
         if self.rankings is not None:
             return self._given(len(num_visual))
         if self._local.prepared is not None:
-            prepared, self._local.prepared = self._local.prepared, None
-            return prepared
+            return [choice.order for choice in self._local.prepared]
         assert self.selector is not None
         return [
             self.selector.rank(inputs) if inputs.num_visual_tokens else np.empty(0, dtype=np.int64)
             for inputs in self.sample_inputs(num_visual)
         ]
+
+    def images(self, num_visual: Sequence[int]) -> list[tuple[int, ...]]:
+        """Visual tokens of what was ranked by itself in each sample: of all its images together, or of each."""
+        choices = (self._local.prepared if self.per_image else None) or []
+        return [choice.images for choice in choices] or [(count,) for count in num_visual]
 
     def chooser(self, inputs: SelectorInputs) -> Chooser:
         """Chooses for any number of kept tokens from the inputs of one sample."""
@@ -261,15 +264,46 @@ class RankingSource(Attached):
         tiles = self.adapter.token_tiles(num_visual) if "tiles" in self.needs else [None] * len(num_visual)
         result = []
         for index, count in enumerate(num_visual):
-            inputs = SelectorInputs(num_visual_tokens=count, image_grids=grids[index])
+            inputs = SelectorInputs(num_visual_tokens=count, image_grids=sum(grids[index], ()))
             inputs = inputs.with_tensors({name: _squeeze(name, parts[index]) for name, parts in tower.items()})
             if (tiling := tiles[index]) is not None:
-                inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1])
+                inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1][0] if len(tiling[1]) == 1 else None)
             if embeds is not None and input_ids is not None and visual is not None:
                 real = None if valid is None else valid[index]
                 inputs = self._with_decoder_inputs(inputs, embeds[index], input_ids[index], visual[index], real)
             result.append(inputs)
         return result
+
+    def _choices(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        visual: Tensor,
+        valid: Tensor | None,
+        num_kept: Callable[[int], int],
+    ) -> list[Choice]:
+        """Of each sample, or of each of its images; see :meth:`prepare`."""
+        counts = visual_counts(visual)
+        images = self.adapter.image_grids(counts) if self.per_image else [()] * len(counts)
+        if self.selector is None:
+            choices = [Choice(order) for order in self._given(len(counts))]
+        else:
+            seen = self.sample_inputs(counts, embeds, input_ids, visual, valid)
+            tiles = self.adapter.token_tiles(counts) if self.per_image and "tiles" in self.needs else None
+            choices = []
+            for index, (count, inputs) in enumerate(zip(counts, seen, strict=True)):
+                if not count:
+                    choices.append(Choice(np.empty(0, dtype=np.int64)))
+                elif not self.per_image:
+                    choices.append(self._choose(inputs, num_kept(count), embeds.dtype))
+                else:
+                    tiling = None if tiles is None else tiles[index]
+                    parts = each_image(inputs, images[index], () if tiling is None else tiling[1])
+                    selection = select_each(self.selector, parts, num_kept)
+                    choices.append(as_choice(self.adapter, selection, embeds.dtype))
+        return [
+            replace(choice, images=tuple(map(num_tokens, grids))) for choice, grids in zip(choices, images, strict=True)
+        ]
 
     def _choose(self, inputs: SelectorInputs, num_kept: int, dtype: torch.dtype) -> Choice:
         assert self.selector is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,9 @@ Ranked = tuple[np.ndarray, np.ndarray]
 """Tokens, and how far down their image's order each one stands."""
 
 OneImage = Callable[[SelectorInputs, int], Selection]
+
+Grid = tuple[int, int]
+Grids = tuple[Grid, ...]
 
 
 def shares(weights: np.ndarray, capacities: np.ndarray, total: int) -> np.ndarray:
@@ -42,6 +45,45 @@ def image_slices(inputs: SelectorInputs) -> Iterator[slice]:
     for rows, columns in inputs.image_grids:
         yield slice(start, start + rows * columns)
         start += rows * columns
+
+
+def each_image(inputs: SelectorInputs, images: Sequence[Grids], tile_grids: Sequence[Grid]) -> list[SelectorInputs]:
+    """What a criterion would see of each image of a sample if it were alone with the sample's text.
+
+    Args:
+        inputs: the sample.
+        images: the grids of each image, which together are ``inputs.image_grids``.
+        tile_grids: where images are cut into tiles, rows and columns of each one's crops.
+    """
+    parts, start = [], 0
+    for index, grids in enumerate(images):
+        tokens = np.arange(start, start + sum(rows * columns for rows, columns in grids))
+        part, start = _one_part(inputs, tokens, grids), start + len(tokens)
+        if inputs.tiles is not None:
+            tiles = inputs.tiles[tokens[0] : start]
+            tiles = torch.where(tiles < 0, tiles, tiles - tiles[tiles >= 0].min())
+            part = replace(part, tiles=tiles, tile_grid=tile_grids[index])
+        parts.append(part)
+    return parts
+
+
+def select_each(selector: Selector, images: Sequence[SelectorInputs], num_kept: Callable[[int], int]) -> Selection:
+    """The choices of all images, one image after the other: the order says nothing across images.
+
+    ``num_kept``: from an image's tokens to those kept.
+    """
+    orders, slots, features, start = [], [], [], 0
+    space = Selection(np.empty(0)).space
+    for image in images:
+        found = selector.select(image, num_kept(image.num_visual_tokens))
+        orders.append(found.order + start)
+        if found.features is not None:
+            slots.append(found.slots + start)
+            features.append(found.features)
+            space = found.space
+        start += image.num_visual_tokens
+    order = np.concatenate(orders)
+    return Selection(order, np.concatenate(slots), torch.cat(features), space) if features else Selection(order)
 
 
 Part = tuple[np.ndarray, tuple[int, int]]
@@ -83,7 +125,7 @@ def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) ->
     slots, features = [], []
     space = Selection(np.empty(0)).space
     for (tokens, grid), count in zip(parts, counts, strict=True):
-        found = choose(_one_part(inputs, tokens, grid), int(count))
+        found = choose(_one_part(inputs, tokens, (grid,)), int(count))
         for target, order in ((heads, found.order[:count]), (tails, found.order[count:])):
             target.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
         if found.features is not None:
@@ -133,7 +175,7 @@ def _take_turns(parts: list[Ranked]) -> np.ndarray:
     return np.concatenate([order for order, _ in parts])[np.argsort(progress, kind="stable")].astype(np.int64)
 
 
-def _one_part(inputs: SelectorInputs, tokens: np.ndarray, grid: tuple[int, int]) -> SelectorInputs:
+def _one_part(inputs: SelectorInputs, tokens: np.ndarray, grids: Grids) -> SelectorInputs:
     """The inputs of one image or tile; text is shared, per-token tensors are cut."""
     whole = {"text_embeds", "pixel_values", "image_sizes"}
     cut = {
@@ -141,7 +183,7 @@ def _one_part(inputs: SelectorInputs, tokens: np.ndarray, grid: tuple[int, int])
         for name, value in inputs.tensors.items()
         if name not in whole
     }
-    return replace(inputs.with_tensors(cut), num_visual_tokens=len(tokens), image_grids=(grid,), tiles=None)
+    return replace(inputs.with_tensors(cut), num_visual_tokens=len(tokens), image_grids=grids, tiles=None)
 
 
 @dataclass(frozen=True)

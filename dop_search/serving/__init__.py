@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dop_search.serving.servable import ARCHITECTURE
+from dop_search.serving.servable import ARCHITECTURES
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the pruned model class known to vLLM; its entry point ``vllm.general_plugins``."""
+    """Make the pruned model classes known to vLLM; its entry point ``vllm.general_plugins``."""
     from vllm import ModelRegistry
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"dop_search.serving.llava:{ARCHITECTURE}")
+    known = ModelRegistry.get_supported_archs()
+    for family, name in ARCHITECTURES.items():
+        if name not in known:
+            module = "qwen2_5_vl" if family == "qwen2_5_vl" else "llava"
+            ModelRegistry.register_model(name, f"dop_search.serving.{module}:{name}")

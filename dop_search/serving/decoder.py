@@ -106,8 +106,11 @@ class PrunedDecoder:
         )
         return self._cache.builder.build(0, common), slots
 
-    def run(self, embeds: Tensor, rows: Rows, context: ForwardContext) -> Tensor:
-        """The decoder's output ``[n, hidden_size]`` of a step; rows that leave before the end are zero."""
+    def run(self, embeds: Tensor, rows: Rows, positions: Tensor, context: ForwardContext) -> Tensor:
+        """The decoder's output ``[n, hidden_size]`` of a step; rows that leave before the end are zero.
+
+        ``positions``: ``[n]``, or ``[axes, n]`` with multimodal RoPE.
+        """
         x, alive, made = embeds.clone(), self.everyone, {}  # type: ignore[var-annotated]
         for index, (layer, step) in enumerate(zip(self.decoder.layers, self.steps, strict=True)):
             if (staying := rows.within(step.alive, alive)) is not None:
@@ -116,7 +119,7 @@ class PrunedDecoder:
             if not len(x):
                 break
             self._see(layer, step, rows, context, made)
-            self._attend(index, layer.self_attn, layer.input_layernorm, step, x, rows)
+            self._attend(index, layer, step, x, rows, positions)
             _add(
                 x,
                 rows.within(step.mlp, alive),
@@ -125,15 +128,15 @@ class PrunedDecoder:
         output = embeds.new_zeros(embeds.shape)
         return output.index_copy_(0, rows.members(alive), self.decoder.norm(x)) if len(x) else output
 
-    def _attend(self, index: int, attention: Any, norm: Any, step: LayerStep, x: Tensor, rows: Rows) -> None:
+    def _attend(self, index: int, layer: Any, step: LayerStep, x: Tensor, rows: Rows, positions: Tensor) -> None:
         """Add the attention of the queries to ``x``, and keep the keys and values."""
-        both = step.q | step.kv
+        attention, norm, both = layer.self_attn, layer.input_layernorm, step.q | step.kv
         part = rows.within(both, step.alive)
         h = norm(x if part is None else x[part])
         queries, keys = rows.within(step.q, both), rows.within(step.kv, both)
-        positions = rows.positions[rows.members(both)]
-        asking = positions if queries is None else positions[queries]
-        offering = positions if keys is None else positions[keys]
+        positions = positions[..., rows.members(both)]
+        asking = positions if queries is None else positions[..., queries]
+        offering = positions if keys is None else positions[..., keys]
         sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         if index not in self._split:
             q, k, v = attention.qkv_proj(h)[0].split(sizes, dim=-1)
@@ -144,14 +147,21 @@ class PrunedDecoder:
             q = functional.linear(h if queries is None else h[queries], weights[:cut], bq)
             k, v = functional.linear(h if keys is None else h[keys], weights[cut:], bkv).split(sizes[1:], dim=-1)
         if len(k):
-            k = attention.rotary_emb(offering, k.contiguous(), None)[0]
+            k = _rotated(attention.rotary_emb, offering, k)
             shape = (-1, attention.num_kv_heads, attention.head_dim)
             unified_kv_cache_update(k.view(shape), v.reshape(shape), attention.attn.layer_name)
         if len(q):
-            q = attention.rotary_emb(asking, q.contiguous(), None)[0]
+            q = _rotated(attention.rotary_emb, asking, q)
             out = attention.o_proj(attention.attn(q, None, None))[0]
             place = rows.within(step.q, step.alive)
             x.add_(out) if place is None else x.index_add_(0, place, out)
+
+
+def _rotated(rotary: Any, positions: Tensor, heads: Tensor) -> Tensor:
+    """``heads`` ``[n, heads * head_dim]`` at their positions; vLLM's multimodal RoPE takes two tensors alone."""
+    heads = heads.contiguous()
+    rotated: Tensor = rotary(positions, heads, heads if positions.ndim == 2 else None)[0]
+    return rotated
 
 
 def _add(x: Tensor, place: Tensor | None, compute: Any) -> None:

@@ -56,21 +56,24 @@ class Fed:
         group: ``[n]`` group of a row, ``TEXT`` for text.
         before: ``[n]`` dropped tokens right before a row.
         after: ``[n]`` dropped tokens right after it.
+        further: ``[n, k]`` ``k`` more numbers that visual tokens bring along; 0 for text.
     """
 
     group: Tensor
     before: Tensor
     after: Tensor
+    further: Tensor
 
     @classmethod
     def of(cls, visual: Tensor, channels: Tensor) -> Fed:
-        """From which rows are visual (``[n]``), and the marks of these (``[visual, NUM_MARKS]``)."""
+        """From which rows are visual (``[n]``), and the marks of these (``[visual, NUM_MARKS + 2 k]``)."""
         values = channels.round().long()
-        parts = (values[:, 4], values[:, 0] * BASE + values[:, 1], values[:, 2] * BASE + values[:, 3])
-        rows = [torch.full(visual.shape, fill, device=visual.device) for fill in (TEXT, 0, 0)]
-        for row, part in zip(rows, parts, strict=True):
-            row[visual] = part
-        return cls(*rows)
+        digits = torch.cat([values[:, : NUM_MARKS - 1], values[:, NUM_MARKS:]], dim=1).unflatten(1, (-1, 2))
+        numbers = digits[..., 0] * BASE + digits[..., 1]
+        group = torch.full(visual.shape, TEXT, device=visual.device)
+        known = torch.zeros(len(visual), numbers.shape[1], dtype=torch.long, device=visual.device)
+        group[visual], known[visual] = values[:, NUM_MARKS - 1], numbers
+        return cls(group, known[:, 0], known[:, 1], known[:, 2:])
 
     def counts(self, num_groups: int) -> Tensor:
         """Per row ``[n, 1 + num_groups]``: dropped tokens on both sides of it, and whether it is in each group."""

@@ -217,19 +217,37 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many text and visual tokens one sample brings into the decoder at prefill."""
+    """How many text and visual tokens one sample brings into the decoder at prefill.
+
+    Attributes:
+        text, visual: tokens.
+        several: visual tokens of each image, where there are several.
+    """
 
     text: int
     visual: int
+    several: tuple[int, ...] = ()
 
     @classmethod
-    def of_prompt(cls, visual: Sequence[bool] | NDArray[np.bool_]) -> TokenCounts:
+    def of_prompt(cls, visual: Sequence[bool] | NDArray[np.bool_], images: Sequence[int] = ()) -> TokenCounts:
         """Of a prompt by whether each of its tokens is visual.
 
         Its last token counts as text, whatever it is: it always runs every operation, since its logits are read.
+
+        Args:
+            visual: ``[length]``.
+            images: visual tokens of each image; one image by default.
         """
         num_visual = int(np.count_nonzero(visual[:-1]))
-        return cls(text=len(visual) - num_visual, visual=num_visual)
+        several = list(images) if len(images) > 1 else []
+        if several:
+            several[-1] -= int(visual[-1])
+        return cls(text=len(visual) - num_visual, visual=num_visual, several=tuple(several))
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Visual tokens of each image."""
+        return self.several or (self.visual,)
 
     @property
     def total(self) -> int:

@@ -45,7 +45,7 @@ def check_stages(
     policies: Sequence[GroupPolicy],
     stages: Sequence[Any],
     num_layers: int,
-    num_visual_tokens: int | None,
+    num_visual_tokens: int | float | None,
     ranked_before: bool,
 ) -> None:
     """Refuse stages that cannot be run.

@@ -18,7 +18,7 @@ from dop_search.utils.addresses import local_file
 from dop_search.utils.errors import StrategyError
 from dop_search.utils.versioned import Format, write_json
 
-FORMAT = Format("a strategy", "dop_search.strategy", 1, "update dop-search, or search again", error=StrategyError)
+FORMAT = Format("a strategy", "dop_search.strategy", 2, "update dop-search, or search again", StrategyError, oldest=1)
 MAX_LAYERS = 10_000
 """More decoder layers than any model has: a number beyond is a mistake, and lists of so many would fill the memory."""
 
@@ -28,12 +28,17 @@ class Strategy:
     """A set of operations on visual tokens that run; every other operation on a visual token is skipped.
 
     Text tokens keep all their operations (arXiv 2507.02909, section 3). The first ``num_visual_tokens``
-    tokens of the selector's ranking enter the decoder (``None``: all), cut into groups by rank.
+    tokens of the selector's ranking enter the decoder (``None``: all), cut into groups by rank. That is done once for
+    all images of a sample, or with ``per_image`` for each of them as if it were alone: what an engine needs, which has
+    to know the tokens of an image before it encodes it.
 
     Attributes:
         num_layers: decoder layers of the model that the strategy is for.
         groups: one policy per token group, best-ranked tokens first.
-        num_visual_tokens: visual tokens that enter the decoder, per sample; ``None`` keeps all.
+        num_visual_tokens: visual tokens that enter the decoder; a fraction in (0, 1) is a share of those that are
+            there, rounded half up; ``None`` keeps all.
+        per_image: whether the selector ranks within each image (or video), and ``num_visual_tokens`` and the groups'
+            shares are of each, instead of the sample's.
         selector: name of the ranking, see ``dop_search.selectors``.
         selector_options: keyword arguments of the selector; ``stages`` are layers that rank inside the decoder, and
             ``before``, ``{"selector": NAME, OPTION: …}``, chooses the ``num_visual_tokens`` that these stages rank.
@@ -44,11 +49,12 @@ class Strategy:
 
     num_layers: int
     groups: tuple[GroupPolicy, ...]
-    num_visual_tokens: int | None = None
+    num_visual_tokens: int | float | None = None
     selector: str = "cls_attention"
     selector_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     model_fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    per_image: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_layers", operator.index(self.num_layers))
@@ -68,6 +74,11 @@ class Strategy:
                         f"0..{self.num_layers - 1}, but got {list(layers)}"
                     )
         check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens, self.ranked_before is not None)
+        if self.per_image and self.stages:
+            raise StrategyError(
+                f"selector {self.selector!r} ranks inside the decoder, where all images of a sample compete; leave "
+                "`per_image` False"
+            )
 
     # -- constructors ---------------------------------------------------------------------------
 
@@ -78,7 +89,7 @@ class Strategy:
         q: int | Sequence[int],
         kv: int | Sequence[int],
         mlp: int | Sequence[int],
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | float | None = None,
         shares: Sequence[float] | None = None,
         **fields: Any,
     ) -> Strategy:
@@ -122,7 +133,7 @@ class Strategy:
         cls,
         runs: np.ndarray,
         shares: Sequence[float] | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | float | None = None,
         **fields: Any,
     ) -> Strategy:
         """The general form: ``runs[group, layer, module]`` (modules as in ``MODULES``) says what runs."""
@@ -217,21 +228,35 @@ class Strategy:
         }
         return {name: tuple(depth / self.num_layers for depth in values) for name, values in lossless.items()}
 
-    def num_kept(self, num_visual: int) -> int:
-        """Visual tokens that enter the decoder when the sample has ``num_visual``."""
-        return num_visual if self.num_visual_tokens is None else min(self.num_visual_tokens, num_visual)
+    def parts(self, num_visual: int | Sequence[int]) -> tuple[int, ...]:
+        """Visual tokens of what is ranked and cut by itself: of each image, or of all of a sample's together.
 
-    def group_sizes(self, num_visual: int) -> tuple[int, ...]:
-        """Kept visual tokens per group for a sample with ``num_visual`` visual tokens."""
-        return group_sizes(tuple(policy.group for policy in self.groups), self.num_kept(num_visual))
+        Args:
+            num_visual: visual tokens of the sample, image by image; a number is one image.
+        """
+        images = (num_visual,) if isinstance(num_visual, (int, np.integer)) else tuple(num_visual)
+        return images if self.per_image else (sum(images),)
+
+    def num_kept(self, num_visual: int | Sequence[int]) -> int:
+        """Visual tokens that enter the decoder; the argument is that of :meth:`parts`."""
+        return sum(self._kept(size) for size in self.parts(num_visual))
+
+    def group_sizes(self, num_visual: int | Sequence[int]) -> tuple[int, ...]:
+        """Kept visual tokens per group; the argument is that of :meth:`parts`."""
+        groups = tuple(policy.group for policy in self.groups)
+        sizes = [group_sizes(groups, self._kept(size)) for size in self.parts(num_visual)]
+        return sizes[0] if len(sizes) == 1 else tuple(map(sum, zip(*sizes, strict=True))) or (0,) * len(groups)
+
+    def _kept(self, size: int) -> int:
+        if isinstance(self.num_visual_tokens, float):
+            return int(self.num_visual_tokens * size + 0.5 + 1e-9)  # rounded as the groups' shares are
+        return size if self.num_visual_tokens is None else min(self.num_visual_tokens, size)
 
     def key(self) -> str:
         """A string that two strategies share only when they compute the same function; names evaluations."""
         canonical = self.canonical()
-        return json.dumps(
-            [canonical.num_visual_tokens, _selector_json(canonical), [policy_json(p) for p in canonical.groups]],
-            sort_keys=True,
-        )
+        parts = [canonical.num_visual_tokens, _selector_json(canonical), [policy_json(p) for p in canonical.groups]]
+        return json.dumps([*parts, "per_image"] if self.per_image else parts, sort_keys=True)
 
     def for_num_layers(self, num_layers: int) -> Strategy:
         """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded).
@@ -249,6 +274,7 @@ class Strategy:
             num_layers,
             **scaled,
             num_visual_tokens=self.num_visual_tokens,
+            per_image=self.per_image,
             shares=[policy.group.share for policy in self.groups],
             selector=self.selector,
             selector_options=self.selector_options,
@@ -261,17 +287,28 @@ class Strategy:
         for policy in self.groups:
             prefix = f"{policy.group.share:.0%}: " if len(self.groups) > 1 else ""
             parts.append(prefix + " ".join(f"{m.value}{layers_text(policy.layers(m))}" for m in MODULES))
-        kept = "all" if self.num_visual_tokens is None else str(self.num_visual_tokens)
-        return " | ".join(parts) + f" n_v={kept}"
+        return " | ".join(parts) + f" n_v={self.describe_tokens()}"
+
+    def describe_tokens(self) -> str:
+        """How many visual tokens enter, e.g. ``72``, ``25% per image`` or ``all``."""
+        count = self.num_visual_tokens
+        kept = "all" if count is None else f"{100 * count:g}%" if isinstance(count, float) else str(count)
+        return f"{kept} per image" if self.per_image else kept
 
     # -- files ----------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; exit depths are numbers, free layer sets are lists."""
+        """A JSON-ready dictionary; exit depths are numbers, free layer sets are lists.
+
+        Version 1, which counts a sample's tokens, unless the strategy needs version 2: per image, or a share.
+        """
+        newer = self.per_image or isinstance(self.num_visual_tokens, float)
         return {
             **FORMAT.stamp,
+            "version": 2 if newer else 1,
             "num_layers": self.num_layers,
             "num_visual_tokens": self.num_visual_tokens,
+            **({"per_image": self.per_image} if newer else {}),
             "groups": [policy_json(policy) for policy in self.groups],
             "depth_ratios": self.depth_ratios(),
             **_selector_json(self),
@@ -287,11 +324,12 @@ class Strategy:
             StrategyError: saying which field is missing, unknown or wrong.
         """
         FORMAT.check(data)
-        _check_fields(data, _REQUIRED, _OPTIONAL, "strategy")
+        optional = _OPTIONAL if data["version"] == 1 else _OPTIONAL | _NEWER
+        _check_fields(data, _REQUIRED, optional, "strategy")
         if data["num_layers"] > MAX_LAYERS:
             raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
         groups = tuple(_parse_group(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
-        fields = {name: data[name] for name in _OPTIONAL if name in data and name != "depth_ratios"}
+        fields = {name: data[name] for name in optional if name in data and name != "depth_ratios"}
         return cls(num_layers=data["num_layers"], groups=groups, **fields)
 
     def save(self, path: str | Path) -> None:
@@ -317,10 +355,15 @@ class Strategy:
             raise StrategyError(f"{str(path)!r}: {error}") from error
 
 
-def _count(value: Any) -> int:
-    """A number of visual tokens as a plain integer; NumPy's integers are welcome."""
+def _count(value: Any) -> int | float:
+    """A number of visual tokens as a plain integer, or a share of them; NumPy's numbers are welcome."""
+    if isinstance(value, (float, np.floating)) and 0.0 < value < 1.0:
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise StrategyError(f"`num_visual_tokens >= 0` must hold for an integer (None: all), but got {value!r}")
+        raise StrategyError(
+            "`num_visual_tokens >= 0` must hold for an integer, or `0 < num_visual_tokens < 1` for a share (None: "
+            f"all), but got {value!r}"
+        )
     return int(value)
 
 
@@ -337,6 +380,7 @@ _OPTIONAL = {
     "provenance": dict,
     "depth_ratios": (dict, type(None)),
 }
+_NEWER = {"num_visual_tokens": (int, float, type(None)), "per_image": bool}
 
 
 def _parse_group(item: Any, index: int, num_layers: int) -> GroupPolicy:
@@ -365,5 +409,5 @@ def _check_fields(data: dict[str, Any], required: Mapping[str, Any], optional: M
         raise StrategyError(f"{where}: missing fields {missing}, unknown fields {unknown}")
     for name, types in {**required, **optional}.items():
         value = data.get(name)
-        if name in data and (not isinstance(value, types) or isinstance(value, bool)):
+        if name in data and (not isinstance(value, types) or (isinstance(value, bool) and types is not bool)):
             raise StrategyError(f"{where}: `{name}` has the wrong type: {value!r}")

@@ -99,7 +99,12 @@ def text_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def operation_masks(
-    visual: Tensor, strategy: Strategy, rankings: Rankings, attended: Tensor | None = None, length: int | None = None
+    visual: Tensor,
+    strategy: Strategy,
+    rankings: Rankings,
+    attended: Tensor | None = None,
+    length: int | None = None,
+    images: Sequence[Sequence[int]] | None = None,
 ) -> OperationMasks:
     """Spread a strategy over the positions of a batch.
 
@@ -110,6 +115,7 @@ def operation_masks(
         attended: boolean ``[batch, position]``, who is not padding; ``None``: everybody. What is hidden from all is
             in no group, as if it were not there.
         length: positions of the prompt, whose last attended token runs everything; ``None``: all of them.
+        images: per sample the visual tokens of each image, for strategies that count per image.
 
     Raises:
         DopError: if a ranking is not a permutation of the sample's visual tokens.
@@ -130,13 +136,15 @@ def operation_masks(
         present = range(visual.shape[1]) if attended is None else attended[sample].nonzero()[:, 0].tolist()
         last = max(position for position in present if length is None or position < length)
         masks[:, :, sample, last] = True
-        ranked = [int(positions[token]) for token in order]
-        ranked = [position for position in ranked if position in present and position != last]
-        start = 0
-        for group, size in enumerate(strategy.group_sizes(len(ranked))):
-            for position in ranked[start : start + size]:
-                masks[:, :, sample, position] = runs[group].T
-            start += size
+        first = 0
+        for tokens in [len(order)] if images is None or not strategy.per_image else images[sample]:
+            ranked = [int(positions[token]) for token in order if first <= token < first + tokens]
+            ranked = [position for position in ranked if position in present and position != last]
+            first, start = first + tokens, 0
+            for group, size in enumerate(strategy.group_sizes(len(ranked))):
+                for position in ranked[start : start + size]:
+                    masks[:, :, sample, position] = runs[group].T
+                start += size
     by_module = {module: masks[index] for index, module in enumerate(MODULES)}
     return OperationMasks(by_module[Module.Q], by_module[Module.KV], by_module[Module.MLP])
 
@@ -147,6 +155,7 @@ def masked_forward(
     strategy: Strategy,
     rankings: Rankings,
     length: int | None = None,
+    images: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Logits ``[batch, position, vocabulary]`` of the masked dense model.
 
@@ -158,6 +167,7 @@ def masked_forward(
         strategy: which operations run.
         rankings: one permutation of the sample's visual tokens per sample, best first.
         length: positions of the prompt, where an answer stands after it; ``None``: all.
+        images: per sample the visual tokens of each image, for strategies that count per image.
 
     Raises:
         StrategyError: if the strategy is for another number of layers.
@@ -168,7 +178,7 @@ def masked_forward(
     if strategy.num_layers != num_layers:
         raise StrategyError(f"the strategy is for {strategy.num_layers} layers, but the model has {num_layers}")
     visual = visual_positions(model, inputs["input_ids"])
-    return logits_under(model, inputs, operation_masks(visual, strategy, rankings, _attended(inputs), length))
+    return logits_under(model, inputs, operation_masks(visual, strategy, rankings, _attended(inputs), length, images))
 
 
 def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: OperationMasks) -> Tensor:

@@ -22,6 +22,7 @@ class Format:
         version: the one that this code writes and reads.
         remedy: what to do about a file that is no such file.
         error: what is raised then.
+        oldest: the first version that this code still reads; ``None``: only the one that it writes.
     """
 
     what: str
@@ -29,6 +30,7 @@ class Format:
     version: int
     remedy: str
     error: type[DopError] = CacheError
+    oldest: int | None = None
 
     @property
     def stamp(self) -> dict[str, Any]:
@@ -56,10 +58,12 @@ class Format:
         """``data`` if it has this format and version; see :meth:`read`."""
         if not isinstance(data, dict):
             raise self.error(f"{where} is not {self.what}: it holds {data!r:.60}, not an object; {self.remedy}")
-        for key, expected in self.stamp.items():
-            if data.get(key) != expected:
-                found = f"its {key} is {data.get(key)!r}, but this dop-search reads {expected!r}"
-                raise self.error(f"{where} is not {self.what} of version {self.version}: {found}; {self.remedy}")
+        versions = range(self.version if self.oldest is None else self.oldest, self.version + 1)
+        for key, read in (("format", [self.name]), ("version", versions)):
+            if data.get(key) not in read:
+                found = f"its {key} is {data.get(key)!r}, but this dop-search reads {' or '.join(map(repr, read))}"
+                known = " or ".join(map(str, versions))
+                raise self.error(f"{where} is not {self.what} of version {known}: {found}; {self.remedy}")
         return data
 
 

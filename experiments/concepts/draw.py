@@ -44,7 +44,7 @@ def main() -> None:
 
 def cells(axis: Axes, strategy: Strategy, title: str) -> None:
     draw_operations(axis, strategy)
-    kept = "all visual tokens" if strategy.num_visual_tokens is None else f"{strategy.num_visual_tokens} visual tokens"
+    kept = f"{strategy.describe_tokens()} visual tokens"
     axis.text(-0.4, 3.1, kept, fontsize=8, color=INK)
     axis.text(-0.4, 3.6, "filled: runs, hatched: skipped, dotted: dead", fontsize=7, color=INK)
     axis.set(title=title, ylim=(3.7, -0.7), xlabel="decoder layer")

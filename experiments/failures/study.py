@@ -128,7 +128,7 @@ def _picture(bench: Workbench, strategy: Strategy, index: int, before: str, afte
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    (grids,) = bench.loaded.adapter.image_grids([encoded.num_visual])
+    grids = [grid for image in bench.loaded.adapter.image_grids([encoded.num_visual])[0] for grid in image]
     count = strategy.num_kept(encoded.num_visual)
     whole = len(grids) == 1 and grids[0][0] * grids[0][1] == encoded.num_visual
     return {

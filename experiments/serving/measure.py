@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dop_search as dop
-from dop_search.serving.servable import ARCHITECTURE
+from dop_search.serving.servable import ARCHITECTURES
 from dop_search.strategy.cost.flops import full_flops, strategy_flops
 from dop_search.strategy.operations import TokenCounts
 from dop_search.utils.progress import default_progress
@@ -70,7 +70,7 @@ def start(model: Path, strategy: dop.Strategy | None, file: Path) -> Any:
     overrides: dict[str, Any] = {}
     if strategy is not None:
         strategy.save(file)
-        overrides = {"architectures": [ARCHITECTURE], "dop_strategy": str(file)}
+        overrides = {"architectures": [ARCHITECTURES["llava"]], "dop_strategy": str(file)}
     return LLM(
         str(model),
         hf_overrides=overrides,

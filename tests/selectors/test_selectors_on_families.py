@@ -383,7 +383,7 @@ def test_tokens_know_their_tile(family):
     try:
         with torch.no_grad():
             model(**inputs)
-            ((tiles, grid),) = adapter.token_tiles([len(shown["features"])])
+            ((tiles, (grid,)),) = adapter.token_tiles([len(shown["features"])])
             pixels = inputs["pixel_values"].flatten(0, 1)
             layer = adapter.tower_view.feature_layer + 1
             states = alone(pixels, output_hidden_states=True).hidden_states[layer][:, adapter.tower_view.num_extra :]

@@ -66,7 +66,7 @@ def make_prompt(rng: np.random.Generator, blocks: list[int]) -> Prompt:
 def feed(prompts: list[Prompt], sizes: list[int], tally: Tally) -> Rows:
     chunks = [prompt.tokens[prompt.done : prompt.done + size] for prompt, size in zip(prompts, sizes, strict=True)]
     rows = torch.tensor([token[:3] for chunk in chunks for token in chunk])
-    fed = Fed(*rows.T)
+    fed = Fed(*rows.T, torch.zeros(len(rows), 0))
     width = max(len(prompt.blocks) for prompt in prompts)
     paging = Paging(
         torch.tensor([0, *np.cumsum(sizes)]),
@@ -75,6 +75,15 @@ def feed(prompts: list[Prompt], sizes: list[int], tally: Tally) -> Rows:
         BLOCK,
     )
     return Rows(fed, paging, tally.advance(fed.counts(NUM_GROUPS), paging))
+
+
+def test_further_numbers_come_back_exact_from_half_precision() -> None:
+    """Digits of 256 in bfloat16, as they come with features; text has none."""
+    visual, numbers = torch.tensor([False, True, True]), torch.tensor([[300, 7], [65535, 256]])
+    channels = torch.stack([numbers // 256, numbers % 256], dim=2).flatten(1)
+    fed = Fed.of(visual, torch.cat([torch.tensor([[1, 2, 0, 3, 0], [0, 0, 2, 0, 1]]), channels], dim=1).bfloat16())
+    assert fed.further.tolist() == [[0, 0], [300, 7], [65535, 256]]
+    assert (fed.group.tolist(), fed.before.tolist(), fed.after.tolist()) == ([-1, 0, 1], [0, 258, 0], [0, 3, 512])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -136,9 +136,15 @@ def test_steps_of_any_size(engine: Engine, reference: Any, size: int | None) -> 
     check(engine, reference, dop.Strategy.depthwise(NUM_LAYERS, 5, 11, 2, 60), PICTURES.questions(2))
 
 
-def test_two_images(engine: Engine, reference: Any) -> None:
-    """Without `num_visual_tokens`; a count per sample is one per image only for one image."""
-    strategy = dop.Strategy.depthwise(NUM_LAYERS, 5, 10, 2)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        dop.Strategy.depthwise(NUM_LAYERS, 5, 10, 2),
+        dop.Strategy.depthwise(NUM_LAYERS, [7, 3], [12, 10], [4, 2], 100, [0.3, 0.7], per_image=True),
+    ],
+    ids=lambda strategy: strategy.describe(),
+)
+def test_two_images(engine: Engine, reference: Any, strategy: dop.Strategy) -> None:
     engine.chunks(100)
     check(engine, reference, strategy, PICTURES.questions(2, num_images=2))
 
@@ -203,7 +209,7 @@ def test_positions_that_the_model_does_not_have_are_refused(engine: Engine) -> N
 
 
 def test_a_model_without_a_strategy_is_refused() -> None:
-    from dop_search.serving.llava import strategy_of
+    from dop_search.serving.model import strategy_of
 
     with pytest.raises(DopError, match="dop-serve"):
         strategy_of(SimpleNamespace())

@@ -173,6 +173,38 @@ def test_kept_tokens_are_cut_by_rank(num_visual_tokens: int | None, num_visual: 
     assert strategy.num_kept(num_visual) == sum(sizes)
 
 
+@pytest.mark.parametrize(
+    ("num_visual_tokens", "images", "together", "each"),
+    [
+        (None, (10, 2), (3, 9), (4, 8)),
+        (6, (10, 2), (2, 4), (3, 5)),
+        (0.5, (10, 2), (2, 4), (1, 5)),
+        (0.25, (10, 2, 2), (1, 3), (1, 4)),
+        (3, (), (0, 0), (0, 0)),
+    ],
+)
+def test_images_are_counted_together_or_each(
+    num_visual_tokens: float | None, images: tuple[int, ...], together: tuple[int, int], each: tuple[int, int]
+) -> None:
+    """By hand: of 10 tokens a half is 5, cut at 1.25; of 2 it is 1, cut at .25, and a quarter is .5, which is 1."""
+    strategy = Strategy.depthwise(2, 1, 1, 1, num_visual_tokens, shares=[0.25, 0.75])
+    its = replace(strategy, per_image=True)
+    assert (strategy.group_sizes(images), its.group_sizes(images)) == (together, each)
+    assert (strategy.num_kept(images), its.num_kept(images)) == (sum(together), sum(each))
+    assert its.key() != strategy.key()
+
+
+def test_files_say_the_oldest_version_that_reads_them() -> None:
+    """A strategy that counts per sample is written as ever, and read from files of version 1."""
+    old = Strategy.depthwise(4, 2, 3, 1, num_visual_tokens=9)
+    assert old.to_json()["version"] == 1
+    assert "per_image" not in old.to_json()
+    for newer in (replace(old, per_image=True), replace(old, num_visual_tokens=0.25)):
+        assert newer.to_json()["version"] == 2
+        assert Strategy.from_json(json.loads(json.dumps(newer.to_json()))) == newer != old
+    assert replace(old, num_visual_tokens=0.25, per_image=True).describe().endswith("n_v=25% per image")
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +258,10 @@ def broken_group(**changes: Any) -> dict[str, Any]:
         ([], "not a strategy"),
         ({}, "not a strategy"),
         ({**valid_json(), "format": "kvpress.press"}, "not a strategy"),
-        ({**valid_json(), "version": 2}, "its version is 2, but this dop-search reads 1"),
+        ({**valid_json(), "version": 3}, "its version is 3, but this dop-search reads 1 or 2"),
+        ({**valid_json(), "per_image": True}, r"unknown fields \['per_image'\]"),
+        ({**valid_json(), "version": 2, "per_image": 1}, "`per_image` has the wrong type: 1"),
+        ({**valid_json(), "version": 2, "num_visual_tokens": 1.0}, "0 < num_visual_tokens < 1"),
         ({**valid_json(), "num_layer": 4}, r"unknown fields \['num_layer'\]"),
         ({k: v for k, v in valid_json().items() if k != "groups"}, r"missing fields \['groups'\]"),
         ({**valid_json(), "num_layers": "4"}, "`num_layers` has the wrong type: '4'"),

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoConfig
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 import dop_search as dop
 from dop_search.models.pocket import pocket_path
-from dop_search.serving import llava
 from dop_search.serving.decoder import PrunedDecoder
-from dop_search.serving.servable import ARCHITECTURE, check_servable
+from dop_search.serving.model import _load
+from dop_search.serving.servable import ARCHITECTURES, check_servable
 
 NUM_LAYERS = 12
 NO_TOKEN = 1_000_000
@@ -43,7 +44,8 @@ class Engine:
         self.num_layers = num_layers
         self.file = folder / "strategy.json"
         dop.Strategy.depthwise(num_layers, q=0, kv=num_layers, mlp=0).save(self.file)  # keeps all split weights
-        overrides = {"architectures": [ARCHITECTURE], "dop_strategy": str(self.file)}
+        family = AutoConfig.from_pretrained(model or pocket_path()).model_type
+        overrides = {"architectures": [ARCHITECTURES[family]], "dop_strategy": str(self.file)}
         defaults = {"max_model_len": 640, "enforce_eager": True, "enable_prefix_caching": False}
         self.llm = LLM(
             str(model or pocket_path()),
@@ -60,9 +62,10 @@ class Engine:
     def use(self, strategy: dop.Strategy) -> None:
         """Serve another strategy from now on; what was encoded before is forgotten."""
         strategy.save(self.file)
-        llava._load.cache_clear()
+        _load.cache_clear()
         model = self.model
-        model.strategy, model.selector = strategy, check_servable(strategy, self.num_layers)
+        model.strategy = strategy
+        model.selector = check_servable(strategy, self.num_layers, model_type=model.config.model_type)
         old = model.decoder
         model.decoder = PrunedDecoder(old.decoder, strategy, old.vllm_config)
         model.decoder._split = {i: self.weights[i] for i, step in enumerate(model.decoder.steps) if step.q != step.kv}

@@ -92,9 +92,9 @@ def _tokens(axis: Axes, strategy: Strategy, num_visual: float | None) -> None:
     """A bar: the share of the visual tokens that enter the decoder."""
     share = 1.0
     if strategy.num_visual_tokens is not None and num_visual:
-        share = min(1.0, strategy.num_visual_tokens / num_visual)
+        share = min(1.0, strategy.num_kept(round(num_visual)) / num_visual)
     total = "" if num_visual is None else f" of {num_visual:g}"
-    kept = "all" if strategy.num_visual_tokens is None else f"{strategy.num_visual_tokens}{total}"
+    kept = strategy.describe_tokens() + ("" if strategy.num_visual_tokens is None else total)
     run, skipped = _CELLS[RUN][1], _CELLS[SKIPPED][1]
     axis.add_patch(Rectangle((0, 0.35), 1, 0.3, linewidth=0.6, **skipped))
     axis.add_patch(Rectangle((0, 0.35), share, 0.3, linewidth=0.6, **run))

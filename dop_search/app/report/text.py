@@ -42,7 +42,7 @@ def policy_text(strategy: Strategy) -> dict[str, str]:
     return {
         "D_A": ",".join(_attention(group, None) for group in groups),
         "D_P": ",".join(_depth(group, Module.MLP, None) for group in groups),
-        "n_v": "all" if strategy.num_visual_tokens is None else str(strategy.num_visual_tokens),
+        "n_v": strategy.describe_tokens(),
         "D_A_ratio": ",".join(_attention(group, num_layers) for group in groups),
         "D_P_ratio": ",".join(_depth(group, Module.MLP, num_layers) for group in groups),
     }

@@ -133,7 +133,7 @@ def layer_counts(strategy: Strategy, counts: TokenCounts) -> LayerCounts:
     """Of one sample under the canonical form of ``strategy``."""
     result = LayerCounts.everything([counts.text] * strategy.num_layers)
     groups = strategy.canonical().groups
-    for policy, size in zip(groups, strategy.group_sizes(counts.visual), strict=True):
+    for policy, size in zip(groups, strategy.group_sizes(counts.images), strict=True):
         result = result.plus(policy, size)
     return result
 

@@ -79,6 +79,7 @@ class CostModel:
         self._weight = np.array(list(unique.values()), dtype=np.int64)
         self._text = np.array([item.text for item in unique], dtype=np.int64)
         self._visual = np.array([item.visual for item in unique], dtype=np.int64)
+        self._images = [item.images for item in unique]
         tokens = self._text + self._visual
         num_layers = np.bincount(self._kinds).tolist()
         self.full_total = sum(
@@ -123,9 +124,8 @@ class CostModel:
             StrategyError: if the strategy is for another number of layers.
         """
         check_num_layers(self.dims, strategy)
-        groups = tuple(policy.group for policy in strategy.groups)
-        sizes = {int(v): group_sizes(groups, strategy.num_kept(int(v))) for v in np.unique(self._visual)}
-        kept = np.array([sizes[int(v)] for v in self._visual], dtype=np.int64)  # [unique samples, G]
+        sizes = {images: strategy.group_sizes(images) for images in set(self._images)}
+        kept = np.array([sizes[images] for images in self._images], dtype=np.int64)  # [unique samples, G]
         runs = strategy.canonical().to_array().astype(np.int64)
         text = self._text[:, None]
         q, kv, mlp = (text + kept @ runs[:, :, MODULES.index(m)] for m in (Module.Q, Module.KV, Module.MLP))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,7 @@ from dop_search.data.samples import Sample, ValidationSet
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
+from dop_search.models.tower import num_tokens
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import make_selector
 from dop_search.testing.conformance.base import ConformanceBase, Models, generate, max_text_difference
@@ -26,6 +28,7 @@ from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.naive import naive_divergence
 from dop_search.testing.processors import drawn_image, drawn_video
 from dop_search.testing.reference import masked_forward, visual_positions
+from dop_search.utils.errors import UnsupportedModelError
 
 SIZES = ((56, 40), (30, 70), (50, 50), (29, 28))
 QUESTIONS = ("What is this?", "How many?", "Is there a red shape, or not?")
@@ -123,6 +126,28 @@ class ProcessingConformance(ConformanceBase):
             with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
                 logits = model(**inputs).logits
             assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
+
+    def test_counts_per_image_equal_the_masked_reference(self, models: Models) -> None:
+        """Two images of other sizes in a prompt, and one: each is ranked and cut by itself."""
+        model, inputs = models("sdpa"), self.drawn("several")
+        adapter, rankings = adapter_for(model), self.rankings(model, inputs)
+        half = self.corner("half_of_the_tokens", model, inputs)
+        strategy = dataclasses.replace(half, num_visual_tokens=0.4, per_image=True)
+        if not adapter.knows_images:
+            with pytest.raises(UnsupportedModelError, match="per image"):
+                dop.prune_(model, strategy)
+            return
+        watch = adapter.vision_watch.open()
+        with torch.no_grad():
+            model(**inputs)
+        watch.remove()
+        grids = adapter.image_grids(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist())
+        images = [[num_tokens(of_image) for of_image in sample] for sample in grids]
+        assert [len(sizes) for sizes in images] == [2, 1]
+        expected = masked_forward(model, inputs, strategy, rankings, images=images)
+        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
+            logits = model(**inputs).logits
+        assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
 
     @media_kinds
     @pytest.mark.parametrize("kind", ["of_places", "of_contents"])
