@@ -22,10 +22,9 @@ Split = Literal["search", "heldout", "test", "decision"]
 """``decision``: further samples of the draw of the search set, which decide among the last few strategies."""
 SPLITS: tuple[Split, ...] = ("search", "heldout", "test")
 SIZE_KEYS: Mapping[Split, str] = {
-    "search": "data.num_samples",
+    "search": "data.num_samples (or data.num_decision, which are drawn with them)",
     "heldout": "data.num_heldout",
     "test": "data.num_test",
-    "decision": "data.num_decision",
 }
 OWN = ("pocket", "passages", "jsonl")
 """Data that need neither a hub nor a data set."""

@@ -176,6 +176,8 @@ def test_as_many_lines_as_the_error_asks_for_are_enough_and_one_less_is_not(file
     assert tuple(len(rows) for rows in found.values()) == sizes
     with pytest.raises(DataError, match=r"add lines, or lower data\.num_"):
         file_rows(write(tmp_path / "less.jsonl", lines[:-1]), wanted)
+    with pytest.raises(DataError, match=r"lower data\.num_samples \(or data\.num_decision"):
+        file_rows(tmp_path / "less.jsonl", {"search": 99})
 
 
 def test_answers_are_texts_numbers_or_lists_and_need_not_be_known(file, tmp_path):
