@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dop_search.models.capture import Layer, TowerView, capture_field, refuse
+from dop_search.models.capture import INSIDE, Layer, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
 from dop_search.models.layer_names import names_of
 from dop_search.models.tower import Grids, TowerCapture, VisionCall, VisionWatch
@@ -323,7 +323,7 @@ class ModelAdapter:
             UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
         """
         kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
-        raise refuse(["what it computes"], f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
+        raise refuse(INSIDE, f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
 
     def encode_images(self, pixel_values: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Vision tower and projector: ``[visual tokens of the images, hidden_size]``; ``sizes``: the images' own."""

@@ -5,7 +5,7 @@ Nothing here needs eager attention: scores are computed from the input of the at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ def field_and_layer(name: str) -> tuple[str, Layer | None]:
     return kind, float(layer) if "." in layer else int(layer)
 
 
+INSIDE = "what selectors of this kind see inside a CLIP or SigLIP tower"
+"""What a tower that :class:`TowerView` does not cover cannot give."""
+
+
 @dataclass(frozen=True)
 class TowerView:
     """A vision tower that selectors can look into.
@@ -91,11 +95,11 @@ class TowerView:
         return int(self.has_cls)
 
 
-def refuse(wanted: Iterable[str], why: str) -> UnsupportedModelError:
+def refuse(wanted: str, why: str) -> UnsupportedModelError:
     """The error for a tower that cannot give what a selector needs."""
     return UnsupportedModelError(
-        f"{why}, so that {', '.join(f'`{name}`' for name in sorted(wanted))} cannot be had from it; selectors that "
-        "work on every model are uniform_grid, random, divprune and cdpruner_llm"
+        f"{why}, so that {wanted} cannot be had from it; selectors that work on every model are uniform_grid, random, "
+        "divprune and cdpruner_llm"
     )
 
 
@@ -121,7 +125,7 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
         return TowerCapture(adapter, adapter.received_attention_module(), head_mean_keys, receive)
     view = adapter.tower_view
     if not view.has_cls and name in _CLS_FIELDS:
-        raise refuse([name], "the vision tower has no CLS token (try the selector's option attention=received)")
+        raise refuse(f"`{name}`", "the vision tower has no CLS token (try the selector's option attention=received)")
     extra, norm = view.num_extra, view.final_norm
     feature, last = view.layers[view.feature_layer], view.layers[-1]
 

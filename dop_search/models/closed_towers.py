@@ -25,7 +25,7 @@ class ClosedTowerAdapter(ModelAdapter):
 
     def received_attention_module(self) -> NoReturn:
         """See base class; there is none that can be looked into."""
-        raise refuse(["attention"], f"the vision tower of {type(self.model).__name__} is {self.tower_kind}")
+        raise refuse("its attention", f"the vision tower of {type(self.model).__name__} is {self.tower_kind}")
 
     cls_attention_module = received_attention_module
 

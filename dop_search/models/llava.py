@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import TowerView, refuse
+from dop_search.models.capture import INSIDE, TowerView, refuse
 from dop_search.models.tower import Grids, VisionCall, num_tokens
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
@@ -60,9 +60,9 @@ class LlavaAdapter(ModelAdapter):
         layer, kind = config.vision_feature_layer, config.vision_config.model_type
         strategy = self.select_strategy
         if kind not in ("clip_vision_model", "siglip_vision_model") or not isinstance(layer, int) or not layer:
-            raise refuse(["what it computes"], f"the vision tower is {kind!r} with vision_feature_layer={layer}")
+            raise refuse(INSIDE, f"the vision tower is {kind!r} with vision_feature_layer={layer}")
         if strategy != ("default" if self.has_cls else "full"):
-            raise refuse(["what it computes"], f"vision_feature_select_strategy={strategy!r} on {kind!r}")
+            raise refuse(INSIDE, f"vision_feature_select_strategy={strategy!r} on {kind!r}")
         layers, side = self.vision_tower.encoder.layers, self.patches_per_side
         one_run_per_image = config.model_type == "llava"
         return TowerView(

@@ -70,7 +70,7 @@ class TextAdapter(ModelAdapter):
     @property
     def vision_tower(self) -> Any:
         """See base class: there is none; selectors that ask are refused before."""
-        raise refuse(["what a vision tower computes"], f"{type(self.model).__name__} reads text alone")
+        raise refuse("what a vision tower computes", f"{type(self.model).__name__} reads text alone")
 
     @property
     def tower_width(self) -> int:

@@ -61,9 +61,10 @@ class Claims(Study):
         """Claims beside what was measured."""
         made = Table(title="The paper's claims", title_justify="left", show_lines=True)
         made.add_column("the paper")
-        made.add_column("measured here")
+        made.add_column("pocket model")
+        made.add_column("SmolLM2, text alone")
         for row in result["rows"]:
-            made.add_row(row["claimed"], row["measured"])
+            made.add_row(row["claimed"], row["measured"], row["decoder"])
         return made
 
 
@@ -97,17 +98,28 @@ def collect(experiments: Path) -> list[Row]:
         """Our search in the comparison: over selectors and spaces, where that was measured."""
         return "dop_search" if rows("compare", method="dop_search") else "dop_split"
 
+    def decoder(study: str, **fields: Any) -> list[dict[str, Any]]:
+        its = record(f"smollm2/{study}.json")["rows"]
+        return [row for row in its if all(row.get(name) == value for name, value in fields.items())]
+
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(record=record, rows=rows, row=row, leading=leading)
+    environment.globals.update(record=record, rows=rows, row=row, decoder=decoder, leading=leading)
     environment.tests["startswith"] = str.startswith
-    return [{**claim, "measured": environment.from_string(claim["measured"]).render()} for claim in CLAIMS]
+
+    def rendered(template: str) -> str:
+        return environment.from_string(template).render()
+
+    return [
+        {**claim, "measured": rendered(claim["measured"]), "decoder": rendered(claim.get("decoder", "–"))}
+        for claim in CLAIMS
+    ]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of ``experiments/claims/README.md``."""
-    lines = ["| the paper | measured here | to check it | command |", "|---|---|---|---|"]
+    lines = ["| the paper | the pocket model | SmolLM2 | to check it | command |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         links = ", ".join(f"[{name}](../{name}/README.md)" for name in row["sources"])
         measured = f"{row['measured']} ({links})" if links else row["measured"]
-        lines.append(f"| {row['claimed']} | {measured} | {row['needed']} | `{row['command']}` |")
+        lines.append(f"| {row['claimed']} | {measured} | {row['decoder']} | {row['needed']} | `{row['command']}` |")
     return "\n".join(lines) + "\n"

@@ -13,13 +13,14 @@ free search, with two groups of tokens and as many runs as it takes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from pydantic import PositiveInt
 
+from dop_search.app.config.section import Listed
 from dop_search.app.report.style import FOUND, LOOKS, UNIFORM, styled
 from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
@@ -32,7 +33,8 @@ from dop_search.strategy.operations import MODULES
 from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
 from dop_search.utils.statistics import spearman
 
-ABLATIONS = ("single", "from_end", "from_start")
+Ablation = Literal["single", "from_end", "from_start"]
+Freedom = Literal["start", "exit", "window", "free", "gsop"]
 MAX_PAIRS = 500
 """Random pairs of moves that are tried where all single moves are used up."""
 
@@ -47,14 +49,19 @@ class DepthwiseVsFree(Study):
         "What is one module of one layer worth, and what do windows and free sets of layers gain over exit depths?"
     )
     rows = "depths, windows and free sets"
+    adds_rows = frozenset({"ablations", "searches"})
 
     num_runs: PositiveInt = 40
     """Validation runs of each local search."""
+    ablations: Listed[Ablation] = get_args(Ablation)
+    """Which to measure: a layer alone, from a layer to the end, up to a layer."""
+    searches: Listed[Freedom] = get_args(Freedom)
+    """Which to run at each budget; GSOP's takes over a thousand strategies for 30 layers."""
 
     def keys(self, bench: Workbench) -> list[dict[str, Any]]:
         """See base class."""
-        ablations = itertools.product(ABLATIONS, MODULES)
-        searches = itertools.product(bench.budgets, ("start", *MOVES, "gsop"))
+        ablations = itertools.product(self.ablations, MODULES)
+        searches = itertools.product(bench.budgets, self.searches)
         return [
             *({"kind": kind, "name": module.value, "budget": None} for kind, module in ablations),
             *({"kind": "search", "name": name, "budget": budget} for budget, name in searches),
@@ -257,8 +264,7 @@ def _differences(bench: Workbench, results: ResultFile, reference: str = "exit")
     """Per budget and kind: search-set and held-out KL above that of ``exit``, the latter paired over samples, with
     p-values by sign flips that are adjusted by Holm over all of them."""
     found: list[Row] = []
-    names: Sequence[str] = ("start", *MOVES, "gsop")
-    for budget, name in itertools.product(bench.budgets, names):
+    for budget, name in itertools.product(bench.budgets, get_args(Freedom)):
         key, base = ({"kind": "search", "name": item, "budget": budget} for item in (name, reference))
         mine, theirs = results.per_sample(key), results.per_sample(base)
         row, other = results.find(key), results.find(base)
@@ -286,7 +292,6 @@ TITLES = {
     "from_end": ("Left out from a layer to the end", "first layer left out"),
     "from_start": ("Left out up to a layer", "last layer left out"),
 }
-NAMES = ("start", "exit", "window", "free", "gsop")
 FLOOR_NATS = 1e-5
 
 
@@ -307,7 +312,8 @@ def _draw_ablation(result: Result) -> Figure:
             axis.set(yscale="log", xlabel=label)
             axis.set_title(title)
         axes[0].set_ylabel(f"KL, search set (nats, 95 %), at least {FLOOR_NATS:g}")
-        axes[0].legend()
+        if any(row["kind"] == "single" for row in result["rows"]):
+            axes[0].legend()
     return figure
 
 
@@ -318,7 +324,7 @@ def _draw_layer_sets(result: Result) -> Figure:
         figure = Figure(figsize=(3.2 * len(budgets), 3.4), layout="constrained")
         axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
         for axis, budget in zip(axes, budgets, strict=True):
-            names = [name for name in NAMES if "kl_search" in rows.get((name, budget), {})]
+            names = [name for name in get_args(Freedom) if "kl_search" in rows.get((name, budget), {})]
             for shift, field, interval, color, marker, label in (
                 (-0.1, "kl_search", "kl_search_ci95", FOUND, "o", "search set"),
                 (0.1, "kl_heldout", "kl_ci95", UNIFORM, "s", "held-out"),

@@ -74,7 +74,7 @@ def make_row(tokenizer: Tokenizer, split: Split, seed: int, index: int, long_ans
     image, ids = draw_scene_with_ids(scene)
     row = _empty_row()
     row["image"] = image
-    row["patches"] = _patch_labels(scene, ids)
+    row["patches"] = patch_labels(scene, ids)
     row["presence"] = _presence(scene)
     length, segment, seen = 0, 0, set()
     if first is not None:
@@ -206,7 +206,7 @@ def _presence(scene: Scene) -> NDArray[np.int8]:
     return present
 
 
-def _patch_labels(scene: Scene, ids: NDArray[np.uint8]) -> NDArray[np.int8]:
+def patch_labels(scene: Scene, ids: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Per patch [patches, 9]: the classes of ``PATCH_CLASSES`` of the item that covers most of it; 0: none."""
     labels = np.zeros((GRID * GRID, len(PATCH_CLASSES)), dtype=np.int8)
     patches = _by_patch(ids)
