@@ -27,7 +27,10 @@ class ClosedTowerAdapter(ModelAdapter):
         """See base class; there is none that can be looked into."""
         raise refuse("its attention", f"the vision tower of {type(self.model).__name__} is {self.tower_kind}")
 
-    cls_attention_module = received_attention_module
+    @property
+    def attention_modules(self) -> list[Any]:
+        """See base class."""
+        self.received_attention_module()
 
 
 class TimmAdapter(ClosedTowerAdapter):
@@ -67,6 +70,7 @@ class PerceptionLMAdapter(TimmAdapter):
     """
 
     tower_kind = "of timm"
+    knows_images = False
 
     @property
     def merge_size(self) -> int:

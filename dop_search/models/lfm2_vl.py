@@ -16,6 +16,7 @@ class Lfm2VlAdapter(ModelAdapter):
     """``Lfm2VlForConditionalGeneration`` (arXiv 2511.23404)."""
 
     layer_types = frozenset({"conv"})
+    knows_images = False
 
     @property
     def final_norm(self) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ class MiniCPMVAdapter(Qwen3_5Adapter):
 
     tower_name = "vision_tower"
     tower_attention = ModelAdapter.tower_attention
+    knows_images = False
 
     def text_positions(self, position_ids: Tensor) -> Tensor | None:
         """See base class."""
@@ -63,8 +63,3 @@ class MiniCPMVAdapter(Qwen3_5Adapter):
                 for part, (grid,) in zip(parts, self.token_grids(call), strict=True)
             ]
         )
-
-    def middle_attention_module(self) -> Any:
-        """See base class."""
-        layers = self.vision_tower.encoder.layers
-        return layers[max(1, len(layers) // 2) - 1].self_attn
