@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dop_search as dop
+from dop_search.selectors import make_selector
 from dop_search.utils.errors import BudgetError, CacheError, DopError, StrategyError, UnsupportedModelError
 
 
@@ -109,6 +110,9 @@ def test_a_fit_asks_the_full_model_itself_and_names_what_is_wrong(pocket, few_sa
         dop.fit("fastv", pocket, few_samples, flops_ratio=0.5, teacher=teacher, selector="random")
     with pytest.raises(BudgetError, match=r"cannot go below 0\.\d+ of the full model"):
         dop.fit("fastv", pocket, few_samples, flops_ratio=0.01, teacher=teacher)
+    deeper = make_selector("cls_attention", {"layer": 1})
+    with pytest.raises(dop.DopError, match=r"with its usual options.*ask for method 'uniform' with it"):
+        dop.fit("cls_attention", pocket, few_samples, flops_ratio=0.5, selector=deeper)
 
 
 def test_found_strategy_prunes_generation(pocket, few_samples):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dop_search.baselines import parse_method
 from dop_search.baselines.base import FitContext, FittedMethod, Method
+from dop_search.baselines.uniform import UniformReduction
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import Teacher, make_teacher
 from dop_search.divergence.profiling import (
@@ -45,7 +46,7 @@ def fit(
         data: validation samples: what FLOPs are counted on and what methods that measure, measure on.
         flops_ratio: prefill FLOPs relative to the full model, text included, in (0, 1].
         selector: ranks the visual tokens before the decoder, for methods that need a ranking and bring none; default:
-            the one after the ``@``, or else ``cls_attention``.
+            the one after the ``@``, or else ``cls_attention``, or ``divprune`` where the tower has no CLS token.
         teacher: the full model's answers, if they are at hand; ranked by ``selector``.
         max_new_tokens: longest answer of the full model.
         batch_size: samples per generation call.
@@ -59,8 +60,14 @@ def fit(
     chosen, own = parse_method(method) if isinstance(method, str) else (method, None)
     if own is not None and selector is not None:
         raise ConfigError(f"`selector` is given twice, by {method!r} and by {selector!r}; leave one of them out")
-    named = selector or own or "cls_attention"
+    named = selector or own or ("cls_attention" if loaded.adapter.has_cls else "divprune")
     ranker = make_selector(named) if isinstance(named, str) else named
+    is_named = isinstance(chosen, UniformReduction) and ranker.name == chosen.name
+    if is_named and ranker != make_selector(chosen.name, chosen.options):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{chosen.name!r} is uniform reduction by that selector with its usual options, but `selector` is "
+            f"{ranker!r}; ask for method 'uniform' with it"
+        )
     cache = None if cache_dir is None else Path(cache_dir)
     if teacher is None:
         teacher = make_teacher(

@@ -61,10 +61,11 @@ class Pricing:
         width = self.vision_width or self.dims.hidden_size
         total = 0
         for counts, weight in self._unique.items():
-            visual, kept = counts.visual, strategy.num_kept(counts.images)
-            if kept < visual or (len(strategy.groups) > 1 and not strategy.stages):
-                sizes = SelectionSizes(visual, kept, self.dims, width, visual * self.patches_per_token)
-                total += weight * selector.selection_flops(sizes)
+            for visual in strategy.parts(counts.images):
+                kept = strategy.num_kept(visual)
+                if kept < visual or (len(strategy.groups) > 1 and not strategy.stages):
+                    sizes = SelectionSizes(visual, kept, self.dims, width, visual * self.patches_per_token)
+                    total += weight * selector.selection_flops(sizes)
         return total
 
     def ratio(self, strategy: Strategy) -> float:

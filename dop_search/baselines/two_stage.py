@@ -4,15 +4,16 @@ VScan (Zhang et al., TMLR 2026, arXiv 2505.22654) chooses and merges by
 :class:`dop_search.selectors.vscan.VScanSelector`; its name as a method is that stage alone. Halfway up the decoder a
 third stays, by the attention of the prompt's last token in the layer that comes next, which is PyramidDrop's criterion;
 on Qwen2.5-VL before rotation, as released. Published: 96 tokens, then 32 from layer 16 of 32 on, 64 on average; on
-Qwen2.5-VL 1/6 of the tokens, then a third of them from layer 14 of 28 on.
+Qwen2.5-VL 1/6 (or .6) of the tokens, then a third (.67) of them from layer 14 of 28 on.
 
 FlowCut (Tong et al., NeurIPS 2025, arXiv 2505.19536): patches leave the tower
 (:class:`dop_search.selectors.flowcut.FlowCutSelector`), and after the second layer of the decoder, by that layer's
 attention and values, half of the tokens do. Published so for Qwen2-VL (2T, then T) and LLaVA-NeXT (T/2 of each tile,
-then T in all: of five tiles less than half stays, of two more); on LLaVA-1.5 there is no second stage.
+then T in all: of five tiles 2/5 stay, of three 2/3); on LLaVA-1.5 there is no second stage.
 
-The number that enters is solved for FLOPs. Not reproduced: positions, which VScan's code counts anew before the decoder
-and inside it, FlowCut's on LLaVA-NeXT, and which stay here.
+The number that enters is solved for FLOPs. Not reproduced: positions, which VScan's code for LLaVA counts anew before
+the decoder and inside it, FlowCut's on LLaVA-NeXT, and which stay here, as on Qwen2.5-VL; VScan on LLaVA-NeXT as
+released, see the notes in the README of this folder.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ class ModelAdapter:
     """Which share of the tower's layers lies below the end of the ``middle`` one, by which HiPrune ranks."""
     has_tower: ClassVar[bool] = True
     """Whether there is a vision tower for selectors to look at."""
+    casts_pixels: ClassVar[bool] = True
+    """Whether the vision tower takes float32 pixels whatever its weights are."""
     knows_images: ClassVar[bool] = True
     """Whether the model is told which tiles are of one image."""
     input_fields: ClassVar[frozenset[str]] = frozenset()

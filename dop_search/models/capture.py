@@ -54,7 +54,7 @@ def field_and_layer(name: str) -> tuple[str, Layer | None]:
     kind, _, layer = name.partition("@")
     if not layer or layer == "middle":
         return kind, layer or None
-    return kind, float(layer) if "." in layer else int(layer)
+    return kind, int(layer) if layer.lstrip("-").isdecimal() else float(layer)
 
 
 INSIDE = "what selectors of this kind see inside a CLIP or SigLIP tower"

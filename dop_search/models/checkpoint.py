@@ -23,7 +23,7 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import is_known
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.quantization import meta_model
-from dop_search.utils.errors import CheckpointError, DopError
+from dop_search.utils.errors import CheckpointError, DopError, UnsupportedModelError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SETTINGS = (
@@ -231,9 +231,15 @@ def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
 @torch.inference_mode()
 def _check_tower(batch: Mapping[str, Any], num_tokens: int, adapter: ModelAdapter, name: str) -> None:
     encode = adapter.multimodal.get_image_features
-    names, device = inspect.signature(encode).parameters, next(adapter.vision_tower.parameters()).device
+    names, weight = inspect.signature(encode).parameters, next(adapter.vision_tower.parameters())
+    if not adapter.casts_pixels and weight.dtype != torch.float32:
+        raise UnsupportedModelError(
+            f"{type(adapter.model).__name__} takes pixels in the dtype of its weights ({weight.dtype}), but its "
+            "processor gives float32; use model.dtype=float32"
+        )
+    given = {key: value.to(weight.device) for key, value in batch.items() if key in names}
     with explained(name, remedy=_OTHER_IMAGES):
-        encoded = encode(**{key: value.to(device) for key, value in batch.items() if key in names}, return_dict=True)
+        encoded = encode(**given, return_dict=True)
         num_features = sum(part[..., 0].numel() for part in encoded.pooler_output)
     if num_features != num_tokens:
         problem = f"its processor makes room for {num_tokens} visual tokens where its vision tower gives {num_features}"

@@ -93,8 +93,9 @@ class AriaAdapter(ClosedTowerAdapter):
     Visual tokens are learned queries, which attend to all patches of an image: a row, not a grid.
     """
 
-    tower_kind = "read by queries that attend to all of its patches, so that its tokens have no place in the image"
+    tower_kind = "read by queries that attend to all of its patches (its tokens have no place in the image)"
     decoder_output = MoeModelOutputWithPast
+    casts_pixels = False
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; as many queries as the projector has for images of that size."""

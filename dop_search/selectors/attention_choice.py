@@ -64,7 +64,7 @@ class LayerAttentionSelector(Selector):
 
     Options:
         layer: another layer of the tower than the usual one: its number from 0 (or from -1 backwards), or its depth in
-            (0, 1]. It costs the same.
+            (0, 1). It costs the same.
     """
 
     layer: int | float | None = None

@@ -311,12 +311,12 @@ def at_layer(attention: str, layer: int | float | str | None) -> str:
 
     Args:
         attention: one of the three.
-        layer: its number from 0, or from -1 backwards; how deep it is as a share of the layers (.25: the 6th of 24);
-            ``middle``: 9 of 24, on Qwen-VL half; ``None``: the layer that feeds the projector, which has no suffix.
+        layer: its number from 0, or from -1 backwards; how deep it is as a share of the layers, in (0, 1) (.25: the 6th
+            of 24); ``middle``: 9 of 24, on Qwen-VL half; ``None``: the layer that feeds the projector, without suffix.
             By depth, a tower that attends within windows has the last layer up to there that attends to whole images.
     """
     if isinstance(layer, float):
-        check_options(0.0 < layer <= 1.0, "a layer's number, or `0 < layer <= 1` as its depth,", layer=layer)
+        check_options(0.0 < layer < 1.0, "a whole number, or `0 < layer < 1` as the layer's depth,", layer=layer)
     return attention if layer is None else f"{attention}@{layer}"
 
 

@@ -62,6 +62,11 @@ class FlowCutSelector(Selector):
         if adapter.model.config.model_type == "qwen2_vl":
             return None
         tower = adapter.tower_view
+        if tower.grid is None and not adapter.sizes_name:
+            raise UnsupportedModelError(
+                f"{self.name!r} leaves as many patches of every tile of an image, but the parts of an input of "
+                f"{type(adapter.model).__name__} are no tiles; use selector=vscan or another selector"
+            )
         if not tower.has_cls or tower.feature_layer < 1:
             raise UnsupportedModelError(
                 f"{self.name!r} scores patches by a CLS token in layers below the one that feeds the projector, "
@@ -300,5 +305,5 @@ def num_leaving(row: Tensor, to_go: int, num_kept: int, smallest: float = 0.0) -
     if to_go == 0 or count < 2:
         return count - num_kept
     share = row / row.sum()
-    entropy = float(-(share * (share + smallest).log()).sum())
+    entropy = -float(torch.xlogy(share, share + smallest).sum())
     return round((count - num_kept) / math.sqrt(to_go) * (1 - (entropy / math.log(count)) ** 2))

@@ -74,6 +74,8 @@ class Strategy:
                         f"0..{self.num_layers - 1}, but got {list(layers)}"
                     )
         check_stages(self.groups, self.stages, self.num_layers, self.num_visual_tokens, self.ranked_before is not None)
+        if not isinstance(self.per_image, bool):
+            raise StrategyError(f"`per_image` must be True or False, but got {self.per_image!r}")
         if self.per_image and self.stages:
             raise StrategyError(
                 f"selector {self.selector!r} ranks inside the decoder, where all images of a sample compete; leave "

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dop_search as dop
+from dop_search.baselines.pricing import Pricing
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence.profiling import token_counts
 from dop_search.evaluation.timing.counting import count_decoder_flops
@@ -25,7 +26,7 @@ from dop_search.models.prompts import chat_prompt
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
 from dop_search.strategy.cost import CostModel, strategy_flops
-from dop_search.strategy.operations import TokenCounts
+from dop_search.strategy.operations import ModelDims, TokenCounts
 from dop_search.testing.inputs import Inputs
 from dop_search.testing.processors import drawn_image
 from dop_search.testing.reference import masked_forward, text_positions, visual_positions
@@ -169,3 +170,11 @@ def test_what_ranks_across_images_is_refused() -> None:
         dop.prune_(model_of("llava", NUM_LAYERS), few)
     with pytest.raises(StrategyError, match="`per_image`"):
         dop.Strategy.full(4, selector="fastv", selector_options={"stages": [2]}, per_image=True)
+
+
+def test_each_image_is_ranked_at_its_own_price() -> None:
+    dims = ModelDims(4, 16, 32, num_heads=2, num_kv_heads=2, head_dim=8)
+    two, one = (Pricing(dims, [TokenCounts(10, 16 * count, (16,) * count)]) for count in (2, 1))
+    strategy = dop.Strategy.full(4, num_visual_tokens=4, selector="divprune", per_image=True)
+    chosen = [its.selection_ratio(strategy) * its.cost_model.full_total for its in (two, one)]
+    assert chosen[0] == pytest.approx(2 * chosen[1])

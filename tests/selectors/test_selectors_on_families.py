@@ -18,6 +18,7 @@ import dop_search.baselines
 from dop_search.baselines import FitContext
 from dop_search.divergence.encoding import encode
 from dop_search.models import adapter_for
+from dop_search.models.capture import field_and_layer
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
@@ -342,6 +343,15 @@ def test_refusals_say_why_and_what_works():
         RankingSource(adapter_for(model_of("llava_onevision")), make_selector("visionzip"))
     with pytest.raises(UnsupportedModelError, match=r"no CLS token.*attention=received"):
         RankingSource(adapter_for(model_of("llava_onevision")), make_selector("hired"))
+    with pytest.raises(UnsupportedModelError, match=r"parts of an input of VideoLlava.* are no tiles"):
+        make_selector("flowcut").tower_grid(adapter_for(model_of("video_llava")))
+    with pytest.raises(DopError, match=r"`0 < layer < 1` as the layer's depth.*layer=1.0"):
+        make_selector("cls_attention", {"layer": 1.0}).needs()  # would be equal to the second layer, 1
+
+
+def test_a_layer_is_named_by_number_or_depth():
+    for layer in (0, -1, 12, 0.25, 1e-5):
+        assert field_and_layer(at_layer("cls_attention", layer)) == ("cls_attention", layer)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

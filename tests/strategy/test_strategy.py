@@ -203,6 +203,8 @@ def test_files_say_the_oldest_version_that_reads_them() -> None:
         assert newer.to_json()["version"] == 2
         assert Strategy.from_json(json.loads(json.dumps(newer.to_json()))) == newer != old
     assert replace(old, num_visual_tokens=0.25, per_image=True).describe().endswith("n_v=25% per image")
+    with pytest.raises(StrategyError, match="`per_image` must be True or False, but got 1"):
+        replace(old, per_image=1)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
