@@ -64,7 +64,7 @@ class Claims(Study):
         made.add_column("pocket model")
         made.add_column("SmolLM2, text alone")
         for row in result["rows"]:
-            made.add_row(row["claimed"], row["measured"], row["decoder"])
+            made.add_row(row["claimed"], row["measured"], row.get("decoder", "–"))
         return made
 
 
