@@ -120,7 +120,11 @@ class StageRun:
             sample = self._sample(stage, hidden, tables, start, stop, own == TEXT, np.isin(own, pool))
             kept = self.plan.num_kept(stage, self.num_visual[number])
             ranking = self.plan.selector.rank(sample, kept, self._memory.get(number))
-            assert np.array_equal(np.sort(ranking.order), np.arange(len(candidates)))
+            if not np.array_equal(np.sort(ranking.order), np.arange(len(candidates))):
+                raise DopError(
+                    f"{self.plan.selector.name!r} must rank each of {len(candidates)} tokens once, but its order has "
+                    f"{len(ranking.order)} entries, {len(np.unique(ranking.order))} of them different"
+                )
             sizes = self.plan.pool_sizes(stage, self.num_visual[number])
             labels = np.repeat([group for group, _ in sizes], [size for _, size in sizes])
             groups[start + candidates[ranking.order]] = labels

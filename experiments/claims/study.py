@@ -121,5 +121,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         links = ", ".join(f"[{name}](../{name}/README.md)" for name in row["sources"])
         measured = f"{row['measured']} ({links})" if links else row["measured"]
-        lines.append(f"| {row['claimed']} | {measured} | {row['decoder']} | {row['needed']} | `{row['command']}` |")
+        lines.append(
+            f"| {row['claimed']} | {measured} | {row.get('decoder', '–')} | {row['needed']} | `{row['command']}` |"
+        )
     return "\n".join(lines) + "\n"

@@ -150,6 +150,11 @@ def test_every_map_of_accelerate_is_several_gpus() -> None:
     assert (plan.device.type, plan.num_devices) == ("cuda", max(2, torch.cuda.device_count()))
 
 
+def test_options_that_the_selector_has_not_are_refused() -> None:
+    with pytest.raises(DopError, match="windows"):
+        make_plan(configured("selector=vscan", "+selector.options.windows=3"))
+
+
 def test_an_unknown_checkpoint_is_named() -> None:
     with pytest.raises(DopError, match=r"'me/mine' are not known.*local copy.*llava-hf/llava-1.5-7b-hf"):
         make_plan(configured("model.name_or_path=me/mine"))

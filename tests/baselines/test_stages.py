@@ -19,6 +19,8 @@ from dop_search.divergence import DivergenceEngine, Teacher
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.models import adapter_for
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
+from dop_search.pruning.in_decoder.base import StageRanking
+from dop_search.pruning.in_decoder.last_token import FastVSelector
 from dop_search.pruning.in_decoder.sparsevlm import density_peaks, split_kept, with_recycled
 from dop_search.pruning.stages import stage_flops
 from dop_search.selectors import SelectorInputs, make_selector
@@ -306,6 +308,17 @@ def test_refuses_what_cannot_be_ranked_in_time() -> None:
         DivergenceEngine(adapter_for(model), Teacher((), "none", make_selector("cls_attention"))).evaluate(
             [CASES["fastv"][0]]
         )
+
+
+def test_an_order_that_is_no_order_is_named(monkeypatch) -> None:
+    model = model_of("sdpa")
+    monkeypatch.setattr(FastVSelector, "rank", lambda *given: StageRanking(np.zeros(3, dtype=np.int64)))
+    with (
+        pytest.raises(DopError, match=r"'fastv' must rank each of \d+ tokens once.*3 entries, 1 of them different"),
+        dop.pruned(model, CASES["fastv"][0]),
+        torch.no_grad(),
+    ):
+        model(**samples()[0])
 
 
 def test_images_after_the_first_chunk_are_refused() -> None:

@@ -222,6 +222,11 @@ def test_weights_of_another_kind_are_not_cast_without_a_word(dtype, pocket_copy)
     refused(pocket_copy, r"1 weights are stored as \w+ without a quantization_config: .*layers\.3\.mlp\.down_proj")
 
 
+def test_a_tower_that_takes_pixels_of_its_own_dtype_runs_in_float32_alone(saved):
+    with pytest.raises(UnsupportedModelError, match=r"takes pixels in the dtype.*use model\.dtype=float32"):
+        dop.load(str(saved("aria")), device="cpu", dtype="bfloat16")
+
+
 def test_truncated_weights_are_refused(pocket_copy):
     whole = (pocket_copy / "model.safetensors").read_bytes()
     (pocket_copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])

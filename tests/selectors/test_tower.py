@@ -17,6 +17,7 @@ from dop_search.models import adapter_for
 from dop_search.models.capture import TOWER_FIELDS, attention_flops, capture_field, mlp_flops
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
+from dop_search.selectors.flowcut import num_leaving
 from dop_search.selectors.grid_cells import grid_cells, smaller_grid
 from dop_search.selectors.tome import merge_schedule
 from dop_search.testing.inputs import collate
@@ -228,3 +229,8 @@ def test_several_images_per_sample_are_refused_by_other_tower_selectors(num_kept
     strategy = dop.Strategy.full(4, num_visual_tokens=num_kept, selector="tome")
     with torch.no_grad(), dop.pruned(model, strategy), pytest.raises(DopError, match=r"one image per sample \(16.*32"):
         model(**sample)
+
+
+def test_flowcut_takes_attention_that_is_all_on_one_patch():
+    one = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert num_leaving(one, 4, 1) == 2  # an entropy of 0: (4 - 1) / 2, rounded to even

@@ -25,6 +25,7 @@ from dop_search.divergence.profiling import SAVE_EVERY, default_shares, make_spa
 from dop_search.models.loading import DEVICE_MAP_RULE, DEVICE_MAPS, named_device
 from dop_search.search import CurveGrid
 from dop_search.search.options import GSOP
+from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import full_flops
 from dop_search.strategy.operations import TokenCounts
@@ -97,6 +98,7 @@ def make_plan(config: SearchConfig) -> Plan:
     Raises:
         DopError: if the sizes of the model or of the device are not known.
     """
+    make_selector(config.selector.name, config.selector.options)  # or an error: a search would end with it
     return _Stages(config).plan()
 
 

@@ -15,7 +15,6 @@ from dop_search.app.config import SearchConfig
 from dop_search.app.plan.plan import Plan, Stage, least_bytes, make_plan
 from dop_search.divergence.memory import GIB, RESERVED_BYTES
 from dop_search.models.quantization import Quantization
-from dop_search.selectors import make_selector
 from dop_search.utils.errors import MemoryLimitError
 
 BENCHMARK_SECONDS = 0.5
@@ -27,7 +26,6 @@ def show_plan(config: SearchConfig) -> Plan:
     Raises:
         MemoryLimitError: if it does not fit, with what would.
     """
-    make_selector(config.selector.name, config.selector.options)
     plan = make_plan(config)
     flops_per_second = matmul_speed(plan) if plan.is_here else None
     console = Console()
