@@ -76,8 +76,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), ``"smollm2"`` (from a
-            package), a hub id or a local folder.
+        name_or_path: ``"pocket"`` (bundled; ``"pocket/<variant>"`` for its other variants), ``"smollm2"`` and
+            ``"smol_llava"`` (assembled from a package), a hub id or a local folder.
         revision: branch, tag or commit of a hub checkpoint; pin a commit for results that you publish.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``: the checkpoint's on an accelerator, float32 on a CPU
             (half precision is slow there).
@@ -194,6 +194,10 @@ def checkpoint_source(name_or_path: str) -> str:
         from dop_search.models.smollm2 import smollm2_path
 
         return str(smollm2_path())
+    if name_or_path == "smol_llava":
+        from dop_search.models.smol_llava import smol_llava_path
+
+        return str(smol_llava_path())
     if name != "pocket":
         return _folder(name_or_path) if _is_path(name_or_path) else name_or_path
     from dop_search.models.pocket import POCKET_VARIANTS, pocket_path

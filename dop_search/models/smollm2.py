@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,18 @@ def smollm2_path() -> Path:
         MissingExtraError: if the extra ``smollm2`` is not installed.
     """
     check_extras("the model 'smollm2'", EXTRA)
+    return assembled("smollm2-135m-instruct", _assemble)
+
+
+def assembled(name: str, assemble: Callable[[Path], None]) -> Path:
+    """The folder of a checkpoint in the cache, made by ``assemble(folder)`` where it is missing."""
     root = Path(os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "dop_search")
-    target = root / "models" / "smollm2-135m-instruct"
+    target = root / "models" / name
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "made"
-            _assemble(made)
+            assemble(made)
             try:
                 made.rename(target)
             except OSError:  # another process was faster

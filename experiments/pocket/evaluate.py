@@ -61,10 +61,10 @@ def chance(samples: Sequence[Sample]) -> float:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, samples: Sequence[Sample]) -> list[str]:
+def predict(model: Any, processor: Any, samples: Sequence[Sample], max_new_tokens: int = 96) -> list[str]:
     """Greedy answers."""
     inputs = model_inputs(processor, samples, model.device)
-    generated = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(generated, skip_special_tokens=True)
 
 

@@ -1,4 +1,4 @@
-"""The real decoder from its package, where the extra is installed; assembled once for all tests of this file."""
+"""The real decoder from its package, and what taught it to see, where the extra is installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 import dop_search as dop
 from dop_search.baselines.evaluate import plain_divergence
+from dop_search.data.rendered import rendered_samples
+from dop_search.data.samples import score_answer
 from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.models.prompts import model_inputs
 from dop_search.models.smollm2 import CACHE_ENV, smollm2_path
@@ -32,6 +34,15 @@ def dop_requirement():
     return Requirement("no-such-package-of-weights==1")
 
 
+def assert_pruned_as_the_reference(loaded, sample, strategy, ranking):
+    inputs = model_inputs(loaded.processor, [sample], torch.device("cpu"))
+    with torch.no_grad(), dop.pruned(loaded.model, strategy, rankings=[ranking]):
+        logits = loaded.model(**inputs).logits
+    expected = masked_forward(loaded.model, inputs, strategy, [ranking])
+    text = text_positions(loaded.model, inputs)
+    assert (logits[text] - expected[text]).abs().max() <= 5e-5 * expected.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_IT, reason="the extra smollm2 is not installed")
 def test_the_decoder_is_assembled_speaks_and_is_pruned_as_the_reference_is(tmp_path, monkeypatch):
@@ -49,11 +60,24 @@ def test_the_decoder_is_assembled_speaks_and_is_pruned_as_the_reference_is(tmp_p
     (known,) = teacher.samples
     assert "flower pot" in loaded.processor.tokenizer.decode(known.answer_ids)
     strategy = dop.Strategy.depthwise(30, q=15, kv=24, mlp=18, num_visual_tokens=8, selector="random")
-    inputs = model_inputs(loaded.processor, [sample], torch.device("cpu"))
-    with torch.no_grad(), dop.pruned(loaded.model, strategy, rankings=[known.encoded.ranking]):
-        logits = loaded.model(**inputs).logits
-    expected = masked_forward(loaded.model, inputs, strategy, [known.encoded.ranking])
-    text = text_positions(loaded.model, inputs)
-    assert (logits[text] - expected[text]).abs().max() <= 5e-5 * expected.abs().max()
+    assert_pruned_as_the_reference(loaded, sample, strategy, known.encoded.ranking)
     ours = DivergenceEngine(loaded.adapter, teacher).evaluate([strategy])[0]
     np.testing.assert_allclose(ours, plain_divergence(loaded, data.samples, teacher, strategy), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_IT, reason="the extra smollm2 is not installed")
+def test_smol_llava_sees_and_is_pruned_as_the_reference_is(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path_factory.getbasetemp() / "models"))
+    loaded = dop.load("smol_llava")
+    families = ["color", "shape", "unanswerable", "attribute"]
+    samples = rendered_samples("heldout", 16, seed=1, families=families)
+    inputs = model_inputs(loaded.processor, samples, torch.device("cpu"))
+    with torch.inference_mode():
+        generated = loaded.model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    answers = loaded.processor.batch_decode(generated, skip_special_tokens=True)
+    right = [score_answer(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
+    assert sum(right) >= 12, answers
+    strategy = dop.Strategy.depthwise(30, q=15, kv=24, mlp=18, num_visual_tokens=100, selector="random")
+    ranking = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    assert_pruned_as_the_reference(loaded, samples[0], strategy, ranking)

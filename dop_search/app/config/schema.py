@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """Which model to prune and how to load it."""
 
     name_or_path: str = Field(default="pocket", min_length=1)
-    """``pocket`` (bundled), ``smollm2`` (extra ``smollm2``), a local directory in HF format, or a hub id."""
+    """``pocket`` (bundled), ``smollm2`` and ``smol_llava`` (extra ``smollm2``), a local directory, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint; pin a commit for results that you publish."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -117,7 +117,7 @@ def _relation(rng: Random, scene: Scene, want: str) -> Question | None:
     return Question("relation", stem, "yes" if holds else "no", mentions=mentions)
 
 
-def _place(item: Item) -> int | None:
+def place_of(item: Item) -> int | None:
     """Index into PLACES; None near a border between cells."""
     cell = SIZE_PX / 3
     x, y = item.center
@@ -127,7 +127,7 @@ def _place(item: Item) -> int | None:
 
 
 def _where(rng: Random, scene: Scene, want: str) -> Question | None:
-    places = {i: _place(scene.items[i]) for i in _unique(scene, "color", "shape")}
+    places = {i: place_of(scene.items[i]) for i in _unique(scene, "color", "shape")}
     chosen = [(i, p) for i, p in places.items() if p is not None and want in ("", PLACES[p])]
     if not chosen:
         return None
@@ -267,7 +267,7 @@ def _describe_places(rng: Random, scene: Scene, want: str) -> Question | None:
     """What is in each of the nine places, row by row: a sentence for every place, also the empty ones."""
     found: dict[int, list[Item]] = {place: [] for place in range(len(PLACES))}
     for index in scene.shapes:
-        place = _place(scene.items[index])
+        place = place_of(scene.items[index])
         if place is None:
             return None
         found[place].append(scene.items[index])
