@@ -24,7 +24,6 @@ class Dart(OneStage):
     num_text_pivots: int = 4
 
     def selector_options(self) -> Mapping[str, Any]:
-        """See base class."""
         return {
             "stages": [self.layer],
             "num_pivots": self.num_pivots,

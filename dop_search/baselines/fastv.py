@@ -26,7 +26,6 @@ class FastV(OneStage):
     title = "FastV"
 
     def selector_options(self) -> Mapping[str, Any]:
-        """See base class."""
         return {"stages": [self.layer - 1]}
 
 

@@ -82,7 +82,6 @@ class FitPrune(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         counts, visual = self.counts or measured_counts(context), context.num_visual
 
         def ratio(kept: np.ndarray) -> float:

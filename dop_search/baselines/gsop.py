@@ -24,7 +24,6 @@ class Gsop(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         key = ("gsop", self.free_nats, self.stride_nats)
         if key not in context.memo:
             context.memo[key] = GsopSearch(

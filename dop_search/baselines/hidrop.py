@@ -55,7 +55,6 @@ class HiDrop(Method):
         return tuple(result)
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
         def ratio(total: int) -> float:

@@ -26,11 +26,9 @@ class IvcPrune(OneStage):
     layer: int = 0
 
     def selector_options(self) -> Mapping[str, Any]:
-        """See base class."""
         return {"stages": [self.layer - 1]}
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         if self.layer:
             return super().fit(context, flops_ratio)
         layers, visual = context.num_layers, context.num_visual

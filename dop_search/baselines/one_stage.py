@@ -34,7 +34,6 @@ class OneStage(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         kept = solve_integer(
             lambda n: context.pricing.ratio(self.strategy(layers, visual, n)),

@@ -39,7 +39,6 @@ class PyramidDrop(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
         def ratio(share: float, first: int) -> float:

@@ -49,7 +49,6 @@ class ShortLvlm(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         order = self.order or removal_order(context)
 

@@ -49,7 +49,6 @@ class ShortV(Method):
         return frozen_strategy(40 if "13b" in model else 32, PUBLISHED_LAYERS[model])
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         order = self.order or freezing_order(context)
 

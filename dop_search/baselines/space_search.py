@@ -45,7 +45,6 @@ class SpaceSearch(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         options, left_out = search_options(context, self.spaces, self.selectors, Budget(flops_ratio=flops_ratio))
         found = joint_search(
             options,
@@ -150,7 +149,6 @@ class UniformSearch(Method):
     name = "uniform_search"
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         measured = list(self._measured(context, flops_ratio))
         if not measured:
             raise BudgetError(f"no selector leaves enough for uniform reduction to {flops_ratio:g} of the FLOPs")

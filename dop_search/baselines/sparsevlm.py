@@ -70,7 +70,6 @@ class SparseVlm(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         equivalent = solve_real(
             lambda value: context.pricing.ratio(self.strategy(layers, visual, value)),

@@ -56,7 +56,6 @@ class TwoStage(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         has_cls = context.loaded is None or context.loaded.adapter.has_cls
         entering = solve_integer(
@@ -80,7 +79,6 @@ class VScan(TwoStage):
     share = 1 / 3
 
     def ranking(self, num_layers: int, has_cls: bool) -> tuple[int, int, str, dict[str, Any]]:
-        """See base class."""
         stage, before = max(1, num_layers // 2), {"selector": "vscan"}
         if has_cls:
             return stage, stage, "pyramiddrop", {"before": before}
@@ -96,5 +94,4 @@ class FlowCut(TwoStage):
     share = 1 / 2
 
     def ranking(self, num_layers: int, has_cls: bool) -> tuple[int, int, str, dict[str, Any]]:
-        """See base class."""
         return 1, 2, self.name, {"before": {"selector": "flowcut"}}

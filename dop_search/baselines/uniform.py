@@ -26,7 +26,6 @@ class UniformReduction(Method):
     options: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         num_layers = context.num_layers
         ranked: dict[str, Any] = {"selector": self.name, "selector_options": dict(self.options)}
 
@@ -65,7 +64,6 @@ class Uniform(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         chosen = UniformReduction(context.selector, dict(context.selector_options))
         return replace(chosen.fit(context, flops_ratio), method=self.name)
 
@@ -77,6 +75,5 @@ class Full(Method):
     name = "full"
 
     def fit(self, context: FitContext, flops_ratio: float = 1.0) -> FittedMethod:
-        """See base class."""
         whole = self.fitted(context, 1.0, Strategy.full(context.num_layers), {})
         return replace(whole, flops_ratio=1.0, notes=())  # scored as it is, with the operations that reach no text

@@ -27,7 +27,6 @@ class Vtw(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
         def strategy(exit_layer: int, kept: int) -> Strategy:

@@ -19,17 +19,14 @@ class Gemma3Adapter(ModelAdapter):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """See base class."""
         if config.get_text_config().use_bidirectional_attention:
             raise UnsupportedModelError("a decoder with use_bidirectional_attention=True is an encoder, not covered")
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """See base class."""
         cos, sin = self.text_model.rotary_emb(embeds, position_ids, "full_attention")
         return cos, sin
 
     def windowed_rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """See base class."""
         cos, sin = self.text_model.rotary_emb(embeds, position_ids, "sliding_attention")
         return cos, sin
 

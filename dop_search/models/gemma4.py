@@ -29,7 +29,6 @@ class Gemma4Adapter(Gemma3Adapter):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """See base class."""
         text = config.get_text_config()
         found = [
             what
@@ -52,7 +51,6 @@ class Gemma4Adapter(Gemma3Adapter):
 
     @property
     def layer_config(self) -> Any:
-        """See base class."""
         return self.text_config.per_layer_config[self.text_config.layer_types.index("sliding_attention")]
 
     @property

@@ -23,7 +23,6 @@ class MiniCPMVAdapter(Qwen3_5Adapter):
     knows_images = False
 
     def text_positions(self, position_ids: Tensor) -> Tensor | None:
-        """See base class."""
         return position_ids if position_ids.ndim == 2 else super().text_positions(position_ids)
 
     @property

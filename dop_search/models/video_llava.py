@@ -16,12 +16,10 @@ class VideoLlavaAdapter(LlavaAdapter):
     tower_name = "image_tower"
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
         _check_image(call)
         return super().token_grids(call)
 
     def to_token_order(self, values: Tensor) -> Tensor:
-        """See base class."""
         _check_image(self.vision_watch.current())
         return super().to_token_order(values)
 

@@ -70,11 +70,9 @@ class LayerAttentionSelector(Selector):
     layer: int | float | None = None
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return frozenset({at_layer(self.name, self.layer)})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return descending(inputs.tensor(at_layer(self.name, self.layer)))
 
 

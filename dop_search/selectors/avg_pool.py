@@ -26,7 +26,6 @@ class AvgPoolSelector(PerImageSelector):
     merges = True
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         (rows, columns), count = inputs.image_grids[0], inputs.num_visual_tokens
         everything = np.arange(count)
         if num_kept == 0:

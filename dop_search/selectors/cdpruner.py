@@ -42,7 +42,6 @@ class _CdprunerBase(Selector):
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         to_text, total = finite_array(self.similarity_to_text(inputs)), kept_count(inputs, num_kept)
 
         def of_one_image(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -88,11 +87,9 @@ class CdprunerSelector(_CdprunerBase):
     requires = frozenset({"patch_states", "text", "embeds", "tiles"})
 
     def prepare(self, tower_width: int | None) -> None:
-        """See base class."""
         clip_text(self.clip, "cdpruner", "cdpruner_llm", tower_width)
 
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         encoder = clip_text(self.clip, "cdpruner", "cdpruner_llm", None)
         patches = encoder.project_patches(inputs.tensor("patch_states"))
         return -mean_cosine(patches, encoder.pieces(inputs.text or ""))
@@ -116,7 +113,6 @@ class CdprunerLlmSelector(_CdprunerBase):
     requires = frozenset({"embeds", "text_embeds", "tiles"})
 
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         similarity = mean_cosine(inputs.tensor("embeds"), inputs.tensor("text_embeds"))
         return -similarity if self.negate else similarity
 

@@ -54,7 +54,6 @@ class FlowCutSelector(Selector):
     changes_tower = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return inputs.survivors_first()
 
     def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
@@ -75,7 +74,6 @@ class FlowCutSelector(Selector):
         return tower.grid
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         if adapter.model.config.model_type == "qwen2_vl":
             return PackedFlowCutPatch(adapter, num_kept)
         tower = adapter.tower_view
@@ -162,7 +160,6 @@ class FlowCutPatch(LayersPatch):
             )
 
     def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """See base class."""
         images, length, _ = hidden_states.shape
         if index == 0:
             self._begin(images, length, hidden_states.device)

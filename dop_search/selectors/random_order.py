@@ -20,5 +20,4 @@ class RandomSelector(Selector):
         check_options(self.seed >= 0, "`seed >= 0`", seed=self.seed)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return np.random.default_rng([self.seed, inputs.num_visual_tokens]).permutation(inputs.num_visual_tokens)

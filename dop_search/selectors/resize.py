@@ -41,11 +41,9 @@ class ResizeSelector(Selector):
     several_images = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return per_image(inputs, num_kept, _middles_first).order
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         grid = self.tower_grid(adapter)
         assert grid is not None
         return ResizePatch(adapter.tower_view, grid, num_kept)

@@ -196,7 +196,6 @@ class PerImageSelector(Selector):
     nested = False
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return self.requires | {"tiles"}
 
     @abstractmethod
@@ -204,9 +203,7 @@ class PerImageSelector(Selector):
         """The choice for an image of its own."""
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return self.select(inputs, num_kept).order
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
         return per_image(inputs, num_kept, self.one_image)

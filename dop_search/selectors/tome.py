@@ -46,11 +46,9 @@ class ToMeSelector(Selector):
     changes_tower = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return inputs.survivors_first()
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         tower, grid = adapter.tower_view, self.tower_grid(adapter)
         assert grid is not None
         schedule = merge_schedule(grid[0] * grid[1], num_kept, tower.feature_layer + 1)
@@ -120,7 +118,6 @@ class ToMePatch(LayersPatch):
         self.handles = [layer.self_attn.k_proj.register_forward_hook(self._keep_keys) for layer in tower.layers]
 
     def restore(self) -> None:
-        """See base class."""
         super().restore()
         for handle in self.handles:
             handle.remove()
@@ -130,7 +127,6 @@ class ToMePatch(LayersPatch):
         self.at.keys = output
 
     def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """See base class."""
         images, length, width = hidden_states.shape
         layer = self.tower.layers[index]
         if index == 0:

@@ -39,11 +39,9 @@ class _TrimBase(Selector):
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return self.select(inputs, num_kept).order
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
         order, total = descending(self.relevance(inputs)), kept_count(inputs, num_kept)
         if not self.mean_token or not 1 < total < inputs.num_visual_tokens:
             return Selection(order)
@@ -84,11 +82,9 @@ class TrimSelector(_TrimBase):
     space = "features"
 
     def prepare(self, tower_width: int | None) -> None:
-        """See base class."""
         clip_text(self.clip, "trim", "trim_llm", tower_width)
 
     def relevance(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         encoder = clip_text(self.clip, "trim", "trim_llm", None)
         text = encoder.beginning(inputs.text or "")
         patches = encoder.project_patches(inputs.tensor("patch_states"))
@@ -109,6 +105,5 @@ class TrimLlmSelector(_TrimBase):
     requires = frozenset({"embeds", "text_embeds"})
 
     def relevance(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         text = inputs.tensor("text_embeds").float().mean(dim=0, keepdim=True)
         return cosine_matrix(inputs.tensor("embeds"), text)[:, 0]

@@ -21,7 +21,6 @@ class UniformGridSelector(Selector):
     name = "uniform_grid"
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return in_turns(inputs, lambda tokens, grid: farthest_point_order(*grid))
 
 

@@ -63,7 +63,6 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
         return self.cls_token and self.by_cls
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return super().needs() | {"keys"} | ({"cls_feature"} if self._takes_cls else set())
 
     def split(self, num_kept: int) -> tuple[int, int]:
@@ -72,7 +71,6 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
         return num_kept - contextual, contextual
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         by_attention = descending(self.scores(inputs))
         count = inputs.num_visual_tokens
         if not 0 < num_kept < count:

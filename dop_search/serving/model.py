@@ -67,7 +67,6 @@ class PrunedDummies:
     """Prompts that are used to measure memory: they end with text, as real ones have to."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """See base class."""
         family: Any = super()
         text = family.get_dummy_text(mm_counts)
         return f"a{text}a" if text else text
@@ -214,7 +213,6 @@ class PrunedModel:
     # -- weights
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """See base class."""
         family: Any = super()
         loaded: set[str] = family.load_weights(weights)
         self.decoder.keep_weights()

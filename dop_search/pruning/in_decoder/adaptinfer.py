@@ -30,7 +30,6 @@ class AdaptInferSelector(StageSelector):
     name = "adaptinfer"
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         attention, after = sample.attention(sample.text), sample.text_after()
         among = attention[:, :, sample.text] * (after[:, None] & after)
         return StageRanking(best_first(word_scores(among, attention[:, :, sample.candidates])))

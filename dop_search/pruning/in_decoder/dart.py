@@ -38,7 +38,6 @@ class DartSelector(StageSelector):
     num_text_pivots: int = 4
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         states = sample.normed()
         norms = sample.layer.self_attn.k_proj(states).float().abs().sum(dim=1)
         return StageRanking(self.order(states, norms, sample.candidates, sample.text[sample.text_after()], num_kept))

@@ -33,13 +33,11 @@ class FastVSelector(StageSelector):
     rotated: bool = True
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         last = torch.tensor([len(sample.hidden) - 1], device=sample.hidden.device)
         received = sample.attention(last, self.rotated).mean(dim=0)[0]
         return StageRanking(best_first(received[sample.candidates]))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         return attention_rows_flops(dims, 1, num_rows)
 
 
@@ -64,7 +62,6 @@ class FlowCutSelector(StageSelector):
     name = "flowcut_two_stage"
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         last = torch.tensor([len(sample.hidden) - 1], device=sample.hidden.device)
         values = sample.values(sample.candidates).float()
         relation = _spread(sample.queries(last), sample.keys(sample.candidates))

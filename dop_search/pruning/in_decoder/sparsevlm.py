@@ -64,11 +64,9 @@ class _ByRaters(StageSelector):
         """``[num_candidates]`` attention received from the raters."""
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         return StageRanking(best_first(self.scores(sample, memory)))
 
     def begin_flops(self, dims: ModelDims, num_text: int, num_visual: int) -> int:
-        """See base class."""
         return 2 * dims.hidden_size * num_text * num_visual
 
 
@@ -80,12 +78,10 @@ class SparseVlmSelector(_ByRaters):
     recycle: bool = True
 
     def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
-        """See base class."""
         received = sample.attention(sample.text).mean(dim=0)[:, sample.candidates]
         return (raters[None] @ received)[0]
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         order = best_first(self.scores(sample, memory))
         num_best, num_clustered = split_kept(len(order), num_kept) if self.recycle else (num_kept, 0)
         if num_kept == num_best:
@@ -99,7 +95,6 @@ class SparseVlmSelector(_ByRaters):
         return StageRanking(final, merged=(clustered[centres], means.to(states.dtype)))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         num_best, num_clustered = split_kept(num_candidates, num_kept) if self.recycle else (num_kept, 0)
         distances = 2 * dims.hidden_size * num_clustered**2 if num_best < num_kept else 0
         # the weighted mean over text rows, then the rows themselves
@@ -118,7 +113,6 @@ class SparseVlm2Selector(_ByRaters):
     num_heads: int = 14
 
     def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
-        """See base class."""
         bias = rotation_bias(sample.cos[sample.text], sample.sin[sample.text], sample.cos, sample.sin)
         received = (sample.attention(sample.text) / bias)[:, :, sample.candidates]
         by_head = raters.to(received.dtype) @ received
@@ -126,7 +120,6 @@ class SparseVlm2Selector(_ByRaters):
         return by_head[best].mean(dim=0)
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         bias = 2 * dims.head_dim * num_text * num_rows
         means = 2 * dims.num_heads * num_text * num_candidates
         return attention_rows_flops(dims, num_text, num_rows) + bias + means
