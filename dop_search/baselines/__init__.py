@@ -98,11 +98,7 @@ def parse_method(name: str) -> tuple[Method, str | None]:
 
 
 def known_methods(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names as they are.
-
-    Raises:
-        ConfigError: if one is no ``METHOD`` or ``METHOD@SELECTOR``.
-    """
+    """The names as they are (``ConfigError`` if one is no ``METHOD`` or ``METHOD@SELECTOR``)."""
     for name in names:
         parse_method(name)
     return names

@@ -36,7 +36,6 @@ class FitContext:
     """What a method may use to find its hyperparameters.
 
     Attributes:
-        dims: sizes of the decoder.
         counts: text and visual tokens of each sample that FLOPs are counted on.
         evaluate: scores strategies on validation samples; only methods that measure need it.
         evaluate_at_prompt: as ``evaluate``, but the mean KL(pruned ‖ full) at the last token of the prompt, which some
@@ -173,7 +172,6 @@ class FittedMethod:
     """A method with its hyperparameters.
 
     Attributes:
-        method: name of the method.
         target_ratio: FLOPs ratio that was asked for.
         flops_ratio: FLOPs ratio that it has, text and its own rankings included.
         hyperparameters: what was solved, chosen or measured.
@@ -231,11 +229,7 @@ class FittedMethod:
         replace(strategy, provenance={**strategy.provenance, **self.facts}).save(path)
 
     def needs_strategy(self) -> Strategy:
-        """``strategy``.
-
-        Raises:
-            DopError: if no strategy expresses the method.
-        """
+        """``strategy`` (``DopError`` if no strategy expresses the method)."""
         if self.strategy is None:
             raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
         return self.strategy
@@ -255,7 +249,6 @@ class Method(ABC):
     """A published method. A new one is one subclass in one file, listed in ``BASELINES``.
 
     Attributes:
-        name: of the method.
         uses_selector: whether it ranks by the context's selector, so that ``NAME@SELECTOR`` is another method.
     """
 

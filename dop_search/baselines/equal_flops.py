@@ -41,9 +41,6 @@ def solve_layers(
 
     Args:
         ratio: the cost of so many running layers on so many tokens.
-        num_layers: of the decoder.
-        num_visual: tokens there are.
-        target: the cost to meet.
         what: the method, with ``{}`` for the number of layers.
 
     Returns:
@@ -66,11 +63,7 @@ def solve_real(ratio: Callable[[float], float], low: float, high: float, target:
 
 
 def check_reach(cheapest: float, dearest: float, target: float, what: str) -> None:
-    """Refuse a target that the hyperparameter cannot reach.
-
-    Raises:
-        BudgetError: naming what can be reached.
-    """
+    """Refuse a target that the hyperparameter cannot reach (``BudgetError`` naming what can be reached)."""
     if cheapest > target * (1 + TOLERANCE):
         raise BudgetError(
             f"{what} cannot go below {cheapest:.4f} of the full model's FLOPs, but {target:.4f} is asked for",

@@ -30,7 +30,6 @@ class SpaceSearch(Method):
     """One study over spaces and selectors: the surrogate's candidates, exact KL, at a ratio with the selector's cost.
 
     Args:
-        name: of the method.
         spaces: to choose among; ``gsop`` is GSOP's trajectory with any number of tokens.
         selectors: to choose among; those that the model cannot have are left out. None: the context's.
         num_proposals: strategies that the surrogates propose.

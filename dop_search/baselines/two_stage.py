@@ -32,7 +32,6 @@ class TwoStage(Method):
     """Solved for the number of tokens that enter the decoder.
 
     Attributes:
-        title: for messages.
         share: of the tokens that enter, those that stay.
     """
 

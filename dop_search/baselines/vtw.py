@@ -45,7 +45,6 @@ def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float, first
 
     Args:
         evaluate: ``evaluate_at_prompt`` of a :class:`FitContext`, whose values the published ``eta`` are.
-        num_layers: decoder layers.
         eta_nats: the most that may be lost, such as one of :data:`PUBLISHED_ETA_NATS`.
         first: the first layer that is considered.
 

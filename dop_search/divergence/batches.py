@@ -35,7 +35,6 @@ class Batches:
     """Cuts a teacher's samples into chunks, and halves what does not fit after all.
 
     Args:
-        adapter: the model.
         teacher: the full model's view of the validation samples.
         memory: GiB on the decoder's device, weights included, or ``auto``.
         keep_states: keep the full model's hidden states of all samples for later calls, as far as there is room.

@@ -81,7 +81,6 @@ class PackedChunk:
     Rows hold the tokens from the first image on; the text before it is kept as keys and values only.
 
     Args:
-        adapter: the model.
         samples: teacher samples; similar lengths waste least.
         place: where the full model's hidden states of all layers (``layers × tokens × hidden_size``) are kept, from
             which a strategy starts at its first changed layer; see ``Place``.

@@ -117,7 +117,6 @@ def encode(
     """Run one sample (batch of one, no padding) up to the decoder's door.
 
     Args:
-        adapter: the model.
         inputs: prompt with its images.
         answer_ids: teacher-forced answer; its last token is not fed, since nothing reads its output.
         selector: ranks the visual tokens from what the vision tower shows on the way.

@@ -125,7 +125,6 @@ class DivergenceEngine:
         Args:
             strategies: what to score; each must be for the model's number of layers.
             sample_indices: validation samples to score on; all by default.
-            on_progress: called with (done, total) samples.
 
         Returns:
             ``[num_strategies, num_samples]`` float64, in the order asked for; with another axis ``[K]`` if

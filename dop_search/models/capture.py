@@ -70,7 +70,6 @@ class TowerView:
         layers: encoder layers with ``layer_norm1``, ``self_attn`` (``q_proj``, ``k_proj``), ``layer_norm2``, ``mlp``.
         feature_layer: index of the layer whose output the projector receives.
         has_cls: whether the first token is a CLS token, which the projector does not receive.
-        width: channels.
         patch_size: pixels per side of a patch.
         grid: rows and columns of the visual tokens of every image, where each image is one run of the tower and each
             patch one token; ``None`` otherwise (any-resolution tiles).

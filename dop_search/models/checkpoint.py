@@ -179,11 +179,7 @@ def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: b
 
 
 def check_generation(config: Any, name: str) -> None:
-    """Refuse special tokens that are no tokens.
-
-    Raises:
-        CheckpointError: naming the setting.
-    """
+    """Refuse special tokens that are no tokens (``CheckpointError`` naming the setting)."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)
         for token in value if isinstance(value, (list, tuple)) else [value]:

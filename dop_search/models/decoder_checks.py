@@ -92,7 +92,6 @@ def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> Non
     What counts is the class whose forward runs: a subclass may add to it, but not replace it.
 
     Args:
-        layer: a decoder layer.
         known: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
 
     Raises:
@@ -140,7 +139,6 @@ def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
     """Refuse a decoder that attends within a sliding window, or whose layers are of other types.
 
     Args:
-        config: configuration of the decoder.
         known: types of layers, besides full attention, that its adapter covers.
 
     Raises:
@@ -160,11 +158,7 @@ def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
 
 
 def check_attention(implementation: str) -> None:
-    """Refuse attention backends whose masks are of another kind.
-
-    Raises:
-        UnsupportedModelError: naming those that work.
-    """
+    """Refuse attention backends whose masks are of another kind (``UnsupportedModelError`` naming those that work)."""
     if implementation in MASKED_BACKENDS or (is_flash(implementation) and not implementation.startswith("paged")):
         return
     raise UnsupportedModelError(
@@ -178,7 +172,6 @@ def check_placement(name: str, parts: list[nn.Module]) -> None:
     """Refuse a decoder that is offloaded: packed rows follow its layers over devices, but nothing loads their weights.
 
     Args:
-        name: the model's class, for the message.
         parts: decoder layers and what else runs on packed rows.
 
     Raises:

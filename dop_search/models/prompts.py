@@ -22,7 +22,6 @@ def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: 
     Args:
         processor: has the chat template.
         question: what is asked; each ``<image>`` in it is the place of an image, and they come first if there is none.
-        num_images, num_videos: how many go with it.
         system: the system prompt; empty for none.
 
     Raises:

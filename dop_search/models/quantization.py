@@ -26,8 +26,6 @@ def quantization_config(
     """What transformers' ``from_pretrained`` takes.
 
     Args:
-        quantization: the name.
-        config: of the checkpoint.
         dtype: what the weights are unpacked to; ``"auto"``: the checkpoint's.
 
     Raises:
@@ -57,11 +55,7 @@ def quantization_config(
 
 
 def check_quantization(quantization: str, config: PretrainedConfig) -> None:
-    """Refuse what cannot be asked for.
-
-    Raises:
-        DopError: on an unknown name, or a checkpoint that is quantised already.
-    """
+    """Refuse what cannot be asked for (``DopError`` on an unknown name, or a checkpoint that is quantised already)."""
     if quantization not in get_args(Quantization):
         raise DopError(f"`quantization` must be one of {', '.join(get_args(Quantization))}, but got {quantization!r}")
     if getattr(config, "quantization_config", None) is not None:

@@ -89,11 +89,7 @@ class PrunedCache(DynamicCache):
         return self.state.num_seen
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values.
-
-        Raises:
-            DopError: if the model that adds them is not pruned.
-        """
+        """Add keys and values (``DopError`` if the model that adds them is not pruned)."""
         if not self.state.open:
             raise DopError(FOREIGN)
         return super().update(*args, **kwargs)
@@ -119,11 +115,7 @@ class PrunedCache(DynamicCache):
         layer.has_previous_state[0] = True
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for models that are not pruned, whose recurrent layers ask for it.
-
-        Raises:
-            DopError: always.
-        """
+        """Not for models that are not pruned, whose recurrent layers ask for it (always a ``DopError``)."""
         raise DopError(FOREIGN)
 
     update_conv_state = get_conv_state
@@ -134,11 +126,7 @@ class PrunedCache(DynamicCache):
         self.state = CacheState([None] * len(self.state.valid), [0] * len(self.state.lengths), 0)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible.
-
-        Raises:
-            DopError: always.
-        """
+        """Not possible (always a ``DopError``)."""
         raise DopError(
             "a pruned cache cannot be cropped, because its layers hold different tokens; "
             "assisted decoding and prompt lookup are not available on a pruned model"

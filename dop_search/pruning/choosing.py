@@ -58,8 +58,6 @@ class Chooser:
     """Chooses again for every number of kept tokens, for selectors whose choice is not the head of one ranking.
 
     Attributes:
-        adapter: the model.
-        selector: the criterion.
         inputs: what the criterion sees of one sample, but for ``embeds``, which the sample itself holds.
     """
 
@@ -166,7 +164,6 @@ def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor |
     """Inverse of :func:`inputs_to_file`.
 
     Args:
-        facts: the JSON-ready facts.
         get_tensor: the tensor of a name, ``None`` where the file has none.
     """
     names = [*(item.name for item in fields(SelectorInputs)), *facts.get("layers", ())]

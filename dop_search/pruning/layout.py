@@ -94,8 +94,6 @@ class Layout:
     Args:
         sample, group: per row: which sample, which group (``TEXT`` or ``0..G-1``). Rows are ordered by sample, and
             within a sample as the tokens are.
-        num_samples: batch size.
-        device: where index tensors live.
         read: per row: whether its output logits are needed (``None``: all). In the last layer only such rows
             issue queries and go through the MLP.
         num_past: keys of every sample that are already there and come before all rows.
@@ -351,7 +349,6 @@ def pack(
 
     Args:
         groups: per sample the group of each of its tokens (see :func:`assign_groups`).
-        device: where index tensors live.
         read: per sample whether each token's logits are needed.
         num_past: keys of every sample that are already there.
         sights: per sample where its tokens stand; see :class:`Layout`.

@@ -103,10 +103,6 @@ def arrange(
     """Rank the visual tokens of a batch and cut them into the strategy's groups.
 
     Args:
-        tokens: the decoder's input.
-        strategy: what runs.
-        rankings: ranks before the decoder, if anything does.
-        text: groups of text tokens.
         start: tokens that were fed before.
     """
     is_visual = tokens.visual.cpu().numpy()

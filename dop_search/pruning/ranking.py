@@ -77,7 +77,6 @@ class RankingSource(Attached):
     Calls in several threads do not see each other's images.
 
     Args:
-        adapter: the model.
         selector: the criterion; ``None`` if rankings are given, or nothing is ranked before the decoder.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
         num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.

@@ -72,8 +72,6 @@ class StageRun:
     """The stages of one prefill.
 
     Args:
-        plan: what the strategy asks for.
-        adapter: the model.
         num_visual: visual tokens of each sample.
     """
 

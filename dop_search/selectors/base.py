@@ -76,11 +76,7 @@ class SelectorInputs:
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """A field that the selector asked for.
-
-        Raises:
-            DopError: if it was not captured.
-        """
+        """A field that the selector asked for (``DopError`` if it was not captured)."""
         value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
@@ -138,7 +134,6 @@ class SelectionSizes:
     Attributes:
         num_visual: visual tokens of the sample.
         num_kept: how many of them are kept.
-        dims: the decoder.
         width: channels of the vision tower.
         num_patches: patches of the tower that these tokens are made of. All are taken to attend to each other, which is
             more than towers compute on several tiles or images; CLS tokens and padding that is cut off are left out.
@@ -180,7 +175,6 @@ class Selector(ABC):
         """Indices of the visual tokens, best first: a permutation of ``0 .. num_visual_tokens - 1``.
 
         Args:
-            inputs: one sample.
             num_kept: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
                 leave the tokens after them in any order.
         """
@@ -258,7 +252,6 @@ class TowerRun(threading.local):
 
     Attributes:
         values: of the last run, per field ``[images, patches, 1]``.
-        num_runs: runs so far.
         images: images of each sample that comes next; ``None``: one.
     """
 
@@ -297,11 +290,7 @@ class TowerPatch(Attached):
 
 
 def check_options(holds: bool, rule: str, **values: Any) -> None:
-    """Refuse options against a rule, with what they are.
-
-    Raises:
-        DopError: if it does not hold.
-    """
+    """Refuse options against a rule, with what they are (``DopError`` if it does not hold)."""
     if not holds:
         raise DopError(f"{rule} must hold, but got ({', '.join(f'{name}={value}' for name, value in values.items())})")
 
@@ -357,11 +346,7 @@ def group_sums(rows: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def finite_array(values: Tensor) -> np.ndarray:
-    """A float64 array on the host.
-
-    Raises:
-        DopError: if a value is not finite.
-    """
+    """A float64 array on the host (``DopError`` if a value is not finite)."""
     array = values.detach().double().cpu().numpy()
     if not np.isfinite(array).all():
         raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")

@@ -18,7 +18,6 @@ class ClipText:
 
     Attributes:
         model: a ``CLIPModel`` whose vision encoder has been dropped.
-        tokenizer: its tokenizer.
     """
 
     model: Any

@@ -134,7 +134,6 @@ class FlowCutPatch(LayersPatch):
     """Takes patches out after the MLP of every second layer; tiles one by one, as they keep different patches.
 
     Args:
-        tower: the tower.
         num_kept: patches of an image that shall be left, all of its tiles together.
         real: gives, per image of the call, which patches of which tiles become visual tokens, ``[tiles, patches]``;
             ``None``: images have one tile, and all patches do.
@@ -200,7 +199,6 @@ class PackedFlowCutPatch(TowerPatch):
     """The same for the tower of Qwen2-VL, whose rows are the patches of all images; the merger makes four a token.
 
     Args:
-        adapter: the model.
         num_kept: tokens of an image that shall be left.
     """
 
@@ -267,7 +265,6 @@ def patch_scores(attention: Any, normed: Tensor, row: Tensor) -> Tensor:
     """Scores of the patches of one image.
 
     Args:
-        attention: the layer's attention module.
         normed: ``[1, tokens, width]`` its input.
         row: ``[patches]`` head-mean attention of the CLS token.
     """
@@ -280,7 +277,6 @@ def packed_scores(attention: Any, normed: Tensor, positions: tuple[Tensor, Tenso
     """``[patches]`` attention of the mean query, and scores, of one image without a CLS token.
 
     Args:
-        attention: the block's attention module.
         normed: ``[patches, width]`` its input.
         positions: cosine and sine of the patches' rotation.
     """

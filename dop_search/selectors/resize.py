@@ -63,7 +63,6 @@ class ResizePatch(TowerPatch):
     """Runs a tower on smaller images and spreads its states over the full grid.
 
     Args:
-        tower: the tower.
         grid: rows and columns of its patches.
         num_kept: tokens of a sample, which its images share.
     """

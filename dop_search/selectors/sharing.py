@@ -51,7 +51,6 @@ def each_image(inputs: SelectorInputs, images: Sequence[Grids], tile_grids: Sequ
     """What a criterion would see of each image of a sample if it were alone with the sample's text.
 
     Args:
-        inputs: the sample.
         images: the grids of each image, which together are ``inputs.image_grids``.
         tile_grids: where images are cut into tiles, rows and columns of each one's crops.
     """

@@ -165,7 +165,6 @@ def merge_most_similar(
         rows: ``[images, tokens, width]``.
         metric: ``[images, tokens, channels]``, whose cosines say which tokens are similar.
         size: ``[images, tokens, 1]``, patches that each token stands for.
-        count: tokens to merge.
         protect_first: never merge the first token.
 
     Returns:
@@ -190,7 +189,6 @@ def match(metric: Tensor, count: int, protect_first: bool) -> tuple[Tensor, Tens
 
     Args:
         metric: ``[images, tokens, channels]``.
-        count: links to make.
         protect_first: never link the first token.
 
     Returns:

@@ -32,8 +32,6 @@ class PrunedDecoder:
 
     Args:
         decoder: vLLM's ``LlamaModel``.
-        strategy: what runs.
-        vllm_config: the engine's.
     """
 
     def __init__(self, decoder: Any, strategy: Strategy, vllm_config: VllmConfig) -> None:

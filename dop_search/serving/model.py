@@ -27,11 +27,7 @@ def _load(path: str) -> Strategy:
 
 
 def strategy_of(hf_config: Any) -> Strategy:
-    """The strategy that ``--hf-overrides`` names.
-
-    Raises:
-        StrategyError: if it names none.
-    """
+    """The strategy that ``--hf-overrides`` names (``StrategyError`` if it names none)."""
     path = getattr(hf_config, "dop_strategy", None)
     if path is None:
         raise StrategyError("no strategy is named; start vLLM with the line that `dop-serve STRATEGY.json` prints")
@@ -78,11 +74,7 @@ class PrunedProcessor:
     info: Any
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """See base class.
-
-        Raises:
-            DopError: see :func:`check_prompt`.
-        """
+        """See base class; raises what :func:`check_prompt` does."""
         family: Any = super()
         result = family.apply(inputs, *args, **kwargs)
         ranges = [(part.offset, part.length) for part in result["mm_placeholders"].get("image", [])]
@@ -127,11 +119,7 @@ class PrunedModel:
     # -- which tokens enter
 
     def check_tower(self) -> None:
-        """Refuse vision towers that selectors cannot be shown.
-
-        Raises:
-            UnsupportedModelError: which.
-        """
+        """Refuse vision towers that selectors cannot be shown (``UnsupportedModelError``)."""
         raise NotImplementedError
 
     def shown(self, index: int, embeds: Tensor, image: Mapping[str, Any]) -> SelectorInputs:

@@ -28,11 +28,7 @@ def ranks(strategy: Strategy) -> bool:
 
 
 def served_selector(strategy: Strategy, model_type: str) -> Selector:
-    """The selector of a strategy that can be served.
-
-    Raises:
-        StrategyError: with the reason, and the selectors that can.
-    """
+    """The selector of a strategy that can be served (``StrategyError`` with the reason, and the selectors that can)."""
     selector = make_selector(strategy.selector, strategy.selector_options)
     if not ranks(strategy) or (reason := _refusal(selector, model_type)) is None:
         return selector
@@ -71,7 +67,6 @@ def check_servable(
     """The selector of a strategy that can be served.
 
     Args:
-        strategy: the strategy.
         num_layers: decoder layers of the model, where known.
         prefix_caching: whether the engine shares cached prefixes.
         model_type: of the model, one of :data:`ARCHITECTURES`.

@@ -320,11 +320,7 @@ class Strategy:
 
     @classmethod
     def from_json(cls, data: Any) -> Strategy:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            StrategyError: saying which field is missing, unknown or wrong.
-        """
+        """Inverse of :meth:`to_json` (``StrategyError`` saying which field is missing, unknown or wrong)."""
         FORMAT.check(data)
         optional = _OPTIONAL if data["version"] == 1 else _OPTIONAL | _NEWER
         _check_fields(data, _REQUIRED, optional, "strategy")

@@ -92,7 +92,6 @@ def check_painted_patches(
 
     Args:
         model: with an adapter.
-        canvas: where to paint.
         arguments: of ``get_image_features`` or ``get_video_features``.
         modality: which of the two.
         seed: of the patches that are tried.

@@ -110,7 +110,6 @@ def operation_masks(
 
     Args:
         visual: boolean ``[batch, position]``.
-        strategy: applied as given.
         rankings: one permutation of the sample's visual tokens per sample.
         attended: boolean ``[batch, position]``, who is not padding; ``None``: everybody. What is hidden from all is
             in no group, as if it were not there.
@@ -270,7 +269,6 @@ def _visible(
         kv: boolean ``[batch, position]``, who offers a key.
         attended: boolean ``[batch, position]``, who is not padding.
         window: how far back the layer sees.
-        images: see :func:`_images`.
 
     Returns:
         Boolean ``[batch, 1, query, key]``, rows without any key opened to themselves (softmax over nothing is NaN),

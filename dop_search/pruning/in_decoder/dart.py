@@ -50,7 +50,6 @@ class DartSelector(StageSelector):
             norms: ``[num_rows]`` L1 norms of the keys.
             candidates: rows of the visual tokens.
             text: rows of the text that pivots are taken from.
-            num_kept: tokens to choose.
         """
         visual = best_first(norms[candidates])[: self.num_pivots]
         words = best_first(norms[text])[: self.num_text_pivots]

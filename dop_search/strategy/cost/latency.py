@@ -201,11 +201,7 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, data: Any) -> LatencyTable:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            CacheError: if it is no table of this version.
-        """
+        """Inverse of :meth:`to_json` (``CacheError`` if it is no table of this version)."""
         FORMAT.check(data)
         try:
             fields: dict[str, Any] = {name: tuple(data[name]) for name in ("text", "visual", "shares", "lengths")}
