@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dop_search.models.tower import (
-    Read,
-    TowerCapture,
-    cls_attention,
-    global_attention,
-    head_mean_keys,
-    received_attention,
-)
+from dop_search.models.tower import Read, TowerCapture
+from dop_search.models.tower_attention import cls_attention, head_mean_keys, received_attention
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -41,7 +36,7 @@ keys from more towers than :class:`TowerView` covers; the others through one."""
 _ATTENTION: dict[str, Read] = {
     "cls_attention": cls_attention,
     "received_attention": received_attention,
-    "global_attention": global_attention,
+    "global_attention": partial(received_attention, cls_asks=True),
 }
 _CLS_FIELDS = frozenset({"last_cls_attention", "cls_feature", "patch_states"})
 

@@ -68,10 +68,7 @@ class PerceptionLMAdapter(TimmAdapter):
 
     tower_kind = "of timm"
     knows_images = False
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.model.config.projector_pooling_ratio)
+    merge_key = "projector_pooling_ratio"
 
     @property
     def tile_grid(self) -> tuple[int, int]:

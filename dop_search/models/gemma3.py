@@ -16,6 +16,8 @@ class Gemma3Adapter(ModelAdapter):
 
     layer_types = frozenset({"sliding_attention"})
     sees_images_whole = True
+    draw_masks = staticmethod(create_masks_for_vision_model)
+    """By which function the model draws the masks of its layers."""
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -31,9 +33,7 @@ class Gemma3Adapter(ModelAdapter):
         return cos, sin
 
     def mask_arguments(self, embeds: Tensor, position_ids: Tensor, images: Tensor) -> dict[str, Any]:
-        """See base class; by the function that the model calls."""
-        masks = create_masks_for_vision_model(self.text_config, embeds, None, None, position_ids, images)
-        return {"attention_mask": masks}
+        return {"attention_mask": self.draw_masks(self.text_config, embeds, None, None, position_ids, images)}
 
     @property
     def merge_size(self) -> int:

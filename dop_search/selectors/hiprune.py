@@ -42,7 +42,7 @@ class HiPruneSelector(PerImageSelector):
     alpha: float = 0.1
 
     name = "hiprune"
-    version = 2
+    version = 3
     requires = frozenset({"global_attention", MIDDLE})
 
     def __post_init__(self) -> None:
