@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.sight import Sight, sights_of
 from dop_search.selectors import Selector
+from dop_search.utils.attached import replace_attribute
 from dop_search.utils.errors import DopError
 
 
@@ -130,20 +132,15 @@ def encode(
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
     extended = with_answer(inputs, answer)
     text_model = adapter.text_model
-    previous = text_model.__dict__.get("forward")
     source = RankingSource(adapter, selector)
-    text_model.forward = _intercept
-    try:
-        with image_tokens_checked():
-            adapter.multimodal(**extended)
-    except _DecoderReached as reached:
-        kwargs = reached.kwargs
-    finally:
-        source.close()
-        if previous is None:
-            del text_model.__dict__["forward"]
-        else:
-            text_model.forward = previous
+    with ExitStack() as undo:
+        undo.callback(source.close)
+        replace_attribute(undo, text_model, "forward", _intercept)
+        try:
+            with image_tokens_checked():
+                adapter.multimodal(**extended)
+        except _DecoderReached as reached:
+            kwargs = reached.kwargs
     prompt_length = inputs["input_ids"].shape[1]
     prompt = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
     visual = adapter.visual_token_mask(ids) & prompt

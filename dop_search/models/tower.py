@@ -10,14 +10,14 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from dop_search.utils.attached import Attached
+from dop_search.utils.attached import Attached, replace_attribute
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class VisionWatch(Attached):
         self.adapter = adapter
         self._seen = _Seen()
         self._open = 0
-        self._previous: dict[str, Any] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._undo = ExitStack()
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -94,28 +93,19 @@ class VisionWatch(Attached):
             module = self.adapter.multimodal
             for modality, name in METHODS.items():
                 if hasattr(module, name):
-                    self._previous[name] = module.__dict__.get(name)
-                    setattr(module, name, self._wrapped(getattr(module, name), modality))
-            self._hooks = [
+                    replace_attribute(self._undo, module, name, self._wrapped(getattr(module, name), modality))
+            for hook in (
                 module.register_forward_pre_hook(self._see_tokens, with_kwargs=True),
                 self.adapter.text_model.register_forward_pre_hook(self._decoder_reached),
-            ]
+            ):
+                self._undo.callback(hook.remove)
         return self
 
     def remove(self) -> None:
         """Stop watching; the name is that of torch's handles."""
         self._open -= 1
-        if self._open:
-            return
-        module = self.adapter.multimodal
-        for name, previous in self._previous.items():
-            if previous is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, previous)
-        for hook in self._hooks:
-            hook.remove()
-        self._previous, self._hooks = {}, []
+        if not self._open:
+            self._undo.close()
 
     def _wrapped(self, method: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         signature = inspect.signature(method)

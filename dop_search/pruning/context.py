@@ -22,7 +22,7 @@ from dop_search.pruning.stages import StagePlan
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
-from dop_search.utils.attached import Attached, refuse_copy
+from dop_search.utils.attached import Attached, refuse_copy, replace_attribute
 from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 _changing = threading.RLock()
@@ -36,11 +36,9 @@ class PruneHandle(Attached):
         self._undo = ExitStack()  # goes on where a step fails
 
     def replace(self, module: nn.Module, name: str, method: Any) -> None:
-        """Give an instance a method of its own, with which it cannot be copied; wrappers redirect ``setattr``."""
-        own = vars(module)
-        for key, value in ((name, method), ("__getstate__", refuse_copy)):
-            self._undo.callback(own.__setitem__ if key in own else own.pop, key, own.get(key))
-            own[key] = value
+        """Give an instance a method of its own, with which it cannot be copied."""
+        replace_attribute(self._undo, module, name, method)
+        replace_attribute(self._undo, module, "__getstate__", refuse_copy)
 
     def on_restore(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` when the model is restored, the latest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dop_search.strategy.operations import ModelDims
-from dop_search.utils.attached import Attached
+from dop_search.utils.attached import Attached, replace_attribute
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -270,23 +271,17 @@ class TowerPatch(Attached):
 
     def __init__(self) -> None:
         self.run = TowerRun()
-        self._replaced: list[tuple[Any, Any]] = []
+        self.undo = ExitStack()
 
     def replace_forward(self, module: Any, forward: Any) -> Any:
         """Run ``forward`` in the place of a module's, which is returned, until :meth:`restore`."""
         original = module.forward
-        self._replaced.append((module, module.__dict__.get("forward")))
-        module.forward = forward
+        replace_attribute(self.undo, module, "forward", forward)
         return original
 
     def restore(self) -> None:
         """Make the tower what it was."""
-        while self._replaced:
-            module, previous = self._replaced.pop()
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
+        self.undo.close()
 
 
 def check_options(holds: bool, rule: str, **values: Any) -> None:

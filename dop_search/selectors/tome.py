@@ -115,13 +115,8 @@ class ToMePatch(LayersPatch):
         self.proportional_attention = proportional_attention
         self.schedule = [*schedule, *[0] * (len(tower.layers) - len(schedule))]
         self.at = _Merging()
-        self.handles = [layer.self_attn.k_proj.register_forward_hook(self._keep_keys) for layer in tower.layers]
-
-    def restore(self) -> None:
-        super().restore()
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for layer in tower.layers:
+            self.undo.callback(layer.self_attn.k_proj.register_forward_hook(self._keep_keys).remove)
 
     def _keep_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.at.keys = output
