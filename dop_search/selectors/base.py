@@ -310,10 +310,7 @@ def descending(scores: Tensor) -> np.ndarray:
     Raises:
         DopError: if a score is not finite.
     """
-    values = scores.detach().float().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")
-    return np.argsort(-values, kind="stable")
+    return np.argsort(-finite_array(scores.detach().float()), kind="stable")
 
 
 def kept_count(inputs: SelectorInputs, num_kept: int | None) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dop_search.selectors.base import Selector
 from dop_search.utils.errors import UnsupportedModelError
 
 
@@ -60,6 +61,26 @@ class ClipText:
         """``[n, projection_dim]`` of ``[n, width]`` states of the tower after its final norm."""
         weight = self.model.visual_projection.weight
         return patch_states.to(weight.device, torch.float32) @ weight.T
+
+
+@dataclass(frozen=True)
+class ClipSelector(Selector):
+    """A method that compares patches and question in CLIP's space.
+
+    Options:
+        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
+            text encoder. Without it the selector refuses; :attr:`stand_in` needs none.
+    """
+
+    stand_in: ClassVar[str]
+    clip: str = ""
+
+    def prepare(self, tower_width: int | None) -> None:
+        self.encoder(tower_width)
+
+    def encoder(self, tower_width: int | None = None) -> ClipText:
+        """The text encoder, for a tower of that width where it is known."""
+        return clip_text(self.clip, self.name, self.stand_in, tower_width)
 
 
 def clip_text(path: str, method: str, variant: str, tower_width: int | None) -> ClipText:

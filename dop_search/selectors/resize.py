@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dop_search.selectors.base import Selection, Selector, SelectorInputs, TowerPatch, with_rest
+from dop_search.selectors.controls import farthest_point_order
 from dop_search.selectors.grid_cells import grid_cells, smaller_grid
 from dop_search.selectors.sharing import per_image, shares
-from dop_search.selectors.uniform_grid import farthest_point_order
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:

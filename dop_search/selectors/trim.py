@@ -19,7 +19,7 @@ from dop_search.selectors.base import (
     kept_count,
     with_rest,
 )
-from dop_search.selectors.clip_text import clip_text
+from dop_search.selectors.clip_text import ClipSelector
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _TrimBase(Selector):
 
 
 @dataclass(frozen=True)
-class TrimSelector(_TrimBase):
+class TrimSelector(ClipSelector, _TrimBase):
     """TRIM (arXiv 2409.10994) with a fixed number of tokens.
 
     Relevance is ``softmax_i(−t · p_i)`` with the pooled text ``t`` (cut at 77 tokens) and the patches ``p_i`` in CLIP's
@@ -65,8 +65,7 @@ class TrimSelector(_TrimBase):
     the last dropped token.
 
     Options:
-        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
-            text encoder. Without it the selector refuses; ``trim_llm`` needs none.
+        clip: see :class:`ClipSelector`.
         mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
 
     Not reproduced: the paper chooses the number of tokens by an interquartile rule, here it is given; positions are not
@@ -74,18 +73,14 @@ class TrimSelector(_TrimBase):
     template's closing words included.
     """
 
-    clip: str = ""
-
     name = "trim"
+    stand_in = "trim_llm"
     version = 2
     requires = frozenset({"patch_states", "text", "features"})
     space = "features"
 
-    def prepare(self, tower_width: int | None) -> None:
-        clip_text(self.clip, "trim", "trim_llm", tower_width)
-
     def relevance(self, inputs: SelectorInputs) -> Tensor:
-        encoder = clip_text(self.clip, "trim", "trim_llm", None)
+        encoder = self.encoder()
         text = encoder.beginning(inputs.text or "")
         patches = encoder.project_patches(inputs.tensor("patch_states"))
         return -(patches @ text.T)[:, 0]  # the softmax keeps the order

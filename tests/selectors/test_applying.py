@@ -222,8 +222,6 @@ def test_clip_methods_say_at_once_what_is_missing(name, pocket):
 
 def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, few_samples, monkeypatch):
     """With a text encoder of the right width, the prompt's text reaches it, the same alone and in a padded batch."""
-    from dop_search.selectors import cdpruner
-
     texts = []
 
     class Encoder:
@@ -234,7 +232,7 @@ def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, fe
             texts.append(text)
             return torch.ones(1, 128)
 
-    monkeypatch.setattr(cdpruner, "clip_text", lambda *arguments: Encoder())
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: Encoder())
     samples = few_samples.samples[:3]
     logits_of(pocket, model_inputs(pocket.processor, samples, torch.device("cpu")), "cdpruner", 30, clip="given")
     for text, sample in zip(texts, samples, strict=True):
