@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.dart import Dart
 from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergence, plain_outcome
-from dop_search.baselines.fastv import EntropyPrune, FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
 from dop_search.baselines.hidrop import HiDrop
-from dop_search.baselines.ivc_prune import IvcPrune
+from dop_search.baselines.one_stage import Dart, EntropyPrune, FastV, IvcPrune
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.resize import InputResize
 from dop_search.baselines.short_lvlm import ShortLvlm

@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
+from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt, mean_divergence
 from dop_search.baselines.pricing import Pricing
 from dop_search.data.samples import Sample
 from dop_search.divergence import DivergenceEngine, Teacher
@@ -75,36 +74,26 @@ class FitContext:
         teacher: Teacher,
         selector: str = "cls_attention",
         selector_options: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
         samples: Sequence[Sample] | None = None,
-        profile: ProfileOf | None = None,
-        store: Callable[[str], EvaluationStore] | None = None,
-        decide: Decide | None = None,
+        **fields: Any,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
-        ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
-        teacher's, for methods that resize their images. ``profile``, ``store``, ``decide``: see the class.
+        ``samples``: the teacher's, for methods that resize their images. ``fields``: further ones of the class, such as
+        an ``evaluate`` that keeps what it has measured.
         """
-        if evaluate is None:
-            engine = DivergenceEngine(loaded.adapter, teacher)
-
-            def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
-                return np.asarray(engine.evaluate(strategies).mean(axis=1))
-
+        if fields.get("evaluate") is None:
+            fields["evaluate"] = mean_divergence(DivergenceEngine(loaded.adapter, teacher))
         return cls(
-            dims=loaded.adapter.dims,
-            counts=token_counts(teacher),
-            evaluate=evaluate,
-            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
+            loaded.adapter.dims,
+            token_counts(teacher),
             loaded=loaded,
             teacher=teacher,
             samples=None if samples is None else tuple(samples),
             selector=selector,
             selector_options=dict(selector_options or {}),
-            profile=profile,
-            store=store,
-            decide=decide,
+            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
+            **fields,
         )
 
     @property
@@ -128,6 +117,10 @@ class FitContext:
     def ranked(self) -> dict[str, Any]:
         """The context's selector as fields of a strategy."""
         return {"selector": self.selector, "selector_options": dict(self.selector_options)}
+
+    def entering(self, kept: int) -> dict[str, Any]:
+        """The same with the number of tokens that enter the decoder."""
+        return {"num_visual_tokens": None if kept == self.num_visual else kept, **self.ranked()}
 
     # -- what not every context has; each raises a DopError that says how to make one that does --
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ class ShortLvlm(Method):
 
         running, kept, notes = solve_layers(ratio, layers, visual, flops_ratio, "Short-LVLM with {} layers")
         removed = tuple(sorted(order[: layers - running]))
-        entering: dict[str, Any] = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
+        entering = context.entering(kept)
         repair = self._repair(context, removed) if self.repair_rank and removed else None
         achieved = ratio(running, kept)
         return FittedMethod(

@@ -53,16 +53,12 @@ class ShortV(Method):
         order = self.order or freezing_order(context)
 
         def strategy(running: int, kept: int) -> Strategy:
-            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
-            return frozen_strategy(layers, order[: layers - running], **entering)
+            return frozen_strategy(layers, order[: layers - running], **context.entering(kept))
 
-        running, kept, notes = solve_layers(
-            lambda n, k: context.pricing.ratio(strategy(n, k)),
-            layers,
-            visual,
-            flops_ratio,
-            "ShortV with {} running layers",
-        )
+        def ratio(running: int, kept: int) -> float:
+            return context.pricing.ratio(strategy(running, kept))
+
+        running, kept, notes = solve_layers(ratio, layers, visual, flops_ratio, "ShortV with {} running layers")
         facts = {"frozen_layers": list(order[: layers - running]), "num_visual_tokens": kept}
         return self.fitted(context, flops_ratio, strategy(running, kept), facts, notes)
 

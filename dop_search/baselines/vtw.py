@@ -30,8 +30,7 @@ class Vtw(Method):
         layers, visual = context.num_layers, context.num_visual
 
         def strategy(exit_layer: int, kept: int) -> Strategy:
-            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
-            return Strategy.depthwise(layers, exit_layer, exit_layer, exit_layer, **entering)
+            return Strategy.depthwise(layers, exit_layer, exit_layer, exit_layer, **context.entering(kept))
 
         exit_layer, kept, notes = solve_layers(
             lambda k, n: context.pricing.ratio(strategy(k, n)), layers, visual, flops_ratio, "VTW with K={}"
