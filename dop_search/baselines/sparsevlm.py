@@ -1,6 +1,6 @@
 """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417) and AdaptInfer (2508.06084): keep lists, by relevant text.
 
-Criteria and recycling: :mod:`dop_search.pruning.in_decoder.sparsevlm` and ``adaptinfer``. Policy: at three layers of 32
+Criteria and recycling: :mod:`dop_search.pruning.in_decoder.sparsevlm`. Policy: at three layers of 32
 (:data:`PUBLISHED_STAGES`, rounded to other depths) the keep list goes on. SparseVLM's two published versions and
 AdaptInfer have their own lists of 576 tokens (:data:`KEEP_LISTS`), by equivalent tokens ``T = sum (L_i - L_{i-1}) T_i /
 L``. Between them the lists are interpolated in ``T``, which is solved for FLOPs. SparseVLM's version 1 recycles: those

@@ -17,8 +17,7 @@ from dop_search.selectors.base import (
     group_sums,
     with_rest,
 )
-from dop_search.selectors.grid_cells import balanced_cells
-from dop_search.selectors.sharing import PerImageSelector, in_turns
+from dop_search.selectors.sharing import PerImageSelector, in_turns, shares
 
 
 @dataclass(frozen=True)
@@ -97,3 +96,23 @@ def spread_order(points: np.ndarray, first: int) -> np.ndarray:
         distance[order[-1]] = -1.0
         order.append(int(distance.argmax()))
     return np.array(order)
+
+
+def balanced_cells(rows: int, columns: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a grid into exactly ``count`` boxes of nearly the same shape, row band by row band.
+
+    Returns:
+        The box of each token ``[rows * columns]``, and the token in the middle of each box ``[count]``.
+    """
+    bands = int(np.clip(round((count * rows / columns) ** 0.5), -(-count // columns), min(rows, count)))
+    per_band = shares(np.ones(bands), np.full(bands, columns), count)
+    cell = np.empty((rows, columns), dtype=np.int64)
+    middles, first = [], 0
+    for band, number in enumerate(per_band):
+        top, bottom = band * rows // bands, (band + 1) * rows // bands
+        for index in range(number):
+            left, right = index * columns // number, (index + 1) * columns // number
+            cell[top:bottom, left:right] = first + index
+            middles.append((top + bottom) // 2 * columns + (left + right) // 2)
+        first += number
+    return cell.reshape(-1), np.array(middles, dtype=np.int64)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dop_search.pruning.in_decoder.adaptinfer import AdaptInferSelector
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.entropyprune import EntropyPruneSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, FlowCutSelector, PyramidDropSelector
-from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
+from dop_search.pruning.in_decoder.sparsevlm import AdaptInferSelector, SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
 from dop_search.utils.registry import Registry, did_you_mean
 
