@@ -27,6 +27,8 @@ from dop_search.utils.errors import DopError
 TEXT = -1
 DROPPED = -2
 MAX_SEGMENTS = 4
+LAST = np.iinfo(np.int64).max
+"""Behind all rows."""
 
 
 def ranked_tokens(visual: np.ndarray, valid: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:
@@ -156,16 +158,12 @@ class Layout:
         """The rows of one layer whose input holds the groups ``before``; ``taps``: of a recurrent layer."""
         key = (before, step, read_only, window, taps)
         if key not in self._layers:
-            query, offered, mixing = (
-                self.relative(step.q, step.alive, read_only),
-                self.relative(step.kv, step.alive),
-                None,
-            )
+            offered, mixing = self.relative(step.kv, step.alive), None
             if taps:
                 offered, mixing = self._plan_recurrence(step, read_only, taps)
             plan = LayerPlan(
                 keep=self.relative(step.alive, before),
-                query=query,
+                query=self.relative(step.q, step.alive, read_only),
                 key=offered,
                 mlp=self.relative(step.mlp, step.alive, read_only),
                 attention=None if taps else self.attention(step.q, step.kv, read_only, window),
@@ -213,11 +211,12 @@ class Layout:
             )
         mask = key_valid = None
         if not key_even:
-            valid = np.zeros((self.num_samples, num_keys), dtype=np.bool_)
-            valid.reshape(-1)[key_place] = True
-            key_valid = self.tensor(valid)
+            key_valid = self._spread(np.ones(len(key_rows), dtype=np.bool_), key_place, num_keys, False)
         if segments is None:
-            mask = self._mask(query_rows, query_place, num_queries, key_rows, key_place, num_keys)
+            # Rows of a sample are in the order of its tokens, so that comparing rows is comparing positions.
+            queries = self._spread(query_rows, query_place, num_queries, LAST - 1)[:, None, :, None]
+            mask = self._spread(key_rows, key_place, num_keys, LAST)[:, None, None, :] <= queries
+            mask = nn.functional.pad(mask, (self.num_past, 0), value=True) if self.num_past else mask
             if sight is not None:
                 images = (
                     self._spread(sight.image[query_rows], query_place, num_queries, NO_IMAGE),
@@ -229,8 +228,8 @@ class Layout:
             num_queries=num_queries,
             num_keys=num_keys,
             num_past=self.num_past,
-            query_pad=None if query_even else self._pad_index(query_place, self.num_samples * num_queries),
-            key_pad=None if key_even else self._pad_index(key_place, self.num_samples * num_keys),
+            query_pad=None if query_even else self._numbers(query_place, num_queries),
+            key_pad=None if key_even else self._numbers(key_place, num_keys),
             query_unpad=None if query_even else self.tensor(query_place),
             key_valid=key_valid,
             mask=mask,
@@ -251,10 +250,8 @@ class Layout:
         places = self.sample[rows] * longest + within + offset
         return places, longest, bool((counts == longest).all())
 
-    def _pad_index(self, places: np.ndarray, size: int) -> Tensor:
-        index = np.zeros(size, dtype=np.int64)
-        index[places] = np.arange(len(places))
-        return self.tensor(index)
+    def _numbers(self, places: np.ndarray, length: int) -> Tensor:
+        return self._spread(np.arange(len(places)), places, length, 0).flatten()
 
     def _segments(
         self, query_rows: np.ndarray, key_rows: np.ndarray, num_queries: int, num_keys: int
@@ -273,27 +270,9 @@ class Layout:
         past = self.num_past
         return tuple(Segment(a, b, past + int(visible[0, b - 1])) for a, b in itertools.pairwise(cuts))
 
-    def _mask(
-        self,
-        query_rows: np.ndarray,
-        query_place: np.ndarray,
-        num_queries: int,
-        key_rows: np.ndarray,
-        key_place: np.ndarray,
-        num_keys: int,
-    ) -> Tensor:
-        # Rows of a sample are in the order of its tokens, so that comparing rows is comparing positions.
-        query_order = np.full(self.num_samples * num_queries, np.iinfo(np.int64).max - 1)
-        query_order[query_place] = query_rows
-        key_order = np.full(self.num_samples * num_keys, np.iinfo(np.int64).max)
-        key_order[key_place] = key_rows
-        queries = self.tensor(query_order).view(self.num_samples, 1, num_queries, 1)
-        mask = self.tensor(key_order).view(self.num_samples, 1, 1, num_keys) <= queries
-        return mask if not self.num_past else nn.functional.pad(mask, (self.num_past, 0), value=True)
-
     def _spread(self, values: np.ndarray, places: np.ndarray, length: int, pad: int) -> Tensor:
-        """A number per row as ``[num_samples, length]``."""
-        spread = np.full(self.num_samples * length, pad)
+        """A value per row as ``[num_samples, length]``."""
+        spread = np.full(self.num_samples * length, pad, dtype=values.dtype)
         spread[places] = values
         return self.tensor(spread).view(self.num_samples, length)
 
