@@ -31,6 +31,7 @@ from dop_search.utils.files import write_atomic
 FORMAT = "dop_search.teacher"
 VERSION = 4
 Progress = Callable[[int, int], None]
+_TENSORS = ("embeds", "position_ids", "visual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,9 +250,7 @@ def _write(path: Path, teacher: Teacher) -> None:
     facts: list[dict[str, Any]] = []
     for index, sample in enumerate(teacher.samples):
         encoded = sample.encoded
-        tensors[f"{index}.embeds"] = encoded.embeds.contiguous()
-        tensors[f"{index}.position_ids"] = encoded.position_ids.contiguous()
-        tensors[f"{index}.visual"] = encoded.visual.contiguous()
+        tensors |= {f"{index}.{name}": getattr(encoded, name).contiguous() for name in _TENSORS}
         tensors[f"{index}.ranking"] = torch.from_numpy(np.ascontiguousarray(encoded.ranking))
         tensors[f"{index}.log_probs"] = sample.log_probs.contiguous()
         for layer, features in enumerate(encoded.deepstack):
@@ -294,9 +293,7 @@ def _read_sample(
     file: Any, index: int, fact: dict[str, Any], adapter: ModelAdapter, selector: Selector
 ) -> TeacherSample:
     encoded = EncodedSample(
-        embeds=file.get_tensor(f"{index}.embeds"),
-        position_ids=file.get_tensor(f"{index}.position_ids"),
-        visual=file.get_tensor(f"{index}.visual"),
+        **{name: file.get_tensor(f"{index}.{name}") for name in _TENSORS},
         prompt_length=fact["prompt_length"],
         ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
         deepstack=tuple(file.get_tensor(f"{index}.deepstack.{layer}") for layer in range(fact["deepstack"])),

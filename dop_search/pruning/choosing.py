@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import TOWER_FIELDS, field_and_layer
 from dop_search.selectors import Selection, Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
-from dop_search.utils.errors import DopError
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 MAX_REMEMBERED = 8
 PREFIX = "selector."
@@ -146,6 +147,39 @@ def check_images(
 
 def _has_several_images(inputs: SelectorInputs) -> bool:
     return len(inputs.image_grids) > 1 if inputs.tiles is None else inputs.tile_grid is None
+
+
+def of_the_tower(adapter: ModelAdapter, needs: frozenset[str]) -> frozenset[str]:
+    """The fields that the vision tower shows."""
+    return frozenset(name for name in needs if field_and_layer(name)[0] in TOWER_FIELDS) - adapter.input_fields
+
+
+def check_model(adapter: ModelAdapter, selector: Selector) -> None:
+    """Refuse a selector whose result would not be what it says on this family.
+
+    Raises:
+        UnsupportedModelError: naming selectors that work.
+    """
+    seen = of_the_tower(adapter, selector.needs())
+    if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
+        raise UnsupportedModelError(
+            f"{selector.name!r} works on images, but {type(adapter.model).__name__} reads text alone; use selector="
+            "received_attention, divprune, divprune_lazy, cdpruner_llm, uniform_grid or random"
+        )
+    if "tile_grid" in selector.needs():
+        _ = adapter.tower_view  # or an error: of these families it is known whether and how images are cut
+    if selector.merges and adapter.has_deepstack:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "
+            "features after its first layers as well, which would stay unmerged; use selector=divprune, "
+            "cdpruner_llm, received_attention, uniform_grid or random"
+        )
+    if selector.merges and "features" in selector.needs() and adapter.tower_view.project is None:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges patches in front of the projector, but visual tokens of "
+            f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
+            "selectors that merge after the projector are avg_pool and trim_llm"
+        )
 
 
 def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str, Any]]:

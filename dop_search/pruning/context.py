@@ -15,7 +15,7 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.pruning.checks import UncalledModules, check_outputs
 from dop_search.pruning.entry import Forward, Generate, Prefill
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
+from dop_search.pruning.layer import parts_for
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
 from dop_search.pruning.stages import StagePlan
@@ -113,13 +113,6 @@ def check_text(strategy: Strategy, text: TextGroups) -> None:
         )
 
 
-def layer_parts(compile: bool | str) -> LayerParts:
-    """The parts of a layer as ``compile`` asks for: as they are, compiled, or compiled by a named backend."""
-    if not compile:
-        return EAGER_PARTS
-    return compiled_parts(compile) if isinstance(compile, str) else compiled_parts()
-
-
 def prune_(
     model: PreTrainedModel,
     strategy: Strategy,
@@ -181,7 +174,7 @@ def prune_(
         count = None if isinstance(strategy.num_visual_tokens, float) else strategy.num_visual_tokens
         source = RankingSource(adapter, selector, explicit_rankings(rankings), count, strategy.per_image)
         handle.on_restore(source.close)
-        decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
+        decoder = PrunedDecoder(adapter, strategy, source, uncalled, parts_for(compile), stages, text)
         _attach(handle, adapter, decoder)
     return handle
 

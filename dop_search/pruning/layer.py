@@ -326,7 +326,11 @@ class LayerParts:
 EAGER_PARTS = LayerParts()
 
 
-def compiled_parts(backend: str = "inductor") -> LayerParts:
-    """Both parts through ``torch.compile``: one set of kernels for all layers, dynamic in the number of rows."""
+def parts_for(compile: bool | str) -> LayerParts:
+    """Both parts as they are, or through ``torch.compile`` (by a named backend): one set of kernels for all layers,
+    dynamic in the number of rows."""
+    if not compile:
+        return EAGER_PARTS
+    backend = compile if isinstance(compile, str) else "inductor"
     options: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": MAX_COMPILED_VARIANTS}
     return LayerParts(torch.compile(project, **options), torch.compile(finish, **options))

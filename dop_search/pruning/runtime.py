@@ -36,7 +36,7 @@ from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.recurrent import taps_of, text_chunk
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of
-from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
+from dop_search.pruning.stages import StagePlan, StageRun
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
 from dop_search.strategy.steps import LayerStep, layer_steps
@@ -187,8 +187,11 @@ class PrunedDecoder(Attached):
             check_embeds(tokens.input_ids)
             if not packed:
                 return None
-        elif self.stages is not None:
-            check_first_chunk(state.num_seen)
+        elif self.stages is not None and state.num_seen:
+            raise DopError(
+                f"a selector with stages ranks the tokens of a whole prompt, but {state.num_seen} tokens of it are "
+                "already cached; pass prompt and images in one call"
+            )
         check_labels(visual, tokens.read)
         return arrange(tokens, self.strategy, self.rankings, self.text)
 

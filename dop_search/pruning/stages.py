@@ -152,19 +152,6 @@ class StageRun:
         )
 
 
-def check_first_chunk(num_seen: int) -> None:
-    """Refuse images that come when the cache already holds something.
-
-    Raises:
-        DopError: since the criteria look at the whole prompt.
-    """
-    if num_seen:
-        raise DopError(
-            f"a selector with stages ranks the tokens of a whole prompt, but {num_seen} tokens of it are already "
-            "cached; pass prompt and images in one call"
-        )
-
-
 def _slices(sample: np.ndarray, num_samples: int) -> list[tuple[int, int, int]]:
     """``(sample, first row, end)`` of rows that are ordered by sample."""
     bounds = np.searchsorted(sample, np.arange(num_samples + 1))

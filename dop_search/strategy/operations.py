@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -198,21 +198,14 @@ class ModelDims:
 
     def fingerprint(self, model_type: str) -> str:
         """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
-        sizes = asdict(self)
-        newer = {
-            "num_experts": 0,
-            "active_experts": 1,
-            "shared_expert_size": 0,
-            "gated_queries": False,
-            "recurrent": None,
-            "shared_expert_gate": True,
-            "other_heads": None,
-        }
-        for name, default in newer.items():  # fingerprints are older than these fields
-            if sizes[name] == default:
-                del sizes[name]
+        newer = [item for item in fields(self) if item.name not in _FIRST]  # than the first fingerprints
+        usual = {item.name for item in newer if getattr(self, item.name) == item.default}
+        sizes = {name: size for name, size in asdict(self).items() if name not in usual}
         text = json.dumps({"model_type": model_type, **sizes}, sort_keys=True)
         return f"{model_type}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+_FIRST = frozenset(item.name for item in fields(ModelDims)[:8])
 
 
 @dataclass(frozen=True)

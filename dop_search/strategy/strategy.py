@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dop_search.strategy.operations import MODULES, Operation, TokenGroup, group_sizes
-from dop_search.strategy.policy import GroupPolicy, Layers, layers_text, policy_json
+from dop_search.strategy.policy import GroupPolicy, check_fields, layers_text, parse_policy, policy_json
 from dop_search.strategy.stages import check_stages, ranked_until
 from dop_search.utils.addresses import local_file
 from dop_search.utils.errors import StrategyError
@@ -323,10 +323,10 @@ class Strategy:
         """Inverse of :meth:`to_json` (``StrategyError`` saying which field is missing, unknown or wrong)."""
         FORMAT.check(data)
         optional = _OPTIONAL if data["version"] == 1 else _OPTIONAL | _NEWER
-        _check_fields(data, _REQUIRED, optional, "strategy")
+        check_fields(data, _REQUIRED, optional, "strategy")
         if data["num_layers"] > MAX_LAYERS:
             raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
-        groups = tuple(_parse_group(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
+        groups = tuple(parse_policy(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
         fields = {name: data[name] for name in optional if name in data and name != "depth_ratios"}
         return cls(num_layers=data["num_layers"], groups=groups, **fields)
 
@@ -379,33 +379,3 @@ _OPTIONAL = {
     "depth_ratios": (dict, type(None)),
 }
 _NEWER = {"num_visual_tokens": (int, float, type(None)), "per_image": bool}
-
-
-def _parse_group(item: Any, index: int, num_layers: int) -> GroupPolicy:
-    where = f"groups[{index}]"
-    if not isinstance(item, dict):
-        raise StrategyError(f"{where} must be an object, but got {item!r}")
-    _check_fields(item, {"share": (int, float), **{m.value: (int, list) for m in MODULES}}, {}, where)
-    layers = {m.value: _parse_layers(item[m.value], num_layers, f"{where}.{m.value}") for m in MODULES}
-    return GroupPolicy(group=TokenGroup(float(item["share"])), **layers)
-
-
-def _parse_layers(value: int | list[Any], num_layers: int, where: str) -> Layers:
-    if isinstance(value, list):
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-            raise StrategyError(f"{where} must list layer numbers, but got {value!r}")
-        return tuple(value)
-    if not 0 <= value <= num_layers:
-        raise StrategyError(f"`0 <= {where} <= num_layers` must hold, but got ({value}, num_layers={num_layers})")
-    return tuple(range(value))
-
-
-def _check_fields(data: dict[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any], where: str) -> None:
-    missing = [name for name in required if name not in data]
-    unknown = [name for name in data if name not in required and name not in optional]
-    if missing or unknown:
-        raise StrategyError(f"{where}: missing fields {missing}, unknown fields {unknown}")
-    for name, types in {**required, **optional}.items():
-        value = data.get(name)
-        if name in data and (not isinstance(value, types) or (isinstance(value, bool) and types is not bool)):
-            raise StrategyError(f"{where}: `{name}` has the wrong type: {value!r}")
