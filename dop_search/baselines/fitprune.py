@@ -89,12 +89,7 @@ class FitPrune(Method):
                 stages.append(layer)
                 kept.append(int(counts[layer]))
         return nested_strategy(
-            num_layers,
-            stages,
-            kept,
-            keys_stay=1,
-            selector="fitprune",
-            selector_options={"stages": stages},
+            num_layers, stages, kept, keys_stay=1, selector="fitprune", selector_options={"stages": stages}
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:

@@ -11,13 +11,7 @@ from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import Teacher, make_teacher
-from dop_search.divergence.profiling import (
-    MeasuredProfile,
-    OnProgress,
-    default_shares,
-    evaluation_store,
-    profile,
-)
+from dop_search.divergence.profiling import MeasuredProfile, OnProgress, default_shares, evaluation_store, profile
 from dop_search.models.loading import LoadedModel
 from dop_search.selectors import Selector, make_selector
 from dop_search.utils.errors import ConfigError

@@ -27,11 +27,7 @@ class Gsop(Method):
         key = ("gsop", self.free_nats, self.stride_nats)
         if key not in context.memo:
             context.memo[key] = GsopSearch(
-                context.needs_evaluate("GSOP"),
-                context.num_layers,
-                context.ranked(),
-                self.free_nats,
-                self.stride_nats,
+                context.needs_evaluate("GSOP"), context.num_layers, context.ranked(), self.free_nats, self.stride_nats
             )
         search: GsopSearch = context.memo[key]
         points = search.trajectory(lambda strategy: context.pricing.ratio(strategy) <= flops_ratio)

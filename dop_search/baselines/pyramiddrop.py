@@ -30,13 +30,7 @@ class PyramidDrop(Method):
         """Stages at ``first``, ``2 first`` and ``3 first``."""
         stages = [first * (index + 1) for index in range(NUM_STAGES)]
         counts = [int(num_visual * share**index + 1e-9) for index in range(NUM_STAGES + 1)]
-        return nested_strategy(
-            num_layers,
-            stages,
-            counts,
-            selector="pyramiddrop",
-            selector_options={"stages": stages},
-        )
+        return nested_strategy(num_layers, stages, counts, selector="pyramiddrop", selector_options={"stages": stages})
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         layers, visual = context.num_layers, context.num_visual

@@ -61,13 +61,7 @@ class SparseVlm(Method):
         for best in keep:
             best = min(best, counts[-1])
             counts.append(with_recycled(counts[-1], best) if self.name == "sparsevlm" and best else best)
-        return nested_strategy(
-            num_layers,
-            stages,
-            counts,
-            selector=self.name,
-            selector_options={"stages": stages},
-        )
+        return nested_strategy(num_layers, stages, counts, selector=self.name, selector_options={"stages": stages})
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
         layers, visual = context.num_layers, context.num_visual

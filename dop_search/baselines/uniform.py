@@ -39,11 +39,7 @@ class UniformReduction(Method):
             return context.pricing.ratio(item)
 
         kept = solve_integer(
-            lambda n: ratio(strategy(n)),
-            0,
-            context.num_visual,
-            flops_ratio,
-            f"uniform reduction by {self.name}",
+            lambda n: ratio(strategy(n)), 0, context.num_visual, flops_ratio, f"uniform reduction by {self.name}"
         )
         whole = strategy(kept)
         if num_layers == 1 or not context.pricing.distance_note(ratio(whole), flops_ratio):

@@ -153,11 +153,7 @@ class Allowance:
 
 
 def cut(
-    sizes: Sequence[SampleSize],
-    footprint: Footprint,
-    work_bytes: int,
-    max_tokens: int,
-    max_samples: int | None = None,
+    sizes: Sequence[SampleSize], footprint: Footprint, work_bytes: int, max_tokens: int, max_samples: int | None = None
 ) -> list[list[int]]:
     """Indices in chunks of similar length, each within the bytes and tokens given; one sample at least."""
     order = sorted(range(len(sizes)), key=lambda index: (sizes[index].length, index))

@@ -11,17 +11,7 @@ from typing import Any
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, Memory, Teacher, make_teacher
 from dop_search.models.loading import LoadedModel
-from dop_search.search import (
-    CurveGrid,
-    Curves,
-    EvaluationStore,
-    Problem,
-    Solution,
-    Space,
-    Surrogate,
-    rerank_all,
-    solve,
-)
+from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, Solution, Space, Surrogate, rerank_all, solve
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostKind, CostModel, LatencyTable
@@ -154,12 +144,7 @@ class MeasuredProfile(Profile):
         """The search problem, with exact evaluations."""
         return replace(super().problem(budget), store=self.store)
 
-    def rerank(
-        self,
-        budget: Budget,
-        num_candidates: int = 16,
-        on_progress: OnProgress | None = None,
-    ) -> Strategy:
+    def rerank(self, budget: Budget, num_candidates: int = 16, on_progress: OnProgress | None = None) -> Strategy:
         """The best by exact KL of the surrogate's best candidates and uniform reduction."""
         problem = self.problem(budget)
         ranked = rerank_all(problem, budget, num_candidates, on_progress=on_progress)

@@ -20,15 +20,7 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import field_and_layer
 from dop_search.models.tower import TowerCapture, VisionWatch, num_tokens
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
-from dop_search.pruning.choosing import (
-    Choice,
-    Chooser,
-    as_choice,
-    check_images,
-    check_model,
-    of_the_tower,
-    patch_tower,
-)
+from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, check_model, of_the_tower, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
 from dop_search.selectors.sharing import each_image, select_each
@@ -282,12 +274,7 @@ class RankingSource(Attached):
         return result
 
     def _choices(
-        self,
-        embeds: Tensor,
-        input_ids: Tensor,
-        visual: Tensor,
-        valid: Tensor | None,
-        num_kept: Callable[[int], int],
+        self, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None, num_kept: Callable[[int], int]
     ) -> list[Choice]:
         """Of each sample, or of each of its images; see :meth:`prepare`."""
         counts = visual_counts(visual)

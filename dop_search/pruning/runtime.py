@@ -159,8 +159,7 @@ class PrunedDecoder(Attached):
         norm = self.adapter.final_norm
         hidden = norm(hidden.to(norm.weight.device))
         return self.adapter.decoder_output(
-            last_hidden_state=hidden if packing is None else packing.gather(hidden),
-            past_key_values=past_key_values,
+            last_hidden_state=hidden if packing is None else packing.gather(hidden), past_key_values=past_key_values
         )
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -298,13 +297,7 @@ class PrunedDecoder(Attached):
                 cos, sin = (part.to(device)[:, None] for part in tokens.rope[2 if side[0] else 0 :][:2])
                 rows[side] = Side(None, None, cos, signed(sin))
             compute = partial(
-                extend_layer,
-                layer,
-                rows=rows[side],
-                num_samples=batch,
-                mask=masks[key],
-                cache=cache,
-                parts=self.parts,
+                extend_layer, layer, rows=rows[side], num_samples=batch, mask=masks[key], cache=cache, parts=self.parts
             )
             packed = checkpointed(layer, compute, packed.to(device))
         made: dict[Any, Any] = {}

@@ -135,9 +135,7 @@ def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) ->
 
 
 def in_turns(
-    inputs: SelectorInputs,
-    rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
-    join_crops: bool = False,
+    inputs: SelectorInputs, rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray], join_crops: bool = False
 ) -> np.ndarray:
     """Rank every image, or every tile of it, by itself; they take turns by relative rank, so that the order is nested.
 

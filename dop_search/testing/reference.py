@@ -190,11 +190,7 @@ def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: Opera
 
 
 def masked_generate(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    strategy: Strategy,
-    rankings: Rankings,
-    max_new_tokens: int,
+    model: PreTrainedModel, inputs: dict[str, Tensor], strategy: Strategy, rankings: Rankings, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers of the masked dense model: a full forward over prompt and answer for every new token.
 
