@@ -63,11 +63,6 @@ class StagePlan:
         return total
 
 
-def stage_flops(strategy: Strategy, dims: ModelDims, counts: TokenCounts) -> int:
-    """FLOPs of a strategy's rankings inside the decoder for one sample; 0 if it ranks before the decoder."""
-    return StagePlan(strategy).flops(dims, counts) if strategy.stages else 0
-
-
 class StageRun:
     """The stages of one prefill.
 
