@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PreTrainedModel
 
 from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt, mean_divergence
+from dop_search.baselines.equal_flops import solve_integer
 from dop_search.baselines.pricing import Pricing
 from dop_search.data.samples import Sample
 from dop_search.divergence import DivergenceEngine, Teacher
@@ -98,7 +99,6 @@ class FitContext:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
         return self.dims.num_layers
 
     @property
@@ -122,14 +122,25 @@ class FitContext:
         """The same with the number of tokens that enter the decoder."""
         return {"num_visual_tokens": None if kept == self.num_visual else kept, **self.ranked()}
 
+    def solve(
+        self,
+        make: Callable[[Any], Strategy],
+        low: Any,
+        high: Any,
+        target: float,
+        what: str,
+        solver: Callable[..., Any] = solve_integer,
+    ) -> tuple[Any, Strategy]:
+        """The number in ``[low, high]`` whose strategy costs nearest to ``target``, and that strategy."""
+        found = solver(lambda number: self.pricing.ratio(make(number)), low, high, target, what)
+        return found, make(found)
+
     # -- what not every context has; each raises a DopError that says how to make one that does --
 
     def needs_evaluate(self, method: str) -> Evaluate:
-        """``evaluate``."""
         return _needed(self.evaluate, f"{method} measures divergences")
 
     def needs_evaluate_at_prompt(self, method: str) -> Evaluate:
-        """``evaluate_at_prompt``."""
         return _needed(self.evaluate_at_prompt, f"{method} measures divergences")
 
     def needs_profile(self, space: str | None, selector: str | None = None) -> MeasuredProfile:
@@ -143,12 +154,10 @@ class FitContext:
         return _needed(self.store, f"{method} measures with every selector", "store=…")(selector)
 
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
-        """Model and teacher."""
         why = f"{method} looks at the model's states"
         return _needed(self.loaded, why), _needed(self.teacher, why)
 
     def needs_samples(self, method: str) -> tuple[LoadedModel, tuple[Sample, ...]]:
-        """Model and samples."""
         why = f"{method} reads the images"
         return _needed(self.loaded, why), _needed(self.samples, why, "samples=data.samples")
 

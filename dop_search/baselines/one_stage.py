@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_integer
+from dop_search.baselines.equal_flops import nested_strategy
 from dop_search.strategy import Strategy
 
 SMALLEST_SHARE = 0.1
@@ -37,14 +38,10 @@ class OneStage(Method):
         return nested_strategy(num_layers, [self.layer], [num_visual, kept], **ranked)
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        layers, visual = context.num_layers, context.num_visual
-
-        def ratio(kept: int) -> float:
-            return context.pricing.ratio(self.strategy(layers, visual, kept))
-
-        kept = solve_integer(ratio, 0, visual, flops_ratio, f"{self.title} with K={self.layer}")
-        facts = {"K": self.layer, "kept_tokens": kept}
-        return self.fitted(context, flops_ratio, self.strategy(layers, visual, kept), facts)
+        make = partial(self.strategy, context.num_layers, context.num_visual)
+        what = f"{self.title} with K={self.layer}"
+        kept, strategy = context.solve(make, 0, context.num_visual, flops_ratio, what)
+        return self.fitted(context, flops_ratio, strategy, {"K": self.layer, "kept_tokens": kept})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ tokens come on top of the lists, as in the paper, and are paid for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -64,18 +65,12 @@ class SparseVlm(Method):
         return nested_strategy(num_layers, stages, counts, selector=self.name, selector_options={"stages": stages})
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        layers, visual = context.num_layers, context.num_visual
-        equivalent = solve_real(
-            lambda value: context.pricing.ratio(self.strategy(layers, visual, value)),
-            self.smallest,
-            PUBLISHED_TOKENS,
-            flops_ratio,
-            f"{self.name} with its published stages",
-        )
-        strategy = self.strategy(layers, visual, equivalent)
+        make = partial(self.strategy, context.num_layers, context.num_visual)
+        what = f"{self.name} with its published stages"
+        equivalent, strategy = context.solve(make, self.smallest, PUBLISHED_TOKENS, flops_ratio, what, solve_real)
         facts = {
             "equivalent_tokens": equivalent,
-            "keep_list": self.keep_list(equivalent, visual),
+            "keep_list": self.keep_list(equivalent, context.num_visual),
             "stages": list(strategy.stages),
         }
         return self.fitted(context, flops_ratio, strategy, facts)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.divergence.memory import to_device
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import image_tokens_checked, with_answer
 from dop_search.models.tower import num_tokens
 from dop_search.pruning.choosing import Choice, Chooser
+from dop_search.pruning.layout import to_device
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.sight import Sight, sights_of
 from dop_search.selectors import Selector

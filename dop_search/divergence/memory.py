@@ -197,13 +197,6 @@ def empty_caches(device: torch.device) -> None:
 # -- moving ---------------------------------------------------------------------------------------
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move without waiting: through pinned memory where the device is a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where it comes from a GPU; nothing is copied that is there already."""
     if tensor.device.type != "cuda":

@@ -72,7 +72,6 @@ class ModelAdapter(VisionAdapter):
 
     @property
     def text_config(self) -> Any:
-        """Configuration of the decoder."""
         return self.model.config.get_text_config()
 
     @property
@@ -92,13 +91,11 @@ class ModelAdapter(VisionAdapter):
 
     @property
     def layers(self) -> Sequence[Any]:
-        """The decoder layers."""
         layers: Sequence[Any] = self.text_model.layers
         return layers
 
     @property
     def final_norm(self) -> Any:
-        """The norm after the last layer."""
         return self.text_model.norm
 
     @property
@@ -124,7 +121,6 @@ class ModelAdapter(VisionAdapter):
 
     @property
     def dims(self) -> ModelDims:
-        """The decoder's sizes."""
         config = self.layer_config
         mlp = getattr(self.layers[0], names_of(self.layers[0]).mlp)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

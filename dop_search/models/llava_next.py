@@ -6,6 +6,7 @@ and it resizes tiles when they are many.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.llava import LlavaAdapter
-from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.tower import Grids, VisionCall, each_sample
 from dop_search.utils.errors import DopError
 
 
@@ -56,23 +57,19 @@ class LlavaNextAdapter(LlavaAdapter):
         nothing = [None] * len(num_visual)
         if not any(num_visual) or (call := self.vision_watch.current()).modality != "image":
             return nothing
-        waiting = list(zip(self._tiles_of_tokens(call), self._tile_grids(call), strict=True))
-        available, wanted = sum(len(tiles) for tiles, _ in waiting), sum(num_visual)
-        if wanted % available:
-            return nothing
-        repeats, result = wanted // available, []  # generate() encodes an image once for all of its beams
-        for index, count in enumerate(num_visual):
-            if index % repeats == 0:
-                own: list[Tensor] = []
-                grids, first = [], 0
-                while sum(map(len, own)) < count:
-                    tiles, grid = waiting.pop(0)
+        images = list(zip(self._tiles_of_tokens(call), self._tile_grids(call), strict=True))
+        *starts, total = itertools.accumulate((len(tiles) for tiles, _ in images), initial=0)
+        result = []
+        for part in each_sample(num_visual, total) or ():
+            own: list[Tensor] = []
+            grids, first = [], 0
+            for (tiles, grid), start in zip(images, starts, strict=True):
+                if part.start <= start < part.stop:
                     own.append(torch.where(tiles < 0, tiles, tiles + first))
                     grids.append(grid)
                     first += 1 + grid[0] * grid[1]
-                sample = (torch.cat(own), grids) if own else None
-            result.append(sample)
-        return result
+            result.append((torch.cat(own), grids) if own else None)
+        return result or nothing
 
     def _tiles_of_tokens(self, call: VisionCall) -> list[Tensor]:
         """Per image which tile each token is from (0 the base view, then the crops), -1 for newline tokens."""

@@ -36,7 +36,6 @@ class TextProcessor:
 
     @property
     def chat_template(self) -> str | None:
-        """The tokenizer's."""
         template: str | None = self.tokenizer.chat_template
         return template
 
@@ -64,7 +63,6 @@ class TextProcessor:
         }
 
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
-        """The texts of some tokens."""
         return list(self.tokenizer.batch_decode(rows, **options))
 
     def to_dict(self) -> dict[str, Any]:

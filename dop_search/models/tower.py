@@ -86,7 +86,6 @@ class VisionWatch(Attached):
         self._seen.reset()
 
     def open(self) -> VisionWatch:
-        """Start watching."""
         self._open += 1
         if self._open == 1:
             self._seen = _Seen()
@@ -172,20 +171,30 @@ class VisionWatch(Attached):
         if not pieces:
             return None
         of_token = self.in_sequence_order({m: n.to(self._device(n)) for m, n in numbers.items()}).cpu()
-        available, wanted = len(of_token), sum(num_visual)
-        if wanted % available:
+        if (parts := each_sample(num_visual, len(of_token))) is None:
             return None
-        repeats, start, result = wanted // available, 0, []
-        for index, count in enumerate(num_visual):
-            part = torch.unique_consecutive(of_token[start : start + count]).tolist()
-            result.append(tuple(pieces[piece] for piece in dict.fromkeys(part)))
-            if (index + 1) % repeats == 0:
-                start += count
+        numbers_of = [torch.unique_consecutive(of_token[part]).tolist() for part in parts]
+        result = [tuple(pieces[piece] for piece in dict.fromkeys(its)) for its in numbers_of]
         fits = all(sum(map(num_tokens, grids)) == count for grids, count in zip(result, num_visual, strict=True))
         return result if fits else None
 
     def _device(self, tensor: Tensor) -> torch.device:
         return tensor.device if self.input_ids is None else self.input_ids.device
+
+
+def each_sample(num_visual: Sequence[int], available: int) -> list[slice] | None:
+    """Where each sample's tokens are among the ``available`` ones; ``None`` if those are of other images.
+
+    ``generate()`` encodes an image once for all of its beams, which stand next to each other.
+    """
+    wanted = sum(num_visual)
+    if not available or wanted % available:
+        return None
+    repeats, start, result = wanted // available, 0, []
+    for index, count in enumerate(num_visual):
+        result.append(slice(start, start + count))
+        start += count if (index + 1) % repeats == 0 else 0
+    return result
 
 
 def num_tokens(grids: Grids) -> int:
@@ -231,7 +240,6 @@ class TowerCapture(Attached):
         ]
 
     def remove(self) -> None:
-        """Stop capturing."""
         for hook in self._hooks:
             hook.remove()
         self.watch.remove()

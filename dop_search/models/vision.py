@@ -44,7 +44,6 @@ class VisionAdapter:
 
     @property
     def vision_tower(self) -> Any:
-        """The image encoder."""
         return getattr(self.model.model, self.tower_name)
 
     @property

@@ -349,6 +349,12 @@ def pack(
 
 
 def index_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on ``device``, without waiting for an accelerator to finish what it is doing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """An array on ``device``, see :func:`to_device`."""
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move without waiting: through pinned memory where the device is a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.capture import field_and_layer
-from dop_search.models.tower import TowerCapture, VisionWatch, num_tokens
+from dop_search.models.tower import TowerCapture, VisionWatch, each_sample, num_tokens
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, check_model, of_the_tower, patch_tower
 from dop_search.selectors import Selector, SelectorInputs
@@ -349,16 +349,11 @@ class RankingSource(Attached):
         return values
 
     def _split(self, values: Tensor, num_visual: Sequence[int]) -> list[Tensor]:
-        available, wanted = len(values), sum(num_visual)
-        if available == 0 or wanted % available:
-            raise DopError(f"{wanted} visual tokens in the batch do not match {available} tokens encoded by the tower")
-        repeats = wanted // available  # generate() encodes an image once for all of its beams
-        parts, start = [], 0
-        for index, count in enumerate(num_visual):
-            parts.append(values[start : start + count])
-            if (index + 1) % repeats == 0:
-                start += count
-        return parts
+        if (parts := each_sample(num_visual, len(values))) is None:
+            raise DopError(
+                f"{sum(num_visual)} visual tokens in the batch do not match {len(values)} tokens encoded by the tower"
+            )
+        return [values[part] for part in parts]
 
 
 def _squeeze(name: str, values: Tensor) -> Tensor:

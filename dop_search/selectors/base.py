@@ -234,7 +234,6 @@ class Selector(ABC):
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        """Names of the options."""
         return tuple(item.name for item in fields(cls))
 
     def options(self) -> dict[str, Any]:
@@ -260,7 +259,6 @@ class TowerRun(threading.local):
         self.reset()
 
     def reset(self) -> None:
-        """Nothing yet."""
         self.values: dict[str, Tensor] = {}
         self.num_runs = 0
         self.images: tuple[int, ...] | None = None
