@@ -16,6 +16,7 @@ which the FLOPs are saved; here the two schemes next to the target are mixed ins
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,24 +211,28 @@ def prune_layer_by_layer(
 
 
 @torch.inference_mode()
-def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSample]:
-    """What enters each layer of the full model, for the prompt of one sample."""
-    adapter.check_plain_attention("the method")
-    length = sample.prompt_length
-    cos, sin = (part[:length] for part in rotary(adapter, sample))
-    visual = sample.visual[:length].to(adapter.device)
+def inputs_of(modules: Sequence[Any], adapter: ModelAdapter, sample: EncodedSample, length: int | None) -> list[Tensor]:
+    """What enters some modules of the full model for one sample: ``[length, hidden_size]`` each."""
     seen: list[Tensor] = []
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"])[0])
 
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in adapter.layers]
-    try:
+    with ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         full_states(adapter, sample, length)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [_view(layer, hidden, cos, sin, visual) for layer, hidden in zip(adapter.layers, seen, strict=True)]
+    return seen
+
+
+def layer_views(adapter: ModelAdapter, sample: EncodedSample) -> tuple[list[StageSample], Tensor]:
+    """What enters each layer of the full model for the prompt of one sample, and the final norm."""
+    adapter.check_plain_attention("the method")
+    length = sample.prompt_length
+    cos, sin = (part[:length] for part in rotary(adapter, sample))
+    visual = sample.visual[:length].to(adapter.device)
+    *seen, last = inputs_of([*adapter.layers, adapter.final_norm], adapter, sample, length)
+    return [_view(layer, hidden, cos, sin, visual) for layer, hidden in zip(adapter.layers, seen, strict=True)], last
 
 
 def _view(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, visual: Tensor) -> StageSample:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_layers
-from dop_search.baselines.fitprune import layer_inputs
+from dop_search.baselines.fitprune import inputs_of, layer_views
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
-from dop_search.divergence.encoding import EncodedSample, full_states
+from dop_search.divergence.encoding import EncodedSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
@@ -95,35 +95,24 @@ def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Colle
     """From the short model's final states of text tokens to the full model's, with all visual tokens in both."""
     wanted, states = [], []
     for sample in samples:
-        full = final_states(loaded.adapter, sample)
+        norm = [loaded.adapter.final_norm]
+        (full,) = inputs_of(norm, loaded.adapter, sample, None)
         with layers_removed(loaded.model, removed):
-            short = final_states(loaded.adapter, sample)
+            (short,) = inputs_of(norm, loaded.adapter, sample, None)
         wanted.append(full[~sample.visual])
         states.append(short[~sample.visual])
     return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), rank)
 
 
 @torch.inference_mode()
-def final_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
-    """States before the final norm with all visual tokens, ``[length, hidden_size]``; ``None``: prompt and answer."""
-    seen: list[Tensor] = []
-    handle = adapter.final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-    try:
-        full_states(adapter, sample, length)
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-@torch.inference_mode()
 def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
     """Importance-weighted change that each layer makes to one prompt: ``[num_layers]`` float64."""
-    views = layer_inputs(adapter, sample)
-    after = [*[view.hidden for view in views[1:]], final_states(adapter, sample, sample.prompt_length)]
+    views, last = layer_views(adapter, sample)
+    after = [*[view.hidden for view in views[1:]], last]
     result = []
     for view, behind in zip(views, after, strict=True):
-        last = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
-        weight = view.attention(last).mean(dim=0)[0].double()
+        row = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
+        weight = view.attention(row).mean(dim=0)[0].double()
         change = 1.0 - torch.nn.functional.cosine_similarity(view.hidden.double(), behind.double(), dim=1)
         result.append((weight * change).sum())
     return torch.stack(result)

@@ -106,10 +106,8 @@ def search_options(
                 expected = budget.resolve(problem.cost_model) - left.resolve(problem.cost_model)
                 option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
-                search = gsop_search(problem, context.on_progress)
-                known = context.memo.setdefault(("trajectory", name), search)
-                known.evaluate = search.evaluate  # which says for which budget it measures now
-                option = gsop_option(option, known)
+                search = context.memo.setdefault(("trajectory", name), gsop_search(problem))
+                option = gsop_option(option, search, context.on_progress)
             found.append(option)
         except FAILURES:
             raise

@@ -164,16 +164,11 @@ class ModelDims:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of each layer."""
-        recurrent = () if self.recurrent is None else self.recurrent.layers
-        others = () if self.other_heads is None else self.other_heads.layers
-        return tuple(
-            LayerKind.RECURRENT
-            if layer in recurrent
-            else LayerKind.OTHER_HEADS
-            if layer in others
-            else LayerKind.ATTENTION
-            for layer in range(self.num_layers)
-        )
+        kinds = [LayerKind.ATTENTION] * self.num_layers
+        for part, kind in ((self.other_heads, LayerKind.OTHER_HEADS), (self.recurrent, LayerKind.RECURRENT)):
+            for layer in () if part is None else part.layers:
+                kinds[layer] = kind
+        return tuple(kinds)
 
     def of_kind(self, kind: LayerKind) -> ModelDims:
         """The sizes that count in the layers of a kind that attends."""
