@@ -65,11 +65,8 @@ best of a space, and of spaces and selectors together."""
 
 
 def baseline(name: str) -> Method:
-    """The method of that name; uniform reduction for a selector that was registered since.
-
-    Raises:
-        ConfigError: if there is none; names a near one.
-    """
+    """The method of that name; uniform reduction for a selector that was registered since. ConfigError if there is
+    none; names a near one."""
     if name in OWN:
         return OWN[name]
     if name not in BASELINES and name in SELECTORS:
@@ -80,11 +77,8 @@ def baseline(name: str) -> Method:
 
 
 def parse_method(name: str) -> tuple[Method, str | None]:
-    """``METHOD`` or ``METHOD@SELECTOR``: the method, and the selector if there is one.
-
-    Raises:
-        ConfigError: if there is no such method or selector, or the method ranks by no selector of one's choice.
-    """
+    """``METHOD`` or ``METHOD@SELECTOR``: the method, and the selector if there is one; ConfigError if there is no such
+    method or selector, or the method ranks by no selector of one's choice."""
     before, _, selector = name.partition("@")
     method = baseline(before)
     if not selector:
@@ -96,7 +90,7 @@ def parse_method(name: str) -> tuple[Method, str | None]:
 
 
 def known_methods(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names as they are (``ConfigError`` if one is no ``METHOD`` or ``METHOD@SELECTOR``)."""
+    """The names as they are; ConfigError if one is no ``METHOD`` or ``METHOD@SELECTOR``."""
     for name in names:
         parse_method(name)
     return names

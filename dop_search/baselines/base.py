@@ -222,16 +222,13 @@ class FittedMethod:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the strategy as a file, with the facts as its provenance.
-
-        Raises:
-            DopError: if no strategy expresses the method; it is fitted again instead.
-        """
+        """Write the strategy as a file, with the facts as its provenance; DopError if no strategy expresses the method;
+        it is fitted again instead."""
         strategy = self.needs_strategy()
         replace(strategy, provenance={**strategy.provenance, **self.facts}).save(path)
 
     def needs_strategy(self) -> Strategy:
-        """``strategy`` (``DopError`` if no strategy expresses the method)."""
+        """``strategy``; DopError if no strategy expresses the method."""
         if self.strategy is None:
             raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
         return self.strategy

@@ -77,7 +77,8 @@ def search_options(
     budget: Budget,
     prepared: Callable[[MeasuredProfile], MeasuredProfile] = lambda profile: profile,
 ) -> tuple[list[Option], list[str]]:
-    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes.
+    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes; DopError
+    if there is no pair, or a measurement fails.
 
     Args:
         context: measures the curves; keeps GSOP's trajectories for other budgets.
@@ -88,9 +89,6 @@ def search_options(
 
     Returns:
         The options, and which pairs this model or budget cannot have.
-
-    Raises:
-        DopError: if there is no pair, or a measurement fails.
     """
     found: list[Option] = []
     errors: dict[str, DopError] = {}

@@ -40,15 +40,13 @@ class Vtw(Method):
 
 
 def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float, first: int = 5) -> int:
-    """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``.
+    """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``; DopError if
+    no layer is.
 
     Args:
         evaluate: ``evaluate_at_prompt`` of a :class:`FitContext`, whose values the published ``eta`` are.
         eta_nats: the most that may be lost, such as one of :data:`PUBLISHED_ETA_NATS`.
         first: the first layer that is considered.
-
-    Raises:
-        DopError: if no layer is.
     """
     candidates = range(first, num_layers)
     scores = evaluate([Strategy.depthwise(num_layers, k, k, k) for k in candidates])

@@ -65,11 +65,8 @@ class Batches:
         self._prefix: PrefixKeys | None = None
 
     def run(self, indices: Sequence[int], work: Callable[[PackedChunk], T]) -> Iterator[tuple[list[int], T]]:
-        """``work`` on chunks of these samples, with the indices of each chunk's samples.
-
-        Raises:
-            MemoryLimitError: if not even one sample fits.
-        """
+        """``work`` on chunks of these samples, with the indices of each chunk's samples; MemoryLimitError if not even
+        one sample fits."""
         pending = deque(self._cut(indices))
         everything = len(indices) == len(self._sizes)
         if everything:  # chunks of another size, from before memory ran out, are of no use any more
@@ -129,11 +126,8 @@ class Batches:
         return self._allowance
 
     def _check_longest(self, free: int) -> int:
-        """What the longest sample takes, to be scored or to be answered.
-
-        Raises:
-            MemoryLimitError: if that is more than a limit allows.
-        """
+        """What the longest sample takes, to be scored or to be answered; MemoryLimitError if that is more than a limit
+        allows."""
         longest = max(self._sizes, key=lambda size: (size.length, size.answer))
         needed = max(self.footprint.chunk([size]) for size in set(self._sizes))
         if self.memory != "auto" and needed > free:

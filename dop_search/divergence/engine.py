@@ -120,7 +120,8 @@ class DivergenceEngine:
         sample_indices: Sequence[int] | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """KL(full ‖ strategy) in nats, averaged over each sample's answer positions.
+        """KL(full ‖ strategy) in nats, averaged over each sample's answer positions; NumericalError if a strategy's
+        logits are not finite.
 
         Args:
             strategies: what to score; each must be for the model's number of layers.
@@ -129,9 +130,6 @@ class DivergenceEngine:
         Returns:
             ``[num_strategies, num_samples]`` float64, in the order asked for; with another axis ``[K]`` if
             ``divergence`` has one.
-
-        Raises:
-            NumericalError: if a strategy's logits are not finite.
         """
         self._check(strategies)
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)

@@ -36,7 +36,7 @@ ACCELERATOR_CHUNK_TOKENS = 65536
 
 
 def check_memory(memory: Any) -> Memory:
-    """``memory`` as it is configured (``ConfigError`` if it is neither ``auto`` nor a positive number)."""
+    """``memory`` as it is configured; ConfigError if it is neither ``auto`` nor a positive number."""
     if memory == "auto":
         return "auto"
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:

@@ -70,11 +70,8 @@ class Profile:
         return self.curves.surrogate(self.space)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
-        """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.
-
-        Raises:
-            BudgetError: if nothing fits; names the smallest feasible value.
-        """
+        """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate. BudgetError if
+        nothing fits; names the smallest feasible value."""
         return self._sign(solve(solver, self.problem(budget), budget, **options), budget)
 
     def _sign(self, solution: Solution, budget: Budget) -> Strategy:
@@ -165,11 +162,8 @@ def make_space(
     min_visual_tokens: int = 1,
     strategy_fields: Mapping[str, Any] | None = None,
 ) -> Space:
-    """A search space by name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``.
-
-    Raises:
-        ConfigError: on an unknown name.
-    """
+    """A search space by name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``; ConfigError on an
+    unknown name."""
     fields = {"min_visual_tokens": min_visual_tokens, **(strategy_fields or {})}
     makers: dict[str, Callable[..., Space]] = {
         "dop": Space.dop,

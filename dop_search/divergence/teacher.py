@@ -163,14 +163,12 @@ def _answer_ids(
 def generate_ids(
     loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, memory: Memory = "auto"
 ) -> list[list[int]]:
-    """Greedy answers of the model as it is, without the prompt; may end in padding.
+    """Greedy answers of the model as it is, without the prompt; may end in padding. MemoryLimitError if not even one
+    sample fits.
 
     Plainly greedy, see :func:`plain_generation`: what a checkpoint ships besides (penalties, suppressed tokens) is no
     part of the output distribution that strategies are compared by. A batch whose keys and values do not fit
     ``memory`` is split.
-
-    Raises:
-        MemoryLimitError: if not even one sample fits.
     """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
     length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
@@ -207,11 +205,8 @@ def _generate(loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: in
 
 
 def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
-    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it.
-
-    Raises:
-        DataError: if no answer is known.
-    """
+    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it;
+    DataError if no answer is known."""
     if not sample.answers:
         raise no_answer(f"the sample {sample.id!r}")
     tokenizer = loaded.processor.tokenizer

@@ -61,11 +61,8 @@ class ModelAdapter(VisionAdapter):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """Refuse a configuration of the family that the adapter does not cover, before its weights are loaded.
-
-        Raises:
-            UnsupportedModelError: naming what was found and what is covered.
-        """
+        """Refuse a configuration of the family that the adapter does not cover, before its weights are loaded;
+        UnsupportedModelError naming what was found and what is covered."""
         return
 
     # -- the decoder ------------------------------------------------------------------------------
@@ -141,11 +138,8 @@ class ModelAdapter(VisionAdapter):
         return self.dims.fingerprint(self.model.config.model_type)
 
     def check_decoder(self) -> None:
-        """Refuse what can change after loading: weights that are offloaded, and the attention backend.
-
-        Raises:
-            UnsupportedModelError: naming what was found and the remedy.
-        """
+        """Refuse what can change after loading: weights that are offloaded, and the attention backend;
+        UnsupportedModelError naming what was found and the remedy."""
         check_placement(type(self.model).__name__, [*self.layers, self.final_norm])
         check_attention(self.text_config._attn_implementation)
 
@@ -213,11 +207,8 @@ class ModelAdapter(VisionAdapter):
         return "sliding_attention" in self.layer_types or self.sees_images_whole
 
     def check_plain_attention(self, what: str) -> None:
-        """Refuse what computes attention by itself where the decoder's is another.
-
-        Raises:
-            UnsupportedModelError: naming what it is.
-        """
+        """Refuse what computes attention by itself where the decoder's is another; UnsupportedModelError naming what it
+        is."""
         if self.layer_types or self.sees_images_whole:
             raise UnsupportedModelError(
                 f"{what} goes by attention that is causal in every layer, but {type(self.model).__name__} attends "
@@ -239,11 +230,8 @@ class ModelAdapter(VisionAdapter):
         return {}
 
     def decode_text(self, input_ids: Tensor) -> str:
-        """The text of some tokens, by the tokenizer that the model was loaded with.
-
-        Raises:
-            DopError: if the model was not loaded from a checkpoint with a tokenizer.
-        """
+        """The text of some tokens, by the tokenizer that the model was loaded with; DopError if the model was not
+        loaded from a checkpoint with a tokenizer."""
         if bool((input_ids == UNKNOWN_TOKEN).any()):
             raise DopError(
                 "the selector reads the prompt's text, of which `inputs_embeds` tell nothing; pass `input_ids`"

@@ -98,13 +98,11 @@ def refuse(wanted: str, why: str) -> UnsupportedModelError:
 
 
 def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-    """Capture one of :data:`TOWER_FIELDS`, or attention in another layer, as :class:`TowerCapture` does.
+    """Capture one of :data:`TOWER_FIELDS`, or attention in another layer, as :class:`TowerCapture` does;
+    UnsupportedModelError if the tower is not covered, or has no CLS token and the field needs one.
 
     Attention is averaged over heads. What each patch receives from all patches is what VisionZip (arXiv 2412.04467) and
     VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
-
-    Raises:
-        UnsupportedModelError: if the tower is not covered, or has no CLS token and the field needs one.
     """
     kind, layer = field_and_layer(name)
     if kind == "cls_attention" and not adapter.has_cls:

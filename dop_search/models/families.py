@@ -64,11 +64,8 @@ def auto_class(model_type: str) -> Any:
 
 
 def check_model_type(model_type: str | None, name: str) -> None:
-    """Refuse a model type without an adapter; ``name`` is what the user knows it by.
-
-    Raises:
-        UnsupportedModelError: listing the supported families.
-    """
+    """Refuse a model type without an adapter; ``name`` is what the user knows it by. UnsupportedModelError listing the
+    supported families."""
     if not is_known(model_type):
         near = did_you_mean(str(model_type), FAMILIES)
         raise UnsupportedModelError(
@@ -88,11 +85,8 @@ def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` and peft make of it.
-
-    Raises:
-        UnsupportedModelError: for wrappers that must not be pruned themselves.
-    """
+    """The model inside of what ``torch.compile`` and peft make of it; UnsupportedModelError for wrappers that must not
+    be pruned themselves."""
     while True:
         compiled, base = getattr(model, "_orig_mod", None), getattr(model, "get_base_model", None)
         if isinstance(compiled, nn.Module):
@@ -108,12 +102,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
-    """The adapter of a model, or of what peft or ``torch.compile`` has wrapped.
-
-    Raises:
-        UnsupportedModelError: if the model is a wrapper or a base model, or no adapter covers its class; lists the
-            supported families.
-    """
+    """The adapter of a model, or of what peft or ``torch.compile`` has wrapped; UnsupportedModelError if the model is a
+    wrapper or a base model, or no adapter covers its class; lists the supported families."""
     given: object = model
     if not isinstance(given, nn.Module):
         inside = isinstance(getattr(given, "model", None), nn.Module)

@@ -80,7 +80,7 @@ class LlavaNextAdapter(LlavaAdapter):
         return [torch.where(tokens.sum(dim=1) < 0.5, -1, tokens.argmax(dim=1)) for tokens in packed]
 
     def packed_patches(self) -> list[Tensor]:
-        """See base class (``DopError`` if a video is being encoded)."""
+        """See base class; DopError if a video is being encoded."""
         call = self.vision_watch.current()
         if call.modality != "image":
             raise DopError("what leaves out patches tile by tile needs images, but a video is being encoded")

@@ -40,11 +40,8 @@ class TextProcessor:
         return template
 
     def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """A conversation as one text; the content of each turn is a list of texts.
-
-        Raises:
-            DataError: if a turn has an image or a video.
-        """
+        """A conversation as one text; the content of each turn is a list of texts. DataError if a turn has an image or
+        a video."""
         if any(part["type"] != "text" for turn in turns for part in turn["content"]):
             raise DataError("the model reads text alone, but a sample has an image; use data=passages")
         plain = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]

@@ -139,7 +139,7 @@ class VisionWatch(Attached):
             self._seen.input_ids, self._seen.encoded.read = input_ids, True
 
     def current(self) -> VisionCall:
-        """The call whose images the tower encodes right now, or encoded last (``DopError`` if there is none)."""
+        """The call whose images the tower encodes right now, or encoded last; DopError if there is none."""
         call = self._seen.call
         if call is None:
             raise DopError("no image has been encoded while the vision tower was watched")

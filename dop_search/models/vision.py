@@ -79,11 +79,8 @@ class VisionAdapter:
 
     @property
     def tower_view(self) -> TowerView:
-        """The vision tower for selectors that look deeper into it than its attention, or change it.
-
-        Raises:
-            UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
-        """
+        """The vision tower for selectors that look deeper into it than its attention, or change it;
+        UnsupportedModelError if the tower is of another kind than CLIP's or SigLIP's; names selectors that work."""
         kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
         raise refuse(INSIDE, f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
 
@@ -133,11 +130,8 @@ class VisionAdapter:
         return [None] * len(num_visual)
 
     def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-        """Hand ``receive`` a field of ``SelectorInputs`` by visual token, whenever the decoder is about to read images.
-
-        Raises:
-            UnsupportedModelError: if the vision tower cannot give it; the message names selectors that work.
-        """
+        """Hand ``receive`` a field of ``SelectorInputs`` by visual token, whenever the decoder is about to read images;
+        UnsupportedModelError if the vision tower cannot give it; the message names selectors that work."""
         return capture_field(cast("ModelAdapter", self), name, receive)
 
     @property
@@ -185,13 +179,11 @@ class VisionAdapter:
         return layer % count
 
     def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
-        """Rows and columns of the visual tokens of each sample's images (and videos), each as in :meth:`token_grids`.
+        """Rows and columns of the visual tokens of each sample's images (and videos), each as in :meth:`token_grids`;
+        DopError if the model has encoded other images since the watch was opened, or none.
 
         Args:
             num_visual: visual tokens per sample of the batch.
-
-        Raises:
-            DopError: if the model has encoded other images since the watch was opened, or none.
         """
         if not any(num_visual):
             return [()] * len(num_visual)

@@ -113,10 +113,7 @@ class Chooser:
 
 def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None) -> TowerPatch | None:
     """Make the tower compute for ``num_kept`` tokens per sample; ``None`` if that is all of them or none.
-
-    Raises:
-        UnsupportedModelError: if it cannot change this tower.
-    """
+    UnsupportedModelError if it cannot change this tower."""
     grid = selector.tower_grid(adapter)
     if not num_kept or (grid is not None and num_kept >= grid[0] * grid[1] and not selector.several_images):
         return None
@@ -126,12 +123,10 @@ def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None)
 def check_images(
     adapter: ModelAdapter, selector: Selector, num_visual: int, inputs: SelectorInputs | None = None
 ) -> int:
-    """How many images a sample has under a selector that changes the tower.
+    """How many images a sample has under a selector that changes the tower; DopError if there are several and it works
+    on one.
 
     Where images may have any size, ``inputs`` tell whether there are several, once they are there.
-
-    Raises:
-        DopError: if there are several and it works on one.
     """
     if (grid := selector.tower_grid(adapter)) is not None:
         number, several = num_visual // (grid[0] * grid[1]), num_visual != grid[0] * grid[1]
@@ -155,11 +150,8 @@ def of_the_tower(adapter: ModelAdapter, needs: frozenset[str]) -> frozenset[str]
 
 
 def check_model(adapter: ModelAdapter, selector: Selector) -> None:
-    """Refuse a selector whose result would not be what it says on this family.
-
-    Raises:
-        UnsupportedModelError: naming selectors that work.
-    """
+    """Refuse a selector whose result would not be what it says on this family; UnsupportedModelError naming selectors
+    that work."""
     seen = of_the_tower(adapter, selector.needs())
     if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
         raise UnsupportedModelError(

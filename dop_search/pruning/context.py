@@ -83,11 +83,8 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
 
 
 def check_counts_sample(strategy: Strategy) -> None:
-    """Refuse a strategy that counts per image, or by share, where the vision tower is to make so many tokens.
-
-    Raises:
-        StrategyError: naming selectors that can.
-    """
+    """Refuse a strategy that counts per image, or by share, where the vision tower is to make so many tokens;
+    StrategyError naming selectors that can."""
     if strategy.per_image or isinstance(strategy.num_visual_tokens, float):
         raise StrategyError(
             f"{strategy.selector!r} changes the vision tower for a number of tokens per sample, but the strategy keeps "
@@ -97,11 +94,8 @@ def check_counts_sample(strategy: Strategy) -> None:
 
 
 def check_text(strategy: Strategy, text: TextGroups) -> None:
-    """Refuse text groups that do not go with a strategy.
-
-    Raises:
-        StrategyError: if they are for another number of layers, or the strategy ranks inside the decoder.
-    """
+    """Refuse text groups that do not go with a strategy; StrategyError if they are for another number of layers, or the
+    strategy ranks inside the decoder."""
     if not isinstance(text, TextGroups):
         raise StrategyError(f"`text` must be TextGroups, but got {text!r}")
     if text.num_layers != strategy.num_layers:

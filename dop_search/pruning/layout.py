@@ -56,7 +56,8 @@ def assign_groups(
     ranked: np.ndarray | None = None,
     images: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
+    """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``; DopError if the ranking is not a
+    permutation of the sample's visual tokens.
 
     Args:
         visual: ``[num_tokens]`` boolean.
@@ -65,9 +66,6 @@ def assign_groups(
         ranked: ``[num_tokens]`` the visual tokens that the strategy decides about (:func:`ranked_tokens`); all of them
             by default. The others are as text, and leave their rank to those after them.
         images: visual tokens of each image that is ranked by itself; all together by default.
-
-    Raises:
-        DopError: if the ranking is not a permutation of the sample's visual tokens.
     """
     positions = np.flatnonzero(visual)
     if len(ranking) != len(positions) or not np.array_equal(np.sort(ranking), np.arange(len(positions))):

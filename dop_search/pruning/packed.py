@@ -46,7 +46,8 @@ class Packing:
 def find_packing(
     positions: Tensor | None, shape: tuple[int, int], cached: bool, backend: str, kwargs: Mapping[str, Any]
 ) -> Packing | None:
-    """The sequences of packed rows as transformers finds them; ``None`` if each row is one sequence.
+    """The sequences of packed rows as transformers finds them; ``None`` if each row is one sequence. DopError if rows
+    are packed in a way that would not be respected.
 
     Args:
         positions: ``[batch or 1, length]`` of a call without an attention mask.
@@ -54,9 +55,6 @@ def find_packing(
         cached: whether the call fills a cache, with which transformers takes a row as one sequence.
         backend: name of the attention backend.
         kwargs: further arguments of the decoder, among them the lengths that packing collators make.
-
-    Raises:
-        DopError: if rows are packed in a way that would not be respected.
     """
     sequence = None
     if positions is not None and shape[1] > 1:  # a row of one token is one sequence: no wait for the device

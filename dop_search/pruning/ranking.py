@@ -72,7 +72,8 @@ class _Ranked(threading.local):
 
 
 class RankingSource(Attached):
-    """Watches the vision tower for what a selector needs, and ranks each sample's visual tokens.
+    """Watches the vision tower for what a selector needs, and ranks each sample's visual tokens; UnsupportedModelError
+    if the model lacks what the selector needs.
 
     Calls in several threads do not see each other's images.
 
@@ -81,9 +82,6 @@ class RankingSource(Attached):
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
         num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
         per_image: whether each image is ranked by itself.
-
-    Raises:
-        UnsupportedModelError: if the model lacks what the selector needs.
     """
 
     def __init__(
@@ -217,13 +215,11 @@ class RankingSource(Attached):
 
     @_spanned
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
-        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
+        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed; DopError if the
+        given rankings or the encoded images do not fit the batch.
 
         Args:
             num_visual: visual tokens per sample.
-
-        Raises:
-            DopError: if the given rankings or the encoded images do not fit the batch.
         """
         if self.rankings is not None:
             return self._given(len(num_visual))
@@ -253,11 +249,8 @@ class RankingSource(Attached):
         visual: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> list[SelectorInputs]:
-        """What the selector sees of each sample. See :meth:`prepare` for the arguments.
-
-        Raises:
-            DopError: if the encoded images do not fit the batch.
-        """
+        """What the selector sees of each sample. See :meth:`prepare` for the arguments. DopError if the encoded images
+        do not fit the batch."""
         tower = {name: self._split(values, num_visual) for name, values in self._tower_values().items()}
         grids = self.adapter.image_grids(num_visual)
         tiles = self.adapter.token_tiles(num_visual) if "tiles" in self.needs else [None] * len(num_visual)

@@ -349,7 +349,7 @@ class PrunedDecoder(Attached):
 
 
 def explicit_rankings(rankings: Any) -> list[np.ndarray] | None:
-    """Rankings given by the user as arrays (``DopError`` if they are no arrays of token numbers, or there are none)."""
+    """Rankings given by the user as arrays; DopError if they are no arrays of token numbers, or there are none."""
     if rankings is None:
         return None
     given = rankings if isinstance(rankings, (Sequence, np.ndarray, Tensor)) else []

@@ -59,11 +59,8 @@ SELECTORS = Registry("selector", {selector.name: selector for selector in _SELEC
 
 
 def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
-    """The selector of that name.
-
-    Raises:
-        DopError: on an unknown name or option, with near names, or an option of another type.
-    """
+    """The selector of that name; DopError on an unknown name or option, with near names, or an option of another
+    type."""
     selector = SELECTORS.find(name)
     known = selector.option_names()
     unknown = [option for option in options or {} if option not in known]

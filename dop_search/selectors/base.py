@@ -77,7 +77,7 @@ class SelectorInputs:
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """A field that the selector asked for (``DopError`` if it was not captured)."""
+        """A field that the selector asked for; DopError if it was not captured."""
         value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
@@ -189,13 +189,11 @@ class Selector(ABC):
         return self.requires
 
     def prepare(self, tower_width: int | None) -> None:  # noqa: B027 (optional, not abstract)
-        """Load what the selector needs besides the model, before the first image.
+        """Load what the selector needs besides the model, before the first image; UnsupportedModelError if it cannot be
+        had.
 
         Args:
             tower_width: channels of the vision tower, where known.
-
-        Raises:
-            UnsupportedModelError: if it cannot be had.
         """
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
@@ -207,10 +205,7 @@ class Selector(ABC):
 
     def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
         """Rows and columns of every image on a tower that the selector changes; ``None``: images have any size.
-
-        Raises:
-            UnsupportedModelError: if it cannot change this one; by default where images have any size.
-        """
+        UnsupportedModelError if it cannot change this one; by default where images have any size."""
         if (grid := adapter.tower_view.grid) is None:
             raise UnsupportedModelError(
                 f"{self.name!r} changes what the vision tower computes and needs images of one size, but "
@@ -283,7 +278,7 @@ class TowerPatch(Attached):
 
 
 def check_options(holds: bool, rule: str, **values: Any) -> None:
-    """Refuse options against a rule, with what they are (``DopError`` if it does not hold)."""
+    """Refuse options against a rule, with what they are; DopError if it does not hold."""
     if not holds:
         raise DopError(f"{rule} must hold, but got ({', '.join(f'{name}={value}' for name, value in values.items())})")
 
@@ -303,11 +298,8 @@ def at_layer(attention: str, layer: int | float | str | None) -> str:
 
 
 def descending(scores: Tensor) -> np.ndarray:
-    """Indices from the highest score to the lowest; ties keep the order of the tokens.
-
-    Raises:
-        DopError: if a score is not finite.
-    """
+    """Indices from the highest score to the lowest; ties keep the order of the tokens. DopError if a score is not
+    finite."""
     return np.argsort(-finite_array(scores.detach().float()), kind="stable")
 
 
@@ -336,7 +328,7 @@ def group_sums(rows: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def finite_array(values: Tensor) -> np.ndarray:
-    """A float64 array on the host (``DopError`` if a value is not finite)."""
+    """A float64 array on the host; DopError if a value is not finite."""
     array = values.detach().double().cpu().numpy()
     if not np.isfinite(array).all():
         raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")

@@ -84,11 +84,8 @@ class ClipSelector(Selector):
 
 
 def clip_text(path: str, method: str, variant: str, tower_width: int | None) -> ClipText:
-    """The text encoder of the checkpoint at ``path``.
-
-    Raises:
-        UnsupportedModelError: if no checkpoint is named, it cannot be read, or belongs to another tower.
-    """
+    """The text encoder of the checkpoint at ``path``; UnsupportedModelError if no checkpoint is named, it cannot be
+    read, or belongs to another tower."""
     if not path:
         raise UnsupportedModelError(
             f"{method!r} compares image and question in CLIP's space, but the model has no text encoder of its own; "

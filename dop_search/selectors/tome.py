@@ -62,11 +62,8 @@ class ToMeSelector(Selector):
 
 
 def merge_schedule(num_patches: int, num_kept: int, num_layers: int) -> tuple[int, ...]:
-    """Patches to merge in each layer: the smallest constant ``r`` that leaves ``num_kept`` patches.
-
-    Raises:
-        DopError: if halving in every layer leaves more.
-    """
+    """Patches to merge in each layer: the smallest constant ``r`` that leaves ``num_kept`` patches; DopError if halving
+    in every layer leaves more."""
     for r in range((num_patches + 1) // 2 + 1):
         schedule, count = [], num_patches
         for _ in range(num_layers):

@@ -27,7 +27,7 @@ def _load(path: str) -> Strategy:
 
 
 def strategy_of(hf_config: Any) -> Strategy:
-    """The strategy that ``--hf-overrides`` names (``StrategyError`` if it names none)."""
+    """The strategy that ``--hf-overrides`` names; StrategyError if it names none."""
     path = getattr(hf_config, "dop_strategy", None)
     if path is None:
         raise StrategyError("no strategy is named; start vLLM with the line that `dop-serve STRATEGY.json` prints")

@@ -57,11 +57,8 @@ class TokenGroup:
 
 
 def group_sizes(groups: tuple[TokenGroup, ...], num_tokens: int) -> tuple[int, ...]:
-    """Cut ``num_tokens`` ranked tokens into groups; the cumulative shares are rounded, so sizes add up.
-
-    Raises:
-        StrategyError: if the shares do not sum to 1.
-    """
+    """Cut ``num_tokens`` ranked tokens into groups; the cumulative shares are rounded, so sizes add up. StrategyError
+    if the shares do not sum to 1."""
     total = sum(group.share for group in groups)
     if abs(total - 1.0) > 1e-6:
         raise StrategyError(f"the shares of the token groups must sum to 1, but got {total} from {groups}")

@@ -69,7 +69,7 @@ def policy_json(policy: GroupPolicy) -> dict[str, Any]:
 
 
 def parse_policy(item: Any, index: int, num_layers: int) -> GroupPolicy:
-    """Inverse of :func:`policy_json` (``StrategyError`` saying what is wrong)."""
+    """Inverse of :func:`policy_json`; StrategyError saying what is wrong."""
     where = f"groups[{index}]"
     if not isinstance(item, dict):
         raise StrategyError(f"{where} must be an object, but got {item!r}")

@@ -261,11 +261,8 @@ class Strategy:
         return json.dumps([*parts, "per_image"] if self.per_image else parts, sort_keys=True)
 
     def for_num_layers(self, num_layers: int) -> Strategy:
-        """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded).
-
-        Raises:
-            StrategyError: if the strategy is not depth-wise.
-        """
+        """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded); StrategyError if the
+        strategy is not depth-wise."""
         ratios = self.depth_ratios()
         if ratios is None:
             raise StrategyError("only a depth-wise strategy can move to another depth; this one has free layer sets")
@@ -320,7 +317,7 @@ class Strategy:
 
     @classmethod
     def from_json(cls, data: Any) -> Strategy:
-        """Inverse of :meth:`to_json` (``StrategyError`` saying which field is missing, unknown or wrong)."""
+        """Inverse of :meth:`to_json`; StrategyError saying which field is missing, unknown or wrong."""
         FORMAT.check(data)
         optional = _OPTIONAL if data["version"] == 1 else _OPTIONAL | _NEWER
         check_fields(data, _REQUIRED, optional, "strategy")

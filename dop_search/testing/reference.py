@@ -107,7 +107,8 @@ def operation_masks(
     length: int | None = None,
     images: Sequence[Sequence[int]] | None = None,
 ) -> OperationMasks:
-    """Spread a strategy over the positions of a batch.
+    """Spread a strategy over the positions of a batch; DopError if a ranking is not a permutation of the sample's
+    visual tokens.
 
     Args:
         visual: boolean ``[batch, position]``.
@@ -116,9 +117,6 @@ def operation_masks(
             in no group, as if it were not there.
         length: positions of the prompt, whose last attended token runs everything; ``None``: all of them.
         images: per sample the visual tokens of each image, for strategies that count per image.
-
-    Raises:
-        DopError: if a ranking is not a permutation of the sample's visual tokens.
     """
     if len(rankings) != len(visual):
         raise DopError(f"`rankings` needs one entry per sample ({len(visual)}), but got {len(rankings)}")

@@ -31,11 +31,8 @@ STAGE_SELECTORS = Registry("in-decoder selector", {selector.name: selector for s
 
 
 def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
-    """The in-decoder criterion of that name; its option ``before`` is about what happens before the decoder.
-
-    Raises:
-        DopError: on an unknown name or option.
-    """
+    """The in-decoder criterion of that name; its option ``before`` is about what happens before the decoder. DopError
+    on an unknown name or option."""
     if name not in STAGE_SELECTORS:
         raise DopError(
             f"selector {name!r} cannot rank at `stages` inside the decoder; "

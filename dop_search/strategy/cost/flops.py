@@ -148,11 +148,8 @@ def total_flops(dims: ModelDims, tokens: LayerCounts) -> int:
 
 
 def strategy_flops(dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> int:
-    """FLOPs of one sample's prefill under the canonical form of ``strategy``.
-
-    Raises:
-        StrategyError: if the strategy is for another number of layers.
-    """
+    """FLOPs of one sample's prefill under the canonical form of ``strategy``; StrategyError if the strategy is for
+    another number of layers."""
     check_num_layers(dims, strategy)
     return total_flops(dims, layer_counts(strategy, counts))
 
