@@ -68,19 +68,15 @@ class CostCoefficients:
     # The interface `LayerPrices`: one layer is the same sum, apart by module; nothing is paid beside the layers.
 
     def attention(self, text: Counts, queries: Counts, keys: Counts, either: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(self.layer_cost(queries, keys, np.zeros_like(queries), either))
 
     def mlp_price(self, text: Counts, keys: Counts, mlps: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(self.mlp * mlps)
 
     def fixed(self, total: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.zeros_like(total)
 
     def full(self, total: Counts, num_layers: int) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(num_layers * self.layer_cost(total, total, total, total))
 
 
