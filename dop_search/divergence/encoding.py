@@ -16,6 +16,7 @@ from dop_search.models.prompts import image_tokens_checked, with_answer
 from dop_search.models.tower import num_tokens
 from dop_search.pruning.choosing import Choice, Chooser
 from dop_search.pruning.layout import to_device
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.sight import Sight, sights_of
 from dop_search.selectors import Selector
@@ -151,10 +152,11 @@ def encode(
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:  # of a model that reads text alone the decoder is called with tokens
         embeds = text_model.embed_tokens(ids)
-    source.prepare(embeds, ids, visual, prompt)
+    tokens = Tokens(embeds, ids, visual, valid=prompt)
+    source.prepare(tokens)
     chooser = None
     if selector.chooses_per_count and bool(visual.any()):
-        (sample,) = source.sample_inputs(visual_counts(visual), embeds, ids, visual, prompt)
+        (sample,) = source.sample_inputs(visual_counts(visual), tokens)
         sample = replace(sample, embeds=None)
         if selector.changes_tower:
             sizes = inputs.get(adapter.sizes_name)

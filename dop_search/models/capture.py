@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dop_search.models.tower import Read, TowerCapture
 from dop_search.models.tower_attention import cls_attention, head_mean_keys, received_attention
@@ -118,30 +118,14 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
     view = adapter.tower_view
     if not view.has_cls and name in _CLS_FIELDS:
         raise refuse(f"`{name}`", "the vision tower has no CLS token (try the selector's option attention=received)")
-    extra, norm = view.num_extra, view.final_norm
+    extra, norm = view.num_extra, view.final_norm or nn.Identity()
     feature, last = view.layers[view.feature_layer], view.layers[-1]
-
-    def features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        patches: Tensor = args[0][:, extra:]
-        return patches
-
-    def cls_feature(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        output: Tensor = args[0]
-        return output[:, :1].expand_as(output[:, 1:])
-
-    def patch_states(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        states: Tensor = args[0][:, extra:]
-        return states if norm is None else norm(states)
-
-    def last_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _wide_keys(attention, args, kwargs)[:, extra:]
-
     where: dict[str, tuple[Any, Read, bool]] = {
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
-        "last_keys": (last.self_attn, last_keys, False),
-        "features": (feature, features, True),
-        "cls_feature": (feature, cls_feature, True),
-        "patch_states": (feature, patch_states, True),
+        "last_keys": (last.self_attn, lambda *call: _wide_keys(*call)[:, extra:], False),
+        "features": (feature, lambda module, args, kwargs: args[0][:, extra:], True),
+        "cls_feature": (feature, lambda module, args, kwargs: args[0][:, :1].expand_as(args[0][:, 1:]), True),
+        "patch_states": (feature, lambda module, args, kwargs: norm(args[0][:, extra:]), True),
     }
     module, read, of_output = where[name]
     return TowerCapture(adapter, module, read, receive, of_output)

@@ -43,6 +43,41 @@ class Packing:
         return flat.index_copy(0, index[valid], spread[valid]).unflatten(0, self.shape)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one call of the decoder.
+
+    Attributes:
+        embeds: ``[batch, length, hidden_size]``.
+        input_ids: ``[batch, length]``.
+        visual: ``[batch, length]`` which tokens are visual.
+        rope: cosine and sine, each ``[batch or 1, length, head_dim]``; empty until they are needed.
+        valid: ``[batch, length]`` which tokens are real; ``None``: all.
+        read: ``[batch, length]`` whose logits a loss reads; ``None``: no labels.
+        whole: ``[batch, length]`` which are parts of images whose tokens see each other; ``None``: none.
+    """
+
+    embeds: Tensor
+    input_ids: Tensor
+    visual: Tensor
+    rope: tuple[Tensor, ...] = ()
+    valid: Tensor | None = None
+    read: Tensor | None = None
+    whole: Tensor | None = None
+
+    def unpacked(self, packing: Packing) -> Tokens:
+        """Each sequence of packed rows as a sample of its own."""
+        return Tokens(
+            packing.spread(self.embeds),
+            packing.spread(self.input_ids),
+            packing.spread(self.visual) & packing.valid,
+            tuple(packing.spread(part) for part in self.rope),
+            packing.valid,
+            None if self.read is None else packing.spread(self.read),
+            None if self.whole is None else packing.spread(self.whole) & packing.valid,
+        )
+
+
 def find_packing(
     positions: Tensor | None, shape: tuple[int, int], cached: bool, backend: str, kwargs: Mapping[str, Any]
 ) -> Packing | None:

@@ -21,6 +21,7 @@ from dop_search.models.capture import field_and_layer
 from dop_search.models.tower import TowerCapture, VisionWatch, each_sample, num_tokens
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
 from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, check_model, of_the_tower, patch_tower
+from dop_search.pruning.packed import Tokens
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
 from dop_search.selectors.sharing import each_image, select_each
@@ -177,31 +178,22 @@ class RankingSource(Attached):
             self._patch.restore()
 
     @_spanned
-    def prepare(
-        self,
-        embeds: Tensor,
-        input_ids: Tensor,
-        visual: Tensor,
-        valid: Tensor | None = None,
-        num_kept: Callable[[int], int] | None = None,
-    ) -> Tensor:
+    def prepare(self, tokens: Tokens, num_kept: Callable[[int], int] | None = None) -> Tensor:
         """Choose the tokens of each sample of a batch; :meth:`rank` and :meth:`images` then return what was chosen.
 
         Args:
-            embeds: ``[batch, length, hidden_size]`` what the decoder is about to receive.
-            input_ids: ``[batch, length]``.
-            visual: ``[batch, length]`` which tokens are visual.
-            valid: ``[batch, length]`` which tokens are real; ``None``: all.
+            tokens: what the decoder is about to receive.
             num_kept: from the visual tokens of a sample, or of an image, to those kept; ``None``: all are.
 
         Returns:
-            ``embeds``, with the merged features of selectors that merge.
+            ``[batch, length, hidden_size]`` the embeddings, with the merged features of selectors that merge.
         """
+        embeds, input_ids, visual = tokens.embeds, tokens.input_ids, tokens.visual
         if self.selector is None and not self.per_image:
             return embeds
         encoded, prompt, choices = self._local.encoded, *self._local.choices[1:]
         if prompt is None or not torch.equal(input_ids[:, : prompt.shape[1]], prompt):
-            choices = self._choices(embeds, input_ids, visual, valid, num_kept or (lambda count: count))
+            choices = self._choices(tokens, num_kept or (lambda count: count))
             self._local.choices = (encoded, input_ids if encoded else None, choices)
         self._local.prepared = choices
         if all(choice.embeds is None for choice in choices):
@@ -241,15 +233,8 @@ class RankingSource(Attached):
         assert self.selector is not None
         return Chooser(self.adapter, self.selector, inputs)
 
-    def sample_inputs(
-        self,
-        num_visual: Sequence[int],
-        embeds: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        visual: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> list[SelectorInputs]:
-        """What the selector sees of each sample. See :meth:`prepare` for the arguments. DopError if the encoded images
+    def sample_inputs(self, num_visual: Sequence[int], tokens: Tokens | None = None) -> list[SelectorInputs]:
+        """What the selector sees of each sample; without ``tokens`` of the tower alone. DopError if the encoded images
         do not fit the batch."""
         tower = {name: self._split(values, num_visual) for name, values in self._tower_values().items()}
         grids = self.adapter.image_grids(num_visual)
@@ -260,34 +245,29 @@ class RankingSource(Attached):
             inputs = inputs.with_tensors({name: _squeeze(name, parts[index]) for name, parts in tower.items()})
             if (tiling := tiles[index]) is not None:
                 inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1][0] if len(tiling[1]) == 1 else None)
-            if embeds is not None and input_ids is not None and visual is not None:
-                real = None if valid is None else valid[index]
-                inputs = self._with_decoder_inputs(inputs, embeds[index], input_ids[index], visual[index], real)
-            result.append(inputs)
+            result.append(inputs if tokens is None else self._with_decoder_inputs(inputs, tokens, index))
         return result
 
-    def _choices(
-        self, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None, num_kept: Callable[[int], int]
-    ) -> list[Choice]:
+    def _choices(self, tokens: Tokens, num_kept: Callable[[int], int]) -> list[Choice]:
         """Of each sample, or of each of its images; see :meth:`prepare`."""
-        counts = visual_counts(visual)
+        counts, dtype = visual_counts(tokens.visual), tokens.embeds.dtype
         images = self.adapter.image_grids(counts) if self.per_image else [()] * len(counts)
         if self.selector is None:
             choices = [Choice(order) for order in self._given(len(counts))]
         else:
-            seen = self.sample_inputs(counts, embeds, input_ids, visual, valid)
+            seen = self.sample_inputs(counts, tokens)
             tiles = self.adapter.token_tiles(counts) if self.per_image and "tiles" in self.needs else None
             choices = []
             for index, (count, inputs) in enumerate(zip(counts, seen, strict=True)):
                 if not count:
                     choices.append(Choice(np.empty(0, dtype=np.int64)))
                 elif not self.per_image:
-                    choices.append(self._choose(inputs, num_kept(count), embeds.dtype))
+                    choices.append(self._choose(inputs, num_kept(count), dtype))
                 else:
                     tiling = None if tiles is None else tiles[index]
                     parts = each_image(inputs, images[index], () if tiling is None else tiling[1])
                     selection = select_each(self.selector, parts, num_kept)
-                    choices.append(as_choice(self.adapter, selection, embeds.dtype))
+                    choices.append(as_choice(self.adapter, selection, dtype))
         return [
             replace(choice, images=tuple(map(num_tokens, grids))) for choice, grids in zip(choices, images, strict=True)
         ]
@@ -305,9 +285,9 @@ class RankingSource(Attached):
             )
         return Choice(self.selector.rank(inputs, num_kept))
 
-    def _with_decoder_inputs(
-        self, inputs: SelectorInputs, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None
-    ) -> SelectorInputs:
+    def _with_decoder_inputs(self, inputs: SelectorInputs, tokens: Tokens, index: int) -> SelectorInputs:
+        embeds, visual = tokens.embeds[index], tokens.visual[index]
+        valid = None if tokens.valid is None else tokens.valid[index]
         text = text_read_with_image(visual, valid)
         if "embeds" in self.needs:
             inputs = replace(inputs, embeds=embeds[visual].detach())
@@ -317,7 +297,7 @@ class RankingSource(Attached):
             asked = attention_from_text(self.adapter, embeds, visual, valid)
             inputs = replace(inputs, received_attention=asked)
         if "text" in self.needs:
-            inputs = replace(inputs, text=self.adapter.decode_text(input_ids[text]))
+            inputs = replace(inputs, text=self.adapter.decode_text(tokens.input_ids[index][text]))
         return inputs
 
     def _given(self, batch: int) -> list[np.ndarray]:

@@ -30,9 +30,9 @@ from dop_search.pruning.layer import (
     run_recurrent,
 )
 from dop_search.pruning.layout import LayoutCache
-from dop_search.pruning.packed import find_packing
+from dop_search.pruning.packed import Tokens, find_packing
 from dop_search.pruning.plans import LayerPlan
-from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
+from dop_search.pruning.prompt import Call, Prompt, arrange
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.recurrent import taps_of, text_chunk
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of

@@ -14,6 +14,7 @@ from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence import teacher as teacher_module
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.prompts import model_inputs
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
 from dop_search.selectors import SELECTORS, Selection, SelectionSizes, Selector, make_selector
 from dop_search.utils.errors import DopError, UnsupportedModelError
@@ -84,9 +85,10 @@ def test_merged_features_reach_the_decoder_at_their_slots(name, pocket, few_samp
     try:
         with torch.inference_mode():
             pocket.model(**inputs)
-            ids, visual = inputs["input_ids"], adapter.visual_token_mask(inputs["input_ids"])
-            merged = source.prepare(seen["embeds"], ids, visual, None, lambda count: 30)
-            (sample,) = source.sample_inputs([256], seen["embeds"], ids, visual)
+            visual = adapter.visual_token_mask(inputs["input_ids"])
+            tokens = Tokens(seen["embeds"], inputs["input_ids"], visual)
+            merged = source.prepare(tokens, lambda count: 30)
+            (sample,) = source.sample_inputs([256], tokens)
             selection = selector.select(sample, 30)
             expected = selection.features
             if selection.space == "features":

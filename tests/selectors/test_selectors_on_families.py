@@ -22,6 +22,7 @@ from dop_search.models.capture import field_and_layer
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
 from dop_search.selectors.base import at_layer
@@ -455,7 +456,7 @@ def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     try:
         with torch.no_grad():
             model(**inputs)
-            (sample,) = source.sample_inputs([count], seen["embeds"], ids, visual)
+            (sample,) = source.sample_inputs([count], Tokens(seen["embeds"], ids, visual))
             selection = source.selector.select(sample, count // 3)
     finally:
         hook.remove()
