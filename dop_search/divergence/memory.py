@@ -21,18 +21,16 @@ Memory = Literal["auto"] | float
 """Device memory for a search in GiB, weights included; ``auto``: most of what is free."""
 
 GIB = 2**30
-AUTO_SHARE = {"cpu": 0.5}
-"""Of free memory that ``auto`` takes; :data:`ACCELERATOR_SHARE` of an accelerator's."""
-ACCELERATOR_SHARE = 0.9
+CPU_SHARE, ACCELERATOR_SHARE = 0.5, 0.9
+"""Of free memory that ``auto`` takes."""
 RESERVED_BYTES = 3 * GIB // 4
 """Of a limit on an accelerator: the driver's context, and what the allocator loses between blocks."""
 WORK_SHARE = 0.45
 """Of what is free for chunks; the rest is for hidden states that are kept."""
 HOST_SHARE = 0.5
 """Of free host memory for hidden states that do not fit the device."""
-CHUNK_TOKENS = {"cpu": 1536}
+CPU_CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS = 1536, 65536
 """Tokens that are computed together: what fits the caches of a CPU, what fills an accelerator."""
-ACCELERATOR_CHUNK_TOKENS = 65536
 
 
 def check_memory(memory: Any) -> Memory:
@@ -93,7 +91,7 @@ def free_bytes(adapter: ModelAdapter, memory: Memory) -> int:
 
 def _free_on(device: torch.device, model: nn.Module, memory: Memory) -> int:
     if memory == "auto":
-        return int(available_bytes(device) * AUTO_SHARE.get(device.type, ACCELERATOR_SHARE))
+        return int(available_bytes(device) * (CPU_SHARE if device.type == "cpu" else ACCELERATOR_SHARE))
     held = sum(holder.reserved_bytes for holder in _holders) + (told_bytes() if device.type == "cpu" else 0)
     return limit_bytes(memory, device.type) - weight_bytes(model, device) - held
 
@@ -172,7 +170,7 @@ def cut(
 
 def chunk_tokens(device_type: str) -> int:
     """Tokens that are computed together if memory does not forbid it."""
-    return CHUNK_TOKENS.get(device_type, ACCELERATOR_CHUNK_TOKENS)
+    return CPU_CHUNK_TOKENS if device_type == "cpu" else ACCELERATOR_CHUNK_TOKENS
 
 
 # -- when it was too little -----------------------------------------------------------------------

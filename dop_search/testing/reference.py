@@ -31,8 +31,7 @@ from transformers import PreTrainedModel
 from dop_search.models import adapter_for
 from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
-from dop_search.strategy.operations import MODULES, Module
-from dop_search.testing.recurrence import recurrence_hook
+from dop_search.strategy.operations import MODULES
 from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 Rankings = Sequence[np.ndarray]
@@ -50,11 +49,7 @@ class OperationMasks:
 
 def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """The placeholder token ids that the model replaces by visual features (image, and video where it has one); of a
-    model that reads text alone those of its markers.
-
-    Raises:
-        UnsupportedModelError: if the config names no image token, and there is no adapter to ask.
-    """
+    model that reads text alone those of its markers. UnsupportedModelError if neither it nor an adapter names any."""
     if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
         return tuple(token for marker in markers for token in marker)
     names = ("image_token_id", "video_token_id")
@@ -143,8 +138,7 @@ def operation_masks(
                 for position in ranked[start : start + size]:
                     masks[:, :, sample, position] = runs[group].T
                 start += size
-    by_module = {module: masks[index] for index, module in enumerate(MODULES)}
-    return OperationMasks(by_module[Module.Q], by_module[Module.KV], by_module[Module.MLP])
+    return OperationMasks(*masks)  # in the order of MODULES
 
 
 def masked_forward(
@@ -197,15 +191,12 @@ def masked_generate(
     """
     inputs = dict(inputs)
     suppressed = [*visual_token_ids(model), *(model.generation_config.suppress_tokens or [])]
-    answers: list[list[int]] = [[] for _ in inputs["input_ids"]]
     length = inputs["input_ids"].shape[1]
     for _ in range(max_new_tokens):
         scores = masked_forward(model, inputs, strategy, rankings, length)[:, -1]
         scores[:, suppressed] = -torch.inf
-        tokens = scores.argmax(dim=-1)
-        for answer, token in zip(answers, tokens.tolist(), strict=True):
-            answer.append(token)
-        inputs = append_tokens(inputs, tokens[:, None])
+        inputs = append_tokens(inputs, scores.argmax(dim=-1)[:, None])
+    answers: list[list[int]] = inputs["input_ids"][:, length:].tolist()
     return answers
 
 
@@ -296,7 +287,7 @@ def _masking(
             handles = [mlp.register_forward_hook(_hide(masks.mlp[index]))]
             recurrent = parts.get("linear_attn", parts.get("conv"))
             if recurrent is not None:
-                hook = recurrence_hook(masks.q[index] & attended, masks.kv[index] & attended)
+                hook = _recur(masks.q[index] & attended, masks.kv[index] & attended)
                 handles.append(recurrent.register_forward_hook(hook, with_kwargs=True))
             else:
                 attention = parts["self_attn"]
@@ -335,3 +326,70 @@ def _hide(runs: Tensor) -> Callable[..., Any]:
         return (hidden, *others) if isinstance(output, tuple) else hidden
 
     return hook
+
+
+def _recur(reads: Tensor, updates: Tensor) -> Callable[..., Tensor]:
+    """What ``reads`` get from a recurrence that sees the tokens ``updates`` (both ``[batch, position]``)."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        result = torch.zeros_like(output)
+        for sample, (reading, updating) in enumerate(zip(reads.tolist(), updates.tolist(), strict=True)):
+            is_short = hasattr(module, "conv")
+            taps = (module.conv if is_short else module.conv1d).weight[:, 0]  # [features, taps]
+            seen = [torch.zeros_like(taps[:, 0])] * (taps.shape[1] - 1)
+            shape = (0,) if is_short else (module.num_v_heads, module.head_k_dim, module.head_v_dim)
+            state, step = hidden.new_zeros(shape), convolution_step if is_short else delta_step
+            for place, (asks, learns) in enumerate(zip(reading, updating, strict=True)):
+                if asks or learns:
+                    answer, seen, state = step(module, hidden[sample, place], seen, state, learns)
+                    result[sample, place] = answer if asks else 0.0
+        return result
+
+    return hook
+
+
+def convolution_step(
+    module: Any, token: Tensor, seen: list[Tensor], state: Tensor, learns: bool = True
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """As :func:`delta_step`, of LFM2's short convolution (arXiv 2511.23404, section 2): ``o = W (C * conv(B * x))``,
+    whose state is what it looks back to."""
+    before, after, features = module.in_proj(token).chunk(3)
+    window = [*seen, before * features]
+    mixed = sum(module.conv.weight[:, 0, i] * part for i, part in enumerate(window))
+    if module.conv.bias is not None:
+        mixed = mixed + module.conv.bias
+    return module.out_proj(after * mixed), window[1:] if learns else seen, state
+
+
+def delta_step(
+    module: Any, token: Tensor, seen: list[Tensor], state: Tensor, learns: bool = True
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """One token of a gated delta net: its output, and what it leaves if it ``learns``, by the equations of the paper
+    (arXiv 2412.06464, eq. 10): ``S' = S exp(g)``, ``S' += k (v - k S')^T beta``, ``o = q S'``.
+
+    Args:
+        module: the layer's gated delta net.
+        token: ``[hidden_size]``, normed.
+        seen: features of the tokens before it, as many as the convolution looks back.
+        state: ``[heads, key width, value width]``.
+        learns: otherwise it reads the state that others have left.
+    """
+    features = module.in_proj_qkv(token)
+    taps = module.conv1d.weight[:, 0]
+    mixed = nn.functional.silu(sum(taps[:, i] * part for i, part in enumerate([*seen, features])))
+    query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim])
+    repeats = module.num_v_heads // module.num_k_heads
+    query, key = (
+        (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(repeats, dim=0)
+        for part in (query.view(module.num_k_heads, -1), key.view(module.num_k_heads, -1))
+    )
+    if learns:
+        decay = torch.exp(-module.A_log.exp() * nn.functional.softplus(module.in_proj_a(token) + module.dt_bias))
+        state = state * decay[:, None, None]
+        known = (key[:, None] @ state)[:, 0]
+        change = (value.view(module.num_v_heads, -1) - known) * module.in_proj_b(token).sigmoid()[:, None]
+        state, seen = state + key[:, :, None] @ change[:, None], [*seen[1:], features]
+    answer = (query[:, None] @ state)[:, 0] / module.head_k_dim**0.5
+    gate = module.in_proj_z(token).view(module.num_v_heads, -1)
+    return module.out_proj(module.norm(answer, gate).flatten()), seen, state
