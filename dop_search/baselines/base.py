@@ -122,6 +122,13 @@ class FitContext:
         """The same with the number of tokens that enter the decoder."""
         return {"num_visual_tokens": None if kept == self.num_visual else kept, **self.ranked()}
 
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What was made for another budget, or is made now."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        made: T = self.memo[key]
+        return made
+
     def solve(
         self,
         make: Callable[[Any], Strategy],

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,15 +123,11 @@ def measured_counts(context: FitContext) -> Counts:
     """What is left after each layer on the context's samples, measured once for each alpha."""
     loaded, teacher = context.needs_model("FitPrune")
     samples = [sample.encoded for sample in teacher.samples[:MAX_SAMPLES]]
-    known: dict[Any, Any] = context.memo.setdefault("fitprune", {})
 
     def counts(alpha: float) -> np.ndarray:
-        if "sums" not in known:
-            known["sums"] = [received_sums(loaded.adapter, sample) for sample in samples]
-        if alpha not in known:
-            known[alpha] = fitted_counts(loaded.adapter, samples, known["sums"], alpha, context.num_visual)
-        result: np.ndarray = known[alpha]
-        return result
+        sums = context.once("fitprune", lambda: [received_sums(loaded.adapter, sample) for sample in samples])
+        fitted = partial(fitted_counts, loaded.adapter, samples, sums, alpha, context.num_visual)
+        return context.once(("fitprune", alpha), fitted)
 
     return counts
 

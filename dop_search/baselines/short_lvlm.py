@@ -23,6 +23,7 @@ from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_layers
 from dop_search.baselines.fitprune import inputs_of, layer_views
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
+from dop_search.baselines.shortv import from_least
 from dop_search.divergence.encoding import EncodedSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
@@ -120,10 +121,10 @@ def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
 
 def removal_order(context: FitContext) -> tuple[int, ...]:
     """Layers from the least to the greatest influence, measured once per context; ties start at the deepest."""
-    if "short_lvlm" not in context.memo:
-        loaded, teacher = context.needs_model("Short-LVLM")
-        samples = [item.encoded for item in teacher.samples[:MAX_SAMPLES]]
-        values = torch.stack([layer_influence(loaded.adapter, sample) for sample in samples]).mean(dim=0).tolist()
-        context.memo["short_lvlm"] = tuple(sorted(range(len(values)), key=lambda layer: (values[layer], -layer)))
-    order: tuple[int, ...] = context.memo["short_lvlm"]
-    return order
+    loaded, teacher = context.needs_model("Short-LVLM")
+
+    def measured() -> tuple[int, ...]:
+        influences = [layer_influence(loaded.adapter, item.encoded) for item in teacher.samples[:MAX_SAMPLES]]
+        return from_least(torch.stack(influences).mean(dim=0).tolist())
+
+    return context.once("short_lvlm", measured)

@@ -9,7 +9,7 @@ chosen by the context's selector.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +80,10 @@ def layer_contributions(evaluate: Evaluate, num_layers: int) -> np.ndarray:
 
 def freezing_order(context: FitContext) -> tuple[int, ...]:
     """Layers from the least to the greatest contribution, measured once per context."""
-    if "shortv" not in context.memo:
-        values = layer_contributions(context.needs_evaluate_at_prompt("ShortV"), context.num_layers)
-        context.memo["shortv"] = from_least(values)
-    order: tuple[int, ...] = context.memo["shortv"]
-    return order
+    evaluate = context.needs_evaluate_at_prompt("ShortV")
+    return context.once("shortv", lambda: from_least(layer_contributions(evaluate, context.num_layers)))
 
 
-def from_least(contributions: np.ndarray) -> tuple[int, ...]:
+def from_least(contributions: Sequence[float] | np.ndarray) -> tuple[int, ...]:
     """Layers from the least to the greatest contribution; ties start at the deepest."""
     return tuple(sorted(range(len(contributions)), key=lambda layer: (contributions[layer], -layer)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.pricing import Pricing
@@ -104,7 +105,7 @@ def search_options(
                 expected = budget.resolve(problem.cost_model) - left.resolve(problem.cost_model)
                 option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
-                search = context.memo.setdefault(("trajectory", name), gsop_search(problem))
+                search = context.once(("trajectory", name), partial(gsop_search, problem))
                 option = gsop_option(option, search, context.on_progress)
             found.append(option)
         except FAILURES:

@@ -191,7 +191,7 @@ class Layout:
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """An index array on the layout's device."""
-        return index_tensor(array, self.device)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
     def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray, window: int | None) -> AttentionPlan:
         query_place, num_queries, query_even = self._places(query_rows, align_right=False)
@@ -344,11 +344,6 @@ def pack(
         sight=None if sights is None else Sight.joined([s.at(keep) for s, keep in zip(sights, kept, strict=True)]),
     )
     return layout, kept
-
-
-def index_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on ``device``, see :func:`to_device`."""
-    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
