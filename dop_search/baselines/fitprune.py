@@ -179,8 +179,7 @@ def prune_layer_by_layer(
 ) -> list[int]:
     """Run the decoder on one prompt; after each layer's attention the visual tokens ``leaving(layer, self, cross)`` go.
 
-    Returns:
-        How many left in each layer.
+    Returns how many left in each layer.
     """
     length = sample.prompt_length
     adapter.check_plain_attention("`fitprune`")

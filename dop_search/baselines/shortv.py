@@ -35,8 +35,7 @@ PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {
 class ShortV(Method):
     """Solved for the number of frozen layers and the number of tokens that enter.
 
-    Args:
-        order: layers to freeze, first first, instead of measuring; must name every layer.
+    ``order``: layers to freeze, first first, instead of measuring; must name every layer.
     """
 
     name = "shortv"

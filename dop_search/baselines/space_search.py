@@ -11,7 +11,7 @@ from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.pricing import Pricing
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.divergence.profiling import MeasuredProfile
-from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
+from dop_search.search import Option, gsop_option, gsop_search, joint_search
 from dop_search.search.options import GSOP
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
@@ -53,7 +53,8 @@ class SpaceSearch(Method):
             decide=context.decide if len(options) > 1 else None,
             on_progress=context.on_progress,
         )
-        best = next((item for item in found if self._uses_up(context, item, flops_ratio)), found[0])
+        priced = ((item, context.pricing.ratio(item.strategy)) for item in found)
+        best = next((item for item, ratio in priced if not context.pricing.distance_note(ratio, flops_ratio)), found[0])
         strategy = replace(best.strategy, model_fingerprint=None)
         facts = {
             "strategy": strategy.describe(),
@@ -65,10 +66,6 @@ class SpaceSearch(Method):
         if best.kl_decision is not None:
             facts["kl_decision_nats"] = best.kl_decision
         return self.fitted(context, flops_ratio, strategy, facts, left_out)
-
-    @staticmethod
-    def _uses_up(context: FitContext, solution: MeasuredSolution, flops_ratio: float) -> bool:
-        return not context.pricing.distance_note(context.pricing.ratio(solution.strategy), flops_ratio)
 
 
 def search_options(

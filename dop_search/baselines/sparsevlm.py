@@ -34,8 +34,7 @@ KEEP_LISTS: dict[str, dict[int, tuple[int, int, int]]] = {
 class SparseVlm(Method):
     """Solved for the equivalent tokens ``T`` (of 576).
 
-    Args:
-        name: ``sparsevlm`` (version 1), ``sparsevlm_v2`` or ``adaptinfer``; also the criterion's.
+    ``name``: ``sparsevlm`` (version 1), ``sparsevlm_v2`` or ``adaptinfer``; also the criterion's.
     """
 
     name: str = "sparsevlm"  # type: ignore[misc]

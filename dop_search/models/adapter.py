@@ -219,9 +219,8 @@ class ModelAdapter(VisionAdapter):
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Take the features that the decoder adds to its visual tokens after its first layers out of its arguments.
 
-        Returns:
-            One tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the order
-            of the sequence; empty where the family adds nothing.
+        Returns one tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the
+        order of the sequence; empty where the family adds nothing.
         """
         return ()
 

@@ -100,8 +100,7 @@ def check_folder(folder: Path, name: str) -> int | None:
     """Look at the files of a local checkpoint; reads headers only, and executes nothing. CheckpointError naming the
     file and the remedy.
 
-    Returns:
-        How many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
+    Returns how many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
     """
     pointers = sorted(path.name for path in folder.iterdir() if _is_lfs_pointer(path))
     if pointers:

@@ -92,8 +92,7 @@ def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> Non
 
     What counts is the class whose forward runs: a subclass may add to it, but not replace it.
 
-    Args:
-        known: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
+    ``known``: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
     """
     cls = type(layer)
     if any("_orig_mod" in part._modules for part in (layer, mixer_of(layer))):
@@ -137,8 +136,7 @@ def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
     """Refuse a decoder that attends within a sliding window, or whose layers are of other types; UnsupportedModelError
     naming the setting.
 
-    Args:
-        known: types of layers, besides full attention, that its adapter covers.
+    ``known``: types of layers, besides full attention, that its adapter covers.
     """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -168,8 +166,7 @@ def check_placement(name: str, parts: list[nn.Module]) -> None:
     """Refuse a decoder that is offloaded: packed rows follow its layers over devices, but nothing loads their weights;
     UnsupportedModelError naming the remedy.
 
-    Args:
-        parts: decoder layers and what else runs on packed rows.
+    ``parts``: decoder layers and what else runs on packed rows.
     """
     offloaded = sum(any(parameter.is_meta for parameter in part.parameters()) for part in parts)
     if offloaded:

@@ -26,8 +26,7 @@ def quantization_config(
     """What transformers' ``from_pretrained`` takes; DopError on an unknown name, on a checkpoint that is quantised
     already, or if a package is missing.
 
-    Args:
-        dtype: what the weights are unpacked to; ``"auto"``: the checkpoint's.
+    ``dtype``: what the weights are unpacked to; ``"auto"``: the checkpoint's.
     """
     check_quantization(quantization, config)
     for package in (_PACKAGES[quantization], "accelerate"):

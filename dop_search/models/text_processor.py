@@ -20,8 +20,7 @@ class TextProcessor:
 
     The markers are ordinary text to the model, and are tokenised apart, so that their ids are always the same.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer with a chat template.
+    ``tokenizer``: a Hugging Face tokenizer with a chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:

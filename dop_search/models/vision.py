@@ -182,8 +182,7 @@ class VisionAdapter:
         """Rows and columns of the visual tokens of each sample's images (and videos), each as in :meth:`token_grids`;
         DopError if the model has encoded other images since the watch was opened, or none.
 
-        Args:
-            num_visual: visual tokens per sample of the batch.
+        ``num_visual``: visual tokens per sample of the batch.
         """
         if not any(num_visual):
             return [()] * len(num_visual)

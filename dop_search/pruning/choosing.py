@@ -189,8 +189,7 @@ def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str,
 def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor | None]) -> SelectorInputs:
     """Inverse of :func:`inputs_to_file`.
 
-    Args:
-        get_tensor: the tensor of a name, ``None`` where the file has none.
+    ``get_tensor``: the tensor of a name, ``None`` where the file has none.
     """
     names = [*(item.name for item in fields(SelectorInputs)), *facts.get("layers", ())]
     tensors = {name: tensor for name in names if (tensor := get_tensor(f"{PREFIX}{name}")) is not None}

@@ -67,8 +67,7 @@ def arrange(
 ) -> Prompt:
     """Rank the visual tokens of a batch and cut them into the strategy's groups.
 
-    Args:
-        start: tokens that were fed before.
+    ``start``: tokens that were fed before.
     """
     is_visual = tokens.visual.cpu().numpy()
     is_valid = np.ones_like(is_visual) if tokens.valid is None else tokens.valid.cpu().numpy()

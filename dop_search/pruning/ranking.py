@@ -210,8 +210,7 @@ class RankingSource(Attached):
         """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed; DopError if the
         given rankings or the encoded images do not fit the batch.
 
-        Args:
-            num_visual: visual tokens per sample.
+        ``num_visual``: visual tokens per sample.
         """
         if self.rankings is not None:
             return self._given(len(num_visual))

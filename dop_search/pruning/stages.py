@@ -66,8 +66,7 @@ class StagePlan:
 class StageRun:
     """The stages of one prefill.
 
-    Args:
-        num_visual: visual tokens of each sample.
+    ``num_visual``: visual tokens of each sample.
     """
 
     def __init__(self, plan: StagePlan, adapter: ModelAdapter, num_visual: list[int]) -> None:

@@ -175,9 +175,8 @@ class Selector(ABC):
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """Indices of the visual tokens, best first: a permutation of ``0 .. num_visual_tokens - 1``.
 
-        Args:
-            num_kept: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
-                leave the tokens after them in any order.
+        ``num_kept``: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
+        leave the tokens after them in any order.
         """
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
@@ -192,8 +191,7 @@ class Selector(ABC):
         """Load what the selector needs besides the model, before the first image; UnsupportedModelError if it cannot be
         had.
 
-        Args:
-            tower_width: channels of the vision tower, where known.
+        ``tower_width``: channels of the vision tower, where known.
         """
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:

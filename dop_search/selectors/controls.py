@@ -101,8 +101,7 @@ def spread_order(points: np.ndarray, first: int) -> np.ndarray:
 def balanced_cells(rows: int, columns: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a grid into exactly ``count`` boxes of nearly the same shape, row band by row band.
 
-    Returns:
-        The box of each token ``[rows * columns]``, and the token in the middle of each box ``[count]``.
+    Returns the box of each token ``[rows * columns]``, and the token in the middle of each box ``[count]``.
     """
     bands = int(np.clip(round((count * rows / columns) ** 0.5), -(-count // columns), min(rows, count)))
     per_band = shares(np.ones(bands), np.full(bands, columns), count)

@@ -198,8 +198,7 @@ class FlowCutPatch(LayersPatch):
 class PackedFlowCutPatch(TowerPatch):
     """The same for the tower of Qwen2-VL, whose rows are the patches of all images; the merger makes four a token.
 
-    Args:
-        num_kept: tokens of an image that shall be left.
+    ``num_kept``: tokens of an image that shall be left.
     """
 
     def __init__(self, adapter: ModelAdapter, num_kept: int) -> None:

@@ -126,8 +126,7 @@ def smaller_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
 def grid_cells(rows: int, columns: int, small: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Map a grid onto a smaller one.
 
-    Returns:
-        The cell of each token ``[rows * columns]``, and the token in the middle of each cell ``[a * b]``.
+    Returns the cell of each token ``[rows * columns]``, and the token in the middle of each cell ``[a * b]``.
     """
     a, b = small
     cells = _nearest(rows, a)[:, None] * b + _nearest(columns, b)[None, :]

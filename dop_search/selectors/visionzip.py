@@ -100,8 +100,7 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
 def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
     """Merge the tokens ``rest`` into ``count`` evenly strided ones among them.
 
-    Returns:
-        The target tokens, and ``[count, width]`` float32 features ``target + mean(assigned)``.
+    Returns the target tokens, and ``[count, width]`` float32 features ``target + mean(assigned)``.
     """
     if count == 0:
         return np.empty(0, dtype=np.int64), features.new_empty(0, features.shape[1], dtype=torch.float32)

@@ -233,8 +233,7 @@ class Strategy:
     def parts(self, num_visual: int | Sequence[int]) -> tuple[int, ...]:
         """Visual tokens of what is ranked and cut by itself: of each image, or of all of a sample's together.
 
-        Args:
-            num_visual: visual tokens of the sample, image by image; a number is one image.
+        ``num_visual``: visual tokens of the sample, image by image; a number is one image.
         """
         images = (num_visual,) if isinstance(num_visual, (int, np.integer)) else tuple(num_visual)
         return images if self.per_image else (sum(images),)

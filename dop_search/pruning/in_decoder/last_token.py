@@ -25,8 +25,7 @@ class FastVSelector(StageSelector):
     FastV at layer ``K`` goes by the attention of layer ``K - 1``, so its stage is ``K - 1``: the ranking is known
     before that layer runs, and what the leaving tokens would still do in it for themselves is dead.
 
-    Args:
-        rotated: whether queries and keys are rotated first; VScan's released code for Qwen2.5-VL does not.
+    ``rotated``: whether queries and keys are rotated first; VScan's released code for Qwen2.5-VL does not.
     """
 
     name = "fastv"

@@ -105,8 +105,7 @@ class SparseVlmSelector(_ByRaters):
 class SparseVlm2Selector(_ByRaters):
     """Version 2.
 
-    Args:
-        num_heads: heads whose attention counts.
+    ``num_heads``: heads whose attention counts.
     """
 
     name = "sparsevlm_v2"
@@ -199,8 +198,7 @@ def cluster_means(states: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
 def density_peaks(states: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
     """Cluster ``states`` ``[n, width]`` by density peaks with ``num_centres`` nearest neighbours (Du et al. 2016).
 
-    Returns:
-        The centres (``[num_centres]``, by decreasing score) and the cluster of every state (``[n]``).
+    Returns the centres (``[num_centres]``, by decreasing score) and the cluster of every state (``[n]``).
     """
     squares = states.pow(2).sum(dim=1)
     squared = (squares[:, None] + squares[None, :] - 2 * (states @ states.T)).clamp_min(0.0) / states.shape[1]
