@@ -156,15 +156,8 @@ def gsop_search(problem: Problem) -> GsopSearch:
 def gsop_option(option: Option, search: GsopSearch, on_progress: OnProgress | None = None) -> Option:
     """The space of GSOP's trajectory to a budget.
 
-    A number of tokens is expected to lose what its point was measured to lose, and what the curve of tokens says.
-
-    Args:
-        option: a selector and a budget, with the selector's curve of tokens.
-        search: made by :func:`gsop_search`; goes on to this budget.
-        on_progress: told what is measured for it.
-
-    Raises:
-        BudgetError: if nothing fits.
+    A number of tokens is expected to lose what its point was measured to lose, and what the selector's curve of tokens
+    says. ``search``, made by :func:`gsop_search`, goes on to the option's budget; BudgetError if nothing fits.
     """
     problem, most_cost, tokens = option.problem, option.most, option.problem.space.tokens
     what = f"GSOP's trajectory over {option.problem.space.strategy_fields.get('selector', 'the selector')}"
