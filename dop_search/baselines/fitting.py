@@ -42,8 +42,7 @@ def fit(
         selector: ranks the visual tokens before the decoder, for methods that need a ranking and bring none; default:
             the one after the ``@``, or else ``cls_attention``, or ``divprune`` where the tower has no CLS token.
         teacher: the full model's answers, if they are at hand; ranked by ``selector``.
-        max_new_tokens: longest answer of the full model.
-        batch_size: samples per generation call.
+        max_new_tokens, batch_size: see ``make_teacher``.
         cache_dir: keeps the full model's answers and every evaluation.
         on_progress: called with (done, total, what).
 

@@ -34,12 +34,7 @@ T = TypeVar("T")
 class Batches:
     """Cuts a teacher's samples into chunks, and halves what does not fit after all.
 
-    Args:
-        teacher: the full model's view of the validation samples.
-        memory: GiB on the decoder's device, weights included, or ``auto``.
-        keep_states: keep the full model's hidden states of all samples for later calls, as far as there is room.
-        batch_size: most samples in a chunk.
-        keep_prefix: see :class:`PackedChunk`.
+    Arguments are those of ``DivergenceEngine``.
     """
 
     def __init__(

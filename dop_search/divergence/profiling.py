@@ -238,10 +238,8 @@ def profile(
         split: whether ``dop_groups`` has exit depths of their own for q and kv.
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
-        max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
-        batch_size: most samples per generation call.
-        memory: GiB on the decoder's device, weights included, or ``auto``: most of what is free. The numbers do not
-            depend on it.
+        max_new_tokens, answers, averaging, batch_size, memory: see ``make_teacher`` and ``DivergenceEngine``. The
+            numbers do not depend on the last two.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
             URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.

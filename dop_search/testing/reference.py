@@ -157,9 +157,7 @@ def masked_forward(
         model: a transformers model of a supported family with ``sdpa`` or ``eager`` attention.
         inputs: keyword arguments of ``model``, with ``input_ids``; without a cache.
         strategy: which operations run.
-        rankings: one permutation of the sample's visual tokens per sample, best first.
-        length: positions of the prompt, where an answer stands after it; ``None``: all.
-        images: per sample the visual tokens of each image, for strategies that count per image.
+        rankings, length, images: see :func:`operation_masks`.
 
     Raises:
         StrategyError: if the strategy is for another number of layers.
