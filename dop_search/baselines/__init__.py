@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.dart import Dart
 from dop_search.baselines.evaluate import Outcome, plain_answers, plain_divergence, plain_outcome
-from dop_search.baselines.fastv import EntropyPrune, FastV
 from dop_search.baselines.fitprune import FitPrune
 from dop_search.baselines.gsop import Gsop
 from dop_search.baselines.hidrop import HiDrop
-from dop_search.baselines.ivc_prune import IvcPrune
+from dop_search.baselines.one_stage import Dart, EntropyPrune, FastV, IvcPrune
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.resize import InputResize
 from dop_search.baselines.short_lvlm import ShortLvlm
@@ -67,11 +65,8 @@ best of a space, and of spaces and selectors together."""
 
 
 def baseline(name: str) -> Method:
-    """The method of that name; uniform reduction for a selector that was registered since.
-
-    Raises:
-        ConfigError: if there is none; names a near one.
-    """
+    """The method of that name; uniform reduction for a selector that was registered since. ConfigError if there is
+    none; names a near one."""
     if name in OWN:
         return OWN[name]
     if name not in BASELINES and name in SELECTORS:
@@ -82,11 +77,8 @@ def baseline(name: str) -> Method:
 
 
 def parse_method(name: str) -> tuple[Method, str | None]:
-    """``METHOD`` or ``METHOD@SELECTOR``: the method, and the selector if there is one.
-
-    Raises:
-        ConfigError: if there is no such method or selector, or the method ranks by no selector of one's choice.
-    """
+    """``METHOD`` or ``METHOD@SELECTOR``: the method, and the selector if there is one; ConfigError if there is no such
+    method or selector, or the method ranks by no selector of one's choice."""
     before, _, selector = name.partition("@")
     method = baseline(before)
     if not selector:
@@ -98,11 +90,7 @@ def parse_method(name: str) -> tuple[Method, str | None]:
 
 
 def known_methods(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names as they are.
-
-    Raises:
-        ConfigError: if one is no ``METHOD`` or ``METHOD@SELECTOR``.
-    """
+    """The names as they are; ConfigError if one is no ``METHOD`` or ``METHOD@SELECTOR``."""
     for name in names:
         parse_method(name)
     return names

@@ -25,15 +25,19 @@ def divergence_at_prompt(adapter: ModelAdapter, teacher: Teacher) -> Evaluate:
     """Mean KL(pruned ‖ full) in nats over the teacher's samples, at the last token of each prompt."""
     prompts = Teacher(tuple(map(_without_answer, teacher.samples)), teacher.fingerprint, teacher.selector)
 
-    def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
-        engine = DivergenceEngine(adapter, prompts, keep_states=False, divergence=_from_pruned)
-        return np.asarray(engine.evaluate(strategies).mean(axis=1))
+    def from_pruned(full: Tensor, pruned: Tensor) -> Tensor:
+        return kl_divergence(pruned, full)
+
+    def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:  # an engine that holds nothing between calls
+        engine = DivergenceEngine(adapter, prompts, keep_states=False, divergence=from_pruned)
+        return mean_divergence(engine)(strategies)
 
     return evaluate
 
 
-def _from_pruned(full: Tensor, pruned: Tensor) -> Tensor:
-    return kl_divergence(pruned, full)
+def mean_divergence(engine: DivergenceEngine) -> Evaluate:
+    """What an engine measures, averaged over its samples."""
+    return lambda strategies: np.asarray(engine.evaluate(strategies).mean(axis=1))
 
 
 def _without_answer(sample: TeacherSample) -> TeacherSample:

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt
+from dop_search.baselines.at_prompt import Evaluate, divergence_at_prompt, mean_divergence
+from dop_search.baselines.equal_flops import solve_integer
 from dop_search.baselines.pricing import Pricing
 from dop_search.data.samples import Sample
 from dop_search.divergence import DivergenceEngine, Teacher
@@ -36,7 +36,6 @@ class FitContext:
     """What a method may use to find its hyperparameters.
 
     Attributes:
-        dims: sizes of the decoder.
         counts: text and visual tokens of each sample that FLOPs are counted on.
         evaluate: scores strategies on validation samples; only methods that measure need it.
         evaluate_at_prompt: as ``evaluate``, but the mean KL(pruned ‖ full) at the last token of the prompt, which some
@@ -76,41 +75,30 @@ class FitContext:
         teacher: Teacher,
         selector: str = "cls_attention",
         selector_options: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
         samples: Sequence[Sample] | None = None,
-        profile: ProfileOf | None = None,
-        store: Callable[[str], EvaluationStore] | None = None,
-        decide: Decide | None = None,
+        **fields: Any,
     ) -> FitContext:
         """Everything from a model and its teacher, whose samples were ranked by ``selector``.
 
-        ``evaluate``: scores on these samples, where they are kept; measured each time if not given. ``samples``: the
-        teacher's, for methods that resize their images. ``profile``, ``store``, ``decide``: see the class.
+        ``samples``: the teacher's, for methods that resize their images. ``fields``: further ones of the class, such as
+        an ``evaluate`` that keeps what it has measured.
         """
-        if evaluate is None:
-            engine = DivergenceEngine(loaded.adapter, teacher)
-
-            def evaluate(strategies: Sequence[Strategy]) -> np.ndarray:
-                return np.asarray(engine.evaluate(strategies).mean(axis=1))
-
+        if fields.get("evaluate") is None:
+            fields["evaluate"] = mean_divergence(DivergenceEngine(loaded.adapter, teacher))
         return cls(
-            dims=loaded.adapter.dims,
-            counts=token_counts(teacher),
-            evaluate=evaluate,
-            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
+            loaded.adapter.dims,
+            token_counts(teacher),
             loaded=loaded,
             teacher=teacher,
             samples=None if samples is None else tuple(samples),
             selector=selector,
             selector_options=dict(selector_options or {}),
-            profile=profile,
-            store=store,
-            decide=decide,
+            evaluate_at_prompt=divergence_at_prompt(loaded.adapter, teacher),
+            **fields,
         )
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
         return self.dims.num_layers
 
     @property
@@ -130,14 +118,36 @@ class FitContext:
         """The context's selector as fields of a strategy."""
         return {"selector": self.selector, "selector_options": dict(self.selector_options)}
 
+    def entering(self, kept: int) -> dict[str, Any]:
+        """The same with the number of tokens that enter the decoder."""
+        return {"num_visual_tokens": None if kept == self.num_visual else kept, **self.ranked()}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What was made for another budget, or is made now."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        made: T = self.memo[key]
+        return made
+
+    def solve(
+        self,
+        make: Callable[[Any], Strategy],
+        low: Any,
+        high: Any,
+        target: float,
+        what: str,
+        solver: Callable[..., Any] = solve_integer,
+    ) -> tuple[Any, Strategy]:
+        """The number in ``[low, high]`` whose strategy costs nearest to ``target``, and that strategy."""
+        found = solver(lambda number: self.pricing.ratio(make(number)), low, high, target, what)
+        return found, make(found)
+
     # -- what not every context has; each raises a DopError that says how to make one that does --
 
     def needs_evaluate(self, method: str) -> Evaluate:
-        """``evaluate``."""
         return _needed(self.evaluate, f"{method} measures divergences")
 
     def needs_evaluate_at_prompt(self, method: str) -> Evaluate:
-        """``evaluate_at_prompt``."""
         return _needed(self.evaluate_at_prompt, f"{method} measures divergences")
 
     def needs_profile(self, space: str | None, selector: str | None = None) -> MeasuredProfile:
@@ -151,12 +161,10 @@ class FitContext:
         return _needed(self.store, f"{method} measures with every selector", "store=…")(selector)
 
     def needs_model(self, method: str) -> tuple[LoadedModel, Teacher]:
-        """Model and teacher."""
         why = f"{method} looks at the model's states"
         return _needed(self.loaded, why), _needed(self.teacher, why)
 
     def needs_samples(self, method: str) -> tuple[LoadedModel, tuple[Sample, ...]]:
-        """Model and samples."""
         why = f"{method} reads the images"
         return _needed(self.loaded, why), _needed(self.samples, why, "samples=data.samples")
 
@@ -173,7 +181,6 @@ class FittedMethod:
     """A method with its hyperparameters.
 
     Attributes:
-        method: name of the method.
         target_ratio: FLOPs ratio that was asked for.
         flops_ratio: FLOPs ratio that it has, text and its own rankings included.
         hyperparameters: what was solved, chosen or measured.
@@ -222,20 +229,13 @@ class FittedMethod:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the strategy as a file, with the facts as its provenance.
-
-        Raises:
-            DopError: if no strategy expresses the method; it is fitted again instead.
-        """
+        """Write the strategy as a file, with the facts as its provenance; DopError if no strategy expresses the method;
+        it is fitted again instead."""
         strategy = self.needs_strategy()
         replace(strategy, provenance={**strategy.provenance, **self.facts}).save(path)
 
     def needs_strategy(self) -> Strategy:
-        """``strategy``.
-
-        Raises:
-            DopError: if no strategy expresses the method.
-        """
+        """``strategy``; DopError if no strategy expresses the method."""
         if self.strategy is None:
             raise DopError(f"no strategy expresses {self.method!r}; run it by `with fitted.apply(model):`")
         return self.strategy
@@ -255,7 +255,6 @@ class Method(ABC):
     """A published method. A new one is one subclass in one file, listed in ``BASELINES``.
 
     Attributes:
-        name: of the method.
         uses_selector: whether it ranks by the context's selector, so that ``NAME@SELECTOR`` is another method.
     """
 

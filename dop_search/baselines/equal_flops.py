@@ -16,11 +16,8 @@ REAL_STEPS = 50
 
 
 def solve_integer(ratio: Callable[[int], float], low: int, high: int, target: float, what: str) -> int:
-    """The integer in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease.
-
-    Raises:
-        BudgetError: if the cheapest is above the target or the most expensive below it, by more than the tolerance.
-    """
+    """The integer in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease. BudgetError if
+    the cheapest is above the target or the most expensive below it, by more than the tolerance."""
     check_reach(ratio(low), ratio(high), target, what)
     below, above = low, high
     if ratio(low) >= target:
@@ -41,9 +38,6 @@ def solve_layers(
 
     Args:
         ratio: the cost of so many running layers on so many tokens.
-        num_layers: of the decoder.
-        num_visual: tokens there are.
-        target: the cost to meet.
         what: the method, with ``{}`` for the number of layers.
 
     Returns:
@@ -56,21 +50,14 @@ def solve_layers(
 
 
 def solve_real(ratio: Callable[[float], float], low: float, high: float, target: float, what: str) -> float:
-    """The number in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease.
-
-    Raises:
-        BudgetError: as :func:`solve_integer`.
-    """
+    """The number in ``[low, high]`` whose cost is nearest to ``target``; ``ratio`` must not decrease. BudgetError as
+    :func:`solve_integer`."""
     step = (high - low) / 2**REAL_STEPS
     return low + step * solve_integer(lambda n: ratio(low + step * n), 0, 2**REAL_STEPS, target, what)
 
 
 def check_reach(cheapest: float, dearest: float, target: float, what: str) -> None:
-    """Refuse a target that the hyperparameter cannot reach.
-
-    Raises:
-        BudgetError: naming what can be reached.
-    """
+    """Refuse a target that the hyperparameter cannot reach; BudgetError naming what can be reached."""
     if cheapest > target * (1 + TOLERANCE):
         raise BudgetError(
             f"{what} cannot go below {cheapest:.4f} of the full model's FLOPs, but {target:.4f} is asked for",

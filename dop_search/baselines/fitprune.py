@@ -5,8 +5,7 @@ Offline, on validation samples: in each layer the attention that visual token ``
 does without the tokens that are both among the lowest by ``self`` and among the lowest by ``cross``, each sorted by
 itself and as far as what is left of the sum is at least ``1 - alpha`` of the full model's. They leave after the layer's
 attention; the next layer is measured without them. The counts of the samples are averaged. ``alpha`` is solved for
-FLOPs by bisection. Online as many tokens leave, those with the lowest ``self_i * cross_i``. The released schemes of
-LLaVA-1.5-7B are in :mod:`dop_search.baselines.fitprune_schemes`.
+FLOPs by bisection. Online as many tokens leave, those with the lowest ``self_i * cross_i``.
 
 Not reproduced: the paper ranks anew in every layer. At equal FLOPs tokens leave at up to ``num_stages`` layers, evenly
 spaced over the decoder, since a ranking computes queries and keys once more (the published code reads eager
@@ -17,7 +16,9 @@ which the FLOPs are saved; here the two schemes next to the target are mixed ins
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import check_reach, nested_strategy, solve_real
-from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES, PUBLISHED_TOKENS
 from dop_search.divergence.encoding import EncodedSample, full_states, rotary
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import extension_mask, signed
@@ -34,6 +34,24 @@ from dop_search.pruning.in_decoder import StageSample
 from dop_search.pruning.in_decoder.fitprune import received_attention
 from dop_search.pruning.layer import EAGER_PARTS, Side, extend_layer
 from dop_search.strategy import Strategy
+
+PUBLISHED_TOKENS = 576
+
+PUBLISHED_SCHEMES: dict[int, tuple[int, ...]] = {
+    0: (0,) * 32,
+    10: (0, 0, 1, 2, 1, 0, 1, 4, 5, 5, 11, 4, 2, 2, 0, 0, 1, 1, 2, 4, 2, 10, 1, 1, 1, 2, 1, 1, 0, 1, 0, 0),
+    20: (0, 0, 3, 3, 1, 1, 4, 16, 14, 15, 24, 4, 2, 3, 2, 0, 6, 0, 5, 13, 4, 19, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0),
+    30: (0, 0, 7, 6, 4, 5, 16, 40, 24, 21, 24, 4, 2, 3, 4, 0, 16, 0, 11, 26, 6, 32, 3, 1, 0, 1, 2, 2, 4, 0, 0, 0),
+    40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
+    50: (3, 7, 49, 24, 29, 17, 59, 41, 26, 8, 10, 6, 2, 5, 7, 2, 30, 3, 13, 27, 5, 23, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
+    55: (6, 17, 69, 31, 34, 19, 59, 30, 23, 6, 8, 7, 2, 5, 8, 2, 29, 4, 12, 25, 4, 19, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
+    60: (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
+    70: (48, 79, 118, 41, 33, 17, 36, 9, 9, 2, 3, 2, 1, 3, 4, 8, 18, 7, 8, 20, 4, 13, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
+    80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0),
+    90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
+}
+"""FLOPs of LLaVA-1.5-7B to save, in per cent → tokens of 576 that leave in each layer, after its attention
+(ywh187/FitPrune at d28e418)."""
 
 MAX_SAMPLES = 32
 """Validation samples that the counts are fitted on, at most."""
@@ -73,16 +91,10 @@ class FitPrune(Method):
                 stages.append(layer)
                 kept.append(int(counts[layer]))
         return nested_strategy(
-            num_layers,
-            stages,
-            kept,
-            keys_stay=1,
-            selector="fitprune",
-            selector_options={"stages": stages},
+            num_layers, stages, kept, keys_stay=1, selector="fitprune", selector_options={"stages": stages}
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         counts, visual = self.counts or measured_counts(context), context.num_visual
 
         def ratio(kept: np.ndarray) -> float:
@@ -111,15 +123,11 @@ def measured_counts(context: FitContext) -> Counts:
     """What is left after each layer on the context's samples, measured once for each alpha."""
     loaded, teacher = context.needs_model("FitPrune")
     samples = [sample.encoded for sample in teacher.samples[:MAX_SAMPLES]]
-    known: dict[Any, Any] = context.memo.setdefault("fitprune", {})
 
     def counts(alpha: float) -> np.ndarray:
-        if "sums" not in known:
-            known["sums"] = [received_sums(loaded.adapter, sample) for sample in samples]
-        if alpha not in known:
-            known[alpha] = fitted_counts(loaded.adapter, samples, known["sums"], alpha, context.num_visual)
-        result: np.ndarray = known[alpha]
-        return result
+        sums = context.once("fitprune", lambda: [received_sums(loaded.adapter, sample) for sample in samples])
+        fitted = partial(fitted_counts, loaded.adapter, samples, sums, alpha, context.num_visual)
+        return context.once(("fitprune", alpha), fitted)
 
     return counts
 
@@ -171,8 +179,7 @@ def prune_layer_by_layer(
 ) -> list[int]:
     """Run the decoder on one prompt; after each layer's attention the visual tokens ``leaving(layer, self, cross)`` go.
 
-    Returns:
-        How many left in each layer.
+    Returns how many left in each layer.
     """
     length = sample.prompt_length
     adapter.check_plain_attention("`fitprune`")
@@ -200,24 +207,28 @@ def prune_layer_by_layer(
 
 
 @torch.inference_mode()
-def layer_inputs(adapter: ModelAdapter, sample: EncodedSample) -> list[StageSample]:
-    """What enters each layer of the full model, for the prompt of one sample."""
-    adapter.check_plain_attention("the method")
-    length = sample.prompt_length
-    cos, sin = (part[:length] for part in rotary(adapter, sample))
-    visual = sample.visual[:length].to(adapter.device)
+def inputs_of(modules: Sequence[Any], adapter: ModelAdapter, sample: EncodedSample, length: int | None) -> list[Tensor]:
+    """What enters some modules of the full model for one sample: ``[length, hidden_size]`` each."""
     seen: list[Tensor] = []
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"])[0])
 
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in adapter.layers]
-    try:
+    with ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         full_states(adapter, sample, length)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [_view(layer, hidden, cos, sin, visual) for layer, hidden in zip(adapter.layers, seen, strict=True)]
+    return seen
+
+
+def layer_views(adapter: ModelAdapter, sample: EncodedSample) -> tuple[list[StageSample], Tensor]:
+    """What enters each layer of the full model for the prompt of one sample, and the final norm."""
+    adapter.check_plain_attention("the method")
+    length = sample.prompt_length
+    cos, sin = (part[:length] for part in rotary(adapter, sample))
+    visual = sample.visual[:length].to(adapter.device)
+    *seen, last = inputs_of([*adapter.layers, adapter.final_norm], adapter, sample, length)
+    return [_view(layer, hidden, cos, sin, visual) for layer, hidden in zip(adapter.layers, seen, strict=True)], last
 
 
 def _view(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, visual: Tensor) -> StageSample:

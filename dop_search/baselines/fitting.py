@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dop_search.baselines import parse_method
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import Teacher, make_teacher
-from dop_search.divergence.profiling import (
-    MeasuredProfile,
-    OnProgress,
-    default_shares,
-    evaluation_store,
-    profile,
-)
+from dop_search.divergence.profiling import MeasuredProfile, OnProgress, default_shares, evaluation_store, profile
 from dop_search.models.loading import LoadedModel
 from dop_search.selectors import Selector, make_selector
 from dop_search.utils.errors import ConfigError
@@ -48,8 +42,7 @@ def fit(
         selector: ranks the visual tokens before the decoder, for methods that need a ranking and bring none; default:
             the one after the ``@``, or else ``cls_attention``, or ``divprune`` where the tower has no CLS token.
         teacher: the full model's answers, if they are at hand; ranked by ``selector``.
-        max_new_tokens: longest answer of the full model.
-        batch_size: samples per generation call.
+        max_new_tokens, batch_size: see ``make_teacher``.
         cache_dir: keeps the full model's answers and every evaluation.
         on_progress: called with (done, total, what).
 
@@ -69,65 +62,53 @@ def fit(
             f"{ranker!r}; ask for method 'uniform' with it"
         )
     cache = None if cache_dir is None else Path(cache_dir)
-    if teacher is None:
-        teacher = make_teacher(
+    known = teacher or make_teacher(
+        loaded,
+        data,
+        ranker,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        cache_dir=cache,
+        on_progress=None if on_progress is None else partial(_answers, on_progress),
+    )
+    if known.selector != ranker:
+        raise ConfigError(
+            f"`teacher` has its tokens ranked by {known.selector!r}, but `selector` is {ranker!r}; pass that selector"
+        )
+
+    def ranked(other: str) -> Teacher:
+        """The same answers with the visual tokens ranked by another selector."""
+        answers = [sample.answer_ids for sample in known.samples]
+        return make_teacher(loaded, data, make_selector(other), cache_dir=cache, answer_ids=answers)
+
+    def curves(space: Any, other: str | None) -> MeasuredProfile:
+        """The curves of a space, by the teacher's selector or another."""
+        its = known if other is None else ranked(other)
+        return profile(
             loaded,
             data,
-            ranker,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            its.selector,
+            space=space,
+            shares=default_shares(space),
+            teacher=its,
             cache_dir=cache,
-            on_progress=None if on_progress is None else partial(_answers, on_progress),
+            on_progress=on_progress,
         )
-    elif teacher.selector != ranker:
-        raise ConfigError(
-            f"`teacher` has its tokens ranked by {teacher.selector!r}, but `selector` is {ranker!r}; pass that selector"
-        )
-    store = evaluation_store(loaded, teacher, cache_dir=cache)
+
+    store = evaluation_store(loaded, known, cache_dir=cache)
     context = FitContext.from_teacher(
         loaded,
-        teacher,
+        known,
         ranker.name,
         ranker.options(),
         evaluate=store.means(on_progress),
         samples=data.samples,
-        profile=partial(_profile, loaded, data, teacher, cache, on_progress),
-        store=lambda other: evaluation_store(loaded, _ranked(loaded, data, teacher, cache, other), cache_dir=cache),
+        profile=curves,
+        store=lambda other: evaluation_store(loaded, ranked(other), cache_dir=cache),
+        on_progress=on_progress,
     )
-    return chosen.fit(replace(context, on_progress=on_progress), flops_ratio)
+    return chosen.fit(context, flops_ratio)
 
 
 def _answers(on_progress: OnProgress, done: int, total: int) -> None:
     on_progress(done, total, "the full model's answers")
-
-
-def _profile(
-    loaded: LoadedModel,
-    data: ValidationSet,
-    teacher: Teacher,
-    cache_dir: Path | None,
-    on_progress: OnProgress | None,
-    space: str,
-    selector: str | None,
-) -> MeasuredProfile:
-    """The curves of a space, by the teacher's selector or another."""
-    if selector is not None:
-        teacher = _ranked(loaded, data, teacher, cache_dir, selector)
-    return profile(
-        loaded,
-        data,
-        teacher.selector,
-        space=space,
-        shares=default_shares(space),
-        teacher=teacher,
-        cache_dir=cache_dir,
-        on_progress=on_progress,
-    )
-
-
-def _ranked(
-    loaded: LoadedModel, data: ValidationSet, teacher: Teacher, cache_dir: Path | None, selector: str
-) -> Teacher:
-    """The same answers with the visual tokens ranked by another selector."""
-    answers = [sample.answer_ids for sample in teacher.samples]
-    return make_teacher(loaded, data, make_selector(selector), cache_dir=cache_dir, answer_ids=answers)

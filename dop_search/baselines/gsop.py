@@ -24,17 +24,10 @@ class Gsop(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
-        key = ("gsop", self.free_nats, self.stride_nats)
-        if key not in context.memo:
-            context.memo[key] = GsopSearch(
-                context.needs_evaluate("GSOP"),
-                context.num_layers,
-                context.ranked(),
-                self.free_nats,
-                self.stride_nats,
-            )
-        search: GsopSearch = context.memo[key]
+        evaluate, strides = context.needs_evaluate("GSOP"), (self.free_nats, self.stride_nats)
+        search = context.once(
+            ("gsop", *strides), lambda: GsopSearch(evaluate, context.num_layers, context.ranked(), *strides)
+        )
         points = search.trajectory(lambda strategy: context.pricing.ratio(strategy) <= flops_ratio)
         point, visual = _last_above(points, context, flops_ratio), context.num_visual
         kept = solve_integer(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_integer
+from dop_search.baselines.equal_flops import nested_strategy
 from dop_search.strategy import Strategy
 from dop_search.strategy.policy import GroupPolicy
 from dop_search.utils.errors import DopError
@@ -55,16 +55,14 @@ class HiDrop(Method):
         return tuple(result)
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
-        def ratio(total: int) -> float:
-            return context.pricing.ratio(self.strategy(layers, visual, self.counts(visual, total)))
+        def make(total: int) -> Strategy:
+            return self.strategy(layers, visual, self.counts(visual, total))
 
-        total = solve_integer(ratio, 0, visual * (len(STAGES) + 1), flops_ratio, "HiDrop")
-        counts = self.counts(visual, total)
-        strategy = self.strategy(layers, visual, counts)
-        return self.fitted(context, flops_ratio, strategy, {"counts": list(counts), "stages": list(strategy.stages)})
+        total, strategy = context.solve(make, 0, visual * (len(STAGES) + 1), flops_ratio, "HiDrop")
+        facts = {"counts": list(self.counts(visual, total)), "stages": list(strategy.stages)}
+        return self.fitted(context, flops_ratio, strategy, facts)
 
 
 def _from(policy: GroupPolicy, entry: int) -> GroupPolicy:

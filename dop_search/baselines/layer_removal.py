@@ -84,6 +84,7 @@ def layers_removed(
     **fields: Any,
 ) -> Iterator[PreTrainedModel]:
     """Within the context ``model`` lacks some decoder layers; on exit, also by an exception, it is what it was.
+    DopError if a layer does not exist, or none would be left.
 
     Vision features that a decoder adds after its first layers are then added after the first that are left.
 
@@ -93,9 +94,6 @@ def layers_removed(
         num_visual_tokens: tokens that enter the decoder; ``None``: all.
         repair: of the states before the final norm.
         **fields: further fields of the strategy that picks the tokens, such as its selector.
-
-    Raises:
-        DopError: if a layer does not exist, or none would be left.
     """
     adapter = adapter_for(model)
     text_model = adapter.text_model

@@ -22,7 +22,6 @@ class Pricing:
     decoder (``Selector.selection_flops``) or inside it. The vision tower is reported beside the decoder.
 
     Args:
-        dims: sizes of the decoder.
         counts: text and visual tokens of each sample.
         vision_width: channels of the vision tower; the decoder's width, mostly more, where not given.
         patches_per_token: patches of the tower that one visual token is made of.

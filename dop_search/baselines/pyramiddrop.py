@@ -11,6 +11,7 @@ Not reproduced: the published code renumbers the positions after each stage; her
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import nested_strategy, solve_real
@@ -30,16 +31,9 @@ class PyramidDrop(Method):
         """Stages at ``first``, ``2 first`` and ``3 first``."""
         stages = [first * (index + 1) for index in range(NUM_STAGES)]
         counts = [int(num_visual * share**index + 1e-9) for index in range(NUM_STAGES + 1)]
-        return nested_strategy(
-            num_layers,
-            stages,
-            counts,
-            selector="pyramiddrop",
-            selector_options={"stages": stages},
-        )
+        return nested_strategy(num_layers, stages, counts, selector="pyramiddrop", selector_options={"stages": stages})
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
         def ratio(share: float, first: int) -> float:
@@ -48,9 +42,7 @@ class PyramidDrop(Method):
         published = max(1, layers // 4)
         first = next((f for f in range(published, 1, -1) if ratio(SMALLEST_LAMBDA, f) <= flops_ratio), 1)
         low = 0.0 if first == 1 else SMALLEST_LAMBDA
-        share = solve_real(
-            lambda value: ratio(value, first), low, 1.0, flops_ratio, f"PyramidDrop with its first stage at {first}"
-        )
-        strategy = self.strategy(layers, visual, share, first)
+        make, what = partial(self.strategy, layers, visual, first=first), f"PyramidDrop with its first stage at {first}"
+        share, strategy = context.solve(make, low, 1.0, flops_ratio, what, solve_real)
         notes = [] if first == published else [f"first stage at layer {first} instead of {published}"]
         return self.fitted(context, flops_ratio, strategy, {"lambda": share, "stages": list(strategy.stages)}, notes)

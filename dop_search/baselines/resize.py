@@ -34,7 +34,6 @@ class InputResize(UniformReduction):
     name: str = "resize"  # type: ignore[misc]
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         limits = None if context.loaded is None else input_limit(context.loaded.adapter)
         if limits is None:
             return super().fit(context, flops_ratio)

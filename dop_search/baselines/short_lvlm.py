@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_layers
-from dop_search.baselines.fitprune import layer_inputs
+from dop_search.baselines.fitprune import inputs_of, layer_views
 from dop_search.baselines.layer_removal import LowRankRepair, layers_removed
-from dop_search.divergence.encoding import EncodedSample, full_states
+from dop_search.baselines.shortv import from_least
+from dop_search.divergence.encoding import EncodedSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
@@ -49,7 +49,6 @@ class ShortLvlm(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         order = self.order or removal_order(context)
 
@@ -58,7 +57,7 @@ class ShortLvlm(Method):
 
         running, kept, notes = solve_layers(ratio, layers, visual, flops_ratio, "Short-LVLM with {} layers")
         removed = tuple(sorted(order[: layers - running]))
-        entering: dict[str, Any] = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
+        entering = context.entering(kept)
         repair = self._repair(context, removed) if self.repair_rank and removed else None
         achieved = ratio(running, kept)
         return FittedMethod(
@@ -97,35 +96,24 @@ def bridge(loaded: LoadedModel, samples: Sequence[EncodedSample], removed: Colle
     """From the short model's final states of text tokens to the full model's, with all visual tokens in both."""
     wanted, states = [], []
     for sample in samples:
-        full = final_states(loaded.adapter, sample)
+        norm = [loaded.adapter.final_norm]
+        (full,) = inputs_of(norm, loaded.adapter, sample, None)
         with layers_removed(loaded.model, removed):
-            short = final_states(loaded.adapter, sample)
+            (short,) = inputs_of(norm, loaded.adapter, sample, None)
         wanted.append(full[~sample.visual])
         states.append(short[~sample.visual])
     return LowRankRepair.fit(torch.cat(states), torch.cat(wanted), rank)
 
 
 @torch.inference_mode()
-def final_states(adapter: ModelAdapter, sample: EncodedSample, length: int | None = None) -> Tensor:
-    """States before the final norm with all visual tokens, ``[length, hidden_size]``; ``None``: prompt and answer."""
-    seen: list[Tensor] = []
-    handle = adapter.final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-    try:
-        full_states(adapter, sample, length)
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-@torch.inference_mode()
 def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
     """Importance-weighted change that each layer makes to one prompt: ``[num_layers]`` float64."""
-    views = layer_inputs(adapter, sample)
-    after = [*[view.hidden for view in views[1:]], final_states(adapter, sample, sample.prompt_length)]
+    views, last = layer_views(adapter, sample)
+    after = [*[view.hidden for view in views[1:]], last]
     result = []
     for view, behind in zip(views, after, strict=True):
-        last = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
-        weight = view.attention(last).mean(dim=0)[0].double()
+        row = torch.tensor([len(view.hidden) - 1], device=view.hidden.device)
+        weight = view.attention(row).mean(dim=0)[0].double()
         change = 1.0 - torch.nn.functional.cosine_similarity(view.hidden.double(), behind.double(), dim=1)
         result.append((weight * change).sum())
     return torch.stack(result)
@@ -133,10 +121,10 @@ def layer_influence(adapter: ModelAdapter, sample: EncodedSample) -> Tensor:
 
 def removal_order(context: FitContext) -> tuple[int, ...]:
     """Layers from the least to the greatest influence, measured once per context; ties start at the deepest."""
-    if "short_lvlm" not in context.memo:
-        loaded, teacher = context.needs_model("Short-LVLM")
-        samples = [item.encoded for item in teacher.samples[:MAX_SAMPLES]]
-        values = torch.stack([layer_influence(loaded.adapter, sample) for sample in samples]).mean(dim=0).tolist()
-        context.memo["short_lvlm"] = tuple(sorted(range(len(values)), key=lambda layer: (values[layer], -layer)))
-    order: tuple[int, ...] = context.memo["short_lvlm"]
-    return order
+    loaded, teacher = context.needs_model("Short-LVLM")
+
+    def measured() -> tuple[int, ...]:
+        influences = [layer_influence(loaded.adapter, item.encoded) for item in teacher.samples[:MAX_SAMPLES]]
+        return from_least(torch.stack(influences).mean(dim=0).tolist())
+
+    return context.once("short_lvlm", measured)

@@ -9,7 +9,7 @@ chosen by the context's selector.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,7 @@ PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {
 class ShortV(Method):
     """Solved for the number of frozen layers and the number of tokens that enter.
 
-    Args:
-        order: layers to freeze, first first, instead of measuring; must name every layer.
+    ``order``: layers to freeze, first first, instead of measuring; must name every layer.
     """
 
     name = "shortv"
@@ -49,21 +48,16 @@ class ShortV(Method):
         return frozen_strategy(40 if "13b" in model else 32, PUBLISHED_LAYERS[model])
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         order = self.order or freezing_order(context)
 
         def strategy(running: int, kept: int) -> Strategy:
-            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
-            return frozen_strategy(layers, order[: layers - running], **entering)
+            return frozen_strategy(layers, order[: layers - running], **context.entering(kept))
 
-        running, kept, notes = solve_layers(
-            lambda n, k: context.pricing.ratio(strategy(n, k)),
-            layers,
-            visual,
-            flops_ratio,
-            "ShortV with {} running layers",
-        )
+        def ratio(running: int, kept: int) -> float:
+            return context.pricing.ratio(strategy(running, kept))
+
+        running, kept, notes = solve_layers(ratio, layers, visual, flops_ratio, "ShortV with {} running layers")
         facts = {"frozen_layers": list(order[: layers - running]), "num_visual_tokens": kept}
         return self.fitted(context, flops_ratio, strategy(running, kept), facts, notes)
 
@@ -85,13 +79,10 @@ def layer_contributions(evaluate: Evaluate, num_layers: int) -> np.ndarray:
 
 def freezing_order(context: FitContext) -> tuple[int, ...]:
     """Layers from the least to the greatest contribution, measured once per context."""
-    if "shortv" not in context.memo:
-        values = layer_contributions(context.needs_evaluate_at_prompt("ShortV"), context.num_layers)
-        context.memo["shortv"] = from_least(values)
-    order: tuple[int, ...] = context.memo["shortv"]
-    return order
+    evaluate = context.needs_evaluate_at_prompt("ShortV")
+    return context.once("shortv", lambda: from_least(layer_contributions(evaluate, context.num_layers)))
 
 
-def from_least(contributions: np.ndarray) -> tuple[int, ...]:
+def from_least(contributions: Sequence[float] | np.ndarray) -> tuple[int, ...]:
     """Layers from the least to the greatest contribution; ties start at the deepest."""
     return tuple(sorted(range(len(contributions)), key=lambda layer: (contributions[layer], -layer)))

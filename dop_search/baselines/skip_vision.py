@@ -29,7 +29,6 @@ class SkipVision(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
         everywhere = tuple(range(layers))
 

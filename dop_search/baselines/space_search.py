@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.pricing import Pricing
 from dop_search.baselines.uniform import UniformReduction
 from dop_search.divergence.profiling import MeasuredProfile
-from dop_search.search import MeasuredSolution, Option, gsop_option, gsop_search, joint_search
+from dop_search.search import Option, gsop_option, gsop_search, joint_search
 from dop_search.search.options import GSOP
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
@@ -30,7 +31,6 @@ class SpaceSearch(Method):
     """One study over spaces and selectors: the surrogate's candidates, exact KL, at a ratio with the selector's cost.
 
     Args:
-        name: of the method.
         spaces: to choose among; ``gsop`` is GSOP's trajectory with any number of tokens.
         selectors: to choose among; those that the model cannot have are left out. None: the context's.
         num_proposals: strategies that the surrogates propose.
@@ -45,7 +45,6 @@ class SpaceSearch(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         options, left_out = search_options(context, self.spaces, self.selectors, Budget(flops_ratio=flops_ratio))
         found = joint_search(
             options,
@@ -54,7 +53,8 @@ class SpaceSearch(Method):
             decide=context.decide if len(options) > 1 else None,
             on_progress=context.on_progress,
         )
-        best = next((item for item in found if self._uses_up(context, item, flops_ratio)), found[0])
+        priced = ((item, context.pricing.ratio(item.strategy)) for item in found)
+        best = next((item for item, ratio in priced if not context.pricing.distance_note(ratio, flops_ratio)), found[0])
         strategy = replace(best.strategy, model_fingerprint=None)
         facts = {
             "strategy": strategy.describe(),
@@ -67,10 +67,6 @@ class SpaceSearch(Method):
             facts["kl_decision_nats"] = best.kl_decision
         return self.fitted(context, flops_ratio, strategy, facts, left_out)
 
-    @staticmethod
-    def _uses_up(context: FitContext, solution: MeasuredSolution, flops_ratio: float) -> bool:
-        return not context.pricing.distance_note(context.pricing.ratio(solution.strategy), flops_ratio)
-
 
 def search_options(
     context: FitContext,
@@ -79,7 +75,8 @@ def search_options(
     budget: Budget,
     prepared: Callable[[MeasuredProfile], MeasuredProfile] = lambda profile: profile,
 ) -> tuple[list[Option], list[str]]:
-    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes.
+    """Every pair of a space and a selector, with what is left of the budget beside what the selector computes; DopError
+    if there is no pair, or a measurement fails.
 
     Args:
         context: measures the curves; keeps GSOP's trajectories for other budgets.
@@ -90,9 +87,6 @@ def search_options(
 
     Returns:
         The options, and which pairs this model or budget cannot have.
-
-    Raises:
-        DopError: if there is no pair, or a measurement fails.
     """
     found: list[Option] = []
     errors: dict[str, DopError] = {}
@@ -108,10 +102,8 @@ def search_options(
                 expected = budget.resolve(problem.cost_model) - left.resolve(problem.cost_model)
                 option = replace(option, selection=context.pricing.selection_ratio, expected=expected)
             if space == GSOP:
-                search = gsop_search(problem, context.on_progress)
-                known = context.memo.setdefault(("trajectory", name), search)
-                known.evaluate = search.evaluate  # which says for which budget it measures now
-                option = gsop_option(option, known)
+                search = context.once(("trajectory", name), partial(gsop_search, problem))
+                option = gsop_option(option, search, context.on_progress)
             found.append(option)
         except FAILURES:
             raise
@@ -150,7 +142,6 @@ class UniformSearch(Method):
     name = "uniform_search"
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         measured = list(self._measured(context, flops_ratio))
         if not measured:
             raise BudgetError(f"no selector leaves enough for uniform reduction to {flops_ratio:g} of the FLOPs")

@@ -1,6 +1,6 @@
 """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417) and AdaptInfer (2508.06084): keep lists, by relevant text.
 
-Criteria and recycling: :mod:`dop_search.pruning.in_decoder.sparsevlm` and ``adaptinfer``. Policy: at three layers of 32
+Criteria and recycling: :mod:`dop_search.pruning.in_decoder.sparsevlm`. Policy: at three layers of 32
 (:data:`PUBLISHED_STAGES`, rounded to other depths) the keep list goes on. SparseVLM's two published versions and
 AdaptInfer have their own lists of 576 tokens (:data:`KEEP_LISTS`), by equivalent tokens ``T = sum (L_i - L_{i-1}) T_i /
 L``. Between them the lists are interpolated in ``T``, which is solved for FLOPs. SparseVLM's version 1 recycles: those
@@ -10,6 +10,7 @@ tokens come on top of the lists, as in the paper, and are paid for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -33,8 +34,7 @@ KEEP_LISTS: dict[str, dict[int, tuple[int, int, int]]] = {
 class SparseVlm(Method):
     """Solved for the equivalent tokens ``T`` (of 576).
 
-    Args:
-        name: ``sparsevlm`` (version 1), ``sparsevlm_v2`` or ``adaptinfer``; also the criterion's.
+    ``name``: ``sparsevlm`` (version 1), ``sparsevlm_v2`` or ``adaptinfer``; also the criterion's.
     """
 
     name: str = "sparsevlm"  # type: ignore[misc]
@@ -61,28 +61,15 @@ class SparseVlm(Method):
         for best in keep:
             best = min(best, counts[-1])
             counts.append(with_recycled(counts[-1], best) if self.name == "sparsevlm" and best else best)
-        return nested_strategy(
-            num_layers,
-            stages,
-            counts,
-            selector=self.name,
-            selector_options={"stages": stages},
-        )
+        return nested_strategy(num_layers, stages, counts, selector=self.name, selector_options={"stages": stages})
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
-        layers, visual = context.num_layers, context.num_visual
-        equivalent = solve_real(
-            lambda value: context.pricing.ratio(self.strategy(layers, visual, value)),
-            self.smallest,
-            PUBLISHED_TOKENS,
-            flops_ratio,
-            f"{self.name} with its published stages",
-        )
-        strategy = self.strategy(layers, visual, equivalent)
+        make = partial(self.strategy, context.num_layers, context.num_visual)
+        what = f"{self.name} with its published stages"
+        equivalent, strategy = context.solve(make, self.smallest, PUBLISHED_TOKENS, flops_ratio, what, solve_real)
         facts = {
             "equivalent_tokens": equivalent,
-            "keep_list": self.keep_list(equivalent, visual),
+            "keep_list": self.keep_list(equivalent, context.num_visual),
             "stages": list(strategy.stages),
         }
         return self.fitted(context, flops_ratio, strategy, facts)

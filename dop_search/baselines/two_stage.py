@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
-from dop_search.baselines.equal_flops import nested_strategy, solve_integer
+from dop_search.baselines.equal_flops import nested_strategy
 from dop_search.strategy import Strategy
 
 
@@ -32,7 +33,6 @@ class TwoStage(Method):
     """Solved for the number of tokens that enter the decoder.
 
     Attributes:
-        title: for messages.
         share: of the tokens that enter, those that stay.
     """
 
@@ -56,13 +56,9 @@ class TwoStage(Method):
         )
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
-        layers, visual = context.num_layers, context.num_visual
         has_cls = context.loaded is None or context.loaded.adapter.has_cls
-        entering = solve_integer(
-            lambda n: context.pricing.ratio(self.strategy(layers, n, has_cls)), 1, visual, flops_ratio, self.title
-        )
-        strategy = self.strategy(layers, entering, has_cls)
+        make = partial(self.strategy, context.num_layers, has_cls=has_cls)
+        entering, strategy = context.solve(make, 1, context.num_visual, flops_ratio, self.title)
         facts = {
             "entering_tokens": entering,
             "kept_tokens": round(self.share * entering),
@@ -80,7 +76,6 @@ class VScan(TwoStage):
     share = 1 / 3
 
     def ranking(self, num_layers: int, has_cls: bool) -> tuple[int, int, str, dict[str, Any]]:
-        """See base class."""
         stage, before = max(1, num_layers // 2), {"selector": "vscan"}
         if has_cls:
             return stage, stage, "pyramiddrop", {"before": before}
@@ -96,5 +91,4 @@ class FlowCut(TwoStage):
     share = 1 / 2
 
     def ranking(self, num_layers: int, has_cls: bool) -> tuple[int, int, str, dict[str, Any]]:
-        """See base class."""
         return 1, 2, self.name, {"before": {"selector": "flowcut"}}

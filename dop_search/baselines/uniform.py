@@ -26,7 +26,6 @@ class UniformReduction(Method):
     options: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         num_layers = context.num_layers
         ranked: dict[str, Any] = {"selector": self.name, "selector_options": dict(self.options)}
 
@@ -40,11 +39,7 @@ class UniformReduction(Method):
             return context.pricing.ratio(item)
 
         kept = solve_integer(
-            lambda n: ratio(strategy(n)),
-            0,
-            context.num_visual,
-            flops_ratio,
-            f"uniform reduction by {self.name}",
+            lambda n: ratio(strategy(n)), 0, context.num_visual, flops_ratio, f"uniform reduction by {self.name}"
         )
         whole = strategy(kept)
         if num_layers == 1 or not context.pricing.distance_note(ratio(whole), flops_ratio):
@@ -65,7 +60,6 @@ class Uniform(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         chosen = UniformReduction(context.selector, dict(context.selector_options))
         return replace(chosen.fit(context, flops_ratio), method=self.name)
 
@@ -77,6 +71,5 @@ class Full(Method):
     name = "full"
 
     def fit(self, context: FitContext, flops_ratio: float = 1.0) -> FittedMethod:
-        """See base class."""
         whole = self.fitted(context, 1.0, Strategy.full(context.num_layers), {})
         return replace(whole, flops_ratio=1.0, notes=())  # scored as it is, with the operations that reach no text

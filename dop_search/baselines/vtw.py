@@ -27,12 +27,10 @@ class Vtw(Method):
     uses_selector = True
 
     def fit(self, context: FitContext, flops_ratio: float) -> FittedMethod:
-        """See base class."""
         layers, visual = context.num_layers, context.num_visual
 
         def strategy(exit_layer: int, kept: int) -> Strategy:
-            entering = {"num_visual_tokens": None if kept == visual else kept, **context.ranked()}
-            return Strategy.depthwise(layers, exit_layer, exit_layer, exit_layer, **entering)
+            return Strategy.depthwise(layers, exit_layer, exit_layer, exit_layer, **context.entering(kept))
 
         exit_layer, kept, notes = solve_layers(
             lambda k, n: context.pricing.ratio(strategy(k, n)), layers, visual, flops_ratio, "VTW with K={}"
@@ -42,16 +40,13 @@ class Vtw(Method):
 
 
 def withdrawal_layer(evaluate: Evaluate, num_layers: int, eta_nats: float, first: int = 5) -> int:
-    """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``.
+    """The paper's choice of ``K``: the first layer from ``first`` on whose mean KL is at most ``eta_nats``; DopError if
+    no layer is.
 
     Args:
         evaluate: ``evaluate_at_prompt`` of a :class:`FitContext`, whose values the published ``eta`` are.
-        num_layers: decoder layers.
         eta_nats: the most that may be lost, such as one of :data:`PUBLISHED_ETA_NATS`.
         first: the first layer that is considered.
-
-    Raises:
-        DopError: if no layer is.
     """
     candidates = range(first, num_layers)
     scores = evaluate([Strategy.depthwise(num_layers, k, k, k) for k in candidates])

@@ -34,13 +34,7 @@ T = TypeVar("T")
 class Batches:
     """Cuts a teacher's samples into chunks, and halves what does not fit after all.
 
-    Args:
-        adapter: the model.
-        teacher: the full model's view of the validation samples.
-        memory: GiB on the decoder's device, weights included, or ``auto``.
-        keep_states: keep the full model's hidden states of all samples for later calls, as far as there is room.
-        batch_size: most samples in a chunk.
-        keep_prefix: see :class:`PackedChunk`.
+    Arguments are those of ``DivergenceEngine``.
     """
 
     def __init__(
@@ -66,11 +60,8 @@ class Batches:
         self._prefix: PrefixKeys | None = None
 
     def run(self, indices: Sequence[int], work: Callable[[PackedChunk], T]) -> Iterator[tuple[list[int], T]]:
-        """``work`` on chunks of these samples, with the indices of each chunk's samples.
-
-        Raises:
-            MemoryLimitError: if not even one sample fits.
-        """
+        """``work`` on chunks of these samples, with the indices of each chunk's samples; MemoryLimitError if not even
+        one sample fits."""
         pending = deque(self._cut(indices))
         everything = len(indices) == len(self._sizes)
         if everything:  # chunks of another size, from before memory ran out, are of no use any more
@@ -130,11 +121,8 @@ class Batches:
         return self._allowance
 
     def _check_longest(self, free: int) -> int:
-        """What the longest sample takes, to be scored or to be answered.
-
-        Raises:
-            MemoryLimitError: if that is more than a limit allows.
-        """
+        """What the longest sample takes, to be scored or to be answered; MemoryLimitError if that is more than a limit
+        allows."""
         longest = max(self._sizes, key=lambda size: (size.length, size.answer))
         needed = max(self.footprint.chunk([size]) for size in set(self._sizes))
         if self.memory != "auto" and needed > free:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dop_search.divergence.encoding import EncodedSample, rotary, sight
-from dop_search.divergence.memory import hold, to_device, to_host
+from dop_search.divergence.memory import hold, to_host
 from dop_search.divergence.teacher import TeacherSample
 from dop_search.models.adapter import ModelAdapter
 from dop_search.pruning.attention import ForwardTables
 from dop_search.pruning.choosing import Choice
 from dop_search.pruning.deepstack import Deepstack, visual_numbers
 from dop_search.pruning.layer import run_layer
-from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack
+from dop_search.pruning.layout import DROPPED, TEXT, Layout, assign_groups, pack, to_device
 from dop_search.pruning.recurrent import State
 from dop_search.strategy import Strategy
 from dop_search.strategy.steps import LayerStep
@@ -81,7 +81,6 @@ class PackedChunk:
     Rows hold the tokens from the first image on; the text before it is kept as keys and values only.
 
     Args:
-        adapter: the model.
         samples: teacher samples; similar lengths waste least.
         place: where the full model's hidden states of all layers (``layers × tokens × hidden_size``) are kept, from
             which a strategy starts at its first changed layer; see ``Place``.

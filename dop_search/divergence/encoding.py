@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_search.divergence.memory import to_device
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.prompts import image_tokens_checked, with_answer
 from dop_search.models.tower import num_tokens
 from dop_search.pruning.choosing import Choice, Chooser
+from dop_search.pruning.layout import to_device
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.pruning.sight import Sight, sights_of
 from dop_search.selectors import Selector
+from dop_search.utils.attached import replace_attribute
 from dop_search.utils.errors import DopError
 
 
@@ -117,7 +120,6 @@ def encode(
     """Run one sample (batch of one, no padding) up to the decoder's door.
 
     Args:
-        adapter: the model.
         inputs: prompt with its images.
         answer_ids: teacher-forced answer; its last token is not fed, since nothing reads its output.
         selector: ranks the visual tokens from what the vision tower shows on the way.
@@ -131,20 +133,15 @@ def encode(
     ids = torch.cat([inputs["input_ids"], answer], dim=1)
     extended = with_answer(inputs, answer)
     text_model = adapter.text_model
-    previous = text_model.__dict__.get("forward")
     source = RankingSource(adapter, selector)
-    text_model.forward = _intercept
-    try:
-        with image_tokens_checked():
-            adapter.multimodal(**extended)
-    except _DecoderReached as reached:
-        kwargs = reached.kwargs
-    finally:
-        source.close()
-        if previous is None:
-            del text_model.__dict__["forward"]
-        else:
-            text_model.forward = previous
+    with ExitStack() as undo:
+        undo.callback(source.close)
+        replace_attribute(undo, text_model, "forward", _intercept)
+        try:
+            with image_tokens_checked():
+                adapter.multimodal(**extended)
+        except _DecoderReached as reached:
+            kwargs = reached.kwargs
     prompt_length = inputs["input_ids"].shape[1]
     prompt = torch.arange(ids.shape[1], device=ids.device)[None] < prompt_length  # the answer is nothing to select by
     visual = adapter.visual_token_mask(ids) & prompt
@@ -155,10 +152,11 @@ def encode(
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:  # of a model that reads text alone the decoder is called with tokens
         embeds = text_model.embed_tokens(ids)
-    source.prepare(embeds, ids, visual, prompt)
+    tokens = Tokens(embeds, ids, visual, valid=prompt)
+    source.prepare(tokens)
     chooser = None
     if selector.chooses_per_count and bool(visual.any()):
-        (sample,) = source.sample_inputs(visual_counts(visual), embeds, ids, visual, prompt)
+        (sample,) = source.sample_inputs(visual_counts(visual), tokens)
         sample = replace(sample, embeds=None)
         if selector.changes_tower:
             sizes = inputs.get(adapter.sizes_name)

@@ -120,19 +120,16 @@ class DivergenceEngine:
         sample_indices: Sequence[int] | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """KL(full ‖ strategy) in nats, averaged over each sample's answer positions.
+        """KL(full ‖ strategy) in nats, averaged over each sample's answer positions; NumericalError if a strategy's
+        logits are not finite.
 
         Args:
             strategies: what to score; each must be for the model's number of layers.
             sample_indices: validation samples to score on; all by default.
-            on_progress: called with (done, total) samples.
 
         Returns:
             ``[num_strategies, num_samples]`` float64, in the order asked for; with another axis ``[K]`` if
             ``divergence`` has one.
-
-        Raises:
-            NumericalError: if a strategy's logits are not finite.
         """
         self._check(strategies)
         indices = list(range(self.num_samples)) if sample_indices is None else list(sample_indices)

@@ -61,7 +61,6 @@ class Footprint:
     """What the decoder's activations take, in bytes.
 
     Attributes:
-        dims: sizes of the decoder.
         element: bytes of an activation.
         eager: whether attention scores are written out, as the ``eager`` backend does.
         masks: whether prompts after a shared prefix need a mask, as everywhere but on a GPU.
@@ -233,7 +232,6 @@ def tower_bytes(config: Any, width: int, patches: int, element: int) -> int:
     """Activations of a vision tower, with the states of all its layers where a family asks for one of them.
 
     Args:
-        config: of the model.
         width: channels of the tower.
         patches: of all images.
         element: bytes of an activation.

@@ -45,7 +45,6 @@ class ChunkForecast:
 
     Attributes:
         footprint: what activations take.
-        samples: the chunk's.
         keeps: whether the full model's hidden states stay for later calls.
         known_layers: how many layers of the full model have been computed and kept.
     """

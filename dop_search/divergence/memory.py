@@ -21,26 +21,20 @@ Memory = Literal["auto"] | float
 """Device memory for a search in GiB, weights included; ``auto``: most of what is free."""
 
 GIB = 2**30
-AUTO_SHARE = {"cpu": 0.5}
-"""Of free memory that ``auto`` takes; :data:`ACCELERATOR_SHARE` of an accelerator's."""
-ACCELERATOR_SHARE = 0.9
+CPU_SHARE, ACCELERATOR_SHARE = 0.5, 0.9
+"""Of free memory that ``auto`` takes."""
 RESERVED_BYTES = 3 * GIB // 4
 """Of a limit on an accelerator: the driver's context, and what the allocator loses between blocks."""
 WORK_SHARE = 0.45
 """Of what is free for chunks; the rest is for hidden states that are kept."""
 HOST_SHARE = 0.5
 """Of free host memory for hidden states that do not fit the device."""
-CHUNK_TOKENS = {"cpu": 1536}
+CPU_CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS = 1536, 65536
 """Tokens that are computed together: what fits the caches of a CPU, what fills an accelerator."""
-ACCELERATOR_CHUNK_TOKENS = 65536
 
 
 def check_memory(memory: Any) -> Memory:
-    """``memory`` as it is configured.
-
-    Raises:
-        ConfigError: if it is neither ``auto`` nor a positive number.
-    """
+    """``memory`` as it is configured; ConfigError if it is neither ``auto`` nor a positive number."""
     if memory == "auto":
         return "auto"
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
@@ -97,7 +91,7 @@ def free_bytes(adapter: ModelAdapter, memory: Memory) -> int:
 
 def _free_on(device: torch.device, model: nn.Module, memory: Memory) -> int:
     if memory == "auto":
-        return int(available_bytes(device) * AUTO_SHARE.get(device.type, ACCELERATOR_SHARE))
+        return int(available_bytes(device) * (CPU_SHARE if device.type == "cpu" else ACCELERATOR_SHARE))
     held = sum(holder.reserved_bytes for holder in _holders) + (told_bytes() if device.type == "cpu" else 0)
     return limit_bytes(memory, device.type) - weight_bytes(model, device) - held
 
@@ -157,11 +151,7 @@ class Allowance:
 
 
 def cut(
-    sizes: Sequence[SampleSize],
-    footprint: Footprint,
-    work_bytes: int,
-    max_tokens: int,
-    max_samples: int | None = None,
+    sizes: Sequence[SampleSize], footprint: Footprint, work_bytes: int, max_tokens: int, max_samples: int | None = None
 ) -> list[list[int]]:
     """Indices in chunks of similar length, each within the bytes and tokens given; one sample at least."""
     order = sorted(range(len(sizes)), key=lambda index: (sizes[index].length, index))
@@ -180,7 +170,7 @@ def cut(
 
 def chunk_tokens(device_type: str) -> int:
     """Tokens that are computed together if memory does not forbid it."""
-    return CHUNK_TOKENS.get(device_type, ACCELERATOR_CHUNK_TOKENS)
+    return CPU_CHUNK_TOKENS if device_type == "cpu" else ACCELERATOR_CHUNK_TOKENS
 
 
 # -- when it was too little -----------------------------------------------------------------------
@@ -203,13 +193,6 @@ def empty_caches(device: torch.device) -> None:
 
 
 # -- moving ---------------------------------------------------------------------------------------
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move without waiting: through pinned memory where the device is a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def to_host(tensor: Tensor) -> Tensor:

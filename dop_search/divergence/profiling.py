@@ -11,17 +11,7 @@ from typing import Any
 from dop_search.data.samples import ValidationSet
 from dop_search.divergence import DivergenceEngine, Memory, Teacher, make_teacher
 from dop_search.models.loading import LoadedModel
-from dop_search.search import (
-    CurveGrid,
-    Curves,
-    EvaluationStore,
-    Problem,
-    Solution,
-    Space,
-    Surrogate,
-    rerank_all,
-    solve,
-)
+from dop_search.search import CurveGrid, Curves, EvaluationStore, Problem, Solution, Space, Surrogate, rerank_all, solve
 from dop_search.selectors import Selector, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostKind, CostModel, LatencyTable
@@ -80,11 +70,8 @@ class Profile:
         return self.curves.surrogate(self.space)
 
     def solve(self, budget: Budget, solver: str = "additive_exact", **options: Any) -> Strategy:
-        """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate.
-
-        Raises:
-            BudgetError: if nothing fits; names the smallest feasible value.
-        """
+        """The strategy of a solver under ``budget``; the default is optimal for the additive surrogate. BudgetError if
+        nothing fits; names the smallest feasible value."""
         return self._sign(solve(solver, self.problem(budget), budget, **options), budget)
 
     def _sign(self, solution: Solution, budget: Budget) -> Strategy:
@@ -154,12 +141,7 @@ class MeasuredProfile(Profile):
         """The search problem, with exact evaluations."""
         return replace(super().problem(budget), store=self.store)
 
-    def rerank(
-        self,
-        budget: Budget,
-        num_candidates: int = 16,
-        on_progress: OnProgress | None = None,
-    ) -> Strategy:
+    def rerank(self, budget: Budget, num_candidates: int = 16, on_progress: OnProgress | None = None) -> Strategy:
         """The best by exact KL of the surrogate's best candidates and uniform reduction."""
         problem = self.problem(budget)
         ranked = rerank_all(problem, budget, num_candidates, on_progress=on_progress)
@@ -180,11 +162,8 @@ def make_space(
     min_visual_tokens: int = 1,
     strategy_fields: Mapping[str, Any] | None = None,
 ) -> Space:
-    """A search space by name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``.
-
-    Raises:
-        ConfigError: on an unknown name.
-    """
+    """A search space by name: ``dop``, ``dop_split``, ``dop_full_kv``, ``dop_groups`` or ``uniform``; ConfigError on an
+    unknown name."""
     fields = {"min_visual_tokens": min_visual_tokens, **(strategy_fields or {})}
     makers: dict[str, Callable[..., Space]] = {
         "dop": Space.dop,
@@ -259,10 +238,8 @@ def profile(
         split: whether ``dop_groups`` has exit depths of their own for q and kv.
         grid: at which levels the curves are measured.
         teacher: the full model's answers, if they are at hand.
-        max_new_tokens, answers, averaging: see ``make_teacher`` and ``DivergenceEngine``.
-        batch_size: most samples per generation call.
-        memory: GiB on the decoder's device, weights included, or ``auto``: most of what is free. The numbers do not
-            depend on it.
+        max_new_tokens, answers, averaging, batch_size, memory: see ``make_teacher`` and ``DivergenceEngine``. The
+            numbers do not depend on the last two.
         cache_dir: keeps every evaluation, so that an interrupted profile continues where it stopped.
         storage: keeps the evaluations instead, and lets several processes share them: a journal file, or a database
             URL. Each process asks the full model itself, or reads its answers from ``cache_dir``.

@@ -31,6 +31,7 @@ from dop_search.utils.files import write_atomic
 FORMAT = "dop_search.teacher"
 VERSION = 4
 Progress = Callable[[int, int], None]
+_TENSORS = ("embeds", "position_ids", "visual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +163,12 @@ def _answer_ids(
 def generate_ids(
     loaded: LoadedModel, batch: Sequence[Sample], max_new_tokens: int, memory: Memory = "auto"
 ) -> list[list[int]]:
-    """Greedy answers of the model as it is, without the prompt; may end in padding.
+    """Greedy answers of the model as it is, without the prompt; may end in padding. MemoryLimitError if not even one
+    sample fits.
 
     Plainly greedy, see :func:`plain_generation`: what a checkpoint ships besides (penalties, suppressed tokens) is no
     part of the output distribution that strategies are compared by. A batch whose keys and values do not fit
     ``memory`` is split.
-
-    Raises:
-        MemoryLimitError: if not even one sample fits.
     """
     inputs = model_inputs(loaded.processor, batch, loaded.adapter.device)
     length, free = inputs["input_ids"].shape[1], free_bytes(loaded.adapter, memory)
@@ -206,11 +205,8 @@ def _generate(loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: in
 
 
 def annotated_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
-    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it.
-
-    Raises:
-        DataError: if no answer is known.
-    """
+    """The first annotated answer as it follows the prompt, which decides whether there is a space in front of it;
+    DataError if no answer is known."""
     if not sample.answers:
         raise no_answer(f"the sample {sample.id!r}")
     tokenizer = loaded.processor.tokenizer
@@ -249,9 +245,7 @@ def _write(path: Path, teacher: Teacher) -> None:
     facts: list[dict[str, Any]] = []
     for index, sample in enumerate(teacher.samples):
         encoded = sample.encoded
-        tensors[f"{index}.embeds"] = encoded.embeds.contiguous()
-        tensors[f"{index}.position_ids"] = encoded.position_ids.contiguous()
-        tensors[f"{index}.visual"] = encoded.visual.contiguous()
+        tensors |= {f"{index}.{name}": getattr(encoded, name).contiguous() for name in _TENSORS}
         tensors[f"{index}.ranking"] = torch.from_numpy(np.ascontiguousarray(encoded.ranking))
         tensors[f"{index}.log_probs"] = sample.log_probs.contiguous()
         for layer, features in enumerate(encoded.deepstack):
@@ -294,9 +288,7 @@ def _read_sample(
     file: Any, index: int, fact: dict[str, Any], adapter: ModelAdapter, selector: Selector
 ) -> TeacherSample:
     encoded = EncodedSample(
-        embeds=file.get_tensor(f"{index}.embeds"),
-        position_ids=file.get_tensor(f"{index}.position_ids"),
-        visual=file.get_tensor(f"{index}.visual"),
+        **{name: file.get_tensor(f"{index}.{name}") for name in _TENSORS},
         prompt_length=fact["prompt_length"],
         ranking=file.get_tensor(f"{index}.ranking").cpu().numpy(),
         deepstack=tuple(file.get_tensor(f"{index}.deepstack.{layer}") for layer in range(fact["deepstack"])),

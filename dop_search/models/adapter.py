@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dop_search.models.capture import INSIDE, Layer, TowerView, capture_field, refuse
 from dop_search.models.decoder_checks import DECODER_LAYERS, check_attention, check_layer, check_placement, check_window
 from dop_search.models.layer_names import names_of
-from dop_search.models.tower import Grids, TowerCapture, VisionCall, VisionWatch
+from dop_search.models.tower import VisionWatch
+from dop_search.models.vision import VisionAdapter
 from dop_search.strategy.operations import ModelDims
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
@@ -23,7 +23,7 @@ UNKNOWN_TOKEN = -1
 """Stands for text of which only the embeddings are known."""
 
 
-class ModelAdapter:
+class ModelAdapter(VisionAdapter):
     """One multimodal model: where its decoder is, where visual tokens stand, what its vision tower offers.
 
     Subclasses cover one family each and are listed by the ``model_type`` of the configuration in ``families.py``; the
@@ -32,22 +32,7 @@ class ModelAdapter:
     """
 
     decoder_name: ClassVar[str] = "language_model"
-    tower_name: ClassVar[str] = "vision_tower"
-    """What decoder and image encoder are called in the multimodal module."""
-    tower_attention: str = "encoder.layers.{}.self_attn"
-    """Where the tower's layers have their attention."""
-    has_cls: bool = False
-    """Whether the tower has a CLS token."""
-    sizes_name: ClassVar[str] = ""
-    """What the model calls the sizes of images, where they may have any."""
-    middle_depth: ClassVar[float] = 9 / 24
-    """Which share of the tower's layers lies below the end of the ``middle`` one, by which HiPrune ranks."""
-    has_tower: ClassVar[bool] = True
-    """Whether there is a vision tower for selectors to look at."""
-    casts_pixels: ClassVar[bool] = True
-    """Whether the vision tower takes float32 pixels whatever its weights are."""
-    knows_images: ClassVar[bool] = True
-    """Whether the model is told which tiles are of one image."""
+    """What the decoder is called in the multimodal module."""
     input_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``SelectorInputs`` that are computed from the decoder's input, instead of the vision tower."""
     has_deepstack: ClassVar[bool] = False
@@ -76,18 +61,14 @@ class ModelAdapter:
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """Refuse a configuration of the family that the adapter does not cover, before its weights are loaded.
-
-        Raises:
-            UnsupportedModelError: naming what was found and what is covered.
-        """
+        """Refuse a configuration of the family that the adapter does not cover, before its weights are loaded;
+        UnsupportedModelError naming what was found and what is covered."""
         return
 
     # -- the decoder ------------------------------------------------------------------------------
 
     @property
     def text_config(self) -> Any:
-        """Configuration of the decoder."""
         return self.model.config.get_text_config()
 
     @property
@@ -107,13 +88,11 @@ class ModelAdapter:
 
     @property
     def layers(self) -> Sequence[Any]:
-        """The decoder layers."""
         layers: Sequence[Any] = self.text_model.layers
         return layers
 
     @property
     def final_norm(self) -> Any:
-        """The norm after the last layer."""
         return self.text_model.norm
 
     @property
@@ -139,7 +118,6 @@ class ModelAdapter:
 
     @property
     def dims(self) -> ModelDims:
-        """The decoder's sizes."""
         config = self.layer_config
         mlp = getattr(self.layers[0], names_of(self.layers[0]).mlp)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -160,11 +138,8 @@ class ModelAdapter:
         return self.dims.fingerprint(self.model.config.model_type)
 
     def check_decoder(self) -> None:
-        """Refuse what can change after loading: weights that are offloaded, and the attention backend.
-
-        Raises:
-            UnsupportedModelError: naming what was found and the remedy.
-        """
+        """Refuse what can change after loading: weights that are offloaded, and the attention backend;
+        UnsupportedModelError naming what was found and the remedy."""
         check_placement(type(self.model).__name__, [*self.layers, self.final_norm])
         check_attention(self.text_config._attn_implementation)
 
@@ -232,11 +207,8 @@ class ModelAdapter:
         return "sliding_attention" in self.layer_types or self.sees_images_whole
 
     def check_plain_attention(self, what: str) -> None:
-        """Refuse what computes attention by itself where the decoder's is another.
-
-        Raises:
-            UnsupportedModelError: naming what it is.
-        """
+        """Refuse what computes attention by itself where the decoder's is another; UnsupportedModelError naming what it
+        is."""
         if self.layer_types or self.sees_images_whole:
             raise UnsupportedModelError(
                 f"{what} goes by attention that is causal in every layer, but {type(self.model).__name__} attends "
@@ -247,9 +219,8 @@ class ModelAdapter:
     def pop_deepstack(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Take the features that the decoder adds to its visual tokens after its first layers out of its arguments.
 
-        Returns:
-            One tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the order
-            of the sequence; empty where the family adds nothing.
+        Returns one tensor ``[visual tokens of the batch, hidden_size]`` per layer from the first on, tokens in the
+        order of the sequence; empty where the family adds nothing.
         """
         return ()
 
@@ -258,11 +229,8 @@ class ModelAdapter:
         return {}
 
     def decode_text(self, input_ids: Tensor) -> str:
-        """The text of some tokens, by the tokenizer that the model was loaded with.
-
-        Raises:
-            DopError: if the model was not loaded from a checkpoint with a tokenizer.
-        """
+        """The text of some tokens, by the tokenizer that the model was loaded with; DopError if the model was not
+        loaded from a checkpoint with a tokenizer."""
         if bool((input_ids == UNKNOWN_TOKEN).any()):
             raise DopError(
                 "the selector reads the prompt's text, of which `inputs_embeds` tell nothing; pass `input_ids`"
@@ -278,181 +246,3 @@ class ModelAdapter:
                 "the selector reads the prompt's text, but the model was built without a checkpoint's tokenizer"
             )
         return str(self._tokenizer.decode(input_ids.tolist(), skip_special_tokens=True)).strip()
-
-    # -- what the vision tower shows --------------------------------------------------------------
-
-    @property
-    def vision_tower(self) -> Any:
-        """The image encoder."""
-        return getattr(self.model.model, self.tower_name)
-
-    @property
-    def tower_width(self) -> int:
-        """Channels of the vision tower."""
-        vision = self.model.config.vision_config
-        return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels per side of what the tower first makes one vector of."""
-        side = self.model.config.vision_config.patch_size
-        return int(side[0] if isinstance(side, (list, tuple)) else side)
-
-    @property
-    def merge_size(self) -> int:
-        """Patches per side of the square that one visual token is made of."""
-        return 1
-
-    @property
-    def patches_per_token(self) -> int:
-        """Patches of the vision tower that one visual token is made of."""
-        return self.merge_size**2
-
-    @property
-    def tile_grid(self) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of an image (or tile), where all have one size."""
-        vision = self.model.config.vision_config
-        size, patch = (
-            (value, value) if isinstance(value, int) else value for value in (vision.image_size, vision.patch_size)
-        )
-        return size[0] // patch[0] // self.merge_size, size[1] // patch[1] // self.merge_size
-
-    @property
-    def tower_view(self) -> TowerView:
-        """The vision tower for selectors that look deeper into it than its attention, or change it.
-
-        Raises:
-            UnsupportedModelError: if the tower is of another kind than CLIP's or SigLIP's; names selectors that work.
-        """
-        kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "unknown")
-        raise refuse(INSIDE, f"the vision tower {kind!r} of {type(self.model).__name__} is not covered")
-
-    def encode_images(self, pixel_values: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Vision tower and projector: ``[visual tokens of the images, hidden_size]``; ``sizes``: the images' own."""
-        model, given = self.model, {} if sizes is None else {self.sizes_name: sizes}
-        return torch.cat(list(cast(Any, model).get_image_features(pixel_values=pixel_values, **given).pooler_output))
-
-    def packed_patches(self) -> list[Tensor]:
-        """Which patches become visual tokens, ``[tiles, patches]`` boolean of each image whose encoding is under way.
-
-        Of families that cut images into tiles and leave out padding.
-        """
-        raise NotImplementedError
-
-    def token_grids(self, call: VisionCall) -> list[Grids]:
-        """Where the visual tokens of each image (or video) of a call stand: rows and columns, part after part.
-
-        The sizes of an image's grids add up to its visual tokens. Newline tokens are a column of their grid, or a
-        ``(1, 1)`` grid where they stand alone. By default each image, or each tile, is a grid of its own.
-        """
-        return [(self.tile_grid,)] * len(call.arguments["pixel_values"])
-
-    def to_token_order(self, values: Tensor) -> Tensor:
-        """Carry values of the vision tower's patches to the visual tokens that are made of them.
-
-        Args:
-            values: ``[tiles or images, patches, channels]`` in the order in which the tower computes; packed towers
-                (Qwen) have one row for all images. For the images whose encoding is under way (see ``VisionWatch``).
-
-        Returns:
-            ``[visual tokens, channels]`` in the order of the placeholder tokens of images, or of videos. Tokens made
-            of several patches get their mean, tokens made of none (newlines) the mean of their row. By default a
-            token is made of a square of patches, row by row.
-        """
-        merge = self.merge_size
-        if merge == 1:
-            return values.flatten(0, 1)
-        rows, columns = self.tile_grid
-        return torch.cat([square_means(tile, rows, columns, merge) for tile in values])
-
-    def token_tiles(self, num_visual: Sequence[int]) -> Sequence[tuple[Tensor, Sequence[tuple[int, int]]] | None]:
-        """``tiles`` of ``SelectorInputs`` for each sample, and ``tile_grid`` of each of its images.
-
-        ``None`` where images are not cut.
-        """
-        return [None] * len(num_visual)
-
-    def capture(self, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-        """Hand ``receive`` a field of ``SelectorInputs`` by visual token, whenever the decoder is about to read images.
-
-        Raises:
-            UnsupportedModelError: if the vision tower cannot give it; the message names selectors that work.
-        """
-        return capture_field(self, name, receive)
-
-    @property
-    def feature_layer(self) -> Any:
-        """The hidden states of the tower that feed the projector: ``0`` would enter the first layer."""
-        return getattr(self.model.config, "vision_feature_layer", -1)
-
-    def received_attention_module(self) -> Any:
-        """The tower's attention module that is looked into: of the layer that feeds the projector.
-
-        Where layers see parts of images alone, the last one before that which attends to whole images.
-        """
-        layer = self.feature_layer
-        if not isinstance(layer, int) or not layer:
-            raise UnsupportedModelError(
-                "attention of the vision tower is captured in the layer that feeds the projector, but this model has "
-                f"vision_feature_layer={layer}; use selector=uniform_grid or selector=random"
-            )
-        return self.attention_modules[layer - (layer > 0)]
-
-    def attention_module(self, layer: Layer | None) -> Any:
-        """The attention of any layer of the tower; ``None``: :meth:`received_attention_module`.
-
-        Raises:
-            DopError: if the tower has no such layer.
-            UnsupportedModelError: if it sees a part of the image alone.
-        """
-        return self.received_attention_module() if layer is None else self.attention_modules[self.tower_layer(layer)]
-
-    @property
-    def attention_modules(self) -> list[Any]:
-        """The attention of each layer of the tower."""
-        layers, name = self.tower_attention.split(".{}.")
-        return [layer.get_submodule(name) for layer in self.vision_tower.get_submodule(layers)]
-
-    def tower_layer(self, layer: Layer) -> int:
-        """The number of a layer from 0, or its depth as a share, see ``dop_search.selectors.base.at_layer``."""
-        count = len(self.attention_modules)
-        if not isinstance(layer, int):
-            return max(1, round((self.middle_depth if isinstance(layer, str) else layer) * count)) - 1
-        if not -count <= layer < count:
-            raise DopError(
-                f"`{-count} <= layer < {count}` must hold for the {count} layers of the vision tower, but got {layer}"
-            )
-        return layer % count
-
-    def image_grids(self, num_visual: Sequence[int]) -> list[tuple[Grids, ...]]:
-        """Rows and columns of the visual tokens of each sample's images (and videos), each as in :meth:`token_grids`.
-
-        Args:
-            num_visual: visual tokens per sample of the batch.
-
-        Raises:
-            DopError: if the model has encoded other images since the watch was opened, or none.
-        """
-        if not any(num_visual):
-            return [()] * len(num_visual)
-        grids = self.vision_watch.grids_of(num_visual)
-        if grids is None:
-            raise DopError(
-                f"{sum(num_visual)} visual tokens in the batch do not match the images that were encoded: pass the "
-                "images to the pruned model, or give `rankings=` with a strategy that does not count per image"
-            )
-        return grids
-
-
-def square_means(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """Means over squares of patches: ``[rows * side * columns * side, channels]`` to ``[rows * columns, channels]``."""
-    return values.unflatten(0, (rows, side, columns, side)).mean(dim=(1, 3)).flatten(0, 1)
-
-
-def padded_square_means(tiles: Tensor, grids: Sequence[Grids], side: int) -> Tensor:
-    """As :func:`square_means` of tiles ``[tiles, patches, channels]`` padded to the largest, one after the other.
-
-    ``grids``: of each tile, in tokens.
-    """
-    parts = zip(tiles, grids, strict=True)
-    return torch.cat([square_means(tile[: its[0][0] * its[0][1] * side**2], *its[0], side) for tile, its in parts])

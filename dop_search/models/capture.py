@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dop_search.models.tower import (
-    Read,
-    TowerCapture,
-    cls_attention,
-    global_attention,
-    head_mean_keys,
-    received_attention,
-)
+from dop_search.models.tower import Read, TowerCapture
+from dop_search.models.tower_attention import cls_attention, head_mean_keys, received_attention
 from dop_search.utils.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -41,7 +36,7 @@ keys from more towers than :class:`TowerView` covers; the others through one."""
 _ATTENTION: dict[str, Read] = {
     "cls_attention": cls_attention,
     "received_attention": received_attention,
-    "global_attention": global_attention,
+    "global_attention": partial(received_attention, cls_asks=True),
 }
 _CLS_FIELDS = frozenset({"last_cls_attention", "cls_feature", "patch_states"})
 
@@ -70,7 +65,6 @@ class TowerView:
         layers: encoder layers with ``layer_norm1``, ``self_attn`` (``q_proj``, ``k_proj``), ``layer_norm2``, ``mlp``.
         feature_layer: index of the layer whose output the projector receives.
         has_cls: whether the first token is a CLS token, which the projector does not receive.
-        width: channels.
         patch_size: pixels per side of a patch.
         grid: rows and columns of the visual tokens of every image, where each image is one run of the tower and each
             patch one token; ``None`` otherwise (any-resolution tiles).
@@ -104,13 +98,11 @@ def refuse(wanted: str, why: str) -> UnsupportedModelError:
 
 
 def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], None]) -> TowerCapture:
-    """Capture one of :data:`TOWER_FIELDS`, or attention in another layer, as :class:`TowerCapture` does.
+    """Capture one of :data:`TOWER_FIELDS`, or attention in another layer, as :class:`TowerCapture` does;
+    UnsupportedModelError if the tower is not covered, or has no CLS token and the field needs one.
 
     Attention is averaged over heads. What each patch receives from all patches is what VisionZip (arXiv 2412.04467) and
     VisPruner (arXiv 2412.01818v2) use for towers without a CLS token.
-
-    Raises:
-        UnsupportedModelError: if the tower is not covered, or has no CLS token and the field needs one.
     """
     kind, layer = field_and_layer(name)
     if kind == "cls_attention" and not adapter.has_cls:
@@ -126,30 +118,14 @@ def capture_field(adapter: ModelAdapter, name: str, receive: Callable[[Tensor], 
     view = adapter.tower_view
     if not view.has_cls and name in _CLS_FIELDS:
         raise refuse(f"`{name}`", "the vision tower has no CLS token (try the selector's option attention=received)")
-    extra, norm = view.num_extra, view.final_norm
+    extra, norm = view.num_extra, view.final_norm or nn.Identity()
     feature, last = view.layers[view.feature_layer], view.layers[-1]
-
-    def features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        patches: Tensor = args[0][:, extra:]
-        return patches
-
-    def cls_feature(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        output: Tensor = args[0]
-        return output[:, :1].expand_as(output[:, 1:])
-
-    def patch_states(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        states: Tensor = args[0][:, extra:]
-        return states if norm is None else norm(states)
-
-    def last_keys(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _wide_keys(attention, args, kwargs)[:, extra:]
-
     where: dict[str, tuple[Any, Read, bool]] = {
         "last_cls_attention": (last.self_attn, wide_cls_attention, False),
-        "last_keys": (last.self_attn, last_keys, False),
-        "features": (feature, features, True),
-        "cls_feature": (feature, cls_feature, True),
-        "patch_states": (feature, patch_states, True),
+        "last_keys": (last.self_attn, lambda *call: _wide_keys(*call)[:, extra:], False),
+        "features": (feature, lambda module, args, kwargs: args[0][:, extra:], True),
+        "cls_feature": (feature, lambda module, args, kwargs: args[0][:, :1].expand_as(args[0][:, 1:]), True),
+        "patch_states": (feature, lambda module, args, kwargs: norm(args[0][:, extra:]), True),
     }
     module, read, of_output = where[name]
     return TowerCapture(adapter, module, read, receive, of_output)

@@ -71,11 +71,8 @@ _NOT_FOUND = (
 
 @contextmanager
 def explained(name: str, *, is_local: bool = True, remedy: str = _DAMAGED) -> Iterator[None]:
-    """Turn whatever a library raises on the files of the checkpoint ``name`` into one sentence with a ``remedy``.
-
-    Raises:
-        CheckpointError: instead of anything that is no :class:`DopError`.
-    """
+    """Turn whatever a library raises on the files of the checkpoint ``name`` into one sentence with a ``remedy``;
+    CheckpointError instead of anything that is no :class:`DopError`."""
     try:
         yield
     except DopError:
@@ -100,13 +97,10 @@ def first_line(error: BaseException) -> str:
 
 
 def check_folder(folder: Path, name: str) -> int | None:
-    """Look at the files of a local checkpoint; reads headers only, and executes nothing.
+    """Look at the files of a local checkpoint; reads headers only, and executes nothing. CheckpointError naming the
+    file and the remedy.
 
-    Returns:
-        How many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
-
-    Raises:
-        CheckpointError: naming the file and the remedy.
+    Returns how many numbers its weights are; ``None`` for a model that no adapter covers, which is refused by its type.
     """
     pointers = sorted(path.name for path in folder.iterdir() if _is_lfs_pointer(path))
     if pointers:
@@ -135,11 +129,8 @@ def check_folder(folder: Path, name: str) -> int | None:
 
 
 def check_size(config: Any, num_stored: int, name: str) -> None:
-    """Refuse a configuration of a far larger model than is stored, before memory is taken for what is missing.
-
-    Raises:
-        CheckpointError: naming both sizes.
-    """
+    """Refuse a configuration of a far larger model than is stored, before memory is taken for what is missing;
+    CheckpointError naming both sizes."""
     expected = sum(parameter.numel() for parameter in meta_model(config).parameters())
     if expected > 2 * num_stored:
         problem = f"config.json describes a model of {expected:,} weights, but only {num_stored:,} are stored"
@@ -147,15 +138,13 @@ def check_size(config: Any, num_stored: int, name: str) -> None:
 
 
 def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: bool) -> None:
-    """Refuse a model whose weights were not exactly those of its checkpoint.
+    """Refuse a model whose weights were not exactly those of its checkpoint; CheckpointError listing weights that are
+    missing, left over, or of another shape.
 
     Args:
         report: of ``from_pretrained(output_loading_info=True)``; tied weights are not missing there.
         name: what the user calls the checkpoint.
         quantised: whether the checkpoint is.
-
-    Raises:
-        CheckpointError: listing weights that are missing, left over, or of another shape.
     """
     unexpected = [key for key in report["unexpected_keys"] if not _NEVER_READ.search(key)]
     if quantised:
@@ -179,11 +168,7 @@ def check_keys(report: Mapping[str, Collection[Any]], name: str, *, quantised: b
 
 
 def check_generation(config: Any, name: str) -> None:
-    """Refuse special tokens that are no tokens.
-
-    Raises:
-        CheckpointError: naming the setting.
-    """
+    """Refuse special tokens that are no tokens; CheckpointError naming the setting."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)
         for token in value if isinstance(value, (list, tuple)) else [value]:
@@ -193,11 +178,8 @@ def check_generation(config: Any, name: str) -> None:
 
 
 def check_processor(processor: Any, adapter: ModelAdapter, name: str) -> None:
-    """Let the processor prepare one prompt with one image, or one context, and the vision tower encode it.
-
-    Raises:
-        CheckpointError: if a part is missing or broken, or its tokens or images are not the model's.
-    """
+    """Let the processor prepare one prompt with one image, or one context, and the vision tower encode it;
+    CheckpointError if a part is missing or broken, or its tokens or images are not the model's."""
     needed = ("tokenizer", "image_processor") if adapter.has_tower else ("tokenizer",)
     parts = [part for part in needed if getattr(processor, part, None) is None]
     if parts:

@@ -29,7 +29,6 @@ class ClosedTowerAdapter(ModelAdapter):
 
     @property
     def attention_modules(self) -> list[Any]:
-        """See base class."""
         self.received_attention_module()
 
 
@@ -42,12 +41,10 @@ class TimmAdapter(ClosedTowerAdapter):
 
     @property
     def patch_size(self) -> int:
-        """See base class."""
         return int(self._first.stride[0])
 
     @property
     def tower_width(self) -> int:
-        """See base class."""
         return int(self._first.out_channels)
 
 
@@ -71,14 +68,10 @@ class PerceptionLMAdapter(TimmAdapter):
 
     tower_kind = "of timm"
     knows_images = False
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.model.config.projector_pooling_ratio)
+    merge_key = "projector_pooling_ratio"
 
     @property
     def tile_grid(self) -> tuple[int, int]:
-        """See base class."""
         rows, columns = self.vision_tower.timm_model.patch_embed.grid_size
         return rows // self.merge_size, columns // self.merge_size
 
@@ -104,7 +97,6 @@ class AriaAdapter(ClosedTowerAdapter):
         return [((1, self.model.config.projector_patch_to_query_dict[patches]),)] * len(tiles)
 
     def to_token_order(self, values: Tensor) -> NoReturn:
-        """See base class."""
         self.received_attention_module()
 
     @property

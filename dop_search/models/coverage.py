@@ -50,8 +50,6 @@ class Coverage:
     """One row of the table.
 
     Attributes:
-        model_type: of the configuration.
-        name: the class.
         status: whether there is an adapter; ``not applicable`` where visual tokens are no part of a decoder's sequence.
         reason: what stands in the way, or what of the family is covered.
     """

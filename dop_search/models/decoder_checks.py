@@ -87,16 +87,12 @@ def forward_owner(cls: type) -> type | None:
 
 
 def check_layer(layer: nn.Module, known: frozenset[str] = DECODER_LAYERS) -> None:
-    """Refuse a decoder layer that computes something else than :func:`dop_search.pruning.layer.run_layer`.
+    """Refuse a decoder layer that computes something else than :func:`dop_search.pruning.layer.run_layer`;
+    UnsupportedModelError for another class of layers, or another forward of the layer, its attention or a norm.
 
     What counts is the class whose forward runs: a subclass may add to it, but not replace it.
 
-    Args:
-        layer: a decoder layer.
-        known: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
-
-    Raises:
-        UnsupportedModelError: for another class of layers, or another forward of the layer, its attention or a norm.
+    ``known``: names of classes that do compute the same; those of ``DECODER_LAYERS`` are transformers' own.
     """
     cls = type(layer)
     if any("_orig_mod" in part._modules for part in (layer, mixer_of(layer))):
@@ -137,14 +133,10 @@ def _package(cls: type) -> str:
 
 
 def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
-    """Refuse a decoder that attends within a sliding window, or whose layers are of other types.
+    """Refuse a decoder that attends within a sliding window, or whose layers are of other types; UnsupportedModelError
+    naming the setting.
 
-    Args:
-        config: configuration of the decoder.
-        known: types of layers, besides full attention, that its adapter covers.
-
-    Raises:
-        UnsupportedModelError: naming the setting.
+    ``known``: types of layers, besides full attention, that its adapter covers.
     """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -160,11 +152,7 @@ def check_window(config: Any, known: frozenset[str] = frozenset()) -> None:
 
 
 def check_attention(implementation: str) -> None:
-    """Refuse attention backends whose masks are of another kind.
-
-    Raises:
-        UnsupportedModelError: naming those that work.
-    """
+    """Refuse attention backends whose masks are of another kind; UnsupportedModelError naming those that work."""
     if implementation in MASKED_BACKENDS or (is_flash(implementation) and not implementation.startswith("paged")):
         return
     raise UnsupportedModelError(
@@ -175,14 +163,10 @@ def check_attention(implementation: str) -> None:
 
 
 def check_placement(name: str, parts: list[nn.Module]) -> None:
-    """Refuse a decoder that is offloaded: packed rows follow its layers over devices, but nothing loads their weights.
+    """Refuse a decoder that is offloaded: packed rows follow its layers over devices, but nothing loads their weights;
+    UnsupportedModelError naming the remedy.
 
-    Args:
-        name: the model's class, for the message.
-        parts: decoder layers and what else runs on packed rows.
-
-    Raises:
-        UnsupportedModelError: naming the remedy.
+    ``parts``: decoder layers and what else runs on packed rows.
     """
     offloaded = sum(any(parameter.is_meta for parameter in part.parameters()) for part in parts)
     if offloaded:

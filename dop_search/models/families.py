@@ -17,35 +17,33 @@ FAMILIES = Registry(
     {
         "llava": "dop_search.models.llava:LlavaAdapter",
         "llava_next": "dop_search.models.llava_next:LlavaNextAdapter",
-        "llava_onevision": "dop_search.models.llava_onevision:LlavaOnevisionAdapter",
+        "llava_onevision": "dop_search.models.llava_next:LlavaOnevisionAdapter",
         "qwen2_vl": "dop_search.models.qwen2_vl:Qwen2VLAdapter",
         "qwen2_5_vl": "dop_search.models.qwen2_5_vl:Qwen2_5VLAdapter",
-        **dict.fromkeys(("qwen3_vl", "cosmos3_omni"), "dop_search.models.qwen3_vl:Qwen3VLAdapter"),
-        "qwen3_5": "dop_search.models.qwen3_5:Qwen3_5Adapter",
-        "qwen3_5_moe": "dop_search.models.qwen3_5:Qwen3_5MoeAdapter",
-        "internvl": "dop_search.models.internvl:InternVLAdapter",
-        "qwen3_vl_moe": "dop_search.models.qwen3_vl:Qwen3VLMoeAdapter",
+        **dict.fromkeys(("qwen3_vl", "cosmos3_omni"), "dop_search.models.qwen3:Qwen3VLAdapter"),
+        "qwen3_5": "dop_search.models.qwen3:Qwen3_5Adapter",
+        "qwen3_5_moe": "dop_search.models.qwen3:Qwen3_5MoeAdapter",
+        "internvl": "dop_search.models.tiles:InternVLAdapter",
+        "qwen3_vl_moe": "dop_search.models.qwen3:Qwen3VLMoeAdapter",
         "idefics3": "dop_search.models.idefics3:Idefics3Adapter",
         "smolvlm": "dop_search.models.idefics3:Idefics3Adapter",
         "mistral3": "dop_search.models.mistral3:Mistral3Adapter",
         "lighton_ocr": "dop_search.models.mistral3:LightOnOcrAdapter",
-        "ovis2": "dop_search.models.ovis2:Ovis2Adapter",
+        "ovis2": "dop_search.models.tiles:Ovis2Adapter",
         "gemma4": "dop_search.models.gemma4:Gemma4Adapter",
         "gemma3": "dop_search.models.gemma3:Gemma3Adapter",
-        "qianfan_ocr": "dop_search.models.internvl:QianfanOcrAdapter",
-        "video_llava": "dop_search.models.video_llava:VideoLlavaAdapter",
+        "qianfan_ocr": "dop_search.models.tiles:QianfanOcrAdapter",
+        "video_llava": "dop_search.models.llava:VideoLlavaAdapter",
         "video_llama_3": "dop_search.models.video_llama_3:VideoLlama3Adapter",
-        **dict.fromkeys(
-            ("deepseek_vl", "deepseek_vl_hybrid", "janus"), "dop_search.models.deepseek_vl:DeepseekVLAdapter"
-        ),
+        **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), "dop_search.models.tiles:DeepseekVLAdapter"),
         "fast_vlm": "dop_search.models.closed_towers:FastVlmAdapter",
         "perception_lm": "dop_search.models.closed_towers:PerceptionLMAdapter",
         "aria": "dop_search.models.closed_towers:AriaAdapter",
-        "vipllava": "dop_search.models.vipllava:VipLlavaAdapter",
-        "llava_next_video": "dop_search.models.llava_next_video:LlavaNextVideoAdapter",
+        "vipllava": "dop_search.models.llava:VipLlavaAdapter",
+        "llava_next_video": "dop_search.models.llava_next:LlavaNextVideoAdapter",
         **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), "dop_search.models.minicpmv:MiniCPMVAdapter"),
         "lfm2_vl": "dop_search.models.lfm2_vl:Lfm2VlAdapter",
-        **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr"), "dop_search.models.glm4v:Glm4vAdapter"),
+        **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr"), "dop_search.models.qwen2_vl:Glm4vAdapter"),
     },
     UnsupportedModelError,
 )
@@ -66,11 +64,8 @@ def auto_class(model_type: str) -> Any:
 
 
 def check_model_type(model_type: str | None, name: str) -> None:
-    """Refuse a model type without an adapter; ``name`` is what the user knows it by.
-
-    Raises:
-        UnsupportedModelError: listing the supported families.
-    """
+    """Refuse a model type without an adapter; ``name`` is what the user knows it by. UnsupportedModelError listing the
+    supported families."""
     if not is_known(model_type):
         near = did_you_mean(str(model_type), FAMILIES)
         raise UnsupportedModelError(
@@ -90,11 +85,8 @@ def adapter_class(model_type: str | None, name: str) -> type[ModelAdapter]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` and peft make of it.
-
-    Raises:
-        UnsupportedModelError: for wrappers that must not be pruned themselves.
-    """
+    """The model inside of what ``torch.compile`` and peft make of it; UnsupportedModelError for wrappers that must not
+    be pruned themselves."""
     while True:
         compiled, base = getattr(model, "_orig_mod", None), getattr(model, "get_base_model", None)
         if isinstance(compiled, nn.Module):
@@ -110,12 +102,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def adapter_for(model: PreTrainedModel) -> ModelAdapter:
-    """The adapter of a model, or of what peft or ``torch.compile`` has wrapped.
-
-    Raises:
-        UnsupportedModelError: if the model is a wrapper or a base model, or no adapter covers its class; lists the
-            supported families.
-    """
+    """The adapter of a model, or of what peft or ``torch.compile`` has wrapped; UnsupportedModelError if the model is a
+    wrapper or a base model, or no adapter covers its class; lists the supported families."""
     given: object = model
     if not isinstance(given, nn.Module):
         inside = isinstance(getattr(given, "model", None), nn.Module)

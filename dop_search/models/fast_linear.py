@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from dop_search.utils.attached import replace_attribute
 
 MIN_ROWS = 64
 """Below so many rows the call's overhead outweighs the gain."""
@@ -52,25 +53,18 @@ def fast_linear(model: nn.Module) -> Iterator[int]:
     Yields:
         How many layers were switched; 0 where there is nothing to gain.
     """
-    switched: list[tuple[Any, Any]] = []
-    linears: list[Any] = [
+    linears = [
         module
         for module in model.modules()
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter  # torchao packs weights in place
         if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
     ]
-    if linears and available() and measured_speedup() >= MIN_SPEEDUP:
+    if not linears or not available() or measured_speedup() < MIN_SPEEDUP:
+        linears = []
+    with ExitStack() as undo:
         for linear in linears:
-            switched.append((linear, linear.__dict__.get("forward")))
-            linear.forward = _forward_of(linear)
-    try:
-        yield len(switched)
-    finally:
-        for linear, previous in switched:
-            if previous is None:
-                del linear.__dict__["forward"]
-            else:
-                linear.forward = previous
+            replace_attribute(undo, linear, "forward", _forward_of(linear))
+        yield len(linears)
 
 
 def _forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

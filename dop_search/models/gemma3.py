@@ -16,27 +16,24 @@ class Gemma3Adapter(ModelAdapter):
 
     layer_types = frozenset({"sliding_attention"})
     sees_images_whole = True
+    draw_masks = staticmethod(create_masks_for_vision_model)
+    """By which function the model draws the masks of its layers."""
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """See base class."""
         if config.get_text_config().use_bidirectional_attention:
             raise UnsupportedModelError("a decoder with use_bidirectional_attention=True is an encoder, not covered")
 
     def rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """See base class."""
         cos, sin = self.text_model.rotary_emb(embeds, position_ids, "full_attention")
         return cos, sin
 
     def windowed_rotary(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """See base class."""
         cos, sin = self.text_model.rotary_emb(embeds, position_ids, "sliding_attention")
         return cos, sin
 
     def mask_arguments(self, embeds: Tensor, position_ids: Tensor, images: Tensor) -> dict[str, Any]:
-        """See base class; by the function that the model calls."""
-        masks = create_masks_for_vision_model(self.text_config, embeds, None, None, position_ids, images)
-        return {"attention_mask": masks}
+        return {"attention_mask": self.draw_masks(self.text_config, embeds, None, None, position_ids, images)}
 
     @property
     def merge_size(self) -> int:

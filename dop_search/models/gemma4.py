@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModelOutputWithPast, create_masks_for_vision_model
 
-from dop_search.models.adapter import padded_square_means
 from dop_search.models.gemma3 import Gemma3Adapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.vision import padded_square_means
 from dop_search.strategy.operations import ModelDims, OtherHeads
 from dop_search.utils.errors import UnsupportedModelError
 
@@ -25,11 +25,11 @@ class Gemma4Adapter(Gemma3Adapter):
 
     token_types = "mm_token_type_ids"
     sees_images_in_windows = True
+    draw_masks = staticmethod(create_masks_for_vision_model)
     decoder_output = Gemma4TextModelOutputWithPast
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """See base class."""
         text = config.get_text_config()
         found = [
             what
@@ -52,7 +52,6 @@ class Gemma4Adapter(Gemma3Adapter):
 
     @property
     def layer_config(self) -> Any:
-        """See base class."""
         return self.text_config.per_layer_config[self.text_config.layer_types.index("sliding_attention")]
 
     @property
@@ -74,14 +73,8 @@ class Gemma4Adapter(Gemma3Adapter):
             )
         return dims
 
-    def mask_arguments(self, embeds: Tensor, position_ids: Tensor, images: Tensor) -> dict[str, Any]:
-        """See base class; by the function that the model calls."""
-        masks = create_masks_for_vision_model(self.text_config, embeds, None, None, position_ids, images)
-        return {"attention_mask": masks}
-
     @property
     def merge_size(self) -> int:
-        """See base class: a square of patches is averaged."""
         return int(self.model.config.vision_config.pooling_kernel_size)
 
     def token_grids(self, call: VisionCall) -> list[Grids]:

@@ -14,10 +14,7 @@ class Idefics3Adapter(ModelAdapter):
 
     decoder_name, tower_name = "text_model", "vision_model"
     knows_images = False
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.model.config.scale_factor)
+    merge_key = "scale_factor"
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; each tile is a grid, whichever image it belongs to. Tiles of zeros pad the batch."""

@@ -13,7 +13,6 @@ class LayerNames(NamedTuple):
     Attributes:
         norm, mlp_norm: before the attention (or what is in its place), and before the MLP.
         attended_norm, update_norm: after them, where a layer norms what they return as well.
-        mlp: the feed-forward block.
         output: output projection of the attention.
         head_norms: of queries and of keys, where attention has them.
         in_pairs: whether positions rotate neighbouring features, instead of those of the two halves of a head.

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dop_search.models.adapter import ModelAdapter, padded_square_means
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.vision import padded_square_means
 from dop_search.strategy.operations import ModelDims, RecurrentDims
 
 
@@ -17,6 +18,7 @@ class Lfm2VlAdapter(ModelAdapter):
 
     layer_types = frozenset({"conv"})
     knows_images = False
+    merge_key = "downsample_factor"
 
     @property
     def final_norm(self) -> Any:
@@ -39,10 +41,6 @@ class Lfm2VlAdapter(ModelAdapter):
             intermediate_size=self.layers[0].feed_forward.w1.out_features,
             recurrent=recurrent if recurrent.layers else None,
         )
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.model.config.downsample_factor)
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         """See base class; each tile is a grid, and so is the whole image after them."""

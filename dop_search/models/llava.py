@@ -1,4 +1,8 @@
-"""LLaVA-1.5 and the models of its architecture: CLIP vision tower, two-layer projector, Llama decoder."""
+"""LLaVA-1.5 and the models of its architecture: CLIP vision tower, two-layer projector, Llama decoder.
+
+ViP-LLaVA, whose projector reads several layers of the tower; Video-LLaVA, whose videos have a tower of their own, and
+bring their CLS tokens along.
+"""
 
 from __future__ import annotations
 
@@ -112,3 +116,40 @@ class LlavaAdapter(ModelAdapter):
                 "the CLS token is a visual token of this model (vision_feature_select_strategy='full'), and has no "
                 "score among the patches; use selector=uniform_grid or selector=random"
             )
+
+
+class VipLlavaAdapter(LlavaAdapter):
+    """``VipLlavaForConditionalGeneration`` (arXiv 2312.00784)."""
+
+    vision_towers = ("clip_vision_model",)
+
+    @property
+    def feature_layer(self) -> int:
+        """See base class: the last of them."""
+        config = self.model.config
+        states = 1 + config.vision_config.num_hidden_layers
+        layer = config.vision_feature_layer
+        return max(index % states for index in ([layer] if isinstance(layer, int) else layer))
+
+
+class VideoLlavaAdapter(LlavaAdapter):
+    """``VideoLlavaForConditionalGeneration`` (arXiv 2311.10122), with selectors for images alone."""
+
+    vision_towers = ("clip_vision_model",)
+    tower_name = "image_tower"
+
+    def token_grids(self, call: VisionCall) -> list[Grids]:
+        _check_image(call)
+        return super().token_grids(call)
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        _check_image(self.vision_watch.current())
+        return super().to_token_order(values)
+
+
+def _check_image(call: VisionCall) -> None:
+    if call.modality == "video":
+        raise UnsupportedModelError(
+            "frames of a video bring their CLS tokens into the decoder of Video-LLaVA, which have no place in a grid; "
+            "give `rankings=`, or pass the frames as images"
+        )

@@ -1,17 +1,23 @@
-"""LLaVA-NeXT: a base view of the image and any-resolution tiles, unpadded, with a newline token after every row."""
+"""LLaVA-NeXT: a base view of the image and any-resolution tiles, unpadded, with a newline token after every row.
+
+LLaVA-NeXT-Video and LLaVA-OneVision do the same to images, and pool the frames of videos. OneVision's tower is SigLIP,
+and it resizes tiles when they are many.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from dop_search.models.adapter import ModelAdapter
 from dop_search.models.llava import LlavaAdapter
-from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.tower import Grids, VisionCall, each_sample
 from dop_search.utils.errors import DopError
 
 
@@ -51,23 +57,19 @@ class LlavaNextAdapter(LlavaAdapter):
         nothing = [None] * len(num_visual)
         if not any(num_visual) or (call := self.vision_watch.current()).modality != "image":
             return nothing
-        waiting = list(zip(self._tiles_of_tokens(call), self._tile_grids(call), strict=True))
-        available, wanted = sum(len(tiles) for tiles, _ in waiting), sum(num_visual)
-        if wanted % available:
-            return nothing
-        repeats, result = wanted // available, []  # generate() encodes an image once for all of its beams
-        for index, count in enumerate(num_visual):
-            if index % repeats == 0:
-                own: list[Tensor] = []
-                grids, first = [], 0
-                while sum(map(len, own)) < count:
-                    tiles, grid = waiting.pop(0)
+        images = list(zip(self._tiles_of_tokens(call), self._tile_grids(call), strict=True))
+        *starts, total = itertools.accumulate((len(tiles) for tiles, _ in images), initial=0)
+        result = []
+        for part in each_sample(num_visual, total) or ():
+            own: list[Tensor] = []
+            grids, first = [], 0
+            for (tiles, grid), start in zip(images, starts, strict=True):
+                if part.start <= start < part.stop:
                     own.append(torch.where(tiles < 0, tiles, tiles + first))
                     grids.append(grid)
                     first += 1 + grid[0] * grid[1]
-                sample = (torch.cat(own), grids) if own else None
-            result.append(sample)
-        return result
+            result.append((torch.cat(own), grids) if own else None)
+        return result or nothing
 
     def _tiles_of_tokens(self, call: VisionCall) -> list[Tensor]:
         """Per image which tile each token is from (0 the base view, then the crops), -1 for newline tokens."""
@@ -78,11 +80,7 @@ class LlavaNextAdapter(LlavaAdapter):
         return [torch.where(tokens.sum(dim=1) < 0.5, -1, tokens.argmax(dim=1)) for tokens in packed]
 
     def packed_patches(self) -> list[Tensor]:
-        """See base class.
-
-        Raises:
-            DopError: if a video is being encoded.
-        """
+        """See base class; DopError if a video is being encoded."""
         call = self.vision_watch.current()
         if call.modality != "image":
             raise DopError("what leaves out patches tile by tile needs images, but a video is being encoded")
@@ -122,6 +120,60 @@ class LlavaNextAdapter(LlavaAdapter):
     def packing_arguments(self, call: VisionCall) -> dict[str, Any]:
         """What ``pack_image_features`` of the family takes besides."""
         return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
+
+
+class LlavaNextVideoAdapter(LlavaNextAdapter):
+    """``LlavaNextVideoForConditionalGeneration``."""
+
+    def token_grids(self, call: VisionCall) -> list[Grids]:
+        """See base class; of a video, one grid per frame."""
+        if call.modality == "image":
+            return super().token_grids(call)
+        videos, frames = call.arguments["pixel_values_videos"].shape[:2]
+        side = self.patches_per_side // self.model.config.spatial_pool_stride
+        return [((side, side),) * frames] * videos
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """See base class; the mean of the patches that a frame's token is pooled from."""
+        if self.vision_watch.current().modality == "image":
+            return super().to_token_order(values)
+        grid = values.unflatten(1, (self.patches_per_side, self.patches_per_side)).permute(0, 3, 1, 2)
+        pooled = avg_pool2d(grid, self.model.config.spatial_pool_stride)
+        return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """``LlavaOnevisionForConditionalGeneration`` (arXiv 2408.03326)."""
+
+    def token_grids(self, call: VisionCall) -> list[Grids]:
+        """See base class; of a video, one grid per frame and its newline token."""
+        if call.modality == "image":
+            return super().token_grids(call)
+        videos, frames = call.arguments["pixel_values_videos"].shape[:2]
+        side = -(-self.patches_per_side // 2)
+        return [((side, side),) * frames + ((1, 1),)] * videos
+
+    def to_token_order(self, values: Tensor) -> Tensor:
+        """See base class; a video's newline token gets the mean of the video."""
+        call = self.vision_watch.current()
+        if call.modality == "image":
+            return super().to_token_order(values)
+        videos = call.arguments["pixel_values_videos"].shape[0]
+        pooled = self.multimodal.apply_pooling(values).reshape(videos, -1, values.shape[-1])
+        return torch.cat([pooled, pooled.mean(dim=1, keepdim=True)], dim=1).flatten(0, 1)
+
+    def tiles_per_image(self, call: VisionCall) -> list[int]:
+        """See base class; one tile for each of several images in a prompt."""
+        tiles = super().tiles_per_image(call)
+        per_prompt = call.arguments.get("batch_num_images")
+        if per_prompt is None:
+            return tiles
+        alone = [int(number) == 1 for number in per_prompt for _ in range(int(number))]
+        return [count if single else 1 for count, single in zip(tiles, alone, strict=True)]
+
+    def packing_arguments(self, call: VisionCall) -> dict[str, Any]:
+        given = call.arguments.get("vision_aspect_ratio")
+        return {"vision_aspect_ratio": self.model.config.vision_aspect_ratio if given is None else given}
 
 
 def anyres_grids(newline: Tensor, tiles: int, side: int) -> Grids:

@@ -184,11 +184,8 @@ def _config(source: str, options: dict[str, Any], name: str) -> Any:
 
 
 def checkpoint_source(name_or_path: str) -> str:
-    """The folder of a bundled or local checkpoint, or the hub id.
-
-    Raises:
-        DopError: if it is a folder or a variant that is not there.
-    """
+    """The folder of a bundled or local checkpoint, or the hub id; DopError if it is a folder or a variant that is not
+    there."""
     name, _, variant = name_or_path.partition("/")
     if name_or_path == "smollm2":
         from dop_search.models.smollm2 import smollm2_path
@@ -226,11 +223,7 @@ def _folder(name: str) -> str:
 
 
 def named_device(name: str, rule: str = _DEVICE_RULE) -> torch.device:
-    """The device of a name, in this machine or another.
-
-    Raises:
-        DopError: if it is no name of a device; begins with ``rule``.
-    """
+    """The device of a name, in this machine or another; DopError if it is no name of a device; begins with ``rule``."""
     try:
         return torch.device(name)
     except RuntimeError as error:

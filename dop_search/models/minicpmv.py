@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from dop_search.models.adapter import ModelAdapter, square_means
-from dop_search.models.qwen3_5 import Qwen3_5Adapter
+from dop_search.models.adapter import ModelAdapter
+from dop_search.models.qwen3 import Qwen3_5Adapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.vision import square_means
 
 
 class MiniCPMVAdapter(Qwen3_5Adapter):
@@ -23,7 +24,6 @@ class MiniCPMVAdapter(Qwen3_5Adapter):
     knows_images = False
 
     def text_positions(self, position_ids: Tensor) -> Tensor | None:
-        """See base class."""
         return position_ids if position_ids.ndim == 2 else super().text_positions(position_ids)
 
     @property

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dop_search.models.adapter import ModelAdapter, square_means
+from dop_search.models.adapter import ModelAdapter
 from dop_search.models.tower import Grids, VisionCall
+from dop_search.models.vision import square_means
 
 
 class Mistral3Adapter(ModelAdapter):
     """``Mistral3ForConditionalGeneration``; the tokens at the ends of rows are text."""
 
     tower_attention = "transformer.layers.{}.attention"
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.model.config.spatial_merge_size)
+    merge_key = "spatial_merge_size"
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
         side = self.model.config.vision_config.patch_size * self.merge_size

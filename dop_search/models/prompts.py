@@ -22,7 +22,6 @@ def chat_prompt(processor: Any, question: str, num_images: int = 1, num_videos: 
     Args:
         processor: has the chat template.
         question: what is asked; each ``<image>`` in it is the place of an image, and they come first if there is none.
-        num_images, num_videos: how many go with it.
         system: the system prompt; empty for none.
 
     Raises:
@@ -67,11 +66,8 @@ def sample_prompt(processor: Any, sample: Sample) -> str:
 
 
 def model_inputs(processor: Any, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
-    """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds.
-
-    Raises:
-        DataError: naming the first sample that the processor cannot prepare.
-    """
+    """A left-padded batch: ``input_ids``, ``attention_mask``, ``pixel_values`` and what the family adds; DataError
+    naming the first sample that the processor cannot prepare."""
     texts = [sample_prompt(processor, sample) for sample in samples]
     if hasattr(processor, "image_processor") and (bare := next((s.id for s in samples if s.image is None), None)):
         raise DataError(f"the model reads images, but the sample {bare!r} has none; use data=pocket, or data=jsonl")
@@ -104,11 +100,8 @@ def unprepared(what: str, images: Sequence[Image.Image], error: Exception) -> Da
 
 @contextmanager
 def image_tokens_checked() -> Iterator[None]:
-    """Around a forward with images: transformers' complaint about their number of tokens as an error of ours.
-
-    Raises:
-        CheckpointError: if the processor makes room for other visual tokens than the vision tower gives.
-    """
+    """Around a forward with images: transformers' complaint about their number of tokens as an error of ours;
+    CheckpointError if the processor makes room for other visual tokens than the vision tower gives."""
     try:
         yield
     except ValueError as error:

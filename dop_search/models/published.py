@@ -18,7 +18,6 @@ class Published:
     """A checkpoint as its configuration describes it.
 
     Attributes:
-        name_or_path: its hub id.
         values: of its ``config.json``, those that sizes depend on.
         num_visual_tokens: visual tokens of a large image, see ``image``.
         num_patches: what the vision tower computes for it.

@@ -23,15 +23,10 @@ _PACKAGES: dict[str, str] = {"bnb4": "bitsandbytes", "bnb8": "bitsandbytes", "in
 def quantization_config(
     quantization: Quantization, config: PretrainedConfig, dtype: torch.dtype | str
 ) -> BitsAndBytesConfig | TorchAoConfig:
-    """What transformers' ``from_pretrained`` takes.
+    """What transformers' ``from_pretrained`` takes; DopError on an unknown name, on a checkpoint that is quantised
+    already, or if a package is missing.
 
-    Args:
-        quantization: the name.
-        config: of the checkpoint.
-        dtype: what the weights are unpacked to; ``"auto"``: the checkpoint's.
-
-    Raises:
-        DopError: on an unknown name, on a checkpoint that is quantised already, or if a package is missing.
+    ``dtype``: what the weights are unpacked to; ``"auto"``: the checkpoint's.
     """
     check_quantization(quantization, config)
     for package in (_PACKAGES[quantization], "accelerate"):
@@ -57,11 +52,7 @@ def quantization_config(
 
 
 def check_quantization(quantization: str, config: PretrainedConfig) -> None:
-    """Refuse what cannot be asked for.
-
-    Raises:
-        DopError: on an unknown name, or a checkpoint that is quantised already.
-    """
+    """Refuse what cannot be asked for; DopError on an unknown name, or a checkpoint that is quantised already."""
     if quantization not in get_args(Quantization):
         raise DopError(f"`quantization` must be one of {', '.join(get_args(Quantization))}, but got {quantization!r}")
     if getattr(config, "quantization_config", None) is not None:

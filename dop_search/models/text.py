@@ -34,11 +34,8 @@ class TextAdapter(ModelAdapter):
 
     @property
     def markers(self) -> tuple[list[int], list[int]]:
-        """Ids of the opening and of the closing marker.
-
-        Raises:
-            UnsupportedModelError: if the model was not loaded by ``dop.load``, which notes them in its configuration.
-        """
+        """Ids of the opening and of the closing marker; UnsupportedModelError if the model was not loaded by
+        ``dop.load``, which notes them in its configuration."""
         found = getattr(self.model.config, MARKERS_KEY, None)
         if found is None:
             raise UnsupportedModelError(

@@ -20,8 +20,7 @@ class TextProcessor:
 
     The markers are ordinary text to the model, and are tokenised apart, so that their ids are always the same.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer with a chat template.
+    ``tokenizer``: a Hugging Face tokenizer with a chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,16 +35,12 @@ class TextProcessor:
 
     @property
     def chat_template(self) -> str | None:
-        """The tokenizer's."""
         template: str | None = self.tokenizer.chat_template
         return template
 
     def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """A conversation as one text; the content of each turn is a list of texts.
-
-        Raises:
-            DataError: if a turn has an image or a video.
-        """
+        """A conversation as one text; the content of each turn is a list of texts. DataError if a turn has an image or
+        a video."""
         if any(part["type"] != "text" for turn in turns for part in turn["content"]):
             raise DataError("the model reads text alone, but a sample has an image; use data=passages")
         plain = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
@@ -64,7 +59,6 @@ class TextProcessor:
         }
 
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
-        """The texts of some tokens."""
         return list(self.tokenizer.batch_decode(rows, **options))
 
     def to_dict(self) -> dict[str, Any]:

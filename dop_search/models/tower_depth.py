@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dop_search.models.capture import TowerView, attention_flops, mlp_flops
+from dop_search.utils.attached import replace_attribute
 from dop_search.utils.errors import StrategyError
 
 
@@ -32,20 +33,12 @@ def tower_depths(view: TowerView, attention: int, mlp: int) -> Iterator[None]:
     for name, depth in (("attention", attention), ("mlp", mlp)):
         if not 0 <= depth <= num_layers:
             raise StrategyError(f"`0 <= {name} <= {num_layers}` must hold for the vision tower, but got {depth}")
-    replaced: list[tuple[Any, Callable[..., Any]]] = [
-        (layer.self_attn, _no_attention) for layer in view.layers[attention:]
-    ]
-    replaced += [(layer.mlp, torch.zeros_like) for layer in view.layers[mlp:]]
-    previous = [module.__dict__.get("forward") for module, _ in replaced]
-    try:
-        for module, forward in replaced:
-            module.forward = forward
+    with ExitStack() as undo:
+        for layer in view.layers[attention:]:
+            replace_attribute(undo, layer.self_attn, "forward", _no_attention)
+        for layer in view.layers[mlp:]:
+            replace_attribute(undo, layer.mlp, "forward", torch.zeros_like)
         yield
-    finally:
-        for (module, _), before in zip(replaced, previous, strict=True):
-            del module.forward
-            if before is not None:
-                module.forward = before
 
 
 def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:

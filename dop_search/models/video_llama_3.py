@@ -26,7 +26,6 @@ class VideoLlama3Adapter(ModelAdapter):
         return [(rows // side, columns // side, side) for (_, rows, columns), side in zip(grids, merges, strict=True)]
 
     def token_grids(self, call: VisionCall) -> list[Grids]:
-        """See base class."""
         return [((rows, columns),) for rows, columns, _ in self._sizes(call)]
 
     def to_token_order(self, values: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ def attention_from_text(adapter: ModelAdapter, embeds: Tensor, visual: Tensor, v
     The mean over heads and over the text after the last of them, which sees them all: a token's place decides nothing.
 
     Args:
-        adapter: the model.
         embeds: ``[length, hidden_size]``.
         visual: ``[length]`` boolean.
         valid: ``[length]`` which tokens are real; ``None``: all.

@@ -76,7 +76,6 @@ class ForwardTables:
         """The full mask ``[num_samples, 1, num_queries, past + num_keys]``.
 
         Args:
-            plan: the arrangement.
             past_valid: which keys outside the plan are real.
             additive: as numbers to add to the scores instead of booleans.
             past_places: where they stand (``[num_samples, past]``); needed with a window.

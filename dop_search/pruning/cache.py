@@ -42,11 +42,9 @@ class CacheState:
 
     def new_tokens(self, attention_mask: Tensor | None, length: int, grown: bool = False) -> Tensor | None:
         """Which of ``length`` new tokens are real (``[batch, length]``), by a mask of all tokens; ``None``: all are.
+        DopError if the mask says another thing about the earlier tokens than it did when they were fed.
 
         ``grown``: the mask is the one of the call before with ones after it, which need no wait for the device.
-
-        Raises:
-            DopError: if the mask says another thing about the earlier tokens than it did when they were fed.
         """
         if attention_mask is None:
             return None
@@ -89,11 +87,7 @@ class PrunedCache(DynamicCache):
         return self.state.num_seen
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values.
-
-        Raises:
-            DopError: if the model that adds them is not pruned.
-        """
+        """Add keys and values; DopError if the model that adds them is not pruned."""
         if not self.state.open:
             raise DopError(FOREIGN)
         return super().update(*args, **kwargs)
@@ -119,11 +113,7 @@ class PrunedCache(DynamicCache):
         layer.has_previous_state[0] = True
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for models that are not pruned, whose recurrent layers ask for it.
-
-        Raises:
-            DopError: always.
-        """
+        """Not for models that are not pruned, whose recurrent layers ask for it (always a ``DopError``)."""
         raise DopError(FOREIGN)
 
     update_conv_state = get_conv_state
@@ -134,11 +124,7 @@ class PrunedCache(DynamicCache):
         self.state = CacheState([None] * len(self.state.valid), [0] * len(self.state.lengths), 0)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible.
-
-        Raises:
-            DopError: always.
-        """
+        """Not possible (always a ``DopError``)."""
         raise DopError(
             "a pruned cache cannot be cropped, because its layers hold different tokens; "
             "assisted decoding and prompt lookup are not available on a pruned model"
@@ -174,12 +160,10 @@ def open_state(
     cache: Cache | None, windows: Sequence[int | None], taps: Sequence[int], attention_mask: Tensor | None
 ) -> CacheState:
     """The state of a cache that a pruned model is about to extend; a fresh or unpruned cache becomes a pruned one.
+    DopError if it is no dynamic cache, or was changed from outside.
 
     ``windows``: of each layer; ``None``: it sees everything. ``taps``: 0 of a layer that attends. Recurrent layers hold
     no keys, and a state that is none of the tokens'.
-
-    Raises:
-        DopError: if it is no dynamic cache, or was changed from outside.
     """
     num_layers = len(windows)
     if cache is None:

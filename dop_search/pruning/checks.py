@@ -20,11 +20,7 @@ CAPTURING = "transformers.utils.output_capturing"
 
 
 class UncalledModules:
-    """Decoder layers and their attention: pruned layers use their parts, and never call the modules themselves.
-
-    Args:
-        adapter: the model.
-    """
+    """Decoder layers and their attention: pruned layers use their parts, and never call the modules themselves."""
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self._adapter = adapter
@@ -68,11 +64,8 @@ def _name(number: int) -> str:
 
 
 def check_outputs(configs: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Refuse what asks for the outputs of every layer: arguments of a call, or configurations without an argument.
-
-    Raises:
-        DopError: naming the setting.
-    """
+    """Refuse what asks for the outputs of every layer: arguments of a call, or configurations without an argument;
+    DopError naming the setting."""
     why = "is not available on a pruned model, whose layers see different tokens"
     for name in OUTPUTS:
         if kwargs.get(name):
@@ -83,11 +76,7 @@ def check_outputs(configs: Iterable[Any], kwargs: Mapping[str, Any] = MappingPro
 
 
 def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
-    """Refuse arguments of the decoder that pruned layers cannot respect.
-
-    Raises:
-        DopError: naming the argument.
-    """
+    """Refuse arguments of the decoder that pruned layers cannot respect; DopError naming the argument."""
     for name in ("deepstack_visual_embeds", "visual_pos_masks"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the decoder was given `{name}`, which this model's adapter does not handle")
@@ -99,11 +88,8 @@ def check_arguments(kwargs: Mapping[str, Any], attention_mask: Any) -> None:
 
 
 def check_embeds(input_ids: Tensor) -> None:
-    """Refuse a prompt of embeddings in which nothing can be distinguished.
-
-    Raises:
-        DopError: saying where the tokens can be given.
-    """
+    """Refuse a prompt of embeddings in which nothing can be distinguished; DopError saying where the tokens can be
+    given."""
     if bool((input_ids == UNKNOWN_TOKEN).any()):
         raise DopError(
             "a pruned model finds visual tokens in `inputs_embeds` by the embedding of their placeholder, and there is "
@@ -113,10 +99,6 @@ def check_embeds(input_ids: Tensor) -> None:
 
 
 def check_labels(visual: Tensor, read: Tensor | None) -> None:
-    """Refuse a loss on visual tokens.
-
-    Raises:
-        DopError: if a visual token is to predict another.
-    """
+    """Refuse a loss on visual tokens; DopError if a visual token is to predict another."""
     if read is not None and bool((visual[:, :-1] & visual[:, 1:] & read[:, :-1]).any()):
         raise DopError("`labels` must be -100 at visual tokens: a pruned model defines no logits that predict them")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dop_search.models.adapter import ModelAdapter
+from dop_search.models.capture import TOWER_FIELDS, field_and_layer
 from dop_search.selectors import Selection, Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
-from dop_search.utils.errors import DopError
+from dop_search.utils.errors import DopError, UnsupportedModelError
 
 MAX_REMEMBERED = 8
 PREFIX = "selector."
@@ -58,8 +59,6 @@ class Chooser:
     """Chooses again for every number of kept tokens, for selectors whose choice is not the head of one ranking.
 
     Attributes:
-        adapter: the model.
-        selector: the criterion.
         inputs: what the criterion sees of one sample, but for ``embeds``, which the sample itself holds.
     """
 
@@ -114,10 +113,7 @@ class Chooser:
 
 def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None) -> TowerPatch | None:
     """Make the tower compute for ``num_kept`` tokens per sample; ``None`` if that is all of them or none.
-
-    Raises:
-        UnsupportedModelError: if it cannot change this tower.
-    """
+    UnsupportedModelError if it cannot change this tower."""
     grid = selector.tower_grid(adapter)
     if not num_kept or (grid is not None and num_kept >= grid[0] * grid[1] and not selector.several_images):
         return None
@@ -127,12 +123,10 @@ def patch_tower(adapter: ModelAdapter, selector: Selector, num_kept: int | None)
 def check_images(
     adapter: ModelAdapter, selector: Selector, num_visual: int, inputs: SelectorInputs | None = None
 ) -> int:
-    """How many images a sample has under a selector that changes the tower.
+    """How many images a sample has under a selector that changes the tower; DopError if there are several and it works
+    on one.
 
     Where images may have any size, ``inputs`` tell whether there are several, once they are there.
-
-    Raises:
-        DopError: if there are several and it works on one.
     """
     if (grid := selector.tower_grid(adapter)) is not None:
         number, several = num_visual // (grid[0] * grid[1]), num_visual != grid[0] * grid[1]
@@ -150,6 +144,36 @@ def _has_several_images(inputs: SelectorInputs) -> bool:
     return len(inputs.image_grids) > 1 if inputs.tiles is None else inputs.tile_grid is None
 
 
+def of_the_tower(adapter: ModelAdapter, needs: frozenset[str]) -> frozenset[str]:
+    """The fields that the vision tower shows."""
+    return frozenset(name for name in needs if field_and_layer(name)[0] in TOWER_FIELDS) - adapter.input_fields
+
+
+def check_model(adapter: ModelAdapter, selector: Selector) -> None:
+    """Refuse a selector whose result would not be what it says on this family; UnsupportedModelError naming selectors
+    that work."""
+    seen = of_the_tower(adapter, selector.needs())
+    if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
+        raise UnsupportedModelError(
+            f"{selector.name!r} works on images, but {type(adapter.model).__name__} reads text alone; use selector="
+            "received_attention, divprune, divprune_lazy, cdpruner_llm, uniform_grid or random"
+        )
+    if "tile_grid" in selector.needs():
+        _ = adapter.tower_view  # or an error: of these families it is known whether and how images are cut
+    if selector.merges and adapter.has_deepstack:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "
+            "features after its first layers as well, which would stay unmerged; use selector=divprune, "
+            "cdpruner_llm, received_attention, uniform_grid or random"
+        )
+    if selector.merges and "features" in selector.needs() and adapter.tower_view.project is None:
+        raise UnsupportedModelError(
+            f"{selector.name!r} merges patches in front of the projector, but visual tokens of "
+            f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
+            "selectors that merge after the projector are avg_pool and trim_llm"
+        )
+
+
 def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a file keeps of selector inputs: tensors by name, and JSON-ready facts. ``embeds`` are left out."""
     kept = {name: value for name, value in inputs.tensors.items() if name != "embeds"}
@@ -165,9 +189,7 @@ def inputs_to_file(inputs: SelectorInputs) -> tuple[dict[str, Tensor], dict[str,
 def inputs_from_file(facts: dict[str, Any], get_tensor: Callable[[str], Tensor | None]) -> SelectorInputs:
     """Inverse of :func:`inputs_to_file`.
 
-    Args:
-        facts: the JSON-ready facts.
-        get_tensor: the tensor of a name, ``None`` where the file has none.
+    ``get_tensor``: the tensor of a name, ``None`` where the file has none.
     """
     names = [*(item.name for item in fields(SelectorInputs)), *facts.get("layers", ())]
     tensors = {name: tensor for name in names if (tensor := get_tensor(f"{PREFIX}{name}")) is not None}

@@ -15,14 +15,14 @@ from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.pruning.checks import UncalledModules, check_outputs
 from dop_search.pruning.entry import Forward, Generate, Prefill
-from dop_search.pruning.layer import EAGER_PARTS, LayerParts, compiled_parts
+from dop_search.pruning.layer import parts_for
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.runtime import PrunedDecoder, explicit_rankings
 from dop_search.pruning.stages import StagePlan
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
-from dop_search.utils.attached import Attached, refuse_copy
+from dop_search.utils.attached import Attached, refuse_copy, replace_attribute
 from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 _changing = threading.RLock()
@@ -36,11 +36,9 @@ class PruneHandle(Attached):
         self._undo = ExitStack()  # goes on where a step fails
 
     def replace(self, module: nn.Module, name: str, method: Any) -> None:
-        """Give an instance a method of its own, with which it cannot be copied; wrappers redirect ``setattr``."""
-        own = vars(module)
-        for key, value in ((name, method), ("__getstate__", refuse_copy)):
-            self._undo.callback(own.__setitem__ if key in own else own.pop, key, own.get(key))
-            own[key] = value
+        """Give an instance a method of its own, with which it cannot be copied."""
+        replace_attribute(self._undo, module, name, method)
+        replace_attribute(self._undo, module, "__getstate__", refuse_copy)
 
     def on_restore(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` when the model is restored, the latest first."""
@@ -85,11 +83,8 @@ def check_strategy(adapter: ModelAdapter, strategy: Strategy) -> None:
 
 
 def check_counts_sample(strategy: Strategy) -> None:
-    """Refuse a strategy that counts per image, or by share, where the vision tower is to make so many tokens.
-
-    Raises:
-        StrategyError: naming selectors that can.
-    """
+    """Refuse a strategy that counts per image, or by share, where the vision tower is to make so many tokens;
+    StrategyError naming selectors that can."""
     if strategy.per_image or isinstance(strategy.num_visual_tokens, float):
         raise StrategyError(
             f"{strategy.selector!r} changes the vision tower for a number of tokens per sample, but the strategy keeps "
@@ -99,11 +94,8 @@ def check_counts_sample(strategy: Strategy) -> None:
 
 
 def check_text(strategy: Strategy, text: TextGroups) -> None:
-    """Refuse text groups that do not go with a strategy.
-
-    Raises:
-        StrategyError: if they are for another number of layers, or the strategy ranks inside the decoder.
-    """
+    """Refuse text groups that do not go with a strategy; StrategyError if they are for another number of layers, or the
+    strategy ranks inside the decoder."""
     if not isinstance(text, TextGroups):
         raise StrategyError(f"`text` must be TextGroups, but got {text!r}")
     if text.num_layers != strategy.num_layers:
@@ -113,13 +105,6 @@ def check_text(strategy: Strategy, text: TextGroups) -> None:
             f"`text` does not go with a selector that ranks inside the decoder, as {strategy.selector!r} does; "
             "use one that ranks before it"
         )
-
-
-def layer_parts(compile: bool | str) -> LayerParts:
-    """The parts of a layer as ``compile`` asks for: as they are, compiled, or compiled by a named backend."""
-    if not compile:
-        return EAGER_PARTS
-    return compiled_parts(compile) if isinstance(compile, str) else compiled_parts()
 
 
 def prune_(
@@ -183,7 +168,7 @@ def prune_(
         count = None if isinstance(strategy.num_visual_tokens, float) else strategy.num_visual_tokens
         source = RankingSource(adapter, selector, explicit_rankings(rankings), count, strategy.per_image)
         handle.on_restore(source.close)
-        decoder = PrunedDecoder(adapter, strategy, source, uncalled, layer_parts(compile), stages, text)
+        decoder = PrunedDecoder(adapter, strategy, source, uncalled, parts_for(compile), stages, text)
         _attach(handle, adapter, decoder)
     return handle
 

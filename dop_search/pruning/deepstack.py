@@ -19,7 +19,6 @@ class Deepstack:
 
     Args:
         features: per layer from the first on ``[visual tokens of the batch, hidden_size]``.
-        layout: the packed rows.
         token_of_row: ``[rows]``: which of the batch's visual tokens a row holds; ``NO_TOKEN`` at text rows.
     """
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_search.pruning.prompt import Prompt, Tokens, arrange
+from dop_search.pruning.packed import Tokens
+from dop_search.pruning.prompt import Prompt, arrange
 from dop_search.pruning.runtime import PrunedDecoder
 from dop_search.utils.attached import Attached
 from dop_search.utils.errors import DopError
@@ -18,31 +19,31 @@ from dop_search.utils.errors import DopError
 IGNORED_LABEL = -100
 
 
-class Forward(Attached):
-    """The model's forward; notes which logits its loss will read."""
+class Entry(Attached):
+    """A method of the model, with which its decoder is told more."""
 
-    def __init__(self, decoder: PrunedDecoder, forward: Callable[..., Any]) -> None:
-        self.decoder, self.forward = decoder, forward
-        functools.update_wrapper(self, forward)  # generate() reads the signature
+    def __init__(self, decoder: PrunedDecoder, method: Callable[..., Any]) -> None:
+        self.decoder, self.method = decoder, method
+        functools.update_wrapper(self, method)  # type: ignore[arg-type]  # generate() reads the signature
+
+
+class Forward(Entry):
+    """The model's forward; notes which logits its loss will read."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The same forward."""
         if kwargs.get("labels") is not None:
             self._see_labels(kwargs["labels"])
-        return self.forward(*args, **kwargs)
+        return self.method(*args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see_labels(self, labels: Tensor) -> None:
         self.decoder.call.read = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
 
 
-class Generate(Attached):
+class Generate(Entry):
     """``generate()``, which encodes the images before the model sees the prompts that they belong to, and whose steps
     feed one real token each."""
-
-    def __init__(self, decoder: PrunedDecoder, generate: Callable[..., Any]) -> None:
-        self.decoder, self.generate = decoder, generate
-        functools.update_wrapper(self, generate)
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The same ``generate()``."""
@@ -51,24 +52,20 @@ class Generate(Attached):
         before = call.generating, call.checked
         call.generating, call.checked = kwargs.get("custom_generate") is None, None
         try:
-            return self.generate(inputs, *args, **kwargs)
+            return self.method(inputs, *args, **kwargs)
         finally:
             call.generating, call.checked = before
 
 
-class Prefill(Attached):
+class Prefill(Entry):
     """The prefill of ``generate()``: sees the whole prompt, also where the decoder gets it in chunks.
 
     A strategy is about whole prompts: which tokens are kept, and which one is last, a chunk does not tell.
     """
 
-    def __init__(self, decoder: PrunedDecoder, prefill: Callable[..., Any]) -> None:
-        self.decoder, self.prefill = decoder, prefill
-        functools.update_wrapper(self, prefill)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The same prefill."""
-        given = inspect.signature(self.prefill).bind(*args, **kwargs).arguments
+        given = inspect.signature(self.method).bind(*args, **kwargs).arguments
         call, arguments = self.decoder.call, given["model_kwargs"]
         by_embeds = arguments.get("inputs_embeds") is not None
         try:
@@ -78,7 +75,7 @@ class Prefill(Attached):
                 call.prompt = self._whole_prompt(given["input_ids"], arguments, given["generation_config"])
             elif by_embeds:
                 call.beside_embeds = given["input_ids"]
-            return self.prefill(*args, **kwargs)
+            return self.method(*args, **kwargs)
         finally:
             call.prompt = call.beside_embeds = None
 

@@ -125,7 +125,6 @@ def run_layer(
         hidden: ``[rows of (text + before), hidden_size]``.
         before: groups whose rows ``hidden`` holds.
         step: what this layer does; rows of groups outside ``step.alive`` leave the sequence.
-        layout: index sets.
         tables: rotary embeddings and masks of this forward.
         cache: receives this layer's keys and values, ``[num_samples, kv_heads, length, head_dim]``.
         past_valid: ``[num_samples, past]``, which cached keys are real; ``None`` without a past.
@@ -180,13 +179,8 @@ def extend_layer(
     """Run one decoder layer on a chunk of text over the layer's cache, whatever that holds.
 
     Args:
-        layer: as in :func:`run_layer`.
         hidden: ``[num_samples * length, hidden_size]``, padding included.
-        rows: rotary embeddings of all rows.
-        num_samples: batch size.
         mask: see :func:`dop_search.pruning.attention.extension_mask`.
-        cache: receives the new keys and values.
-        parts: the layer's pure parts.
 
     Returns:
         Hidden states of the same shape.
@@ -271,8 +265,6 @@ def finish(
     """Output projection, residual and MLP: the hidden states after the layer, ``[rows, hidden_size]``.
 
     Args:
-        layer: decoder layer.
-        hidden: hidden states before the layer.
         context: what the queries received, ``[num_samples, num_queries, heads, head_dim]``.
         unpad: padded place of each query (``None``: no padding).
         query_rows, mlp_rows: rows that issued a query, and that go through the MLP (``None``: all).
@@ -334,7 +326,11 @@ class LayerParts:
 EAGER_PARTS = LayerParts()
 
 
-def compiled_parts(backend: str = "inductor") -> LayerParts:
-    """Both parts through ``torch.compile``: one set of kernels for all layers, dynamic in the number of rows."""
+def parts_for(compile: bool | str) -> LayerParts:
+    """Both parts as they are, or through ``torch.compile`` (by a named backend): one set of kernels for all layers,
+    dynamic in the number of rows."""
+    if not compile:
+        return EAGER_PARTS
+    backend = compile if isinstance(compile, str) else "inductor"
     options: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": MAX_COMPILED_VARIANTS}
     return LayerParts(torch.compile(project, **options), torch.compile(finish, **options))

@@ -27,6 +27,8 @@ from dop_search.utils.errors import DopError
 TEXT = -1
 DROPPED = -2
 MAX_SEGMENTS = 4
+LAST = np.iinfo(np.int64).max
+"""Behind all rows."""
 
 
 def ranked_tokens(visual: np.ndarray, valid: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:
@@ -54,7 +56,8 @@ def assign_groups(
     ranked: np.ndarray | None = None,
     images: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``.
+    """The group of every token of one sample: ``TEXT``, ``DROPPED`` or ``0..G-1``; DopError if the ranking is not a
+    permutation of the sample's visual tokens.
 
     Args:
         visual: ``[num_tokens]`` boolean.
@@ -63,9 +66,6 @@ def assign_groups(
         ranked: ``[num_tokens]`` the visual tokens that the strategy decides about (:func:`ranked_tokens`); all of them
             by default. The others are as text, and leave their rank to those after them.
         images: visual tokens of each image that is ranked by itself; all together by default.
-
-    Raises:
-        DopError: if the ranking is not a permutation of the sample's visual tokens.
     """
     positions = np.flatnonzero(visual)
     if len(ranking) != len(positions) or not np.array_equal(np.sort(ranking), np.arange(len(positions))):
@@ -94,8 +94,6 @@ class Layout:
     Args:
         sample, group: per row: which sample, which group (``TEXT`` or ``0..G-1``). Rows are ordered by sample, and
             within a sample as the tokens are.
-        num_samples: batch size.
-        device: where index tensors live.
         read: per row: whether its output logits are needed (``None``: all). In the last layer only such rows
             issue queries and go through the MLP.
         num_past: keys of every sample that are already there and come before all rows.
@@ -158,16 +156,12 @@ class Layout:
         """The rows of one layer whose input holds the groups ``before``; ``taps``: of a recurrent layer."""
         key = (before, step, read_only, window, taps)
         if key not in self._layers:
-            query, offered, mixing = (
-                self.relative(step.q, step.alive, read_only),
-                self.relative(step.kv, step.alive),
-                None,
-            )
+            offered, mixing = self.relative(step.kv, step.alive), None
             if taps:
                 offered, mixing = self._plan_recurrence(step, read_only, taps)
             plan = LayerPlan(
                 keep=self.relative(step.alive, before),
-                query=query,
+                query=self.relative(step.q, step.alive, read_only),
                 key=offered,
                 mlp=self.relative(step.mlp, step.alive, read_only),
                 attention=None if taps else self.attention(step.q, step.kv, read_only, window),
@@ -197,7 +191,7 @@ class Layout:
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """An index array on the layout's device."""
-        return index_tensor(array, self.device)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
     def _plan_attention(self, query_rows: np.ndarray, key_rows: np.ndarray, window: int | None) -> AttentionPlan:
         query_place, num_queries, query_even = self._places(query_rows, align_right=False)
@@ -215,11 +209,12 @@ class Layout:
             )
         mask = key_valid = None
         if not key_even:
-            valid = np.zeros((self.num_samples, num_keys), dtype=np.bool_)
-            valid.reshape(-1)[key_place] = True
-            key_valid = self.tensor(valid)
+            key_valid = self._spread(np.ones(len(key_rows), dtype=np.bool_), key_place, num_keys, False)
         if segments is None:
-            mask = self._mask(query_rows, query_place, num_queries, key_rows, key_place, num_keys)
+            # Rows of a sample are in the order of its tokens, so that comparing rows is comparing positions.
+            queries = self._spread(query_rows, query_place, num_queries, LAST - 1)[:, None, :, None]
+            mask = self._spread(key_rows, key_place, num_keys, LAST)[:, None, None, :] <= queries
+            mask = nn.functional.pad(mask, (self.num_past, 0), value=True) if self.num_past else mask
             if sight is not None:
                 images = (
                     self._spread(sight.image[query_rows], query_place, num_queries, NO_IMAGE),
@@ -231,8 +226,8 @@ class Layout:
             num_queries=num_queries,
             num_keys=num_keys,
             num_past=self.num_past,
-            query_pad=None if query_even else self._pad_index(query_place, self.num_samples * num_queries),
-            key_pad=None if key_even else self._pad_index(key_place, self.num_samples * num_keys),
+            query_pad=None if query_even else self._numbers(query_place, num_queries),
+            key_pad=None if key_even else self._numbers(key_place, num_keys),
             query_unpad=None if query_even else self.tensor(query_place),
             key_valid=key_valid,
             mask=mask,
@@ -253,10 +248,8 @@ class Layout:
         places = self.sample[rows] * longest + within + offset
         return places, longest, bool((counts == longest).all())
 
-    def _pad_index(self, places: np.ndarray, size: int) -> Tensor:
-        index = np.zeros(size, dtype=np.int64)
-        index[places] = np.arange(len(places))
-        return self.tensor(index)
+    def _numbers(self, places: np.ndarray, length: int) -> Tensor:
+        return self._spread(np.arange(len(places)), places, length, 0).flatten()
 
     def _segments(
         self, query_rows: np.ndarray, key_rows: np.ndarray, num_queries: int, num_keys: int
@@ -275,27 +268,9 @@ class Layout:
         past = self.num_past
         return tuple(Segment(a, b, past + int(visible[0, b - 1])) for a, b in itertools.pairwise(cuts))
 
-    def _mask(
-        self,
-        query_rows: np.ndarray,
-        query_place: np.ndarray,
-        num_queries: int,
-        key_rows: np.ndarray,
-        key_place: np.ndarray,
-        num_keys: int,
-    ) -> Tensor:
-        # Rows of a sample are in the order of its tokens, so that comparing rows is comparing positions.
-        query_order = np.full(self.num_samples * num_queries, np.iinfo(np.int64).max - 1)
-        query_order[query_place] = query_rows
-        key_order = np.full(self.num_samples * num_keys, np.iinfo(np.int64).max)
-        key_order[key_place] = key_rows
-        queries = self.tensor(query_order).view(self.num_samples, 1, num_queries, 1)
-        mask = self.tensor(key_order).view(self.num_samples, 1, 1, num_keys) <= queries
-        return mask if not self.num_past else nn.functional.pad(mask, (self.num_past, 0), value=True)
-
     def _spread(self, values: np.ndarray, places: np.ndarray, length: int, pad: int) -> Tensor:
-        """A number per row as ``[num_samples, length]``."""
-        spread = np.full(self.num_samples * length, pad)
+        """A value per row as ``[num_samples, length]``."""
+        spread = np.full(self.num_samples * length, pad, dtype=values.dtype)
         spread[places] = values
         return self.tensor(spread).view(self.num_samples, length)
 
@@ -351,7 +326,6 @@ def pack(
 
     Args:
         groups: per sample the group of each of its tokens (see :func:`assign_groups`).
-        device: where index tensors live.
         read: per sample whether each token's logits are needed.
         num_past: keys of every sample that are already there.
         sights: per sample where its tokens stand; see :class:`Layout`.
@@ -372,7 +346,8 @@ def pack(
     return layout, kept
 
 
-def index_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on ``device``, without waiting for an accelerator to finish what it is doing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move without waiting: through pinned memory where the device is a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

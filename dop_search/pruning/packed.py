@@ -43,10 +43,46 @@ class Packing:
         return flat.index_copy(0, index[valid], spread[valid]).unflatten(0, self.shape)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one call of the decoder.
+
+    Attributes:
+        embeds: ``[batch, length, hidden_size]``.
+        input_ids: ``[batch, length]``.
+        visual: ``[batch, length]`` which tokens are visual.
+        rope: cosine and sine, each ``[batch or 1, length, head_dim]``; empty until they are needed.
+        valid: ``[batch, length]`` which tokens are real; ``None``: all.
+        read: ``[batch, length]`` whose logits a loss reads; ``None``: no labels.
+        whole: ``[batch, length]`` which are parts of images whose tokens see each other; ``None``: none.
+    """
+
+    embeds: Tensor
+    input_ids: Tensor
+    visual: Tensor
+    rope: tuple[Tensor, ...] = ()
+    valid: Tensor | None = None
+    read: Tensor | None = None
+    whole: Tensor | None = None
+
+    def unpacked(self, packing: Packing) -> Tokens:
+        """Each sequence of packed rows as a sample of its own."""
+        return Tokens(
+            packing.spread(self.embeds),
+            packing.spread(self.input_ids),
+            packing.spread(self.visual) & packing.valid,
+            tuple(packing.spread(part) for part in self.rope),
+            packing.valid,
+            None if self.read is None else packing.spread(self.read),
+            None if self.whole is None else packing.spread(self.whole) & packing.valid,
+        )
+
+
 def find_packing(
     positions: Tensor | None, shape: tuple[int, int], cached: bool, backend: str, kwargs: Mapping[str, Any]
 ) -> Packing | None:
-    """The sequences of packed rows as transformers finds them; ``None`` if each row is one sequence.
+    """The sequences of packed rows as transformers finds them; ``None`` if each row is one sequence. DopError if rows
+    are packed in a way that would not be respected.
 
     Args:
         positions: ``[batch or 1, length]`` of a call without an attention mask.
@@ -54,9 +90,6 @@ def find_packing(
         cached: whether the call fills a cache, with which transformers takes a row as one sequence.
         backend: name of the attention backend.
         kwargs: further arguments of the decoder, among them the lengths that packing collators make.
-
-    Raises:
-        DopError: if rows are packed in a way that would not be respected.
     """
     sequence = None
     if positions is not None and shape[1] > 1:  # a row of one token is one sequence: no wait for the device

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from dop_search.pruning.layout import DROPPED, assign_groups, ranked_tokens
-from dop_search.pruning.packed import Packing
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
@@ -36,41 +36,6 @@ class Call(threading.local):
         self.prompt: Prompt | None = None
         self.generating = False
         self.checked: Cache | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of one call of the decoder.
-
-    Attributes:
-        embeds: ``[batch, length, hidden_size]``.
-        input_ids: ``[batch, length]``.
-        visual: ``[batch, length]`` which tokens are visual.
-        rope: cosine and sine, each ``[batch or 1, length, head_dim]``; empty until they are needed.
-        valid: ``[batch, length]`` which tokens are real; ``None``: all.
-        read: ``[batch, length]`` whose logits a loss reads; ``None``: no labels.
-        whole: ``[batch, length]`` which are parts of images whose tokens see each other; ``None``: none.
-    """
-
-    embeds: Tensor
-    input_ids: Tensor
-    visual: Tensor
-    rope: tuple[Tensor, ...] = ()
-    valid: Tensor | None = None
-    read: Tensor | None = None
-    whole: Tensor | None = None
-
-    def unpacked(self, packing: Packing) -> Tokens:
-        """Each sequence of packed rows as a sample of its own."""
-        return Tokens(
-            packing.spread(self.embeds),
-            packing.spread(self.input_ids),
-            packing.spread(self.visual) & packing.valid,
-            tuple(packing.spread(part) for part in self.rope),
-            packing.valid,
-            None if self.read is None else packing.spread(self.read),
-            None if self.whole is None else packing.spread(self.whole) & packing.valid,
-        )
 
 
 @dataclass(frozen=True)
@@ -102,12 +67,7 @@ def arrange(
 ) -> Prompt:
     """Rank the visual tokens of a batch and cut them into the strategy's groups.
 
-    Args:
-        tokens: the decoder's input.
-        strategy: what runs.
-        rankings: ranks before the decoder, if anything does.
-        text: groups of text tokens.
-        start: tokens that were fed before.
+    ``start``: tokens that were fed before.
     """
     is_visual = tokens.visual.cpu().numpy()
     is_valid = np.ones_like(is_visual) if tokens.valid is None else tokens.valid.cpu().numpy()
@@ -116,7 +76,7 @@ def arrange(
     orders = [np.arange(count) for count in counts]
     images: list[tuple[int, ...]] = [(count,) for count in counts]
     if any(counts) and rankings.ranks:
-        embeds = rankings.prepare(embeds, tokens.input_ids, tokens.visual, tokens.valid, strategy.num_kept)
+        embeds = rankings.prepare(tokens, strategy.num_kept)
         orders, images = rankings.rank(counts), rankings.images(counts)
     rankings.forget()
     groups = []

@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dop_search.models.adapter import ModelAdapter
-from dop_search.models.capture import TOWER_FIELDS, field_and_layer
-from dop_search.models.tower import TowerCapture, VisionWatch, num_tokens
+from dop_search.models.capture import field_and_layer
+from dop_search.models.tower import TowerCapture, VisionWatch, each_sample, num_tokens
 from dop_search.pruning.asking import attention_from_text, text_read_with_image
-from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, patch_tower
+from dop_search.pruning.choosing import Choice, Chooser, as_choice, check_images, check_model, of_the_tower, patch_tower
+from dop_search.pruning.packed import Tokens
 from dop_search.selectors import Selector, SelectorInputs
 from dop_search.selectors.base import TowerPatch
 from dop_search.selectors.sharing import each_image, select_each
 from dop_search.utils.attached import Attached
-from dop_search.utils.errors import DopError, UnsupportedModelError
+from dop_search.utils.errors import DopError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,19 +73,16 @@ class _Ranked(threading.local):
 
 
 class RankingSource(Attached):
-    """Watches the vision tower for what a selector needs, and ranks each sample's visual tokens.
+    """Watches the vision tower for what a selector needs, and ranks each sample's visual tokens; UnsupportedModelError
+    if the model lacks what the selector needs.
 
     Calls in several threads do not see each other's images.
 
     Args:
-        adapter: the model.
         selector: the criterion; ``None`` if rankings are given, or nothing is ranked before the decoder.
         rankings: fixed rankings, one per sample of the batch, instead of a selector.
         num_kept: tokens that a selector which changes the tower has to leave; ``None`` leaves the tower as it is.
         per_image: whether each image is ranked by itself.
-
-    Raises:
-        UnsupportedModelError: if the model lacks what the selector needs.
     """
 
     def __init__(
@@ -180,31 +178,22 @@ class RankingSource(Attached):
             self._patch.restore()
 
     @_spanned
-    def prepare(
-        self,
-        embeds: Tensor,
-        input_ids: Tensor,
-        visual: Tensor,
-        valid: Tensor | None = None,
-        num_kept: Callable[[int], int] | None = None,
-    ) -> Tensor:
+    def prepare(self, tokens: Tokens, num_kept: Callable[[int], int] | None = None) -> Tensor:
         """Choose the tokens of each sample of a batch; :meth:`rank` and :meth:`images` then return what was chosen.
 
         Args:
-            embeds: ``[batch, length, hidden_size]`` what the decoder is about to receive.
-            input_ids: ``[batch, length]``.
-            visual: ``[batch, length]`` which tokens are visual.
-            valid: ``[batch, length]`` which tokens are real; ``None``: all.
+            tokens: what the decoder is about to receive.
             num_kept: from the visual tokens of a sample, or of an image, to those kept; ``None``: all are.
 
         Returns:
-            ``embeds``, with the merged features of selectors that merge.
+            ``[batch, length, hidden_size]`` the embeddings, with the merged features of selectors that merge.
         """
+        embeds, input_ids, visual = tokens.embeds, tokens.input_ids, tokens.visual
         if self.selector is None and not self.per_image:
             return embeds
         encoded, prompt, choices = self._local.encoded, *self._local.choices[1:]
         if prompt is None or not torch.equal(input_ids[:, : prompt.shape[1]], prompt):
-            choices = self._choices(embeds, input_ids, visual, valid, num_kept or (lambda count: count))
+            choices = self._choices(tokens, num_kept or (lambda count: count))
             self._local.choices = (encoded, input_ids if encoded else None, choices)
         self._local.prepared = choices
         if all(choice.embeds is None for choice in choices):
@@ -218,13 +207,10 @@ class RankingSource(Attached):
 
     @_spanned
     def rank(self, num_visual: Sequence[int]) -> list[np.ndarray]:
-        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed.
+        """One ranking per sample: of what was prepared last, or of all tokens by what the tower showed; DopError if the
+        given rankings or the encoded images do not fit the batch.
 
-        Args:
-            num_visual: visual tokens per sample.
-
-        Raises:
-            DopError: if the given rankings or the encoded images do not fit the batch.
+        ``num_visual``: visual tokens per sample.
         """
         if self.rankings is not None:
             return self._given(len(num_visual))
@@ -246,19 +232,9 @@ class RankingSource(Attached):
         assert self.selector is not None
         return Chooser(self.adapter, self.selector, inputs)
 
-    def sample_inputs(
-        self,
-        num_visual: Sequence[int],
-        embeds: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        visual: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> list[SelectorInputs]:
-        """What the selector sees of each sample. See :meth:`prepare` for the arguments.
-
-        Raises:
-            DopError: if the encoded images do not fit the batch.
-        """
+    def sample_inputs(self, num_visual: Sequence[int], tokens: Tokens | None = None) -> list[SelectorInputs]:
+        """What the selector sees of each sample; without ``tokens`` of the tower alone. DopError if the encoded images
+        do not fit the batch."""
         tower = {name: self._split(values, num_visual) for name, values in self._tower_values().items()}
         grids = self.adapter.image_grids(num_visual)
         tiles = self.adapter.token_tiles(num_visual) if "tiles" in self.needs else [None] * len(num_visual)
@@ -268,39 +244,29 @@ class RankingSource(Attached):
             inputs = inputs.with_tensors({name: _squeeze(name, parts[index]) for name, parts in tower.items()})
             if (tiling := tiles[index]) is not None:
                 inputs = replace(inputs, tiles=tiling[0], tile_grid=tiling[1][0] if len(tiling[1]) == 1 else None)
-            if embeds is not None and input_ids is not None and visual is not None:
-                real = None if valid is None else valid[index]
-                inputs = self._with_decoder_inputs(inputs, embeds[index], input_ids[index], visual[index], real)
-            result.append(inputs)
+            result.append(inputs if tokens is None else self._with_decoder_inputs(inputs, tokens, index))
         return result
 
-    def _choices(
-        self,
-        embeds: Tensor,
-        input_ids: Tensor,
-        visual: Tensor,
-        valid: Tensor | None,
-        num_kept: Callable[[int], int],
-    ) -> list[Choice]:
+    def _choices(self, tokens: Tokens, num_kept: Callable[[int], int]) -> list[Choice]:
         """Of each sample, or of each of its images; see :meth:`prepare`."""
-        counts = visual_counts(visual)
+        counts, dtype = visual_counts(tokens.visual), tokens.embeds.dtype
         images = self.adapter.image_grids(counts) if self.per_image else [()] * len(counts)
         if self.selector is None:
             choices = [Choice(order) for order in self._given(len(counts))]
         else:
-            seen = self.sample_inputs(counts, embeds, input_ids, visual, valid)
+            seen = self.sample_inputs(counts, tokens)
             tiles = self.adapter.token_tiles(counts) if self.per_image and "tiles" in self.needs else None
             choices = []
             for index, (count, inputs) in enumerate(zip(counts, seen, strict=True)):
                 if not count:
                     choices.append(Choice(np.empty(0, dtype=np.int64)))
                 elif not self.per_image:
-                    choices.append(self._choose(inputs, num_kept(count), embeds.dtype))
+                    choices.append(self._choose(inputs, num_kept(count), dtype))
                 else:
                     tiling = None if tiles is None else tiles[index]
                     parts = each_image(inputs, images[index], () if tiling is None else tiling[1])
                     selection = select_each(self.selector, parts, num_kept)
-                    choices.append(as_choice(self.adapter, selection, embeds.dtype))
+                    choices.append(as_choice(self.adapter, selection, dtype))
         return [
             replace(choice, images=tuple(map(num_tokens, grids))) for choice, grids in zip(choices, images, strict=True)
         ]
@@ -318,9 +284,9 @@ class RankingSource(Attached):
             )
         return Choice(self.selector.rank(inputs, num_kept))
 
-    def _with_decoder_inputs(
-        self, inputs: SelectorInputs, embeds: Tensor, input_ids: Tensor, visual: Tensor, valid: Tensor | None
-    ) -> SelectorInputs:
+    def _with_decoder_inputs(self, inputs: SelectorInputs, tokens: Tokens, index: int) -> SelectorInputs:
+        embeds, visual = tokens.embeds[index], tokens.visual[index]
+        valid = None if tokens.valid is None else tokens.valid[index]
         text = text_read_with_image(visual, valid)
         if "embeds" in self.needs:
             inputs = replace(inputs, embeds=embeds[visual].detach())
@@ -330,7 +296,7 @@ class RankingSource(Attached):
             asked = attention_from_text(self.adapter, embeds, visual, valid)
             inputs = replace(inputs, received_attention=asked)
         if "text" in self.needs:
-            inputs = replace(inputs, text=self.adapter.decode_text(input_ids[text]))
+            inputs = replace(inputs, text=self.adapter.decode_text(tokens.input_ids[index][text]))
         return inputs
 
     def _given(self, batch: int) -> list[np.ndarray]:
@@ -355,55 +321,17 @@ class RankingSource(Attached):
         return values
 
     def _split(self, values: Tensor, num_visual: Sequence[int]) -> list[Tensor]:
-        available, wanted = len(values), sum(num_visual)
-        if available == 0 or wanted % available:
-            raise DopError(f"{wanted} visual tokens in the batch do not match {available} tokens encoded by the tower")
-        repeats = wanted // available  # generate() encodes an image once for all of its beams
-        parts, start = [], 0
-        for index, count in enumerate(num_visual):
-            parts.append(values[start : start + count])
-            if (index + 1) % repeats == 0:
-                start += count
-        return parts
+        if (parts := each_sample(num_visual, len(values))) is None:
+            raise DopError(
+                f"{sum(num_visual)} visual tokens in the batch do not match {len(values)} tokens encoded by the tower"
+            )
+        return [values[part] for part in parts]
 
 
 def _squeeze(name: str, values: Tensor) -> Tensor:
     """Scores have one value per token, keys and features a vector."""
     kind, _ = field_and_layer(name)
     return values[:, 0] if kind.endswith("attention") or name == "tower_sizes" else values
-
-
-def of_the_tower(adapter: ModelAdapter, needs: frozenset[str]) -> frozenset[str]:
-    """The fields that the vision tower shows."""
-    return frozenset(name for name in needs if field_and_layer(name)[0] in TOWER_FIELDS) - adapter.input_fields
-
-
-def check_model(adapter: ModelAdapter, selector: Selector) -> None:
-    """Refuse a selector whose result would not be what it says on this family.
-
-    Raises:
-        UnsupportedModelError: naming selectors that work.
-    """
-    seen = of_the_tower(adapter, selector.needs())
-    if not adapter.has_tower and (seen or selector.merges or selector.changes_tower):
-        raise UnsupportedModelError(
-            f"{selector.name!r} works on images, but {type(adapter.model).__name__} reads text alone; use selector="
-            "received_attention, divprune, divprune_lazy, cdpruner_llm, uniform_grid or random"
-        )
-    if "tile_grid" in selector.needs():
-        _ = adapter.tower_view  # or an error: of these families it is known whether and how images are cut
-    if selector.merges and adapter.has_deepstack:
-        raise UnsupportedModelError(
-            f"{selector.name!r} merges tokens at the decoder's input, but {type(adapter.model).__name__} adds vision "
-            "features after its first layers as well, which would stay unmerged; use selector=divprune, "
-            "cdpruner_llm, received_attention, uniform_grid or random"
-        )
-    if selector.merges and "features" in selector.needs() and adapter.tower_view.project is None:
-        raise UnsupportedModelError(
-            f"{selector.name!r} merges patches in front of the projector, but visual tokens of "
-            f"{type(adapter.model).__name__} are not projections of single patches (newlines, resized tiles); "
-            "selectors that merge after the projector are avg_pool and trim_llm"
-        )
 
 
 def visual_counts(visual: Tensor) -> list[int]:

@@ -46,7 +46,6 @@ def plan_recurrence(
     Args:
         sample: of each row; rows are ordered by sample, and within it as the tokens are.
         updates, reads: boolean, per row.
-        num_samples: batch size.
         taps: see :func:`taps_of`.
         device: of the index tensors.
         place, length: where rows stand in ``[num_samples, length]``; by default one after the other from the left.

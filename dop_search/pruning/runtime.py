@@ -30,13 +30,13 @@ from dop_search.pruning.layer import (
     run_recurrent,
 )
 from dop_search.pruning.layout import LayoutCache
-from dop_search.pruning.packed import find_packing
-from dop_search.pruning.plans import AttentionPlan, LayerPlan
-from dop_search.pruning.prompt import Call, Prompt, Tokens, arrange
+from dop_search.pruning.packed import Tokens, find_packing
+from dop_search.pruning.plans import LayerPlan
+from dop_search.pruning.prompt import Call, Prompt, arrange
 from dop_search.pruning.ranking import RankingSource
 from dop_search.pruning.recurrent import taps_of, text_chunk
 from dop_search.pruning.sight import TokenMasks, append_places, sights_of, window_of
-from dop_search.pruning.stages import StagePlan, StageRun, check_first_chunk
+from dop_search.pruning.stages import StagePlan, StageRun
 from dop_search.pruning.text_groups import TextGroups
 from dop_search.strategy import Strategy
 from dop_search.strategy.steps import LayerStep, layer_steps
@@ -159,8 +159,7 @@ class PrunedDecoder(Attached):
         norm = self.adapter.final_norm
         hidden = norm(hidden.to(norm.weight.device))
         return self.adapter.decoder_output(
-            last_hidden_state=hidden if packing is None else packing.gather(hidden),
-            past_key_values=past_key_values,
+            last_hidden_state=hidden if packing is None else packing.gather(hidden), past_key_values=past_key_values
         )
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -187,8 +186,11 @@ class PrunedDecoder(Attached):
             check_embeds(tokens.input_ids)
             if not packed:
                 return None
-        elif self.stages is not None:
-            check_first_chunk(state.num_seen)
+        elif self.stages is not None and state.num_seen:
+            raise DopError(
+                f"a selector with stages ranks the tokens of a whole prompt, but {state.num_seen} tokens of it are "
+                "already cached; pass prompt and images in one call"
+            )
         check_labels(visual, tokens.read)
         return arrange(tokens, self.strategy, self.rankings, self.text)
 
@@ -223,7 +225,7 @@ class PrunedDecoder(Attached):
         hidden = prompt.embeds.reshape(batch * length, width).index_select(0, entry)
         before = self.all_groups
         all_real: dict[int, Tensor] = {}
-        appended: dict[tuple[int, int, int], tuple[Tensor, AttentionPlan]] = {}
+        made: dict[Any, Any] = {}
         run = None
         if self.stages is not None:
             run = StageRun(self.stages, self.adapter, prompt.num_ranked)
@@ -254,7 +256,8 @@ class PrunedDecoder(Attached):
             if injected is not None:
                 hidden = injected.add(hidden, index, before)
             if cache is not None and not self.taps[index]:
-                self._remember(state, index, layout.attention(step.q, step.kv, False, self.windows[index]), appended)
+                plan = layout.attention(step.q, step.kv, False, self.windows[index])
+                self._remember(state, index, plan.key_valid, (plan.num_samples, plan.num_keys), plan.key_places, made)
         final = entry.index_select(0, layout.tensor(layout.rows(before))).to(hidden.device)
         full = full.to(hidden.device)
         return full.index_copy(0, final, hidden).view(batch, length, width)
@@ -294,31 +297,14 @@ class PrunedDecoder(Attached):
                 cos, sin = (part.to(device)[:, None] for part in tokens.rope[2 if side[0] else 0 :][:2])
                 rows[side] = Side(None, None, cos, signed(sin))
             compute = partial(
-                extend_layer,
-                layer,
-                rows=rows[side],
-                num_samples=batch,
-                mask=masks[key],
-                cache=cache,
-                parts=self.parts,
+                extend_layer, layer, rows=rows[side], num_samples=batch, mask=masks[key], cache=cache, parts=self.parts
             )
             packed = checkpointed(layer, compute, packed.to(device))
-        appended: dict[tuple[int, int], Tensor] = {}
-        grown: dict[int, Tensor] = {}
-        for index, past in enumerate(state.valid):
-            if self.taps[index]:
-                continue
-            if past is not None or new_valid is not None:
-                held = (state.lengths[index], id(past))
-                if held not in appended:
-                    appended[held] = append_valid(past, held[0], new_valid, batch, length, hidden.device)
-                state.valid[index] = appended[held]
-            state.lengths[index] += length
-            if new_places is not None and self.windows[index] is not None:
-                places = state.places.get(index)
-                if id(places) not in grown:
-                    grown[id(places)] = append_places(places, new_places)
-                state.places[index] = grown[id(places)]
+        made: dict[Any, Any] = {}
+        for index in range(len(self.windows)):
+            if not self.taps[index]:
+                places = None if self.windows[index] is None else new_places
+                self._remember(state, index, new_valid, (batch, length), places, made)
         return packed.view(hidden.shape)
 
     # -- bookkeeping ------------------------------------------------------------------------------
@@ -338,29 +324,32 @@ class PrunedDecoder(Attached):
         self,
         state: CacheState,
         index: int,
-        plan: AttentionPlan,
-        appended: dict[tuple[int, int, int], tuple[Tensor, AttentionPlan]],
+        valid: Tensor | None,
+        shape: tuple[int, int],
+        places: Tensor | None,
+        made: dict[Any, Any],
     ) -> None:
-        """Note a layer's keys; layers with the same ones share a tensor, and with it the masks of later steps."""
-        past, length, device = state.valid[index], state.lengths[index], plan.key_rows.device
-        if past is not None or plan.key_valid is not None:
-            key = (length, id(past), id(plan))
-            if key not in appended:
-                size = plan.num_samples, plan.num_keys
-                valid = append_valid(past, length, plan.key_valid, *size, device)
-                appended[key] = valid, plan  # which lives on, so that its identity stays its own
-            state.valid[index] = appended[key][0]
-        state.lengths[index] += plan.num_keys
-        if plan.key_places is not None:
-            state.places[index] = append_places(state.places.get(index), plan.key_places)
+        """Note a layer's new keys; layers with the same ones share a tensor, and with it the masks of later steps.
+
+        ``made``: what was noted so far, beside what it was made of, so that its identity stays its own.
+        """
+        past, length = state.valid[index], state.lengths[index]
+        known = valid if past is None else past
+        if known is not None:
+            key = (length, id(past), id(valid), shape)
+            if key not in made:
+                made[key] = append_valid(past, length, valid, *shape, known.device), past, valid
+            state.valid[index] = made[key][0]
+        state.lengths[index] += shape[1]
+        if places is not None:
+            before = state.places.get(index)
+            if (id(before), id(places)) not in made:
+                made[id(before), id(places)] = append_places(before, places), before, places
+            state.places[index] = made[id(before), id(places)][0]
 
 
 def explicit_rankings(rankings: Any) -> list[np.ndarray] | None:
-    """Rankings given by the user as arrays.
-
-    Raises:
-        DopError: if they are no arrays of token numbers, or there are none.
-    """
+    """Rankings given by the user as arrays; DopError if they are no arrays of token numbers, or there are none."""
     if rankings is None:
         return None
     given = rankings if isinstance(rankings, (Sequence, np.ndarray, Tensor)) else []

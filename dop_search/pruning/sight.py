@@ -63,8 +63,7 @@ class Sight:
 def image_numbers(is_image: np.ndarray) -> np.ndarray:
     """Number of the image that each token is part of, a new one after every gap; ``NO_IMAGE`` outside.
 
-    Args:
-        is_image: ``[..., length]`` boolean.
+    ``is_image``: ``[..., length]`` boolean.
     """
     starts = is_image.copy()
     starts[..., 1:] &= ~is_image[..., :-1]

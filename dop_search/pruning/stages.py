@@ -63,18 +63,10 @@ class StagePlan:
         return total
 
 
-def stage_flops(strategy: Strategy, dims: ModelDims, counts: TokenCounts) -> int:
-    """FLOPs of a strategy's rankings inside the decoder for one sample; 0 if it ranks before the decoder."""
-    return StagePlan(strategy).flops(dims, counts) if strategy.stages else 0
-
-
 class StageRun:
     """The stages of one prefill.
 
-    Args:
-        plan: what the strategy asks for.
-        adapter: the model.
-        num_visual: visual tokens of each sample.
+    ``num_visual``: visual tokens of each sample.
     """
 
     def __init__(self, plan: StagePlan, adapter: ModelAdapter, num_visual: list[int]) -> None:
@@ -151,19 +143,6 @@ class StageRun:
             sin=tables.sin[start:stop],
             text=torch.from_numpy(np.flatnonzero(text)).to(hidden.device),
             candidates=torch.from_numpy(np.flatnonzero(candidates)).to(hidden.device),
-        )
-
-
-def check_first_chunk(num_seen: int) -> None:
-    """Refuse images that come when the cache already holds something.
-
-    Raises:
-        DopError: since the criteria look at the whole prompt.
-    """
-    if num_seen:
-        raise DopError(
-            f"a selector with stages ranks the tokens of a whole prompt, but {num_seen} tokens of it are already "
-            "cached; pass prompt and images in one call"
         )
 
 

@@ -27,7 +27,6 @@ class TextGroups:
     """What two groups of text tokens do.
 
     Attributes:
-        num_layers: decoder layers.
         before: the prompt before its first visual token.
         after: the prompt after it, but its last token.
     """
@@ -96,10 +95,8 @@ def text_groups_flops(
     """FLOPs of one sample's prefill, as :func:`dop_search.strategy.cost.flops.strategy_flops` counts them.
 
     Args:
-        dims: sizes of the decoder.
         strategy: of the visual tokens.
         text: of the text tokens.
-        num_visual: visual tokens.
         sizes: see :func:`text_sizes`; with them goes one token that runs everything.
     """
     counts = layer_counts(strategy, TokenCounts(1, num_visual))

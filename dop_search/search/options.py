@@ -147,26 +147,21 @@ class TrajectorySpace(Space):
         return [{TOKENS: most} for most in dict.fromkeys([*ranked[:1], *its_own, *ranked])]
 
 
-def gsop_search(problem: Problem, on_progress: OnProgress | None = None) -> GsopSearch:
+def gsop_search(problem: Problem) -> GsopSearch:
     """GSOP's search on a problem's samples, under the selector of its space; all budgets share it."""
-    store, space = problem.need_store(GSOP), problem.space
-    what = f"GSOP's trajectory over {space.strategy_fields.get('selector', 'the selector')}"
-    return GsopSearch(store.means(on_progress, what), space.num_layers, dict(space.strategy_fields))
+    space = problem.space
+    return GsopSearch(problem.need_store(GSOP).means(), space.num_layers, dict(space.strategy_fields))
 
 
-def gsop_option(option: Option, search: GsopSearch) -> Option:
+def gsop_option(option: Option, search: GsopSearch, on_progress: OnProgress | None = None) -> Option:
     """The space of GSOP's trajectory to a budget.
 
-    A number of tokens is expected to lose what its point was measured to lose, and what the curve of tokens says.
-
-    Args:
-        option: a selector and a budget, with the selector's curve of tokens.
-        search: made by :func:`gsop_search`; goes on to this budget.
-
-    Raises:
-        BudgetError: if nothing fits.
+    A number of tokens is expected to lose what its point was measured to lose, and what the selector's curve of tokens
+    says. ``search``, made by :func:`gsop_search`, goes on to the option's budget; BudgetError if nothing fits.
     """
     problem, most_cost, tokens = option.problem, option.most, option.problem.space.tokens
+    what = f"GSOP's trajectory over {option.problem.space.strategy_fields.get('selector', 'the selector')}"
+    search.evaluate = problem.need_store(GSOP).means(on_progress, what)
     points = search.trajectory(lambda strategy: option.price(strategy) <= most_cost)
     most: list[int] = []
     for point in points:  # costs fall, so more and more tokens fit

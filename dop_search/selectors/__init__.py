@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
-from dop_search.selectors.avg_pool import AvgPoolSelector
+from dop_search.selectors.attention_choice import ClsAttentionSelector, ReceivedAttentionSelector
 from dop_search.selectors.base import Selection, SelectionSizes, Selector, SelectorInputs
 from dop_search.selectors.cdpruner import CdprunerLlmSelector, CdprunerSelector
-from dop_search.selectors.cls_attention import ClsAttentionSelector
+from dop_search.selectors.controls import AvgPoolSelector, RandomSelector, UniformGridSelector
 from dop_search.selectors.divprune import DivPruneSelector, LazyDivPruneSelector
 from dop_search.selectors.flowcut import FlowCutSelector
 from dop_search.selectors.gprune import GPruneSelector
@@ -18,13 +18,10 @@ from dop_search.selectors.hired import HiredSelector
 from dop_search.selectors.holov import HoloVSelector
 from dop_search.selectors.prumerge import PruMergePlusSelector
 from dop_search.selectors.prunesid import PruneSidSelector
-from dop_search.selectors.random_order import RandomSelector
-from dop_search.selectors.received_attention import ReceivedAttentionSelector
 from dop_search.selectors.resize import ResizeSelector
 from dop_search.selectors.scope import ScopeSelector
 from dop_search.selectors.tome import ToMeSelector
 from dop_search.selectors.trim import TrimLlmSelector, TrimSelector
-from dop_search.selectors.uniform_grid import UniformGridSelector
 from dop_search.selectors.visionzip import VisionZipSelector
 from dop_search.selectors.vispruner import VisPrunerSelector
 from dop_search.selectors.vscan import VScanSelector
@@ -62,11 +59,8 @@ SELECTORS = Registry("selector", {selector.name: selector for selector in _SELEC
 
 
 def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
-    """The selector of that name.
-
-    Raises:
-        DopError: on an unknown name or option, with near names, or an option of another type.
-    """
+    """The selector of that name; DopError on an unknown name or option, with near names, or an option of another
+    type."""
     selector = SELECTORS.find(name)
     known = selector.option_names()
     unknown = [option for option in options or {} if option not in known]

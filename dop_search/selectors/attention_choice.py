@@ -70,12 +70,47 @@ class LayerAttentionSelector(Selector):
     layer: int | float | None = None
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return frozenset({at_layer(self.name, self.layer)})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return descending(inputs.tensor(at_layer(self.name, self.layer)))
+
+
+@dataclass(frozen=True)
+class ClsAttentionSelector(LayerAttentionSelector):
+    """FasterVLM (arXiv 2412.01818): the first ``T`` by CLS attention ``a_i = mean_heads softmax(q_cls K^T / √d)_i``.
+
+    The attention is that of the layer whose output the projector receives: layer −2 on LLaVA, which is what the paper
+    reads; on a model that feeds another layer to its projector it is that layer's.
+
+    Options:
+        layer: see :class:`LayerAttentionSelector`.
+
+    Not reproduced: the paper renumbers positions after dropping tokens, here kept tokens keep theirs.
+    """
+
+    name = "cls_attention"
+
+    def selection_flops(self, sizes: SelectionSizes) -> int:
+        """The CLS row of scores; keys are projected once more, from the layer's input."""
+        return cls_flops(sizes)
+
+
+@dataclass(frozen=True)
+class ReceivedAttentionSelector(LayerAttentionSelector):
+    """Mean attention that a patch receives: the stand-in for CLS attention where a tower has no CLS token.
+
+    VisionZip (arXiv 2412.04467) and VisPruner (arXiv 2412.01818v2) use it for SigLIP and Qwen towers.
+
+    Options:
+        layer: see :class:`LayerAttentionSelector`; of a tower with windows a layer that attends to whole images.
+    """
+
+    name = "received_attention"
+
+    def selection_flops(self, sizes: SelectionSizes) -> int:
+        """The scores of all patches; queries and keys are projected once more, from the layer's input."""
+        return received_flops(sizes)
 
 
 def cls_flops(sizes: SelectionSizes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dop_search.strategy.operations import ModelDims
-from dop_search.utils.attached import Attached
+from dop_search.utils.attached import Attached, replace_attribute
 from dop_search.utils.errors import DopError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ class SelectorInputs:
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """A field that the selector asked for.
-
-        Raises:
-            DopError: if it was not captured.
-        """
+        """A field that the selector asked for; DopError if it was not captured."""
         value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise DopError(f"the selector needs `{name}`, which was not captured; it belongs into `requires`")
@@ -138,7 +135,6 @@ class SelectionSizes:
     Attributes:
         num_visual: visual tokens of the sample.
         num_kept: how many of them are kept.
-        dims: the decoder.
         width: channels of the vision tower.
         num_patches: patches of the tower that these tokens are made of. All are taken to attend to each other, which is
             more than towers compute on several tiles or images; CLS tokens and padding that is cut off are left out.
@@ -179,10 +175,8 @@ class Selector(ABC):
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
         """Indices of the visual tokens, best first: a permutation of ``0 .. num_visual_tokens - 1``.
 
-        Args:
-            inputs: one sample.
-            num_kept: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
-                leave the tokens after them in any order.
+        ``num_kept``: tokens that will be kept, in ``0 .. num_visual_tokens``; ``None``: all. A nested selector may
+        leave the tokens after them in any order.
         """
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
@@ -194,13 +188,10 @@ class Selector(ABC):
         return self.requires
 
     def prepare(self, tower_width: int | None) -> None:  # noqa: B027 (optional, not abstract)
-        """Load what the selector needs besides the model, before the first image.
+        """Load what the selector needs besides the model, before the first image; UnsupportedModelError if it cannot be
+        had.
 
-        Args:
-            tower_width: channels of the vision tower, where known.
-
-        Raises:
-            UnsupportedModelError: if it cannot be had.
+        ``tower_width``: channels of the vision tower, where known.
         """
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
@@ -212,10 +203,7 @@ class Selector(ABC):
 
     def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
         """Rows and columns of every image on a tower that the selector changes; ``None``: images have any size.
-
-        Raises:
-            UnsupportedModelError: if it cannot change this one; by default where images have any size.
-        """
+        UnsupportedModelError if it cannot change this one; by default where images have any size."""
         if (grid := adapter.tower_view.grid) is None:
             raise UnsupportedModelError(
                 f"{self.name!r} changes what the vision tower computes and needs images of one size, but "
@@ -239,7 +227,6 @@ class Selector(ABC):
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        """Names of the options."""
         return tuple(item.name for item in fields(cls))
 
     def options(self) -> dict[str, Any]:
@@ -258,7 +245,6 @@ class TowerRun(threading.local):
 
     Attributes:
         values: of the last run, per field ``[images, patches, 1]``.
-        num_runs: runs so far.
         images: images of each sample that comes next; ``None``: one.
     """
 
@@ -266,7 +252,6 @@ class TowerRun(threading.local):
         self.reset()
 
     def reset(self) -> None:
-        """Nothing yet."""
         self.values: dict[str, Tensor] = {}
         self.num_runs = 0
         self.images: tuple[int, ...] | None = None
@@ -277,31 +262,21 @@ class TowerPatch(Attached):
 
     def __init__(self) -> None:
         self.run = TowerRun()
-        self._replaced: list[tuple[Any, Any]] = []
+        self.undo = ExitStack()
 
     def replace_forward(self, module: Any, forward: Any) -> Any:
         """Run ``forward`` in the place of a module's, which is returned, until :meth:`restore`."""
         original = module.forward
-        self._replaced.append((module, module.__dict__.get("forward")))
-        module.forward = forward
+        replace_attribute(self.undo, module, "forward", forward)
         return original
 
     def restore(self) -> None:
         """Make the tower what it was."""
-        while self._replaced:
-            module, previous = self._replaced.pop()
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
+        self.undo.close()
 
 
 def check_options(holds: bool, rule: str, **values: Any) -> None:
-    """Refuse options against a rule, with what they are.
-
-    Raises:
-        DopError: if it does not hold.
-    """
+    """Refuse options against a rule, with what they are; DopError if it does not hold."""
     if not holds:
         raise DopError(f"{rule} must hold, but got ({', '.join(f'{name}={value}' for name, value in values.items())})")
 
@@ -321,15 +296,9 @@ def at_layer(attention: str, layer: int | float | str | None) -> str:
 
 
 def descending(scores: Tensor) -> np.ndarray:
-    """Indices from the highest score to the lowest; ties keep the order of the tokens.
-
-    Raises:
-        DopError: if a score is not finite.
-    """
-    values = scores.detach().float().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")
-    return np.argsort(-values, kind="stable")
+    """Indices from the highest score to the lowest; ties keep the order of the tokens. DopError if a score is not
+    finite."""
+    return np.argsort(-finite_array(scores.detach().float()), kind="stable")
 
 
 def kept_count(inputs: SelectorInputs, num_kept: int | None) -> int:
@@ -357,11 +326,7 @@ def group_sums(rows: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def finite_array(values: Tensor) -> np.ndarray:
-    """A float64 array on the host.
-
-    Raises:
-        DopError: if a value is not finite.
-    """
+    """A float64 array on the host; DopError if a value is not finite."""
     array = values.detach().double().cpu().numpy()
     if not np.isfinite(array).all():
         raise DopError("selection scores contain NaN or infinite values; check the model's dtype and the image")

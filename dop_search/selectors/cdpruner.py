@@ -18,7 +18,7 @@ from dop_search.selectors.base import (
     mean_cosine,
     with_rest,
 )
-from dop_search.selectors.clip_text import clip_text
+from dop_search.selectors.clip_text import ClipSelector
 from dop_search.selectors.sharing import in_turns, share_of
 
 EXHAUSTED = 1e-10
@@ -42,7 +42,6 @@ class _CdprunerBase(Selector):
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         to_text, total = finite_array(self.similarity_to_text(inputs)), kept_count(inputs, num_kept)
 
         def of_one_image(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -63,7 +62,7 @@ class _CdprunerBase(Selector):
 
 
 @dataclass(frozen=True)
-class CdprunerSelector(_CdprunerBase):
+class CdprunerSelector(ClipSelector, _CdprunerBase):
     """CDPruner (arXiv 2506.10967).
 
     ``S`` is the cosine similarity of the projected tokens. Relevance is ``−mean_k cos(p_i, t_k)`` in CLIP's shared
@@ -72,8 +71,7 @@ class CdprunerSelector(_CdprunerBase):
     is inverted. Tokens are taken greedily to maximise ``det`` of the kernel's submatrix (incremental Cholesky factor).
 
     Options:
-        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
-            text encoder. Without it the selector refuses; ``cdpruner_llm`` needs none.
+        clip: see :class:`ClipSelector`.
         theta: weight of relevance in [0, 1), ``r ← exp(θ / (2 (1 − θ)) · r)``; ``None``: ``r`` as it is (the default of
             the paper's released code).
 
@@ -81,19 +79,13 @@ class CdprunerSelector(_CdprunerBase):
     included.
     """
 
-    clip: str = ""
-
     name = "cdpruner"
+    stand_in = "cdpruner_llm"
     version = 2
     requires = frozenset({"patch_states", "text", "embeds", "tiles"})
 
-    def prepare(self, tower_width: int | None) -> None:
-        """See base class."""
-        clip_text(self.clip, "cdpruner", "cdpruner_llm", tower_width)
-
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
-        encoder = clip_text(self.clip, "cdpruner", "cdpruner_llm", None)
+        encoder = self.encoder()
         patches = encoder.project_patches(inputs.tensor("patch_states"))
         return -mean_cosine(patches, encoder.pieces(inputs.text or ""))
 
@@ -116,7 +108,6 @@ class CdprunerLlmSelector(_CdprunerBase):
     requires = frozenset({"embeds", "text_embeds", "tiles"})
 
     def similarity_to_text(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         similarity = mean_cosine(inputs.tensor("embeds"), inputs.tensor("text_embeds"))
         return -similarity if self.negate else similarity
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dop_search.selectors.base import Selector
 from dop_search.utils.errors import UnsupportedModelError
 
 
@@ -18,7 +19,6 @@ class ClipText:
 
     Attributes:
         model: a ``CLIPModel`` whose vision encoder has been dropped.
-        tokenizer: its tokenizer.
     """
 
     model: Any
@@ -63,12 +63,29 @@ class ClipText:
         return patch_states.to(weight.device, torch.float32) @ weight.T
 
 
-def clip_text(path: str, method: str, variant: str, tower_width: int | None) -> ClipText:
-    """The text encoder of the checkpoint at ``path``.
+@dataclass(frozen=True)
+class ClipSelector(Selector):
+    """A method that compares patches and question in CLIP's space.
 
-    Raises:
-        UnsupportedModelError: if no checkpoint is named, it cannot be read, or belongs to another tower.
+    Options:
+        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
+            text encoder. Without it the selector refuses; :attr:`stand_in` needs none.
     """
+
+    stand_in: ClassVar[str]
+    clip: str = ""
+
+    def prepare(self, tower_width: int | None) -> None:
+        self.encoder(tower_width)
+
+    def encoder(self, tower_width: int | None = None) -> ClipText:
+        """The text encoder, for a tower of that width where it is known."""
+        return clip_text(self.clip, self.name, self.stand_in, tower_width)
+
+
+def clip_text(path: str, method: str, variant: str, tower_width: int | None) -> ClipText:
+    """The text encoder of the checkpoint at ``path``; UnsupportedModelError if no checkpoint is named, it cannot be
+    read, or belongs to another tower."""
     if not path:
         raise UnsupportedModelError(
             f"{method!r} compares image and question in CLIP's space, but the model has no text encoder of its own; "

@@ -37,7 +37,6 @@ class DivPruneSelector(Selector):
     requires = frozenset({"embeds"})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         distance = 1.0 - finite_array(cosine_matrix(inputs.tensor("embeds")))
         chosen = max_min_order(distance.__getitem__, most_isolated(distance), kept_count(inputs, num_kept))
         return with_rest(chosen, np.arange(inputs.num_visual_tokens))
@@ -60,7 +59,6 @@ class LazyDivPruneSelector(Selector):
     requires = frozenset({"embeds"})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         units = torch.nn.functional.normalize(inputs.tensor("embeds").detach().float(), dim=-1)
 
         def row(unit: Tensor) -> np.ndarray:

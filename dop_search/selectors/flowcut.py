@@ -54,7 +54,6 @@ class FlowCutSelector(Selector):
     changes_tower = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return inputs.survivors_first()
 
     def tower_grid(self, adapter: ModelAdapter) -> tuple[int, int] | None:
@@ -75,7 +74,6 @@ class FlowCutSelector(Selector):
         return tower.grid
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         if adapter.model.config.model_type == "qwen2_vl":
             return PackedFlowCutPatch(adapter, num_kept)
         tower = adapter.tower_view
@@ -136,7 +134,6 @@ class FlowCutPatch(LayersPatch):
     """Takes patches out after the MLP of every second layer; tiles one by one, as they keep different patches.
 
     Args:
-        tower: the tower.
         num_kept: patches of an image that shall be left, all of its tiles together.
         real: gives, per image of the call, which patches of which tiles become visual tokens, ``[tiles, patches]``;
             ``None``: images have one tile, and all patches do.
@@ -162,7 +159,6 @@ class FlowCutPatch(LayersPatch):
             )
 
     def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """See base class."""
         images, length, _ = hidden_states.shape
         if index == 0:
             self._begin(images, length, hidden_states.device)
@@ -202,9 +198,7 @@ class FlowCutPatch(LayersPatch):
 class PackedFlowCutPatch(TowerPatch):
     """The same for the tower of Qwen2-VL, whose rows are the patches of all images; the merger makes four a token.
 
-    Args:
-        adapter: the model.
-        num_kept: tokens of an image that shall be left.
+    ``num_kept``: tokens of an image that shall be left.
     """
 
     def __init__(self, adapter: ModelAdapter, num_kept: int) -> None:
@@ -270,7 +264,6 @@ def patch_scores(attention: Any, normed: Tensor, row: Tensor) -> Tensor:
     """Scores of the patches of one image.
 
     Args:
-        attention: the layer's attention module.
         normed: ``[1, tokens, width]`` its input.
         row: ``[patches]`` head-mean attention of the CLS token.
     """
@@ -283,7 +276,6 @@ def packed_scores(attention: Any, normed: Tensor, positions: tuple[Tensor, Tenso
     """``[patches]`` attention of the mean query, and scores, of one image without a CLS token.
 
     Args:
-        attention: the block's attention module.
         normed: ``[patches, width]`` its input.
         positions: cosine and sine of the patches' rotation.
     """

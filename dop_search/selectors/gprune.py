@@ -40,7 +40,6 @@ class GPruneSelector(Selector):
         check_options(holds, "`0 < threshold < 1`, `temperature > 0` and `num_steps >= 1`", **self.options())
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         embeds = inputs.tensor("embeds").detach().float()
         return in_turns(
             inputs, lambda tokens, _: descending(self.information(embeds[tokens.tolist()])), join_crops=True

@@ -42,14 +42,13 @@ class HiPruneSelector(PerImageSelector):
     alpha: float = 0.1
 
     name = "hiprune"
-    version = 2
+    version = 3
     requires = frozenset({"global_attention", MIDDLE})
 
     def __post_init__(self) -> None:
         check_options(0.0 <= self.alpha <= 1.0, "`0 <= alpha <= 1`", alpha=self.alpha)
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         last = inputs.num_visual_tokens - 1
         anchors = descending(inputs.tensor(MIDDLE))[: round(self.alpha * num_kept / 5)]
         columns = inputs.image_grids[0][1]

@@ -46,7 +46,6 @@ class HiredSelector(AttentionSelector):
         check_options(0.0 <= self.full_share <= 1.0, "`0 <= full_share <= 1`", full_share=self.full_share)
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return self.requires | {f"{self.attention}_attention", self._first}
 
     @property
@@ -54,7 +53,6 @@ class HiredSelector(AttentionSelector):
         return at_layer(f"{self.attention}_attention", 0)
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         by_attention = descending(self.scores(inputs))
         if inputs.tiles is None:
             return by_attention

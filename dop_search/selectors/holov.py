@@ -59,11 +59,9 @@ class HoloVSelector(AttentionSelector, PerImageSelector):
 
     @property
     def space(self) -> Literal["features", "embeds"]:
-        """See base class."""
         return "embeds"
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         by_attention = descending(self.scores(inputs))
         count = inputs.num_visual_tokens
         segments = np.array_split(np.arange(count), min(self.num_segments, count))

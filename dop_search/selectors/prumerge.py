@@ -50,7 +50,6 @@ class PruMergePlusSelector(AttentionSelector, PerImageSelector):
     merges = True
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return self.requires | {self.space, "tiles", *self._attention_and_keys}
 
     @property
@@ -58,11 +57,9 @@ class PruMergePlusSelector(AttentionSelector, PerImageSelector):
         return ("last_cls_attention", "last_keys") if self.by_cls else ("received_attention", "keys")
 
     def scores(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         return inputs.tensor(self._attention_and_keys[0])
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         attention = self.scores(inputs)
         by_attention, count = descending(attention), inputs.num_visual_tokens
         if not 0 < num_kept < count:

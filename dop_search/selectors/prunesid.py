@@ -41,12 +41,10 @@ class PruneSidSelector(PerImageSelector):
             raise DopError(f"`score` must be cls or loading, but got {self.score!r}")
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         cls = {"cls_attention", "features", "cls_feature"}
         return super().needs() | (cls if self.score == "cls" else {"embeds"})
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         of_cls, count = self.score == "cls", inputs.num_visual_tokens
         states = inputs.tensor("features" if of_cls else "embeds")
         loadings = principal_loadings(states, max(1 if of_cls else 4, num_kept // 4))

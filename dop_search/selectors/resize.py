@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from dop_search.selectors.base import Selection, Selector, SelectorInputs, TowerPatch, with_rest
-from dop_search.selectors.grid_cells import grid_cells, smaller_grid
+from dop_search.selectors.controls import farthest_point_order
 from dop_search.selectors.sharing import per_image, shares
-from dop_search.selectors.uniform_grid import farthest_point_order
 from dop_search.utils.errors import DopError
 
 if TYPE_CHECKING:
     from dop_search.models.adapter import ModelAdapter
     from dop_search.models.capture import TowerView
+
+MAX_ASPECT_CHANGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,9 @@ class ResizeSelector(Selector):
     several_images = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return per_image(inputs, num_kept, _middles_first).order
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         grid = self.tower_grid(adapter)
         assert grid is not None
         return ResizePatch(adapter.tower_view, grid, num_kept)
@@ -65,7 +64,6 @@ class ResizePatch(TowerPatch):
     """Runs a tower on smaller images and spreads its states over the full grid.
 
     Args:
-        tower: the tower.
         grid: rows and columns of its patches.
         num_kept: tokens of a sample, which its images share.
     """
@@ -113,3 +111,29 @@ class ResizePatch(TowerPatch):
                 None if state is None else state.index_select(1, index) for state in output.hidden_states
             )
         return output
+
+
+def smaller_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
+    """The largest grid of at most ``count`` cells whose aspect is within a factor of two of the original's."""
+    candidates = []
+    for a in range(1, min(rows, count) + 1):
+        b = min(columns, count // a)
+        change = max(a * columns / (b * rows), b * rows / (a * columns))
+        candidates.append((change <= MAX_ASPECT_CHANGE, a * b, -change, a, b))
+    return max(candidates)[3:]
+
+
+def grid_cells(rows: int, columns: int, small: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Map a grid onto a smaller one.
+
+    Returns the cell of each token ``[rows * columns]``, and the token in the middle of each cell ``[a * b]``.
+    """
+    a, b = small
+    cells = _nearest(rows, a)[:, None] * b + _nearest(columns, b)[None, :]
+    middles = _nearest(a, rows)[:, None] * columns + _nearest(b, columns)[None, :]
+    return cells.reshape(-1), middles.reshape(-1)
+
+
+def _nearest(length: int, onto: int) -> np.ndarray:
+    """For each of ``length`` places the one of ``onto`` places that its middle falls into."""
+    return ((2 * np.arange(length) + 1) * onto) // (2 * length)

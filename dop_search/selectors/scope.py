@@ -35,7 +35,6 @@ class ScopeSelector(AttentionSelector):
     requires = frozenset({"tiles"})
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         weights = finite_array(self.scores(inputs)) ** self.alpha
         total = kept_count(inputs, num_kept)
 

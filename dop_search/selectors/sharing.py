@@ -51,7 +51,6 @@ def each_image(inputs: SelectorInputs, images: Sequence[Grids], tile_grids: Sequ
     """What a criterion would see of each image of a sample if it were alone with the sample's text.
 
     Args:
-        inputs: the sample.
         images: the grids of each image, which together are ``inputs.image_grids``.
         tile_grids: where images are cut into tiles, rows and columns of each one's crops.
     """
@@ -72,18 +71,22 @@ def select_each(selector: Selector, images: Sequence[SelectorInputs], num_kept: 
 
     ``num_kept``: from an image's tokens to those kept.
     """
-    orders, slots, features, start = [], [], [], 0
-    space = Selection(np.empty(0)).space
+    choices, start = [], 0
     for image in images:
-        found = selector.select(image, num_kept(image.num_visual_tokens))
-        orders.append(found.order + start)
-        if found.features is not None:
-            slots.append(found.slots + start)
-            features.append(found.features)
-            space = found.space
-        start += image.num_visual_tokens
-    order = np.concatenate(orders)
-    return Selection(order, np.concatenate(slots), torch.cat(features), space) if features else Selection(order)
+        tokens = np.arange(start, start := start + image.num_visual_tokens)
+        choices.append((tokens, selector.select(image, num_kept(image.num_visual_tokens))))
+    return _joined(np.concatenate([tokens[found.order] for tokens, found in choices]), choices)
+
+
+def _joined(order: np.ndarray, choices: Sequence[tuple[np.ndarray, Selection]]) -> Selection:
+    """The choices among some tokens each, in this order."""
+    merged = [
+        (tokens[found.slots], found.features, found.space) for tokens, found in choices if found.features is not None
+    ]
+    if not merged:
+        return Selection(order)
+    slots, features, spaces = zip(*merged, strict=True)
+    return Selection(order, np.concatenate(slots), torch.cat(features), spaces[-1])
 
 
 Part = tuple[np.ndarray, tuple[int, int]]
@@ -122,46 +125,35 @@ def per_image(inputs: SelectorInputs, num_kept: int | None, choose: OneImage) ->
     counts = shares(sizes, sizes, total)
     heads: list[Ranked] = []
     tails: list[Ranked] = []
-    slots, features = [], []
-    space = Selection(np.empty(0)).space
+    choices = []
     for (tokens, grid), count in zip(parts, counts, strict=True):
         found = choose(_one_part(inputs, tokens, (grid,)), int(count))
-        for target, order in ((heads, found.order[:count]), (tails, found.order[count:])):
-            target.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
-        if found.features is not None:
-            slots.append(tokens[found.slots])
-            features.append(found.features)
-            space = found.space
-    order = np.concatenate([_take_turns(heads), _take_turns(tails), _newlines(inputs)[0]])
-    if not features:
-        return Selection(order)
-    return Selection(order, np.concatenate(slots), torch.cat(features), space)
+        heads.append(_ranked(tokens, found.order[:count]))
+        tails.append(_ranked(tokens, found.order[count:]))
+        choices.append((tokens, found))
+    return _joined(np.concatenate([_take_turns(heads), _take_turns(tails), _newlines(inputs)[0]]), choices)
 
 
 def in_turns(
-    inputs: SelectorInputs,
-    rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
-    join_crops: bool = False,
+    inputs: SelectorInputs, rank_one: Callable[[np.ndarray, tuple[int, int]], np.ndarray], join_crops: bool = False
 ) -> np.ndarray:
     """Rank every image, or every tile of it, by itself; they take turns by relative rank, so that the order is nested.
 
     ``rank_one``: from the tokens of a part and its grid to their order, counted from 0. Newline tokens of tiled images
     come last.
     """
-    orders = []
-    for tokens, grid in parts_of(inputs, join_crops):
-        order = rank_one(tokens, grid)
-        orders.append((tokens[order], np.arange(len(order)) / max(1, len(order))))
+    orders = [_ranked(tokens, rank_one(tokens, grid)) for tokens, grid in parts_of(inputs, join_crops)]
     return _take_turns([*orders, _newlines(inputs)])
 
 
 def share_of(tokens: np.ndarray, inputs: SelectorInputs, num_kept: int) -> int:
     """How many of a part's tokens :func:`in_turns` can put among the first ``num_kept``, at most."""
-    return min(len(tokens), -(-num_kept * len(tokens) // max(1, _num_patches(inputs))) + 1)
+    num_patches = inputs.num_visual_tokens - len(_newlines(inputs)[0])
+    return min(len(tokens), -(-num_kept * len(tokens) // max(1, num_patches)) + 1)
 
 
-def _num_patches(inputs: SelectorInputs) -> int:
-    return inputs.num_visual_tokens - len(_newlines(inputs)[0])
+def _ranked(tokens: np.ndarray, order: np.ndarray) -> Ranked:
+    return tokens[order], np.arange(len(order)) / max(1, len(order))
 
 
 def _newlines(inputs: SelectorInputs) -> Ranked:
@@ -196,7 +188,6 @@ class PerImageSelector(Selector):
     nested = False
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return self.requires | {"tiles"}
 
     @abstractmethod
@@ -204,9 +195,7 @@ class PerImageSelector(Selector):
         """The choice for an image of its own."""
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return self.select(inputs, num_kept).order
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
         return per_image(inputs, num_kept, self.one_image)

@@ -46,11 +46,9 @@ class ToMeSelector(Selector):
     changes_tower = True
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return inputs.survivors_first()
 
     def patch_tower(self, adapter: ModelAdapter, num_kept: int) -> TowerPatch:
-        """See base class."""
         tower, grid = adapter.tower_view, self.tower_grid(adapter)
         assert grid is not None
         schedule = merge_schedule(grid[0] * grid[1], num_kept, tower.feature_layer + 1)
@@ -64,11 +62,8 @@ class ToMeSelector(Selector):
 
 
 def merge_schedule(num_patches: int, num_kept: int, num_layers: int) -> tuple[int, ...]:
-    """Patches to merge in each layer: the smallest constant ``r`` that leaves ``num_kept`` patches.
-
-    Raises:
-        DopError: if halving in every layer leaves more.
-    """
+    """Patches to merge in each layer: the smallest constant ``r`` that leaves ``num_kept`` patches; DopError if halving
+    in every layer leaves more."""
     for r in range((num_patches + 1) // 2 + 1):
         schedule, count = [], num_patches
         for _ in range(num_layers):
@@ -117,20 +112,13 @@ class ToMePatch(LayersPatch):
         self.proportional_attention = proportional_attention
         self.schedule = [*schedule, *[0] * (len(tower.layers) - len(schedule))]
         self.at = _Merging()
-        self.handles = [layer.self_attn.k_proj.register_forward_hook(self._keep_keys) for layer in tower.layers]
-
-    def restore(self) -> None:
-        """See base class."""
-        super().restore()
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for layer in tower.layers:
+            self.undo.callback(layer.self_attn.k_proj.register_forward_hook(self._keep_keys).remove)
 
     def _keep_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.at.keys = output
 
     def layer(self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """See base class."""
         images, length, width = hidden_states.shape
         layer = self.tower.layers[index]
         if index == 0:
@@ -169,7 +157,6 @@ def merge_most_similar(
         rows: ``[images, tokens, width]``.
         metric: ``[images, tokens, channels]``, whose cosines say which tokens are similar.
         size: ``[images, tokens, 1]``, patches that each token stands for.
-        count: tokens to merge.
         protect_first: never merge the first token.
 
     Returns:
@@ -194,7 +181,6 @@ def match(metric: Tensor, count: int, protect_first: bool) -> tuple[Tensor, Tens
 
     Args:
         metric: ``[images, tokens, channels]``.
-        count: links to make.
         protect_first: never link the first token.
 
     Returns:

@@ -19,7 +19,7 @@ from dop_search.selectors.base import (
     kept_count,
     with_rest,
 )
-from dop_search.selectors.clip_text import clip_text
+from dop_search.selectors.clip_text import ClipSelector
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ class _TrimBase(Selector):
         raise NotImplementedError
 
     def rank(self, inputs: SelectorInputs, num_kept: int | None = None) -> np.ndarray:
-        """See base class."""
         return self.select(inputs, num_kept).order
 
     def select(self, inputs: SelectorInputs, num_kept: int | None = None) -> Selection:
-        """See base class."""
         order, total = descending(self.relevance(inputs)), kept_count(inputs, num_kept)
         if not self.mean_token or not 1 < total < inputs.num_visual_tokens:
             return Selection(order)
@@ -58,7 +56,7 @@ class _TrimBase(Selector):
 
 
 @dataclass(frozen=True)
-class TrimSelector(_TrimBase):
+class TrimSelector(ClipSelector, _TrimBase):
     """TRIM (arXiv 2409.10994) with a fixed number of tokens.
 
     Relevance is ``softmax_i(−t · p_i)`` with the pooled text ``t`` (cut at 77 tokens) and the patches ``p_i`` in CLIP's
@@ -67,8 +65,7 @@ class TrimSelector(_TrimBase):
     the last dropped token.
 
     Options:
-        clip: hub id or folder of the CLIP checkpoint that the vision tower comes from: multimodal checkpoints have no
-            text encoder. Without it the selector refuses; ``trim_llm`` needs none.
+        clip: see :class:`ClipSelector`.
         mean_token: whether the mean of the others is one of the ``T`` tokens (from ``T = 2`` on).
 
     Not reproduced: the paper chooses the number of tokens by an interquartile rule, here it is given; positions are not
@@ -76,20 +73,14 @@ class TrimSelector(_TrimBase):
     template's closing words included.
     """
 
-    clip: str = ""
-
     name = "trim"
+    stand_in = "trim_llm"
     version = 2
     requires = frozenset({"patch_states", "text", "features"})
     space = "features"
 
-    def prepare(self, tower_width: int | None) -> None:
-        """See base class."""
-        clip_text(self.clip, "trim", "trim_llm", tower_width)
-
     def relevance(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
-        encoder = clip_text(self.clip, "trim", "trim_llm", None)
+        encoder = self.encoder()
         text = encoder.beginning(inputs.text or "")
         patches = encoder.project_patches(inputs.tensor("patch_states"))
         return -(patches @ text.T)[:, 0]  # the softmax keeps the order
@@ -109,6 +100,5 @@ class TrimLlmSelector(_TrimBase):
     requires = frozenset({"embeds", "text_embeds"})
 
     def relevance(self, inputs: SelectorInputs) -> Tensor:
-        """See base class."""
         text = inputs.tensor("text_embeds").float().mean(dim=0, keepdim=True)
         return cosine_matrix(inputs.tensor("embeds"), text)[:, 0]

@@ -63,7 +63,6 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
         return self.cls_token and self.by_cls
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return super().needs() | {"keys"} | ({"cls_feature"} if self._takes_cls else set())
 
     def split(self, num_kept: int) -> tuple[int, int]:
@@ -72,7 +71,6 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
         return num_kept - contextual, contextual
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         by_attention = descending(self.scores(inputs))
         count = inputs.num_visual_tokens
         if not 0 < num_kept < count:
@@ -102,8 +100,7 @@ class VisionZipSelector(AttentionSelector, PerImageSelector):
 def merge_into_targets(features: Tensor, keys: Tensor, rest: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
     """Merge the tokens ``rest`` into ``count`` evenly strided ones among them.
 
-    Returns:
-        The target tokens, and ``[count, width]`` float32 features ``target + mean(assigned)``.
+    Returns the target tokens, and ``[count, width]`` float32 features ``target + mean(assigned)``.
     """
     if count == 0:
         return np.empty(0, dtype=np.int64), features.new_empty(0, features.shape[1], dtype=torch.float32)

@@ -53,7 +53,6 @@ class VisPrunerSelector(AttentionSelector, PerImageSelector):
         check_options(holds, "`0 <= important_share <= 1` and `step >= 1`", **self.options())
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         by_attention = descending(self.scores(inputs))
         num_important = int(self.important_share * num_kept + 1e-9)
         important, rest = by_attention[:num_important], by_attention[num_important:]

@@ -60,7 +60,6 @@ class VScanSelector(AttentionSelector, PerImageSelector):
         check_options(holds, "`0 <= local_share <= 1` and `window >= 1`", **self.options())
 
     def needs(self) -> frozenset[str]:
-        """See base class."""
         return self.requires | {f"{self.attention}_attention", self._shallow}
 
     @property
@@ -68,7 +67,6 @@ class VScanSelector(AttentionSelector, PerImageSelector):
         return at_layer(f"{self.attention}_attention", 0.25)
 
     def one_image(self, inputs: SelectorInputs, num_kept: int) -> Selection:
-        """See base class."""
         local = self._local(inputs, int(self.local_share * num_kept))
         order = with_rest(local, descending(self.scores(inputs)))
         if not 0 < num_kept < inputs.num_visual_tokens:

@@ -58,7 +58,8 @@ def check_engine(vllm_config: VllmConfig, decoder: Any) -> None:
 
 
 def check_prompt(config: ModelConfig, length: int, images: Sequence[tuple[int, int]], further: int) -> None:
-    """Refuse a prompt that begins or ends with an image, or whose positions the model does not have.
+    """Refuse a prompt that begins or ends with an image, or whose positions the model does not have; DopError with the
+    remedy.
 
     Kept tokens keep their positions, so that text stands as far on as without pruning.
 
@@ -67,9 +68,6 @@ def check_prompt(config: ModelConfig, length: int, images: Sequence[tuple[int, i
         length: tokens of the prompt.
         images: where the images begin in it, and their kept tokens.
         further: positions that the images take besides those of their kept tokens.
-
-    Raises:
-        DopError: with the remedy.
     """
     for offset, size in images:
         if offset == 0 or offset + size == length:

@@ -30,10 +30,7 @@ class _Cache:
 class PrunedDecoder:
     """Runs steps with visual tokens through packed layers, and tells vLLM's own decoder where keys are in the others.
 
-    Args:
-        decoder: vLLM's ``LlamaModel``.
-        strategy: what runs.
-        vllm_config: the engine's.
+    ``decoder``: vLLM's ``LlamaModel``.
     """
 
     def __init__(self, decoder: Any, strategy: Strategy, vllm_config: VllmConfig) -> None:

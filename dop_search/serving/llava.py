@@ -56,7 +56,6 @@ class _ClipModel(PrunedModel):
         self.multi_modal_projector.register_forward_pre_hook(self._see_patches)
 
     def check_tower(self) -> None:
-        """See base class."""
         strategy = getattr(self.config, "vision_feature_select_strategy", None)
         if not isinstance(self.vision_tower, CLIPVisionModel) or strategy != "default":
             raise UnsupportedModelError(
@@ -119,7 +118,6 @@ class DopLlavaForConditionalGeneration(_ClipModel, LlavaForConditionalGeneration
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
     def shown(self, index: int, embeds: Tensor, image: Mapping[str, Any]) -> SelectorInputs:
-        """See base class."""
         values: dict[str, Any] = {name: its[0] for name, its in self.of_tiles(slice(index, index + 1)).items()}
         return SelectorInputs(len(embeds), ((self.side, self.side),), embeds=embeds, **values)
 

@@ -27,11 +27,7 @@ def _load(path: str) -> Strategy:
 
 
 def strategy_of(hf_config: Any) -> Strategy:
-    """The strategy that ``--hf-overrides`` names.
-
-    Raises:
-        StrategyError: if it names none.
-    """
+    """The strategy that ``--hf-overrides`` names; StrategyError if it names none."""
     path = getattr(hf_config, "dop_strategy", None)
     if path is None:
         raise StrategyError("no strategy is named; start vLLM with the line that `dop-serve STRATEGY.json` prints")
@@ -67,7 +63,6 @@ class PrunedDummies:
     """Prompts that are used to measure memory: they end with text, as real ones have to."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """See base class."""
         family: Any = super()
         text = family.get_dummy_text(mm_counts)
         return f"a{text}a" if text else text
@@ -79,11 +74,7 @@ class PrunedProcessor:
     info: Any
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """See base class.
-
-        Raises:
-            DopError: see :func:`check_prompt`.
-        """
+        """See base class; raises what :func:`check_prompt` does."""
         family: Any = super()
         result = family.apply(inputs, *args, **kwargs)
         ranges = [(part.offset, part.length) for part in result["mm_placeholders"].get("image", [])]
@@ -128,11 +119,7 @@ class PrunedModel:
     # -- which tokens enter
 
     def check_tower(self) -> None:
-        """Refuse vision towers that selectors cannot be shown.
-
-        Raises:
-            UnsupportedModelError: which.
-        """
+        """Refuse vision towers that selectors cannot be shown (``UnsupportedModelError``)."""
         raise NotImplementedError
 
     def shown(self, index: int, embeds: Tensor, image: Mapping[str, Any]) -> SelectorInputs:
@@ -214,7 +201,6 @@ class PrunedModel:
     # -- weights
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """See base class."""
         family: Any = super()
         loaded: set[str] = family.load_weights(weights)
         self.decoder.keep_weights()

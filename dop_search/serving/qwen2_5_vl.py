@@ -25,7 +25,6 @@ class Info(PrunedInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     """Qwen2.5-VL's, of images alone."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """See base class."""
         return {"image": self.get_max_image_tokens()}
 
 
@@ -67,7 +66,6 @@ class DopQwen2_5VLForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditional
         """See base class; only what the tower returns is shown, not what happens in it."""
 
     def shown(self, index: int, embeds: Tensor, image: Mapping[str, Any]) -> SelectorInputs:
-        """See base class."""
         merge = self.config.vision_config.spatial_merge_size
         _, rows, columns = (int(size) for size in image["image_grid_thw"][index])
         return SelectorInputs(len(embeds), ((rows // merge, columns // merge),), embeds=embeds)
@@ -91,6 +89,5 @@ class DopQwen2_5VLForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditional
         return positions.expand(3, -1).clone(), following - start
 
     def positions(self, rows: Rows, given: Tensor) -> Tensor:
-        """See base class."""
         steps = torch.cat([torch.zeros_like(rows.fed.further[:, :1]), rows.fed.further], dim=1)
         return given + steps.T

@@ -89,7 +89,6 @@ class Paging:
         starts: ``[requests + 1]`` where the rows of each request begin.
         lengths: ``[requests]`` rows of each request so far, those of this step included.
         table: ``[requests, blocks]`` the blocks of each request.
-        block_size: rows per block.
     """
 
     starts: Tensor

@@ -28,11 +28,7 @@ def ranks(strategy: Strategy) -> bool:
 
 
 def served_selector(strategy: Strategy, model_type: str) -> Selector:
-    """The selector of a strategy that can be served.
-
-    Raises:
-        StrategyError: with the reason, and the selectors that can.
-    """
+    """The selector of a strategy that can be served; StrategyError with the reason, and the selectors that can."""
     selector = make_selector(strategy.selector, strategy.selector_options)
     if not ranks(strategy) or (reason := _refusal(selector, model_type)) is None:
         return selector
@@ -68,16 +64,12 @@ def counts_images(strategy: Strategy) -> bool:
 def check_servable(
     strategy: Strategy, num_layers: int | None = None, prefix_caching: bool = False, model_type: str = "llava"
 ) -> Selector:
-    """The selector of a strategy that can be served.
+    """The selector of a strategy that can be served; StrategyError what cannot be served, and the remedy.
 
     Args:
-        strategy: the strategy.
         num_layers: decoder layers of the model, where known.
         prefix_caching: whether the engine shares cached prefixes.
         model_type: of the model, one of :data:`ARCHITECTURES`.
-
-    Raises:
-        StrategyError: what cannot be served, and the remedy.
     """
     if num_layers is not None and strategy.num_layers != num_layers:
         raise StrategyError(

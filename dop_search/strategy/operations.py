@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -57,11 +57,8 @@ class TokenGroup:
 
 
 def group_sizes(groups: tuple[TokenGroup, ...], num_tokens: int) -> tuple[int, ...]:
-    """Cut ``num_tokens`` ranked tokens into groups; the cumulative shares are rounded, so sizes add up.
-
-    Raises:
-        StrategyError: if the shares do not sum to 1.
-    """
+    """Cut ``num_tokens`` ranked tokens into groups; the cumulative shares are rounded, so sizes add up. StrategyError
+    if the shares do not sum to 1."""
     total = sum(group.share for group in groups)
     if abs(total - 1.0) > 1e-6:
         raise StrategyError(f"the shares of the token groups must sum to 1, but got {total} from {groups}")
@@ -164,16 +161,11 @@ class ModelDims:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of each layer."""
-        recurrent = () if self.recurrent is None else self.recurrent.layers
-        others = () if self.other_heads is None else self.other_heads.layers
-        return tuple(
-            LayerKind.RECURRENT
-            if layer in recurrent
-            else LayerKind.OTHER_HEADS
-            if layer in others
-            else LayerKind.ATTENTION
-            for layer in range(self.num_layers)
-        )
+        kinds = [LayerKind.ATTENTION] * self.num_layers
+        for part, kind in ((self.other_heads, LayerKind.OTHER_HEADS), (self.recurrent, LayerKind.RECURRENT)):
+            for layer in () if part is None else part.layers:
+                kinds[layer] = kind
+        return tuple(kinds)
 
     def of_kind(self, kind: LayerKind) -> ModelDims:
         """The sizes that count in the layers of a kind that attends."""
@@ -198,21 +190,14 @@ class ModelDims:
 
     def fingerprint(self, model_type: str) -> str:
         """A short hash of the architecture, weights left out: a fine-tuned model keeps its strategies."""
-        sizes = asdict(self)
-        newer = {
-            "num_experts": 0,
-            "active_experts": 1,
-            "shared_expert_size": 0,
-            "gated_queries": False,
-            "recurrent": None,
-            "shared_expert_gate": True,
-            "other_heads": None,
-        }
-        for name, default in newer.items():  # fingerprints are older than these fields
-            if sizes[name] == default:
-                del sizes[name]
+        newer = [item for item in fields(self) if item.name not in _FIRST]  # than the first fingerprints
+        usual = {item.name for item in newer if getattr(self, item.name) == item.default}
+        sizes = {name: size for name, size in asdict(self).items() if name not in usual}
         text = json.dumps({"model_type": model_type, **sizes}, sort_keys=True)
         return f"{model_type}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+_FIRST = frozenset(item.name for item in fields(ModelDims)[:8])
 
 
 @dataclass(frozen=True)

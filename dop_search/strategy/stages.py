@@ -48,12 +48,8 @@ def check_stages(
     num_visual_tokens: int | float | None,
     ranked_before: bool,
 ) -> None:
-    """Refuse stages that cannot be run.
-
-    Raises:
-        StrategyError: if the stages are no increasing layers, tokens would be dropped before anything ranks them, or
-            groups differ in an operation before the ranking that separates them is known.
-    """
+    """Refuse stages that cannot be run; StrategyError if the stages are no increasing layers, tokens would be dropped
+    before anything ranks them, or groups differ in an operation before the ranking that separates them is known."""
     if not stages:
         return
     plain = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in stages)

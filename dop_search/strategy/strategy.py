@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dop_search.strategy.operations import MODULES, Operation, TokenGroup, group_sizes
-from dop_search.strategy.policy import GroupPolicy, Layers, layers_text, policy_json
+from dop_search.strategy.policy import GroupPolicy, check_fields, layers_text, parse_policy, policy_json
 from dop_search.strategy.stages import check_stages, ranked_until
 from dop_search.utils.addresses import local_file
 from dop_search.utils.errors import StrategyError
@@ -233,8 +233,7 @@ class Strategy:
     def parts(self, num_visual: int | Sequence[int]) -> tuple[int, ...]:
         """Visual tokens of what is ranked and cut by itself: of each image, or of all of a sample's together.
 
-        Args:
-            num_visual: visual tokens of the sample, image by image; a number is one image.
+        ``num_visual``: visual tokens of the sample, image by image; a number is one image.
         """
         images = (num_visual,) if isinstance(num_visual, (int, np.integer)) else tuple(num_visual)
         return images if self.per_image else (sum(images),)
@@ -261,11 +260,8 @@ class Strategy:
         return json.dumps([*parts, "per_image"] if self.per_image else parts, sort_keys=True)
 
     def for_num_layers(self, num_layers: int) -> Strategy:
-        """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded).
-
-        Raises:
-            StrategyError: if the strategy is not depth-wise.
-        """
+        """Move a depth-wise strategy to a model of other depth by its depth ratios (rounded); StrategyError if the
+        strategy is not depth-wise."""
         ratios = self.depth_ratios()
         if ratios is None:
             raise StrategyError("only a depth-wise strategy can move to another depth; this one has free layer sets")
@@ -320,17 +316,13 @@ class Strategy:
 
     @classmethod
     def from_json(cls, data: Any) -> Strategy:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            StrategyError: saying which field is missing, unknown or wrong.
-        """
+        """Inverse of :meth:`to_json`; StrategyError saying which field is missing, unknown or wrong."""
         FORMAT.check(data)
         optional = _OPTIONAL if data["version"] == 1 else _OPTIONAL | _NEWER
-        _check_fields(data, _REQUIRED, optional, "strategy")
+        check_fields(data, _REQUIRED, optional, "strategy")
         if data["num_layers"] > MAX_LAYERS:
             raise StrategyError(f"`num_layers <= {MAX_LAYERS}` must hold, but got (num_layers={data['num_layers']})")
-        groups = tuple(_parse_group(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
+        groups = tuple(parse_policy(item, index, data["num_layers"]) for index, item in enumerate(data["groups"]))
         fields = {name: data[name] for name in optional if name in data and name != "depth_ratios"}
         return cls(num_layers=data["num_layers"], groups=groups, **fields)
 
@@ -383,33 +375,3 @@ _OPTIONAL = {
     "depth_ratios": (dict, type(None)),
 }
 _NEWER = {"num_visual_tokens": (int, float, type(None)), "per_image": bool}
-
-
-def _parse_group(item: Any, index: int, num_layers: int) -> GroupPolicy:
-    where = f"groups[{index}]"
-    if not isinstance(item, dict):
-        raise StrategyError(f"{where} must be an object, but got {item!r}")
-    _check_fields(item, {"share": (int, float), **{m.value: (int, list) for m in MODULES}}, {}, where)
-    layers = {m.value: _parse_layers(item[m.value], num_layers, f"{where}.{m.value}") for m in MODULES}
-    return GroupPolicy(group=TokenGroup(float(item["share"])), **layers)
-
-
-def _parse_layers(value: int | list[Any], num_layers: int, where: str) -> Layers:
-    if isinstance(value, list):
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-            raise StrategyError(f"{where} must list layer numbers, but got {value!r}")
-        return tuple(value)
-    if not 0 <= value <= num_layers:
-        raise StrategyError(f"`0 <= {where} <= num_layers` must hold, but got ({value}, num_layers={num_layers})")
-    return tuple(range(value))
-
-
-def _check_fields(data: dict[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any], where: str) -> None:
-    missing = [name for name in required if name not in data]
-    unknown = [name for name in data if name not in required and name not in optional]
-    if missing or unknown:
-        raise StrategyError(f"{where}: missing fields {missing}, unknown fields {unknown}")
-    for name, types in {**required, **optional}.items():
-        value = data.get(name)
-        if name in data and (not isinstance(value, types) or (isinstance(value, bool) and types is not bool)):
-            raise StrategyError(f"{where}: `{name}` has the wrong type: {value!r}")

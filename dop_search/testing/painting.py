@@ -42,10 +42,7 @@ class Canvas:
 
 def canvas_of(model: PreTrainedModel, modality: Modality = "image") -> Canvas:
     """The input of the projector or merger; where that comes after patches are joined, what the tower returns.
-
-    Raises:
-        UnsupportedModelError: if the projector has another name.
-    """
+    UnsupportedModelError if the projector has another name."""
     whole: Any = adapter_for(model).multimodal
     if hasattr(whole, "visual") and hasattr(whole.visual, "downsample"):  # GLM: joins squares in front of its merger
         return Canvas(whole.visual.post_layernorm, of_output=True)
@@ -86,22 +83,19 @@ def vision_arguments(
 def check_painted_patches(
     model: PreTrainedModel, canvas: Canvas, arguments: Mapping[str, Any], modality: Modality = "image", seed: int = 0
 ) -> int:
-    """``ModelAdapter.to_token_order`` carries a patch's value where the patch's feature went, and nowhere else.
+    """``ModelAdapter.to_token_order`` carries a patch's value where the patch's feature went, and nowhere else;
+    AssertionError if a value arrives elsewhere.
 
     Tokens that are made of no patch (newlines) may get any mean of patches.
 
     Args:
         model: with an adapter.
-        canvas: where to paint.
         arguments: of ``get_image_features`` or ``get_video_features``.
         modality: which of the two.
         seed: of the patches that are tried.
 
     Returns:
         Visual tokens that are made of patches.
-
-    Raises:
-        AssertionError: if a value arrives elsewhere.
     """
     adapter = adapter_for(model)
     shapes: list[torch.Size] = []

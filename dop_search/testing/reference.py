@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from dop_search.models import adapter_for
 from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
-from dop_search.strategy.operations import MODULES, Module
+from dop_search.strategy.operations import MODULES
 from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelError
 
 Rankings = Sequence[np.ndarray]
@@ -49,11 +49,7 @@ class OperationMasks:
 
 def visual_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """The placeholder token ids that the model replaces by visual features (image, and video where it has one); of a
-    model that reads text alone those of its markers.
-
-    Raises:
-        UnsupportedModelError: if the config names no image token, and there is no adapter to ask.
-    """
+    model that reads text alone those of its markers. UnsupportedModelError if neither it nor an adapter names any."""
     if (markers := getattr(model.config, MARKERS_KEY, None)) is not None:
         return tuple(token for marker in markers for token in marker)
     names = ("image_token_id", "video_token_id")
@@ -106,19 +102,16 @@ def operation_masks(
     length: int | None = None,
     images: Sequence[Sequence[int]] | None = None,
 ) -> OperationMasks:
-    """Spread a strategy over the positions of a batch.
+    """Spread a strategy over the positions of a batch; DopError if a ranking is not a permutation of the sample's
+    visual tokens.
 
     Args:
         visual: boolean ``[batch, position]``.
-        strategy: applied as given.
         rankings: one permutation of the sample's visual tokens per sample.
         attended: boolean ``[batch, position]``, who is not padding; ``None``: everybody. What is hidden from all is
             in no group, as if it were not there.
         length: positions of the prompt, whose last attended token runs everything; ``None``: all of them.
         images: per sample the visual tokens of each image, for strategies that count per image.
-
-    Raises:
-        DopError: if a ranking is not a permutation of the sample's visual tokens.
     """
     if len(rankings) != len(visual):
         raise DopError(f"`rankings` needs one entry per sample ({len(visual)}), but got {len(rankings)}")
@@ -145,8 +138,7 @@ def operation_masks(
                 for position in ranked[start : start + size]:
                     masks[:, :, sample, position] = runs[group].T
                 start += size
-    by_module = {module: masks[index] for index, module in enumerate(MODULES)}
-    return OperationMasks(by_module[Module.Q], by_module[Module.KV], by_module[Module.MLP])
+    return OperationMasks(*masks)  # in the order of MODULES
 
 
 def masked_forward(
@@ -165,9 +157,7 @@ def masked_forward(
         model: a transformers model of a supported family with ``sdpa`` or ``eager`` attention.
         inputs: keyword arguments of ``model``, with ``input_ids``; without a cache.
         strategy: which operations run.
-        rankings: one permutation of the sample's visual tokens per sample, best first.
-        length: positions of the prompt, where an answer stands after it; ``None``: all.
-        images: per sample the visual tokens of each image, for strategies that count per image.
+        rankings, length, images: see :func:`operation_masks`.
 
     Raises:
         StrategyError: if the strategy is for another number of layers.
@@ -190,11 +180,7 @@ def logits_under(model: PreTrainedModel, inputs: dict[str, Tensor], masks: Opera
 
 
 def masked_generate(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    strategy: Strategy,
-    rankings: Rankings,
-    max_new_tokens: int,
+    model: PreTrainedModel, inputs: dict[str, Tensor], strategy: Strategy, rankings: Rankings, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers of the masked dense model: a full forward over prompt and answer for every new token.
 
@@ -203,15 +189,12 @@ def masked_generate(
     """
     inputs = dict(inputs)
     suppressed = [*visual_token_ids(model), *(model.generation_config.suppress_tokens or [])]
-    answers: list[list[int]] = [[] for _ in inputs["input_ids"]]
     length = inputs["input_ids"].shape[1]
     for _ in range(max_new_tokens):
         scores = masked_forward(model, inputs, strategy, rankings, length)[:, -1]
         scores[:, suppressed] = -torch.inf
-        tokens = scores.argmax(dim=-1)
-        for answer, token in zip(answers, tokens.tolist(), strict=True):
-            answer.append(token)
-        inputs = append_tokens(inputs, tokens[:, None])
+        inputs = append_tokens(inputs, scores.argmax(dim=-1)[:, None])
+    answers: list[list[int]] = inputs["input_ids"][:, length:].tolist()
     return answers
 
 
@@ -270,7 +253,6 @@ def _visible(
         kv: boolean ``[batch, position]``, who offers a key.
         attended: boolean ``[batch, position]``, who is not padding.
         window: how far back the layer sees.
-        images: see :func:`_images`.
 
     Returns:
         Boolean ``[batch, 1, query, key]``, rows without any key opened to themselves (softmax over nothing is NaN),
@@ -300,7 +282,7 @@ def _masking(
             mlp = parts["feed_forward" if "feed_forward" in parts else "mlp"]
             if "router" in parts:  # Gemma 4: with the experts that are beside it
                 mlp = parts["post_feedforward_layernorm"]
-            handles = [mlp.register_forward_hook(_hide_mlp(masks.mlp[index]))]
+            handles = [mlp.register_forward_hook(_hide(masks.mlp[index]))]
             recurrent = parts.get("linear_attn", parts.get("conv"))
             if recurrent is not None:
                 hook = _recur(masks.q[index] & attended, masks.kv[index] & attended)
@@ -313,7 +295,7 @@ def _masking(
                 visible, sees_any = _visible(masks.kv[index], attended, window, whole)
                 handles += [
                     attention.register_forward_pre_hook(_replace_mask(visible), with_kwargs=True),
-                    attention.register_forward_hook(_hide_attention(masks.q[index] & sees_any)),
+                    attention.register_forward_hook(_hide(masks.q[index] & sees_any)),
                 ]
             for handle in handles:
                 stack.callback(handle.remove)
@@ -333,16 +315,13 @@ def _replace_mask(visible: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[
     return hook
 
 
-def _hide_attention(runs: Tensor) -> Callable[..., tuple[Tensor, Any]]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return output[0].masked_fill(~runs[:, :, None], 0.0), *output[1:]
+def _hide(runs: Tensor) -> Callable[..., Any]:
+    """Replaces what a module returns (attention: first of several) where it does not run."""
 
-    return hook
-
-
-def _hide_mlp(runs: Tensor) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.masked_fill(~runs[:, :, None], 0.0)
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        hidden = first.masked_fill(~runs[:, :, None], 0.0)
+        return (hidden, *others) if isinstance(output, tuple) else hidden
 
     return hook
 

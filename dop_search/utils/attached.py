@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
 
 from dop_search.utils.errors import DopError
@@ -15,6 +16,13 @@ class Attached:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_copy()
+
+
+def replace_attribute(undo: ExitStack, owner: object, name: str, value: object) -> None:
+    """Give an instance an attribute of its own until ``undo`` is closed; wrappers redirect ``setattr``."""
+    own = vars(owner)
+    undo.callback(own.__setitem__ if name in own else own.pop, name, own.get(name))
+    own[name] = value
 
 
 def refuse_copy() -> NoReturn:

@@ -17,7 +17,7 @@ from dop_search.evaluation.timing.timing import Clock, prefill_timer, selection_
 from dop_search.models.loading import LoadedModel
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
-from dop_search.pruning.stages import stage_flops
+from dop_search.pruning.stages import StagePlan
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
 from dop_search.strategy.operations import TokenCounts
@@ -35,7 +35,9 @@ def counted_over_closed_form(loaded: LoadedModel, sample: Sample, method: Fitted
     inputs = model_inputs(loaded.processor, [sample], loaded.adapter.device)
     visual = loaded.adapter.visual_token_mask(inputs["input_ids"])[0].cpu().numpy()
     counts = TokenCounts.of_prompt(visual)
-    closed = strategy_flops(loaded.adapter.dims, strategy, counts) + stage_flops(strategy, loaded.adapter.dims, counts)
+    closed = strategy_flops(loaded.adapter.dims, strategy, counts)
+    if strategy.stages:
+        closed += StagePlan(strategy).flops(loaded.adapter.dims, counts)
     rankings = None if strategy.stages else [np.arange(visual.sum())]
     with _eager_attention(loaded.model), pruned(loaded.model, strategy, rankings):
         return count_decoder_flops(loaded.model, inputs) / closed

@@ -15,9 +15,8 @@ import pytest
 import dop_search.baselines
 from dop_search.baselines import BASELINES, FitContext, FittedMethod, Method, baseline
 from dop_search.baselines.equal_flops import solve_integer, solve_real
-from dop_search.baselines.fastv import FastV
-from dop_search.baselines.fitprune import FitPrune, dispensable
-from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
+from dop_search.baselines.fitprune import PUBLISHED_SCHEMES, FitPrune, dispensable
+from dop_search.baselines.one_stage import FastV
 from dop_search.baselines.pricing import TOLERANCE
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.short_lvlm import ShortLvlm

@@ -10,8 +10,8 @@ from support.tiny_inputs import tiny_sample
 from support.tiny_models import tiny_model
 
 from dop_search.baselines import FitContext
-from dop_search.baselines.fitprune import layer_inputs
-from dop_search.baselines.short_lvlm import ShortLvlm, final_states
+from dop_search.baselines.fitprune import inputs_of, layer_views
+from dop_search.baselines.short_lvlm import ShortLvlm
 from dop_search.divergence.encoding import encode
 from dop_search.models import FAMILIES, adapter_for
 from dop_search.models.closed_towers import ClosedTowerAdapter
@@ -50,13 +50,13 @@ def test_states_are_the_full_models(family: str) -> None:
     adapter, inputs = adapter_for(model), tiny_sample(model)
     with torch.inference_mode():
         encoded = encode(adapter, inputs, ANSWER, make_selector("uniform_grid"))
-        states = final_states(adapter, encoded)
+        states = inputs_of([adapter.final_norm], adapter, encoded, None)[0]
         logits = adapter.lm_head(adapter.text_model.norm(states))
         expected = model(**with_answer(inputs, torch.tensor([ANSWER[:-1]]))).logits[0]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         length = encoded.prompt_length
         prompt_states = encode(adapter, inputs, ANSWER[:1], make_selector("uniform_grid"))
-        entering = layer_inputs(adapter, encoded)[-1].hidden
+        entering = layer_views(adapter, encoded)[0][-1].hidden
         seen = []
         handle = adapter.layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
         model(**inputs)
@@ -80,7 +80,7 @@ def test_attention_inside_the_decoder_is_the_models(family: str) -> None:
         for handle in handles:
             handle.remove()
         rows = torch.arange(encoded.prompt_length)
-        found = [stage.attention(rows) for stage in layer_inputs(adapter, encoded)]
+        found = [stage.attention(rows) for stage in layer_views(adapter, encoded)[0]]
     assert len(maps) == len(found)
     for its, expected in zip(found, maps, strict=True):
         torch.testing.assert_close(its, expected, rtol=1e-4, atol=1e-5)

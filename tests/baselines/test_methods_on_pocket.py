@@ -11,9 +11,9 @@ import torch
 from support.answers import answer_questions
 
 from dop_search.baselines import FitContext, baseline, plain_answers, plain_divergence, plain_outcome
-from dop_search.baselines.fitprune import measured_counts, prune_layer_by_layer, received_sums
+from dop_search.baselines.fitprune import inputs_of, measured_counts, prune_layer_by_layer, received_sums
 from dop_search.baselines.layer_removal import layers_removed
-from dop_search.baselines.short_lvlm import bridge, final_states, layer_influence, removal_order
+from dop_search.baselines.short_lvlm import bridge, layer_influence, removal_order
 from dop_search.baselines.shortv import layer_contributions
 from dop_search.baselines.vtw import PUBLISHED_ETA_NATS, withdrawal_layer
 from dop_search.divergence import DivergenceEngine, Teacher, make_teacher
@@ -208,11 +208,11 @@ def test_short_lvlm_removes_the_least_influential_and_repair_helps(pocket, few, 
     assert removed == sorted(order[: len(removed)])
     sample = few.samples[0].encoded
     repair = bridge(pocket, [sample], removed, rank=4)
-    full = final_states(pocket.adapter, sample)
+    full = inputs_of([pocket.adapter.final_norm], pocket.adapter, sample, None)[0]
     with fitted.apply(pocket.model):
         assert len(pocket.model.model.language_model.layers) == LAYERS - len(removed)
     with layers_removed(pocket.model, removed):
-        short = final_states(pocket.adapter, sample)
+        short = inputs_of([pocket.adapter.final_norm], pocket.adapter, sample, None)[0]
     text = ~sample.visual
     assert float((repair(short) - full)[text].norm()) < 0.9 * float((short - full)[text].norm())
 

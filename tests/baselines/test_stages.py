@@ -22,7 +22,7 @@ from dop_search.pruning.in_decoder import STAGE_SELECTORS
 from dop_search.pruning.in_decoder.base import StageRanking
 from dop_search.pruning.in_decoder.last_token import FastVSelector
 from dop_search.pruning.in_decoder.sparsevlm import density_peaks, split_kept, with_recycled
-from dop_search.pruning.stages import stage_flops
+from dop_search.pruning.stages import StagePlan
 from dop_search.selectors import SelectorInputs, make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost.flops import strategy_flops
@@ -133,7 +133,7 @@ def test_counted_flops_equal_closed_form(name: str) -> None:
         with dop.pruned(model, strategy):
             counted = count_decoder_flops(model, sample)
         unseen = 16 * (4 * dims.num_heads**3 // 3) if name == "entropyprune" else 0  # eigenvalues
-        assert counted + unseen == strategy_flops(dims, strategy, counts) + stage_flops(strategy, dims, counts)
+        assert counted + unseen == strategy_flops(dims, strategy, counts) + StagePlan(strategy).flops(dims, counts)
 
 
 @cases
@@ -259,7 +259,7 @@ def test_recycled_tokens_stand_in_for_their_clusters() -> None:
     counts, dims = TokenCounts(14, 16), adapter_for(model).dims
     with dop.pruned(model, strategy):
         counted = count_decoder_flops(model, inputs)
-    assert counted == strategy_flops(dims, strategy, counts) + stage_flops(strategy, dims, counts)
+    assert counted == strategy_flops(dims, strategy, counts) + StagePlan(strategy).flops(dims, counts)
 
 
 def test_density_peaks_finds_separate_clusters() -> None:

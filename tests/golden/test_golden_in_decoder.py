@@ -7,20 +7,19 @@ import pytest
 import torch
 from golden_cases import Case, case_names, cases, decoder_layer, read_case, rope
 
-from dop_search.baselines.fitprune_schemes import PUBLISHED_SCHEMES
+from dop_search.baselines.fitprune import PUBLISHED_SCHEMES
 from dop_search.baselines.hidrop import HiDrop
 from dop_search.baselines.pyramiddrop import PyramidDrop
 from dop_search.baselines.sparsevlm import SparseVlm
 from dop_search.baselines.two_stage import FlowCut, VScan
 from dop_search.pruning.attention import signed
 from dop_search.pruning.in_decoder import StageSample, make_stage_selector
-from dop_search.pruning.in_decoder.adaptinfer import word_scores
 from dop_search.pruning.in_decoder.base import best_first
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.entropyprune import head_entropy
 from dop_search.pruning.in_decoder.fitprune import received_attention
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
-from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled
+from dop_search.pruning.in_decoder.sparsevlm import cluster_means, num_recycled, with_recycled, word_scores
 from dop_search.pruning.stages import StagePlan
 from dop_search.strategy import Strategy
 

@@ -12,7 +12,7 @@ from golden_cases import Case, case_names, cases, read_case, tiny_clip, tiny_lla
 
 from dop_search.models import adapter_for
 from dop_search.models.capture import TowerView
-from dop_search.selectors import SelectorInputs, cdpruner, make_selector, trim
+from dop_search.selectors import SelectorInputs, make_selector
 from dop_search.selectors.base import descending, finite_array
 from dop_search.selectors.cdpruner import greedy_map, normalised
 from dop_search.selectors.clip_text import ClipText
@@ -354,7 +354,7 @@ def normed_states(case: Case) -> torch.Tensor:
 @cases("cdpruner")
 def test_cdpruner(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = FixedText(case)
-    monkeypatch.setattr(cdpruner, "clip_text", lambda *arguments: encoder)
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: encoder)
     inputs = inputs_of(case, patch_states=normed_states(case), embeds=case["in.embeds"])
     case.close("out.image_embeds", encoder.project_patches(inputs.patch_states))
     selector = make_selector("cdpruner", {"clip": "given"})
@@ -365,7 +365,7 @@ def test_cdpruner(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cases("trim")
 def test_trim(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trim, "clip_text", lambda *arguments: FixedText(case))
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: FixedText(case))
     inputs = inputs_of(case, patch_states=normed_states(case), features=case["in.states"])
     selector, count = make_selector("trim", {"clip": "given"}), case.settings["num_kept"]
     case.close("out.similarity", selector.relevance(inputs).softmax(dim=0))
@@ -411,7 +411,7 @@ def seen_in(model, case: Case) -> SelectorInputs:
 def test_cdpruner_end_to_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = tiny_clip(case)
     encoder = encoder_of(case, clip)
-    monkeypatch.setattr(cdpruner, "clip_text", lambda *arguments: encoder)
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: encoder)
     inputs = seen_in(tiny_llava(case, clip), case)
     case.close("out.text_embeds", encoder.pieces(""))
     case.close("out.image_embeds", encoder.project_patches(inputs.patch_states))
@@ -424,7 +424,7 @@ def test_cdpruner_end_to_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_trim_end_to_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = tiny_clip(case)
     encoder = encoder_of(case, clip)
-    monkeypatch.setattr(trim, "clip_text", lambda *arguments: encoder)
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: encoder)
     model = tiny_llava(case, clip)
     inputs, count = seen_in(model, case), case.settings["num_kept"]
     case.close("out.text_embeds", encoder.beginning(""))

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig,
 
 import dop_search as dop
 from dop_search.models import adapter_for
+from dop_search.pruning.packed import Tokens
 from dop_search.testing.inputs import collate
 from dop_search.testing.models import randomize_
 from dop_search.testing.reference import masked_forward, text_positions
@@ -66,7 +67,7 @@ def test_dinov2_is_pruned_as_the_reference_is(selector):
             features = adapter_for(model).encode_images(inputs["pixel_values"])
             visual = inputs["input_ids"] == IMAGE_TOKEN_ID
             embeds[visual] = features.flatten(0, -2)
-            source.prepare(embeds, inputs["input_ids"], visual)
+            source.prepare(Tokens(embeds, inputs["input_ids"], visual))
             rankings = source.rank([16, 16])
     finally:
         source.close()

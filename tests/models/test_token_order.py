@@ -9,8 +9,8 @@ from support.tiny_models import tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 
 from dop_search.models import adapter_for
-from dop_search.models.internvl import InternVLAdapter
 from dop_search.models.prompts import chat_prompt
+from dop_search.models.tiles import InternVLAdapter
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
 from dop_search.testing.models import randomize_

@@ -23,6 +23,7 @@ from dop_search.divergence.profiling import token_counts
 from dop_search.evaluation.timing.counting import count_decoder_flops
 from dop_search.models import adapter_for
 from dop_search.models.prompts import chat_prompt
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import make_selector
 from dop_search.strategy.cost import CostModel, strategy_flops
@@ -109,7 +110,7 @@ def ranking_of(model: PreTrainedModel, inputs: Inputs, selector: str, share: flo
             model(**inputs)
             visual = visual_positions(model, inputs["input_ids"])
             keep = int(share * int(visual.sum()) + 0.5)
-            source.prepare(given["inputs_embeds"], inputs["input_ids"], visual, None, lambda count: keep)
+            source.prepare(Tokens(given["inputs_embeds"], inputs["input_ids"], visual), lambda count: keep)
             return source.rank([int(visual.sum())])[0]
     finally:
         embed.remove()

@@ -14,6 +14,7 @@ from dop_search.divergence import DivergenceEngine, make_teacher
 from dop_search.divergence import teacher as teacher_module
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.prompts import model_inputs
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource, text_read_with_image
 from dop_search.selectors import SELECTORS, Selection, SelectionSizes, Selector, make_selector
 from dop_search.utils.errors import DopError, UnsupportedModelError
@@ -84,9 +85,10 @@ def test_merged_features_reach_the_decoder_at_their_slots(name, pocket, few_samp
     try:
         with torch.inference_mode():
             pocket.model(**inputs)
-            ids, visual = inputs["input_ids"], adapter.visual_token_mask(inputs["input_ids"])
-            merged = source.prepare(seen["embeds"], ids, visual, None, lambda count: 30)
-            (sample,) = source.sample_inputs([256], seen["embeds"], ids, visual)
+            visual = adapter.visual_token_mask(inputs["input_ids"])
+            tokens = Tokens(seen["embeds"], inputs["input_ids"], visual)
+            merged = source.prepare(tokens, lambda count: 30)
+            (sample,) = source.sample_inputs([256], tokens)
             selection = selector.select(sample, 30)
             expected = selection.features
             if selection.space == "features":
@@ -222,8 +224,6 @@ def test_clip_methods_say_at_once_what_is_missing(name, pocket):
 
 def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, few_samples, monkeypatch):
     """With a text encoder of the right width, the prompt's text reaches it, the same alone and in a padded batch."""
-    from dop_search.selectors import cdpruner
-
     texts = []
 
     class Encoder:
@@ -234,7 +234,7 @@ def test_clip_methods_read_the_question_with_the_models_own_tokenizer(pocket, fe
             texts.append(text)
             return torch.ones(1, 128)
 
-    monkeypatch.setattr(cdpruner, "clip_text", lambda *arguments: Encoder())
+    monkeypatch.setattr("dop_search.selectors.clip_text.clip_text", lambda *arguments: Encoder())
     samples = few_samples.samples[:3]
     logits_of(pocket, model_inputs(pocket.processor, samples, torch.device("cpu")), "cdpruner", 30, clip="given")
     for text, sample in zip(texts, samples, strict=True):

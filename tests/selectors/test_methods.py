@@ -10,9 +10,10 @@ from invented_inputs import invented
 
 from dop_search.selectors import SELECTORS, make_selector
 from dop_search.selectors.base import cosine_matrix
+from dop_search.selectors.controls import balanced_cells
 from dop_search.selectors.divprune import max_min_order
-from dop_search.selectors.grid_cells import balanced_cells, grid_cells, smaller_grid
 from dop_search.selectors.holov import segment_budgets
+from dop_search.selectors.resize import grid_cells, smaller_grid
 from dop_search.selectors.sharing import shares
 from dop_search.selectors.tome import merge_schedule
 from dop_search.utils.errors import DopError, UnsupportedModelError

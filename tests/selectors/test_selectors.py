@@ -7,7 +7,7 @@ import torch
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SelectorInputs, make_selector
-from dop_search.selectors.uniform_grid import farthest_point_order
+from dop_search.selectors.controls import farthest_point_order
 from dop_search.utils.errors import DopError
 
 

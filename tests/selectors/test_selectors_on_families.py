@@ -22,6 +22,7 @@ from dop_search.models.capture import field_and_layer
 from dop_search.models.prompts import chat_prompt
 from dop_search.models.qwen2_5_vl import Qwen2_5VLAdapter
 from dop_search.pruning.in_decoder import STAGE_SELECTORS
+from dop_search.pruning.packed import Tokens
 from dop_search.pruning.ranking import RankingSource
 from dop_search.selectors import SELECTORS, SelectionSizes, make_selector
 from dop_search.selectors.base import at_layer
@@ -238,6 +239,22 @@ def test_attention_of_any_layer_is_the_eager_towers(family):
         dop.prune_(model, chosen)
 
 
+@pytest.mark.parametrize("family", ["gemma4", "glm4v", "lfm2_vl", "minicpmv4_6", "mistral3", "video_llama_3"])
+def test_without_a_cls_token_all_that_ask_are_the_patches_of_the_image(family):
+    """The suite compares what is received with transformers' own maps: several images in a row, padding, windows."""
+    adapter, shown = adapter_for(model_of(family)), {}
+    kinds = ("received_attention", "global_attention")
+    handles = [adapter.capture(kind, partial(shown.__setitem__, kind)) for kind in kinds]
+    try:
+        with torch.no_grad():
+            adapter.model(**prompts(family, (0, 2)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert shown[kinds[0]].std() > 1e-4
+    assert torch.equal(*shown.values())
+
+
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
 def test_flowcut_leaves_as_many_patches_as_tokens(family):
     """The tower computes no others, and what the engine chooses is what a forward has; images with padding."""
@@ -439,7 +456,7 @@ def test_every_tile_keeps_its_share_and_newlines_go_first(name):
     try:
         with torch.no_grad():
             model(**inputs)
-            (sample,) = source.sample_inputs([count], seen["embeds"], ids, visual)
+            (sample,) = source.sample_inputs([count], Tokens(seen["embeds"], ids, visual))
             selection = source.selector.select(sample, count // 3)
     finally:
         hook.remove()

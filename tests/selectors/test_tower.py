@@ -18,7 +18,7 @@ from dop_search.models.capture import TOWER_FIELDS, attention_flops, capture_fie
 from dop_search.models.prompts import model_inputs
 from dop_search.selectors import make_selector
 from dop_search.selectors.flowcut import num_leaving
-from dop_search.selectors.grid_cells import grid_cells, smaller_grid
+from dop_search.selectors.resize import grid_cells, smaller_grid
 from dop_search.selectors.tome import merge_schedule
 from dop_search.testing.inputs import collate
 from dop_search.utils.errors import DopError, UnsupportedModelError

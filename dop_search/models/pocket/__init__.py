@@ -22,11 +22,8 @@ by place in 81 to 90 tokens (question family ``describe_places``), the only one 
 
 
 def pocket_path(variant: str = "deep") -> Path:
-    """Directory of a bundled model, for ``from_pretrained``.
-
-    Raises:
-        DopError: an unknown variant, or one that is not here: an installed package has ``deep`` alone.
-    """
+    """Directory of a bundled model, for ``from_pretrained``; DopError an unknown variant, or one that is not here: an
+    installed package has ``deep`` alone."""
     if variant not in POCKET_VARIANTS:
         raise DopError(f"variant must be one of {POCKET_VARIANTS}, but got {variant!r}")
     path = Path(__file__).parent / variant

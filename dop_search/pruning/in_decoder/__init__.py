@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dop_search.pruning.in_decoder.adaptinfer import AdaptInferSelector
 from dop_search.pruning.in_decoder.base import StageRanking, StageSample, StageSelector
 from dop_search.pruning.in_decoder.dart import DartSelector
 from dop_search.pruning.in_decoder.entropyprune import EntropyPruneSelector
 from dop_search.pruning.in_decoder.fitprune import FitPruneSelector
 from dop_search.pruning.in_decoder.ivc_prune import IvcPruneSelector
 from dop_search.pruning.in_decoder.last_token import FastVSelector, FlowCutSelector, PyramidDropSelector
-from dop_search.pruning.in_decoder.sparsevlm import SparseVlm2Selector, SparseVlmSelector
+from dop_search.pruning.in_decoder.sparsevlm import AdaptInferSelector, SparseVlm2Selector, SparseVlmSelector
 from dop_search.utils.errors import DopError
 from dop_search.utils.registry import Registry, did_you_mean
 
@@ -32,11 +31,8 @@ STAGE_SELECTORS = Registry("in-decoder selector", {selector.name: selector for s
 
 
 def make_stage_selector(name: str, options: Mapping[str, Any]) -> StageSelector:
-    """The in-decoder criterion of that name; its option ``before`` is about what happens before the decoder.
-
-    Raises:
-        DopError: on an unknown name or option.
-    """
+    """The in-decoder criterion of that name; its option ``before`` is about what happens before the decoder. DopError
+    on an unknown name or option."""
     if name not in STAGE_SELECTORS:
         raise DopError(
             f"selector {name!r} cannot rank at `stages` inside the decoder; "

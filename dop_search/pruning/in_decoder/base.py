@@ -127,7 +127,6 @@ class StageSelector(ABC):
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        """Names of the options."""
         return tuple(item.name for item in fields(cls))
 
 

@@ -38,7 +38,6 @@ class DartSelector(StageSelector):
     num_text_pivots: int = 4
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         states = sample.normed()
         norms = sample.layer.self_attn.k_proj(states).float().abs().sum(dim=1)
         return StageRanking(self.order(states, norms, sample.candidates, sample.text[sample.text_after()], num_kept))
@@ -51,7 +50,6 @@ class DartSelector(StageSelector):
             norms: ``[num_rows]`` L1 norms of the keys.
             candidates: rows of the visual tokens.
             text: rows of the text that pivots are taken from.
-            num_kept: tokens to choose.
         """
         visual = best_first(norms[candidates])[: self.num_pivots]
         words = best_first(norms[text])[: self.num_text_pivots]

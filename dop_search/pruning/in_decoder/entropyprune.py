@@ -26,7 +26,6 @@ class EntropyPruneSelector(StageSelector):
     name = "entropyprune"
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         return StageRanking(best_first(head_entropy(sample.queries(sample.candidates).transpose(0, 1))))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:

@@ -37,12 +37,10 @@ class FitPruneSelector(StageSelector):
     version = 2
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         own, cross = received_attention(sample)
         return StageRanking(best_first(own.double() * cross.double()))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         return attention_rows_flops(dims, num_text + num_candidates, num_rows)
 
 

@@ -42,7 +42,6 @@ class IvcPruneSelector(StageSelector):
     skipped_text: int = 2
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         seeds, by_value = self.by_value(sample)
         by_cos, by_sin = (best_first(part.mean(dim=1)) for part in _turned(sample))
         chosen = seeds[:num_kept]

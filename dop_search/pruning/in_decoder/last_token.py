@@ -25,21 +25,18 @@ class FastVSelector(StageSelector):
     FastV at layer ``K`` goes by the attention of layer ``K - 1``, so its stage is ``K - 1``: the ranking is known
     before that layer runs, and what the leaving tokens would still do in it for themselves is dead.
 
-    Args:
-        rotated: whether queries and keys are rotated first; VScan's released code for Qwen2.5-VL does not.
+    ``rotated``: whether queries and keys are rotated first; VScan's released code for Qwen2.5-VL does not.
     """
 
     name = "fastv"
     rotated: bool = True
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         last = torch.tensor([len(sample.hidden) - 1], device=sample.hidden.device)
         received = sample.attention(last, self.rotated).mean(dim=0)[0]
         return StageRanking(best_first(received[sample.candidates]))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         return attention_rows_flops(dims, 1, num_rows)
 
 
@@ -64,7 +61,6 @@ class FlowCutSelector(StageSelector):
     name = "flowcut_two_stage"
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         last = torch.tensor([len(sample.hidden) - 1], device=sample.hidden.device)
         values = sample.values(sample.candidates).float()
         relation = _spread(sample.queries(last), sample.keys(sample.candidates))

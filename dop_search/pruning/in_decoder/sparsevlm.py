@@ -1,8 +1,8 @@
-"""SparseVLM (arXiv 2410.04417): rank visual tokens by the attention of relevant text, in both published versions.
+"""Rank visual tokens by the attention of relevant text: SparseVLM (arXiv 2410.04417) in both versions, and AdaptInfer.
 
-Once, from the embeddings that enter the decoder: ``R = softmax over text(V Tᵀ)``, averaged over the visual tokens; the
-*raters* are the text tokens above the mean. Text is what follows the first visual token. At each stage a visual token
-scores the attention it receives from the raters.
+SparseVLM, once, from the embeddings that enter the decoder: ``R = softmax over text(V Tᵀ)``, averaged over the visual
+tokens; the *raters* are the text tokens above the mean. Text is what follows the first visual token. At each stage a
+visual token scores the attention it receives from the raters.
 
 Version 1 takes the mean over raters and heads, and recycles: of the tokens that would leave, the best 30 % and one more
 are clustered by density peaks (``rho = exp(-mean squared distance to the k nearest)`` with as many neighbours ``k`` as
@@ -64,11 +64,9 @@ class _ByRaters(StageSelector):
         """``[num_candidates]`` attention received from the raters."""
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         return StageRanking(best_first(self.scores(sample, memory)))
 
     def begin_flops(self, dims: ModelDims, num_text: int, num_visual: int) -> int:
-        """See base class."""
         return 2 * dims.hidden_size * num_text * num_visual
 
 
@@ -80,12 +78,10 @@ class SparseVlmSelector(_ByRaters):
     recycle: bool = True
 
     def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
-        """See base class."""
         received = sample.attention(sample.text).mean(dim=0)[:, sample.candidates]
         return (raters[None] @ received)[0]
 
     def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
-        """See base class."""
         order = best_first(self.scores(sample, memory))
         num_best, num_clustered = split_kept(len(order), num_kept) if self.recycle else (num_kept, 0)
         if num_kept == num_best:
@@ -99,7 +95,6 @@ class SparseVlmSelector(_ByRaters):
         return StageRanking(final, merged=(clustered[centres], means.to(states.dtype)))
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         num_best, num_clustered = split_kept(num_candidates, num_kept) if self.recycle else (num_kept, 0)
         distances = 2 * dims.hidden_size * num_clustered**2 if num_best < num_kept else 0
         # the weighted mean over text rows, then the rows themselves
@@ -110,15 +105,13 @@ class SparseVlmSelector(_ByRaters):
 class SparseVlm2Selector(_ByRaters):
     """Version 2.
 
-    Args:
-        num_heads: heads whose attention counts.
+    ``num_heads``: heads whose attention counts.
     """
 
     name = "sparsevlm_v2"
     num_heads: int = 14
 
     def scores(self, sample: StageSample, raters: Tensor) -> Tensor:
-        """See base class."""
         bias = rotation_bias(sample.cos[sample.text], sample.sin[sample.text], sample.cos, sample.sin)
         received = (sample.attention(sample.text) / bias)[:, :, sample.candidates]
         by_head = raters.to(received.dtype) @ received
@@ -126,10 +119,38 @@ class SparseVlm2Selector(_ByRaters):
         return by_head[best].mean(dim=0)
 
     def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
-        """See base class."""
         bias = 2 * dims.head_dim * num_text * num_rows
         means = 2 * dims.num_heads * num_text * num_candidates
         return attention_rows_flops(dims, num_text, num_rows) + bias + means
+
+
+@dataclass(frozen=True)
+class AdaptInferSelector(StageSelector):
+    """AdaptInfer (arXiv 2508.06084): attention from the question, each of its words weighted by how much words attend.
+
+    In each head a word of the text after the image weighs as much as it gives to and receives from that text. A visual
+    token scores what it receives from the words so weighted, summed over heads. Weights are made anew at every stage,
+    by the layer from which tokens are missing.
+
+    Not reproduced: the released code cuts after the layer whose attention it reads; here before it, as its counts say.
+    """
+
+    name = "adaptinfer"
+
+    def rank(self, sample: StageSample, num_kept: int, memory: Any) -> StageRanking:
+        attention, after = sample.attention(sample.text), sample.text_after()
+        among = attention[:, :, sample.text] * (after[:, None] & after)
+        return StageRanking(best_first(word_scores(among, attention[:, :, sample.candidates])))
+
+    def rank_flops(self, dims: ModelDims, num_text: int, num_rows: int, num_candidates: int, num_kept: int) -> int:
+        """See base class; text before the image is computed as well, and weighs nothing."""
+        return attention_rows_flops(dims, num_text, num_rows) + 2 * dims.num_heads * num_text * num_candidates
+
+
+def word_scores(among: Tensor, received: Tensor) -> Tensor:
+    """``[visual]`` scores from the attention of words to words ``[heads, words, words]`` and to visual tokens."""
+    weights = among.sum(dim=1) + among.sum(dim=2) - among.diagonal(dim1=1, dim2=2)
+    return (weights[:, None] @ received).sum(dim=(0, 1))
 
 
 def rotation_bias(query_cos: Tensor, query_sin: Tensor, key_cos: Tensor, key_sin: Tensor) -> Tensor:
@@ -177,8 +198,7 @@ def cluster_means(states: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
 def density_peaks(states: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
     """Cluster ``states`` ``[n, width]`` by density peaks with ``num_centres`` nearest neighbours (Du et al. 2016).
 
-    Returns:
-        The centres (``[num_centres]``, by decreasing score) and the cluster of every state (``[n]``).
+    Returns the centres (``[num_centres]``, by decreasing score) and the cluster of every state (``[n]``).
     """
     squares = states.pow(2).sum(dim=1)
     squared = (squares[:, None] + squares[None, :] - 2 * (states @ states.T)).clamp_min(0.0) / states.shape[1]

@@ -65,11 +65,8 @@ class Budget:
 
     @classmethod
     def of(cls, plain: Budget | float | Mapping[str, Any]) -> Budget:
-        """Inverse of :attr:`plain`.
-
-        Raises:
-            BudgetError: if it is neither a number nor a mapping with one of the fields, or out of range.
-        """
+        """Inverse of :attr:`plain`; BudgetError if it is neither a number nor a mapping with one of the fields, or out
+        of range."""
         if isinstance(plain, Budget):
             return plain
         given = plain if isinstance(plain, Mapping) else {"flops_ratio": plain}
@@ -110,11 +107,8 @@ class Budget:
         return _FIELDS[self.name][0]
 
     def resolve(self, cost_model: CostModel) -> float:
-        """The limit as a ratio of the full model's cost, in (0, 1].
-
-        Raises:
-            BudgetError: if the cost model is of another kind, or an absolute limit exceeds the full model.
-        """
+        """The limit as a ratio of the full model's cost, in (0, 1]; BudgetError if the cost model is of another kind,
+        or an absolute limit exceeds the full model."""
         if cost_model.kind != self.kind:
             raise BudgetError(
                 f"a budget of `{self.name}` needs a cost model of kind {self.kind!r}, but got {cost_model.kind!r}"

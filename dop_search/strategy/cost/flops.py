@@ -68,19 +68,15 @@ class CostCoefficients:
     # The interface `LayerPrices`: one layer is the same sum, apart by module; nothing is paid beside the layers.
 
     def attention(self, text: Counts, queries: Counts, keys: Counts, either: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(self.layer_cost(queries, keys, np.zeros_like(queries), either))
 
     def mlp_price(self, text: Counts, keys: Counts, mlps: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(self.mlp * mlps)
 
     def fixed(self, total: Counts) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.zeros_like(total)
 
     def full(self, total: Counts, num_layers: int) -> IntArray:
-        """See :class:`dop_search.strategy.cost.prices.LayerPrices`."""
         return np.asarray(num_layers * self.layer_cost(total, total, total, total))
 
 
@@ -92,17 +88,14 @@ def flops_coefficients(dims: ModelDims, kind: LayerKind = LayerKind.ATTENTION) -
     if kind == LayerKind.RECURRENT and (sizes := dims.recurrent) is not None:
         either = 2 * width * sizes.in_width + 6 * sizes.state_size
         return CostCoefficients(q=2 * width * sizes.out_width, kv=0, score=0, mlp=mlp, either=either)
+    others = dims.other_heads if kind == LayerKind.OTHER_HEADS else None
+    shared = others is not None and others.values_are_keys  # one projection makes both
     return CostCoefficients(
         q=(6 if dims.gated_queries else 4) * width * dims.query_width,
-        kv=(2 if shares_projection(dims, kind) else 4) * width * dims.kv_width,
+        kv=(2 if shared else 4) * width * dims.kv_width,
         score=4 * dims.query_width,
         mlp=mlp,
     )
-
-
-def shares_projection(dims: ModelDims, kind: LayerKind) -> bool:
-    """Whether one projection makes keys and values."""
-    return kind == LayerKind.OTHER_HEADS and dims.other_heads is not None and dims.other_heads.values_are_keys
 
 
 def layer_flops(dims: ModelDims, n_q: Count, n_kv: Count, n_mlp: Count) -> Count:
@@ -148,11 +141,8 @@ def total_flops(dims: ModelDims, tokens: LayerCounts) -> int:
 
 
 def strategy_flops(dims: ModelDims, strategy: Strategy, counts: TokenCounts) -> int:
-    """FLOPs of one sample's prefill under the canonical form of ``strategy``.
-
-    Raises:
-        StrategyError: if the strategy is for another number of layers.
-    """
+    """FLOPs of one sample's prefill under the canonical form of ``strategy``; StrategyError if the strategy is for
+    another number of layers."""
     check_num_layers(dims, strategy)
     return total_flops(dims, layer_counts(strategy, counts))
 

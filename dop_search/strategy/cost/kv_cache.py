@@ -22,11 +22,8 @@ def kv_cache_coefficients(
 
 
 def strategy_kv_bytes(dims: ModelDims, strategy: Strategy, counts: TokenCounts, bytes_per_element: int = 2) -> int:
-    """Bytes of one sample's cache after prefill, text included.
-
-    Raises:
-        StrategyError: if the strategy is for another number of layers.
-    """
+    """Bytes of one sample's cache after prefill, text included; StrategyError if the strategy is for another number of
+    layers."""
     check_num_layers(dims, strategy)
     prices = (kv_cache_coefficients(dims, bytes_per_element, kind) for kind in dims.kinds)
     keys = layer_counts(strategy, counts).kv.tolist()

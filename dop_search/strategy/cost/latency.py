@@ -145,11 +145,8 @@ class LatencyTable:
     # -- what it is for -------------------------------------------------------------------------
 
     def check_covers(self, dims: ModelDims, counts: Sequence[TokenCounts]) -> None:
-        """Refuse another number of layers and samples outside the grid.
-
-        Raises:
-            ConfigError: saying what was measured and what is asked for.
-        """
+        """Refuse another number of layers and samples outside the grid; ConfigError saying what was measured and what
+        is asked for."""
         self._check_layers(dims.num_layers)
         for what, grid, values in (
             ("text", self.text, [item.text for item in counts]),
@@ -170,11 +167,8 @@ class LatencyTable:
             )
 
     def check_environment(self, environment: Mapping[str, Any]) -> None:
-        """Refuse a table of another model shape, device, dtype, attention backend or library version.
-
-        Raises:
-            ConfigError: naming every difference.
-        """
+        """Refuse a table of another model shape, device, dtype, attention backend or library version; ConfigError
+        naming every difference."""
         differences = [
             f"{name}: measured on {self.environment.get(name)!r}, asked for {environment.get(name)!r}"
             for name in ENVIRONMENT
@@ -201,11 +195,7 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, data: Any) -> LatencyTable:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            CacheError: if it is no table of this version.
-        """
+        """Inverse of :meth:`to_json`; CacheError if it is no table of this version."""
         FORMAT.check(data)
         try:
             fields: dict[str, Any] = {name: tuple(data[name]) for name in ("text", "visual", "shares", "lengths")}

@@ -118,11 +118,8 @@ class CostModel:
         return self.floor_total / self.full_total
 
     def total(self, strategy: Strategy) -> int:
-        """Cost of ``strategy`` summed over the samples, exact.
-
-        Raises:
-            StrategyError: if the strategy is for another number of layers.
-        """
+        """Cost of ``strategy`` summed over the samples, exact; StrategyError if the strategy is for another number of
+        layers."""
         check_num_layers(self.dims, strategy)
         sizes = {images: strategy.group_sizes(images) for images in set(self._images)}
         kept = np.array([sizes[images] for images in self._images], dtype=np.int64)  # [unique samples, G]

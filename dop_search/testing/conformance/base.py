@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import dop_search as dop
 from dop_search.models.text import MARKERS_KEY
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import TokenCounts
 from dop_search.testing.inputs import Inputs, collate, context_sample, processed_sample
-from dop_search.testing.reference import text_positions, visual_positions
-from dop_search.testing.strategies import corner_strategy, random_rankings
+from dop_search.testing.reference import masked_forward, text_positions, visual_positions
+from dop_search.testing.strategies import corner_strategy, dop_strategies, random_rankings
 
 BACKENDS = ("sdpa", "eager")
 TEXT_LENGTHS = ((3, 4), (5, 7))
@@ -143,6 +145,22 @@ class ConformanceBase:
         """A random permutation of the visual tokens of each sample."""
         return random_rankings(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist(), seed)
 
+    def case(
+        self, model: PreTrainedModel, data: st.DataObject, padded: bool = True
+    ) -> tuple[Inputs, Strategy, list[np.ndarray]]:
+        """A prompt, or a left-padded batch of two, with any strategy and random rankings."""
+        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
+        return inputs, data.draw(dop_strategies(self.num_layers(model))), self.rankings(model, inputs)
+
+    def check_forward(
+        self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, rankings: list[np.ndarray], **more: Any
+    ) -> Tensor:
+        """A pruned forward equals the masked reference on text logits; returns the reference's logits."""
+        expected = masked_forward(model, inputs, strategy, rankings, **more)
+        logits = forward(model, inputs, strategy, rankings)
+        assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
+        return expected
+
     def corner(self, name: str, model: PreTrainedModel, *prompts: Inputs, selector: str = "explicit") -> Strategy:
         """One of the corners of the space, with numbers of tokens that fit the smallest of the prompts."""
         counts = torch.cat([visual_positions(model, prompt["input_ids"]).sum(dim=1) for prompt in prompts])
@@ -157,6 +175,15 @@ class ConformanceBase:
     def token_counts(model: PreTrainedModel, sample: Inputs) -> TokenCounts:
         """Text and visual tokens of one unpadded sample; its last token counts as text."""
         return TokenCounts.of_prompt(visual_positions(model, sample["input_ids"])[0].numpy())
+
+
+def forward(
+    model: PreTrainedModel, inputs: Inputs, strategy: Strategy | None = None, rankings: Any = None, **more: Any
+) -> Tensor:
+    """Logits ``[batch, position, vocabulary]`` of the model, pruned where there is a strategy."""
+    with torch.no_grad(), nullcontext() if strategy is None else dop.pruned(model, strategy, rankings=rankings):
+        logits: Tensor = model(**inputs, **more).logits
+    return logits
 
 
 def generate(model: PreTrainedModel, **arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from dop_search.testing.conformance.base import (
     Models,
     backends,
     for_all,
+    forward,
     generate,
     max_difference,
 )
@@ -41,9 +42,7 @@ class DecodingConformance(ConformanceBase):
     ) -> None:
         """The logits after every token, and the tokens themselves where nothing is drawn at random."""
         model = models(backend)
-        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        rankings = self.rankings(model, inputs)
+        inputs, strategy, rankings = self.case(model, data, padded)
         with torch.random.fork_rng(devices=[]), dop.pruned(model, strategy, rankings=rankings):
             torch.manual_seed(0)
             output = generate(model, **inputs, **generate_arguments(model), do_sample=sample)
@@ -69,8 +68,7 @@ class DecodingConformance(ConformanceBase):
         rankings = self.rankings(model, inputs)
         arguments, length = {**inputs, **generate_arguments(model)}, inputs["input_ids"].shape[1]
         plain = generate(model, **arguments, do_sample=False)
-        with torch.no_grad():
-            at_once = model(**append_tokens(inputs, plain.sequences[:, -NUM_NEW_TOKENS:])).logits
+        at_once = forward(model, append_tokens(inputs, plain.sequences[:, -NUM_NEW_TOKENS:]))
         same = max_difference(torch.stack(plain.logits, dim=1), before_each_new(at_once)) <= self.tolerance
         with dop.pruned(model, strategy, rankings=rankings):
             output = generate(model, **arguments, do_sample=False, prefill_chunk_size=chunk)
@@ -100,9 +98,7 @@ class DecodingConformance(ConformanceBase):
     def test_beam_scores_equal_reference(self, models: Models, backend: str, data: st.DataObject, padded: bool) -> None:
         """Beams reorder the cache: the score of every returned beam is its log-likelihood under the reference."""
         model = models(backend)
-        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        rankings = self.rankings(model, inputs)
+        inputs, strategy, rankings = self.case(model, data, padded)
         with dop.pruned(model, strategy, rankings=rankings):
             output = generate(
                 model,
@@ -129,9 +125,7 @@ class DecodingConformance(ConformanceBase):
     ) -> None:
         """Several tokens at once on a pruned cache, then one, then several again."""
         model = models(backend)
-        inputs = collate(self.samples(model)) if padded else self.samples(model)[1]
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        rankings = self.rankings(model, inputs)
+        inputs, strategy, rankings = self.case(model, data, padded)
         steps = []
         with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
             cache = model(**inputs, use_cache=True).past_key_values
@@ -156,9 +150,7 @@ class DecodingConformance(ConformanceBase):
         pruning shortens.
         """
         model = models(backend)
-        inputs = self.samples(model)[1]
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        rankings = self.rankings(model, inputs)
+        inputs, strategy, rankings = self.case(model, data, padded=False)
         context = dop.pruned(model, strategy, rankings=rankings)
         try:
             with context:

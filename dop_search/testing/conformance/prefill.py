@@ -9,20 +9,19 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
 
-import dop_search as dop
 from dop_search.strategy import Strategy
 from dop_search.testing.conformance.base import (
     ConformanceBase,
     Models,
     backends,
     for_all,
+    forward,
     max_difference,
     max_text_difference,
     prompt_kinds,
 )
-from dop_search.testing.inputs import Inputs, collate, pack_rows
+from dop_search.testing.inputs import collate, pack_rows
 from dop_search.testing.reference import masked_forward, text_positions, visual_positions
 from dop_search.testing.strategies import CORNERS, corner_strategy, dop_strategies
 
@@ -33,23 +32,12 @@ PACKED = ((3, 4), (0, 2), (2, 0))
 class PrefillConformance(ConformanceBase):
     """Prefill with ``sdpa`` and ``eager`` attention, left-padded batches, any strategy."""
 
-    def check_prefill(self, model: PreTrainedModel, inputs: Inputs, strategy: Strategy, seed: int = 0) -> Tensor:
-        """A pruned forward equals the masked reference on text logits; returns the reference's logits."""
-        rankings = self.rankings(model, inputs, seed)
-        expected = masked_forward(model, inputs, strategy, rankings)
-        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
-            logits = model(**inputs).logits
-        assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
-        return expected
-
     @backends
     @for_all(data=st.data())
     def test_canonical_form_is_lossless(self, models: Models, backend: str, data: st.DataObject) -> None:
         """Dropping dead operations changes no text logit: exact, not an approximation."""
         model = models(backend)
-        inputs = collate(self.samples(model))
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        rankings = self.rankings(model, inputs)
+        inputs, strategy, rankings = self.case(model, data)
         as_given = masked_forward(model, inputs, strategy, rankings)
         canonical = masked_forward(model, inputs, strategy.canonical(), rankings)
         text = text_positions(model, inputs)
@@ -61,11 +49,7 @@ class PrefillConformance(ConformanceBase):
         model = models(backend)
         inputs = collate(self.samples(model))
         empty = Strategy.full(self.num_layers(model), selector="explicit")
-        with torch.no_grad():
-            expected = model(**inputs).logits
-            with dop.pruned(model, empty, rankings=self.rankings(model, inputs)):
-                logits = model(**inputs).logits
-        assert torch.equal(logits, expected)
+        assert torch.equal(forward(model, inputs, empty, self.rankings(model, inputs)), forward(model, inputs))
 
     @backends
     @pytest.mark.parametrize("corner", CORNERS)
@@ -77,18 +61,16 @@ class PrefillConformance(ConformanceBase):
         model = models(backend)
         inputs = collate(self.samples(model))
         strategy = self.corner(corner, model, inputs)
-        expected = self.check_prefill(model, inputs, strategy)
-        with torch.no_grad():
-            full = model(**inputs).logits
-        assert max_text_difference(model, inputs, expected, full) > 500 * self.tolerance
+        expected = self.check_forward(model, inputs, strategy, self.rankings(model, inputs))
+        assert max_text_difference(model, inputs, expected, forward(model, inputs)) > 500 * self.tolerance
 
     @backends
     @for_all(data=st.data(), seed=st.integers(0, 99))
     def test_prefill_equals_reference(self, models: Models, backend: str, data: st.DataObject, seed: int) -> None:
         """Left-padded batch of different text lengths, any strategy, any ranking."""
         model = models(backend)
-        strategy = data.draw(dop_strategies(self.num_layers(model)))
-        self.check_prefill(model, collate(self.samples(model, seed % 3)), strategy, seed)
+        strategy, inputs = data.draw(dop_strategies(self.num_layers(model))), collate(self.samples(model, seed % 3))
+        self.check_forward(model, inputs, strategy, self.rankings(model, inputs, seed))
 
     @backends
     @for_all(data=st.data(), shapes=st.sampled_from([(0, 1), (2, 0, 1), (1,)]))
@@ -98,7 +80,8 @@ class PrefillConformance(ConformanceBase):
         """Samples of one batch may bring different numbers of visual tokens."""
         model = models(backend)
         strategy = data.draw(dop_strategies(self.num_layers(model)))
-        self.check_prefill(model, collate(self.samples(model, image_shapes=shapes)), strategy)
+        inputs = collate(self.samples(model, image_shapes=shapes))
+        self.check_forward(model, inputs, strategy, self.rankings(model, inputs))
 
     @backends
     @prompt_kinds
@@ -110,8 +93,7 @@ class PrefillConformance(ConformanceBase):
         """
         model = models(backend)
         inputs = self.prompts(model, kind)
-        with torch.no_grad():
-            expected = model(**inputs).logits
+        expected = forward(model, inputs)
         everything = Strategy.full(self.num_layers(model), selector="explicit")
         logits = masked_forward(model, inputs, everything, self.rankings(model, inputs))
         real = inputs["attention_mask"].bool()
@@ -127,7 +109,8 @@ class PrefillConformance(ConformanceBase):
         """Images at the start, where a query may find no key at all, at the end, and several of them."""
         model = models(backend)
         strategy = data.draw(dop_strategies(self.num_layers(model), max_visual_tokens=40))
-        self.check_prefill(model, self.prompts(model, kind), strategy, seed)
+        inputs = self.prompts(model, kind)
+        self.check_forward(model, inputs, strategy, self.rankings(model, inputs, seed))
 
     @for_all(data=st.data())
     def test_packed_rows_equal_singles(self, models: Models, data: st.DataObject) -> None:
@@ -140,11 +123,9 @@ class PrefillConformance(ConformanceBase):
         rankings = self.rankings(model, collate(samples))
         plain = Strategy.full(self.num_layers(model), selector="explicit")
         for chosen in (plain, strategy) if self.separates_packed_rows else (strategy,):
-            with torch.no_grad(), dop.pruned(model, chosen, rankings=rankings):
-                together = model(**packed, use_cache=False).logits
+            together = forward(model, packed, chosen, rankings, use_cache=False)
             for index, sample in enumerate(samples):
-                with torch.no_grad(), dop.pruned(model, chosen, rankings=rankings[index : index + 1]):
-                    alone = model(**sample).logits
+                alone = forward(model, sample, chosen, rankings[index : index + 1])
                 part = together[:, starts[index] : starts[index + 1]]
                 assert max_text_difference(model, sample, part, alone) <= self.tolerance
 
@@ -161,8 +142,7 @@ class PrefillConformance(ConformanceBase):
         expected = [masked_forward(model, inputs, strategy, rankings) for strategy in strategies]
         model.set_attn_implementation("flash_attention_2")
         for strategy, reference in zip(strategies, expected, strict=True):
-            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
-                logits = model(**inputs).logits
+            logits = forward(model, inputs, strategy, rankings)
             assert max_text_difference(model, inputs, logits.float(), reference.float()) <= 0.05
 
     @backends
@@ -172,12 +152,10 @@ class PrefillConformance(ConformanceBase):
         input_ids = self.samples(model)[1]["input_ids"]
         text = input_ids[~visual_positions(model, input_ids)][None]
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-        with torch.no_grad():
-            expected = model(**inputs).logits
+        expected = forward(model, inputs)
         for corner in CORNERS:
             strategy = corner_strategy(corner, self.num_layers(model))
-            with torch.no_grad(), dop.pruned(model, strategy, rankings=self.rankings(model, inputs)):
-                logits = model(**inputs).logits
+            logits = forward(model, inputs, strategy, self.rankings(model, inputs))
             assert max_difference(logits, expected) <= self.tolerance, corner
 
     @backends
@@ -189,11 +167,9 @@ class PrefillConformance(ConformanceBase):
         batch = collate(samples)
         strategy = data.draw(dop_strategies(self.num_layers(model)))
         rankings = self.rankings(model, batch)
-        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
-            together = model(**batch).logits
+        together = forward(model, batch, strategy, rankings)
         for index, sample in enumerate(samples):
-            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings[index : index + 1]):
-                alone = model(**sample).logits
+            alone = forward(model, sample, strategy, rankings[index : index + 1])
             of_batch = together[index : index + 1, -alone.shape[1] :]
             assert max_text_difference(model, sample, of_batch, alone) <= self.tolerance
 

@@ -22,7 +22,7 @@ from dop_search.models.prompts import chat_prompt
 from dop_search.models.tower import num_tokens
 from dop_search.pruning.ranking import RankingSource, visual_counts
 from dop_search.selectors import make_selector
-from dop_search.testing.conformance.base import ConformanceBase, Models, generate, max_text_difference
+from dop_search.testing.conformance.base import ConformanceBase, Models, forward, generate
 from dop_search.testing.inputs import Inputs
 from dop_search.testing.measure import model_state, state_difference
 from dop_search.testing.naive import naive_divergence
@@ -121,11 +121,7 @@ class ProcessingConformance(ConformanceBase):
         model, inputs = models("sdpa"), self.drawn(media)
         assert visual_positions(model, inputs["input_ids"]).any(dim=1).all()
         for seed, corner in enumerate(("layer_sets", "half_of_the_tokens", "half_depth")):
-            strategy, rankings = self.corner(corner, model, inputs), self.rankings(model, inputs, seed)
-            expected = masked_forward(model, inputs, strategy, rankings)
-            with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
-                logits = model(**inputs).logits
-            assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
+            self.check_forward(model, inputs, self.corner(corner, model, inputs), self.rankings(model, inputs, seed))
 
     def test_counts_per_image_equal_the_masked_reference(self, models: Models) -> None:
         """Two images of other sizes in a prompt, and one: each is ranked and cut by itself."""
@@ -138,16 +134,12 @@ class ProcessingConformance(ConformanceBase):
                 dop.prune_(model, strategy)
             return
         watch = adapter.vision_watch.open()
-        with torch.no_grad():
-            model(**inputs)
+        forward(model, inputs)
         watch.remove()
         grids = adapter.image_grids(visual_positions(model, inputs["input_ids"]).sum(dim=1).tolist())
         images = [[num_tokens(of_image) for of_image in sample] for sample in grids]
         assert [len(sizes) for sizes in images] == [2, 1]
-        expected = masked_forward(model, inputs, strategy, rankings, images=images)
-        with torch.no_grad(), dop.pruned(model, strategy, rankings=rankings):
-            logits = model(**inputs).logits
-        assert max_text_difference(model, inputs, logits, expected) <= self.tolerance
+        self.check_forward(model, inputs, strategy, rankings, images=images)
 
     @media_kinds
     @pytest.mark.parametrize("kind", ["of_places", "of_contents"])

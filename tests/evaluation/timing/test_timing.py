@@ -11,7 +11,7 @@ from dop_search.evaluation.timing.timing import prefill_timer, selection_timer
 from dop_search.models.prompts import model_inputs
 from dop_search.pruning import pruned
 from dop_search.selectors import SELECTORS
-from dop_search.selectors.cls_attention import ClsAttentionSelector
+from dop_search.selectors.attention_choice import ClsAttentionSelector
 from dop_search.strategy import Strategy
 
 SLEEP_MS = 40.0
