@@ -1,11 +1,7 @@
 """The whole line on the bundled model: what a run leaves behind, and that a killed one continues."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import numpy as np
 import optuna
 import pytest
 from PIL import Image
+from support.forked import forked
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
@@ -118,21 +115,15 @@ def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
     """``kill -9`` while the curves are measured; the next run starts from what was saved."""
     _, record = finished
     config = small(tmp_path, budget=[0.5, 0.25])
-    code = (
-        "import sys; from pathlib import Path; from dop_search.app.config import SearchConfig; "
-        "from dop_search.app.search import run; from dop_search.utils.progress import SilentProgress; "
-        "run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())"
-    )
-    command = [sys.executable, "-c", code, config.model_dump_json(), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = forked(run, config, tmp_path / "out", SilentProgress())
     cache = tmp_path / "cache"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if any(len(file.read_text().splitlines()) > 1 for file in cache.glob("evaluations-*.jsonl")):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "out" / "record.json").exists(), "killed before the end"
     again = run(config, tmp_path / "out", SilentProgress())
     for ours, theirs in zip(again.results, record.results, strict=True):
