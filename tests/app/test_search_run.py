@@ -10,6 +10,7 @@ import optuna
 import pytest
 from PIL import Image
 from support.forked import forked
+from support.pictures import save_nothing
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
@@ -34,7 +35,9 @@ def small(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
+        record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
     return path, record
 
 
@@ -182,9 +185,9 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
 
     path, _ = finished
     cache = str(path / "cache")
-    selectors, spaces = ["cls_attention", "divprune"], ["dop", "dop_split", "gsop"]
+    selectors, spaces = ["cls_attention", "divprune"], ["dop_split", "gsop"]
     choice = {"selector": {"name": selectors[0], "also": selectors}, "space": {**SMALL["space"], "also": spaces}}
-    search = {"solver": "joint", "num_proposals": 16, "num_sampled": 4, "num_finalists": 3}
+    search = {"solver": "joint", "num_proposals": 8, "num_sampled": 4, "num_finalists": 3}
     data = {**SMALL["data"], "num_decision": 6}
     config = small(tmp_path, search=search, data=data, **choice, cache_dir=cache)
     record = run(config, tmp_path / "out", SilentProgress())
