@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.tiny_families import TINY_FAMILIES, tiny_processor
+from support.tiny_families import FIRST_OF_ADAPTERS, TINY_FAMILIES, tiny_processor
 from support.tiny_models import tiny_model
 from transformers import (
     GemmaConfig,
@@ -139,7 +139,6 @@ class SameAdapter(Sharing):
 
 
 WHOLE_SUITE = {test.model_type for test in Family.__subclasses__()}
-_ADAPTERS = {FAMILIES[name] for name in WHOLE_SUITE if name in FAMILIES}
 for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     _fields = {"__test__": True, "model_type": _name, "takes_videos": TINY_FAMILIES[_name].takes_videos}
     # Ovis2 looks for its indicator tokens in chunks without an image; what timm's towers return cannot be sliced
@@ -153,9 +152,8 @@ for _name in [name for name in FAMILIES if name not in WHOLE_SUITE]:
     if _name == "qwen3_5_moe" or _name.startswith("minicpm"):
         _fields["separates_packed_rows"] = False
         _fields["tolerance"] = 1e-4  # its recurrence counts in float32 even where the weights are float64
-    _base = Sharing if FAMILIES[_name] not in _ADAPTERS else SameAdapter
+    _base = Sharing if _name in FIRST_OF_ADAPTERS else SameAdapter
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (_base,), _fields)
-    _ADAPTERS.add(FAMILIES[_name])
 
 
 class WithBidirectionalPrefix(PruningConformance):
