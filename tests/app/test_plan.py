@@ -163,13 +163,13 @@ def test_an_unknown_checkpoint_is_named() -> None:
 @pytest.mark.slow
 def test_the_plan_is_what_is_measured() -> None:
     """The bundled model on a CPU: curves and generation within 15 per cent of what torch's allocator reports."""
-    overrides = ("data.num_samples=16", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
+    overrides = ("data.num_samples=10", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
     grid = ("space.num_depth_levels=5", "space.num_token_levels=4", "batch_size=8", "model.dtype=float32")
     grid += ("selector=cls_attention", "space=dop_split", "search=additive")
     plan = make_plan(configured("model=pocket", "model.device=cpu", "memory=2", *overrides, *grid))
     stages = {stage.name.split(":")[0]: stage for stage in plan.stages}
     loaded = load("pocket", dtype="float32", device="cpu")
-    data = validation_set("pocket", num_samples=16, families=["color"])
+    data = validation_set("pocket", num_samples=10, families=["color"])
     teacher = make_teacher(loaded, data, make_selector("cls_attention"), max_new_tokens=2, batch_size=8)
     assert stages["load"].device_bytes["weights"] == weight_bytes(loaded.model)
 

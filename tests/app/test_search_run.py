@@ -262,7 +262,8 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
         "measure_table",
         lambda model, counts, **rest: calls.append(1) or made_up_table(model, counts, **rest),
     )
-    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}}
+    data = {"num_samples": 3, "num_heldout": 3, "num_test": 0}
+    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}, "data": data}
     config = small(tmp_path, budget=[{"latency_ratio": 0.6}, {"latency_ms": 24.0}], **changes)
     record = run(config, tmp_path / "out", SilentProgress())
     for result in record.results:
