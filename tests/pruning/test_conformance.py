@@ -46,7 +46,7 @@ class TestLlava(Family):
 
     __test__ = True
     model_type = "llava"
-    max_examples = 8
+    max_examples = 5
 
 
 class TestLlavaNext(Family):
