@@ -114,7 +114,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
     """Each suggestion is feasible when it is planned, and the search itself takes the memory that would do."""
-    sizes = ("data.num_samples=6", "data.num_heldout=40", "data.num_test=0", "data.max_new_tokens=2")
+    sizes = ("data.num_samples=6", "data.num_heldout=20", "data.num_test=0", "data.max_new_tokens=2")
     arguments = ("model=pocket", "model.device=cpu", "model.dtype=float32", *sizes)
     with pytest.raises(MemoryLimitError, match="does not fit") as caught:
         show_plan(configured(*arguments, "memory=0.02"))
@@ -127,7 +127,7 @@ def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
     memory = float(options[0].removeprefix("memory="))
     loaded, selector = load("pocket", dtype="float32", device="cpu"), make_selector("cls_attention")
     drawn = [
-        validation_set("pocket", num_samples=count, split=split) for split, count in (("search", 6), ("heldout", 40))
+        validation_set("pocket", num_samples=count, split=split) for split, count in (("search", 6), ("heldout", 20))
     ]
     teachers = [make_teacher(loaded, data, selector, max_new_tokens=2, memory=memory) for data in drawn]
     for teacher in teachers:
