@@ -1,5 +1,6 @@
 """What many tests share: the bundled model and a few of its samples, loaded once; and which tests are slow."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -12,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so d
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling what is imported takes longer than most tests,
 sys.dont_write_bytecode = False  # here and in each process that a test starts
+
+gc.disable()  # until everything is imported: a million objects that stay
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -41,6 +44,15 @@ def pytest_terminal_summary(terminalreporter):
                 found[value] = f"{value} ran" if reason is None else f"{value} not run ({reason})"
     if found:
         terminalreporter.write_line(f"services: {', '.join(found[name] for name in sorted(found))}")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries count at the end what was not freed
 
 
 def is_slow(item, families, num_cases):

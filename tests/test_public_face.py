@@ -70,19 +70,28 @@ def test_profile_solves_without_the_model_and_survives_its_files(pocket, few_sam
         dop.Profile.load(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def two_samples(pocket):
+    from dop_search.divergence import make_teacher
+
+    samples = dop.validation_set("pocket", num_samples=2, seed=7)
+    return samples, make_teacher(pocket, samples, make_selector("cls_attention"), max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     "method", ["fastv", "cls_attention", pytest.param("gsop", marks=pytest.mark.slow), "short_lvlm"]
 )
 @pytest.mark.fast_cases(1)
-def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, few_samples, teacher, method):
+def test_a_published_method_is_fitted_and_applied_in_one_call(pocket, two_samples, method):
     from dop_search.baselines import FitContext, baseline
     from dop_search.models.prompts import model_inputs
 
-    fitted = dop.fit(method, pocket, few_samples, flops_ratio=0.5, teacher=teacher)
+    samples, teacher = two_samples
+    fitted = dop.fit(method, pocket, samples, flops_ratio=0.5, teacher=teacher)
     assert fitted.flops_ratio == pytest.approx(0.5, rel=0.1)
     step_by_step = baseline(method).fit(FitContext.from_teacher(pocket, teacher), 0.5)
     assert (fitted.strategy, fitted.hyperparameters) == (step_by_step.strategy, step_by_step.hyperparameters)
-    inputs = model_inputs(pocket.processor, few_samples.samples[:1], pocket.adapter.device)
+    inputs = model_inputs(pocket.processor, samples.samples[:1], pocket.adapter.device)
     full = pocket.model(**inputs).logits
     with fitted.apply(pocket.model):
         assert not pocket.model(**inputs).logits[:, -1].equal(full[:, -1])

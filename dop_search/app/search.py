@@ -55,7 +55,6 @@ from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.extras import check_extras
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from dop_search.utils.progress import Notify, Progress
 
@@ -78,13 +77,7 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     make_selector(config.selector.name, config.selector.options)  # a misspelt name is an error before loading
     for name in config.selector.also:
         make_selector(name)
-    if config.eval.benchmarks:
-        check_extras(f"eval={config.eval.name}", "eval")
     check_data(config.data, config.eval, needed_splits(config))
-    if config.storage is not None:
-        from dop_search.search.optuna_study import open_storage
-
-        open_storage(config.storage)  # and a database that cannot be opened
     loaded = begin(config, run_dir, "hydra.run.dir", progress)
     bench = Workbench(config, loaded, progress)
     search_id = uuid.uuid4().hex[:12]  # ties strategies and tracked runs to this search

@@ -133,11 +133,14 @@ class ChunkForecast:
         self._peak(waiting + self.footprint.logits(answers))
 
     def _peak(self, moving: int) -> None:
+        self._work.peak_bytes = max(self._work.peak_bytes, self._standing + moving)
+
+    @cached_property
+    def _standing(self) -> int:
         lengths = self._lengths
         standing = self.footprint.standing(lengths, sum(sample.answer for sample in self.samples), self._past)
-        if self.keeps:
-            standing -= self.footprint.states(2 * sum(lengths))  # the input and the state on the way are kept ones
-        self._work.peak_bytes = max(self._work.peak_bytes, standing + moving)
+        # Where states are kept, the input and the state on the way are among them.
+        return standing - (self.footprint.states(2 * sum(lengths)) if self.keeps else 0)
 
     @cached_property
     def _lengths(self) -> list[int]:

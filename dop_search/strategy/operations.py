@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum, StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class ModelDims:
         }
         return cls(**{**data, **parts})
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of each layer."""
         kinds = [LayerKind.ATTENTION] * self.num_layers

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveInt, PrivateAttr, model_validator
 from rich.table import Table
+from scipy import stats
 from torch import Tensor
 
 from dop_search.app.report.style import FAINT, LOOKS, plain_decades, styled
@@ -28,7 +29,6 @@ from dop_search.search.candidates import best_candidates
 from dop_search.search.solution import fill_tokens
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
-from dop_search.utils.statistics import spearman
 
 MEASURED = ("kl", "reverse_kl", "js", "logit_mse", "changed")
 """Measured per sample, mean over its answer positions; ``changed``: another top token."""
@@ -296,20 +296,16 @@ def _interval(estimate: float, draws: np.ndarray) -> tuple[float, float]:
 def _correlations(
     budgets: np.ndarray, scores: Mapping[str, np.ndarray], kl: np.ndarray, wrong: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Per objective Spearman with KL and with wrong answers: mean over the budgets, then over all strategies."""
-    found = {}
-    for name, values in scores.items():
-        within = [
-            [_spearman(values[budgets == b], target[budgets == b]) for target in (kl, wrong)]
-            for b in np.unique(budgets)
-        ]
-        found[name] = np.array([*np.mean(within, axis=0), _spearman(values, kl), _spearman(values, wrong)])
-    return found
+    """Per objective Spearman with KL and with wrong answers: mean over the budgets, then over all strategies.
 
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """0 where one side is constant, as an objective that distinguishes nothing predicts nothing."""
-    return 0.0 if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 else spearman(a.tolist(), b.tolist())
+    0 where one side is constant, as an objective that distinguishes nothing predicts nothing.
+    """
+    table = np.stack([*scores.values(), kl, wrong])
+    groups = [*(budgets == budget for budget in np.unique(budgets)), np.full(len(budgets), True)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = [np.corrcoef(stats.rankdata(table[:, group], axis=1))[:, -2:] for group in groups]
+    *within, overall = np.nan_to_num(found)
+    return dict(zip(scores, np.hstack([np.mean(within, axis=0), overall]), strict=False))
 
 
 # -- figures ---------------------------------------------------------------------------------------

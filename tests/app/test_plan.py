@@ -114,7 +114,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
     """Each suggestion is feasible when it is planned, and the search itself takes the memory that would do."""
-    sizes = ("data.num_samples=6", "data.num_heldout=40", "data.num_test=0", "data.max_new_tokens=2")
+    sizes = ("data.num_samples=6", "data.num_heldout=20", "data.num_test=0", "data.max_new_tokens=2")
     arguments = ("model=pocket", "model.device=cpu", "model.dtype=float32", *sizes)
     with pytest.raises(MemoryLimitError, match="does not fit") as caught:
         show_plan(configured(*arguments, "memory=0.02"))
@@ -127,7 +127,7 @@ def test_a_run_takes_what_the_plan_of_a_cpu_suggests() -> None:
     memory = float(options[0].removeprefix("memory="))
     loaded, selector = load("pocket", dtype="float32", device="cpu"), make_selector("cls_attention")
     drawn = [
-        validation_set("pocket", num_samples=count, split=split) for split, count in (("search", 6), ("heldout", 40))
+        validation_set("pocket", num_samples=count, split=split) for split, count in (("search", 6), ("heldout", 20))
     ]
     teachers = [make_teacher(loaded, data, selector, max_new_tokens=2, memory=memory) for data in drawn]
     for teacher in teachers:
@@ -163,13 +163,13 @@ def test_an_unknown_checkpoint_is_named() -> None:
 @pytest.mark.slow
 def test_the_plan_is_what_is_measured() -> None:
     """The bundled model on a CPU: curves and generation within 15 per cent of what torch's allocator reports."""
-    overrides = ("data.num_samples=16", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
+    overrides = ("data.num_samples=10", "data.num_heldout=1", "data.max_new_tokens=2", "data.families=[color]")
     grid = ("space.num_depth_levels=5", "space.num_token_levels=4", "batch_size=8", "model.dtype=float32")
     grid += ("selector=cls_attention", "space=dop_split", "search=additive")
     plan = make_plan(configured("model=pocket", "model.device=cpu", "memory=2", *overrides, *grid))
     stages = {stage.name.split(":")[0]: stage for stage in plan.stages}
     loaded = load("pocket", dtype="float32", device="cpu")
-    data = validation_set("pocket", num_samples=16, families=["color"])
+    data = validation_set("pocket", num_samples=10, families=["color"])
     teacher = make_teacher(loaded, data, make_selector("cls_attention"), max_new_tokens=2, batch_size=8)
     assert stages["load"].device_bytes["weights"] == weight_bytes(loaded.model)
 

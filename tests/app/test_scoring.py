@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.pictures import save_nothing
 from support.records import example_record
 
 from dop_search.app.config import SearchConfig
@@ -177,7 +178,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     path = tmp_path_factory.mktemp("scored")
     config = SearchConfig.model_validate(
         {
-            "data": {"num_samples": 6, "num_heldout": 6},
+            "data": {"num_samples": 6, "num_heldout": 6, "num_test": 0},
             "space": {"name": "dop", "num_depth_levels": 2, "num_token_levels": 2},
             "search": {"solver": "additive_exact", "num_rerank": 2},
             "budget": [0.3],
@@ -186,7 +187,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
             "cache_dir": str(path / "cache"),
         }
     )
-    return path, run(config, path / "out", SilentProgress())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
+        return path, run(config, path / "out", SilentProgress())
 
 
 def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:

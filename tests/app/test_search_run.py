@@ -1,11 +1,7 @@
 """The whole line on the bundled model: what a run leaves behind, and that a killed one continues."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +9,8 @@ import numpy as np
 import optuna
 import pytest
 from PIL import Image
+from support.forked import forked
+from support.pictures import save_nothing
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
@@ -37,7 +35,9 @@ def small(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
+        record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
     return path, record
 
 
@@ -118,21 +118,15 @@ def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
     """``kill -9`` while the curves are measured; the next run starts from what was saved."""
     _, record = finished
     config = small(tmp_path, budget=[0.5, 0.25])
-    code = (
-        "import sys; from pathlib import Path; from dop_search.app.config import SearchConfig; "
-        "from dop_search.app.search import run; from dop_search.utils.progress import SilentProgress; "
-        "run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())"
-    )
-    command = [sys.executable, "-c", code, config.model_dump_json(), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = forked(run, config, tmp_path / "out", SilentProgress())
     cache = tmp_path / "cache"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if any(len(file.read_text().splitlines()) > 1 for file in cache.glob("evaluations-*.jsonl")):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "out" / "record.json").exists(), "killed before the end"
     again = run(config, tmp_path / "out", SilentProgress())
     for ours, theirs in zip(again.results, record.results, strict=True):
@@ -183,19 +177,17 @@ def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
 
 
 @pytest.mark.slow
-def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
+def test_one_study_chooses_selector_and_space_and_is_kept(tmp_path):
     """Trials of every pair, uniform reduction by the selector that was found; the journal is Optuna's."""
     import optuna
 
     from dop_search.search.optuna_study import open_storage
 
-    path, _ = finished
-    cache = str(path / "cache")
-    selectors, spaces = ["cls_attention", "divprune"], ["dop", "dop_split", "gsop"]
+    selectors, spaces = ["cls_attention", "divprune"], ["dop_split", "gsop"]
     choice = {"selector": {"name": selectors[0], "also": selectors}, "space": {**SMALL["space"], "also": spaces}}
-    search = {"solver": "joint", "num_proposals": 16, "num_sampled": 4, "num_finalists": 3}
-    data = {**SMALL["data"], "num_decision": 6}
-    config = small(tmp_path, search=search, data=data, **choice, cache_dir=cache)
+    search = {"solver": "joint", "num_proposals": 8, "num_sampled": 4, "num_finalists": 3}
+    data = {"num_samples": 3, "num_decision": 3, "num_heldout": 3, "num_test": 0}
+    config = small(tmp_path, search=search, data=data, **choice)
     record = run(config, tmp_path / "out", SilentProgress())
     (result,) = record.results
     assert result.flops_ratio <= 0.3
@@ -204,10 +196,10 @@ def test_one_study_chooses_selector_and_space_and_is_kept(finished, tmp_path):
     assert result.kl_search == finalists[0].kl_search
     assert finalists[0].kl_decision == min(item.kl_decision for item in finalists)
     ids = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert len({sample for split in ("search", "decision", "heldout") for sample in ids[split]["ids"]}) == 18
+    assert len({sample for split in ("search", "decision", "heldout") for sample in ids[split]["ids"]}) == 9
     assert result.uniform_strategy.selector == result.strategy.selector
     assert result.uniform.flops_ratio <= 0.3
-    (file,) = (file for file in (path / "cache").glob("study-*-joint-*.journal") if "bookkeeping" not in file.name)
+    (file,) = (file for file in (tmp_path / "cache").glob("study-*-joint-*.journal") if "bookkeeping" not in file.name)
     storage = open_storage(file)
     (name,) = (name for name in optuna.get_all_study_names(storage) if "-joint-tpe-flops0.3-" in name)
     study = optuna.load_study(study_name=name, storage=storage)
@@ -270,7 +262,8 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
         "measure_table",
         lambda model, counts, **rest: calls.append(1) or made_up_table(model, counts, **rest),
     )
-    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}}
+    data = {"num_samples": 3, "num_heldout": 3, "num_test": 0}
+    changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}, "data": data}
     config = small(tmp_path, budget=[{"latency_ratio": 0.6}, {"latency_ms": 24.0}], **changes)
     record = run(config, tmp_path / "out", SilentProgress())
     for result in record.results:

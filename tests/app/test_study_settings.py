@@ -42,7 +42,7 @@ def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("search=exact_optuna", r"no use for `search`, but got search\.solver=exact_optuna.*study\.options"),
         ("search.num_proposals=3", r"got search\.num_proposals=3; leave it out"),
         ("eval=pocket13", r"no use for `eval`, but got eval\.name=pocket13"),
-        ("data.num_heldout=1", r"intervals over samples, but got data\.num_samples=4 and data\.num_heldout=1"),
+        ("data.num_heldout=1", r"intervals over samples, but got data\.num_samples=2 and data\.num_heldout=1"),
         ("storage=shared.journal", r"no use for `storage`, but got storage=shared\.journal.*study\.workers"),
     ],
 )

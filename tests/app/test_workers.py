@@ -1,20 +1,17 @@
-"""Two real ``dop-search`` processes on one search: one is killed, the other ends with what a lone one finds."""
+"""Two processes on one search: one is killed, the other ends with what a lone one finds."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import torch
 from optuna.trial import TrialState
-from support.pictures import WITH_SUPPORT
+from support.forked import forked
 
 from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
@@ -32,22 +29,11 @@ SMALL = {
     "eval": {"name": "none"},
     "budget": [0.3],
 }
-RUN = """
-import sys
-from pathlib import Path
-import support.without_pictures
-from dop_search.app.config import SearchConfig
-from dop_search.app.search import run
-from dop_search.models import fast_linear
-from dop_search.utils.progress import SilentProgress
-fast_linear.MIN_SPEEDUP = float("inf")
-run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())
-"""
 
 
 @pytest.fixture(autouse=True)
 def _one_way_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process measures whether oneDNN is faster; where two decide differently, numbers agree to rounding only."""
+    """Each run measures whether oneDNN is faster; where two decide differently, numbers agree to rounding only."""
     monkeypatch.setattr("dop_search.models.fast_linear.MIN_SPEEDUP", float("inf"))
 
 
@@ -69,13 +55,10 @@ def claims(where: Path, state: TrialState) -> list[dict[str, Any]]:
 
 def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_path: Path) -> None:
     where = tmp_path / "shared.journal"
-    small = {**SMALL, "cache_dir": str(tmp_path / "cache"), "num_threads": torch.get_num_threads()}
+    small = {**SMALL, "cache_dir": str(tmp_path / "cache"), "num_threads": 1}
     lone = run(SearchConfig.model_validate(small), tmp_path / "lone", SilentProgress())
     shared = SearchConfig.model_validate({**small, "storage": str(where)})
-    workers = {}
-    for name in ("one", "two"):
-        command = [sys.executable, "-c", RUN, shared.model_dump_json(), str(tmp_path / name)]
-        workers[name] = subprocess.Popen(command, env=WITH_SUPPORT)
+    workers = {name: forked(run, shared, tmp_path / name, SilentProgress()) for name in ("one", "two")}
     deadline = time.monotonic() + 120
     held: list[str] = []
     while not held:  # until somebody has claimed strategies and the search has got somewhere
@@ -85,9 +68,10 @@ def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_pa
         time.sleep(0.005)
     victim = next(name for name, process in workers.items() if f":{process.pid}:" in held[0])
     os.kill(workers[victim].pid, signal.SIGKILL)
-    workers[victim].wait()
+    workers[victim].join()
     (survivor,) = set(workers) - {victim}
-    assert workers[survivor].wait(timeout=120) == 0
+    workers[survivor].join(timeout=120)
+    assert workers[survivor].exitcode == 0
 
     assert not (tmp_path / victim / "record.json").exists()
     record = Record.load(tmp_path / survivor)

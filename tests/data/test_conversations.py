@@ -143,7 +143,8 @@ def test_a_batch_of_samples_with_one_and_several_images_is_answered_as_each_alon
         alone = torch.cat([model(**single).logits[:, -1] for single in singles])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     loaded = LoadedModel(family, model, processor, adapter, weights_fingerprint(model))
-    teacher = make_teacher(loaded, ValidationSet("mine", "search", 0, samples), make_selector("uniform_grid"))
+    data = ValidationSet("mine", "search", 0, samples)
+    teacher = make_teacher(loaded, data, make_selector("uniform_grid"), max_new_tokens=2)
     for known, single in zip(teacher.samples, singles, strict=True):
         assert known.encoded.num_visual == int(adapter.visual_token_mask(single["input_ids"]).sum())
 

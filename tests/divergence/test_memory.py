@@ -101,7 +101,7 @@ def limit(adapter, activations: float) -> float:
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
     loaded, teacher = precise
-    strategies = random_strategies(12, 144, 5)
+    strategies = random_strategies(12, 144, 3)
     free = DivergenceEngine(loaded.adapter, teacher)
     expected = free.evaluate(strategies)
     assert expected.max() > 0.1
@@ -114,7 +114,7 @@ def test_numbers_do_not_depend_on_the_limit_and_the_limit_is_kept(precise):
             values = engine.evaluate(strategies)
         assert peak.num_bytes < times * one
         np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(engine.evaluate(strategies[:5], [4, 1]), expected[:5, [4, 1]], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(engine.evaluate(strategies[:2], [4, 1]), expected[:2, [4, 1]], rtol=1e-9, atol=1e-12)
         cuts.add((len(engine.batches._cut(range(6))), len(engine.batches._kept)))
     assert len(cuts) >= 3, "the limits must lead to different chunks"
 

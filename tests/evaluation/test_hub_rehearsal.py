@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ SEARCH = (
     "model=llava_1_5_7b",
     "model.dtype=float32",
     "data=mixed",
-    "data.num_samples=8",
-    "data.num_heldout=8",
+    "data.num_samples=4",
+    "data.num_heldout=4",
     "budget=0.3",
     "space.num_depth_levels=3",
     "space.num_token_levels=3",
@@ -58,8 +59,7 @@ import json, sys
 import dop_search as dop
 from dop_search.utils.errors import DopError
 data = dop.validation_set("pocket", num_samples=2)
-searched = sys.argv[2] == "search"
-for name, revision in json.loads(sys.argv[1]):
+for name, revision, searched in json.loads(sys.argv[1]):
     try:
         loaded = dop.load(name, dtype="float32", revision=revision)
     except DopError as error:
@@ -102,11 +102,35 @@ def search(environment: dict[str, str], folder: Path, *overrides: str) -> Record
     return Record.load(folder / "run" / "record.json")
 
 
-def loads(environment: dict[str, str], what: str, *asked: tuple[str, str | None]) -> list[dict[str, Any]]:
-    """What loading ``(name, revision)`` one after the other in a new process gives, with a tiny ``search`` each."""
-    done = run(environment, "-c", LOADS, json.dumps(asked), what)
+@dataclass(frozen=True)
+class Loads:
+    """What loading one after the other in a new process gave, each of ``FAMILIES`` with a tiny search.
+
+    Attributes:
+        checkpoint: while a download breaks off, again, pinned, a commit that is not there, and a gated repository.
+        families: of ``FAMILIES``, in order.
+        asked: requests of the hub.
+    """
+
+    checkpoint: list[dict[str, Any]]
+    families: list[dict[str, Any]]
+    asked: list[str]
+
+
+@pytest.fixture(scope="module")
+def loads(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
+    with local_hub(root) as hub:
+        index = json.loads((root / "models" / CHECKPOINT / "model.safetensors.index.json").read_text())
+        hub.truncate.add(sorted(set(index["weight_map"].values()))[1])
+        hub.gated.add(GATED)
+        asked = [(CHECKPOINT, None, False), (CHECKPOINT, None, False)]
+        asked += [(CHECKPOINT, hub.commit("models", CHECKPOINT), False), (CHECKPOINT, "0" * 40, False)]
+        asked += [(GATED, None, False), *((name, hub.commit("models", name), True) for name in FAMILIES.values())]
+        done = run(hub.environment(tmp_path_factory.mktemp("home")), "-c", LOADS, json.dumps(asked))
+        assert not hub.truncate
     assert done.returncode == 0, done.stdout + done.stderr  # an error that is no DopError
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return Loads(found[:5], found[5:], list(hub.asked))
 
 
 def test_a_search_with_thirteen_benchmarks_and_the_same_again_without_network(root: Path, tmp_path: Path) -> None:
@@ -127,17 +151,9 @@ def test_a_search_with_thirteen_benchmarks_and_the_same_again_without_network(ro
         assert score == online.results[0].scores[name]
 
 
-def test_what_a_hub_may_answer(root: Path, tmp_path: Path) -> None:
+def test_what_a_hub_may_answer(root: Path, loads: Loads) -> None:
     """A download that breaks off leaves nothing wrong; a pinned commit, one that is not there, a gated repository."""
-    with local_hub(root) as hub:
-        index = json.loads((root / "models" / CHECKPOINT / "model.safetensors.index.json").read_text())
-        hub.truncate.add(sorted(set(index["weight_map"].values()))[1])
-        hub.gated.add(GATED)
-        asked = [(CHECKPOINT, None), (CHECKPOINT, None), (CHECKPOINT, hub.commit("models", CHECKPOINT))]
-        first, again, pinned, missing, gated = loads(
-            hub.environment(tmp_path), "load", *asked, (CHECKPOINT, "0" * 40), (GATED, None)
-        )
-        assert not hub.truncate
+    first, again, pinned, missing, gated = loads.checkpoint
     whole = load(str(root / "models" / CHECKPOINT), dtype="float32").weights_fingerprint
     assert first.get("fingerprint") in (whole, None)
     assert again["fingerprint"] == pinned["fingerprint"] == whole
@@ -145,16 +161,13 @@ def test_what_a_hub_may_answer(root: Path, tmp_path: Path) -> None:
     assert "gated" in gated["error"].lower() or "restricted" in gated["error"].lower()
 
 
-def test_every_family_of_the_papers_tables_comes_from_a_hub(root: Path, tmp_path: Path) -> None:
+def test_every_family_of_the_papers_tables_comes_from_a_hub(root: Path, loads: Loads) -> None:
     """Shards, processor and pinned commit of tiny models under the names of the real ones, and a search on each."""
-    with local_hub(root) as hub:
-        asked = [(name, hub.commit("models", name)) for name in FAMILIES.values()]
-        found = loads(hub.environment(tmp_path), "search", *asked)
-        shards = [line for line in hub.asked if line.startswith("GET") and ".safetensors" in line]
-    assert len(found) == len(FAMILIES)
-    for (family, name), item in zip(FAMILIES.items(), found, strict=True):
+    assert len(loads.families) == len(FAMILIES)
+    for (family, name), item in zip(FAMILIES.items(), loads.families, strict=True):
         assert item.get("family") == family, item
         assert item["fingerprint"] == load(str(root / "models" / name), dtype="float32").weights_fingerprint
         floor, ratio, limit = item["ratios"]
         assert floor < ratio <= limit < 1.0
-    assert len(shards) >= 3 * len(FAMILIES)
+    shards = [line for line in loads.asked if line.startswith("GET") and ".safetensors" in line]
+    assert sum(any(name in line for name in FAMILIES.values()) for line in shards) >= 3 * len(FAMILIES)

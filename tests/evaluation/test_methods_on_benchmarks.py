@@ -20,7 +20,7 @@ from dop_search.utils.errors import DopError
 from dop_search.utils.progress import SilentProgress
 
 METHODS = ("fastv", "uniform@divprune", "short_lvlm")
-LIMIT, NUM_SAMPLES, RATIO = 6, 6, 0.3
+LIMIT, NUM_SAMPLES, RATIO = 4, 3, 0.3
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import pytest
@@ -219,31 +221,43 @@ def test_an_interrupted_suite_goes_on_where_it_stopped(pocket, few_rows, monkeyp
     assert measured == ["gqa", "stopped", "mme", "scienceqa"]
 
 
-def answer_by_command(folder, few_rows, *launcher):
-    """lmms-eval's own command, in ``folder``: results, answers by task and row, and what its bars show."""
+def command_line(folder, few_rows):
+    """The arguments of lmms-eval's own command, to be run in ``folder``."""
     work_dir, suite = few_rows
     STRATEGY.save(folder / "strategy-0.3.json")
-    command = [
-        *(sys.executable, *launcher, "-m", "lmms_eval", "--model", "dop", "--batch_size", "4", "--include_path"),
-        *(str(work_dir / "tasks" / suite.name), "--tasks", suite.name, "--log_samples", "--output_path", "out"),
+    return [
+        *("--model", "dop", "--batch_size", "4", "--include_path", str(work_dir / "tasks" / suite.name)),
+        *("--tasks", suite.name, "--log_samples", "--output_path", "out"),
         *("--model_args", "pretrained=pocket,delta=strategy-0.3.json,device=cpu"),
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+
+
+def what_it_left(folder, stderr):
+    """Results, answers by task and row, and what its bars have shown."""
     files = list(folder.glob("out/strategy-0.3.json/*_results.json"))
-    assert len(files) == 1, done.stdout[-2000:] + done.stderr[-4000:]
+    assert len(files) == 1, stderr[-4000:]
     said = []
     for file in files[0].parent.glob("*_samples_*.jsonl"):
         task = file.stem.split("_samples_")[1]
         said += [(task, row["doc_id"], row["filtered_resps"]) for row in map(json.loads, file.read_text().splitlines())]
-    shown = set(re.findall(r"Model Responding: 100%.*? (\d+)/(\d+) ", done.stderr))
+    shown = set(re.findall(r"Model Responding: 100%.*? (\d+)/(\d+) ", stderr))
     return json.loads(files[0].read_text())["results"], sorted(said), shown
 
 
 @pytest.fixture(scope="module")
 def by_command(few_rows, tmp_path_factory):
-    """In one process; the results lie in a folder of the strategy's name."""
-    return answer_by_command(tmp_path_factory.mktemp("command"), few_rows)
+    """In this process; the results lie in a folder of the strategy's name."""
+    from lmms_eval.cli.dispatch import main
+    from loguru import logger
+
+    folder, stderr = tmp_path_factory.mktemp("command"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(stderr):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lmms-eval", *command_line(folder, few_rows)])
+        main()
+    logger.remove()
+    logger.add(sys.__stderr__)
+    return what_it_left(folder, stderr.getvalue())
 
 
 @pytest.mark.slow
@@ -262,8 +276,11 @@ def test_lmms_evals_own_command_gives_the_same_scores(pocket, few_rows, by_comma
 @pytest.mark.slow
 def test_two_processes_answer_half_each_and_give_the_same_results(few_rows, by_command, tmp_path):
     """As ``torchrun`` and ``accelerate launch`` start them."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    results, said, shown = answer_by_command(tmp_path, few_rows, *launcher)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [*launcher, "-m", "lmms_eval", *command_line(tmp_path, few_rows)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    results, said, shown = what_it_left(tmp_path, done.stderr)
     assert shown == {(str(len(said) // 2),) * 2}, "the first process shows a bar of its own share"
     assert said == by_command[1], "no row is answered by both"
     assert results == by_command[0]

@@ -15,7 +15,7 @@ NUM_RUNS = 6
 
 
 def test_ablations_agree_and_searches_stay_within_their_runs(run_small_study: StudyRunner, tmp_path: Path) -> None:
-    given = (f"study.options.num_runs={NUM_RUNS}",)
+    given = (f"study.options.num_runs={NUM_RUNS}", "data.num_samples=3")
     result = run_small_study("depthwise_vs_free", *given)
     rows = {(row["kind"], row["name"]): row for row in result["rows"]}
     for module in ("q", "kv", "mlp"):

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_studies import SMALL, StudyRunner, check_that_a_rerun_measures_nothing, study_config
+from support.forked import forked
+from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothing, study_config
 
 from dop_search.app.config import DataConfig
 from dop_search.app.config.schema import FINAL_SEED
 from dop_search.app.results import ResultFile, Row, read_result
 from dop_search.app.study import open_study
+from dop_search.app.study_run import run_study
 from dop_search.evaluation.scores import relative_mean
 from dop_search.evaluation.suite_scores import score_suite
 from dop_search.evaluation.suites import load_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.progress import SilentProgress
 from experiments.main_table.study import summarize
 from experiments.main_table.tables import published, tables
 
@@ -38,13 +39,12 @@ GIVEN = (
 def killed_rows(folder: Path) -> list[Row]:
     """What a process of its own had written when it was killed with ``kill -9`` after its first row."""
     path = folder / "out" / "result.json"
-    places = (f"study.folder={folder / 'out'}", "study.published=null", f"cache_dir={folder / 'cache'}")
-    command = ("-m", "dop_search.app.cli.search", "experiment=main_table", f"hydra.run.dir={folder / 'killed'}")
-    child = subprocess.Popen([sys.executable, *command, *SMALL, *places, *GIVEN], stdout=subprocess.DEVNULL)
-    while child.poll() is None and not (path.exists() and read_result(path)["rows"]):
+    child = forked(run_study, study_config("main_table", folder, *GIVEN), SilentProgress())
+    while child.is_alive() and not (path.exists() and read_result(path)["rows"]):
         time.sleep(0.02)
     child.kill()
-    assert child.wait() != 0, "it was not done"
+    child.join()
+    assert child.exitcode != 0, "it was not done"
     rows: list[Row] = read_result(path)["rows"]
     return rows
 

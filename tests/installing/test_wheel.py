@@ -30,6 +30,14 @@ SMALL = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0", "num_threads=1"),
     *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "hydra.run.dir=run"),
 )
+WITHOUT_PICTURES = """
+import matplotlib.figure
+
+def touch(figure, target, **options):
+    target.touch() if hasattr(target, "touch") else target.write(b"")
+
+matplotlib.figure.Figure.savefig = touch
+"""
 GROWTH = ("", "[testing]", "[search]", "[search,eval]")
 PRUNED = """
 import json, sys
@@ -267,11 +275,15 @@ def test_with_search_every_command_says_our_version(environment: Callable[[str],
 
 
 def test_with_search_the_main_job_runs_and_is_drawn(environment: Callable[[str], Environment]) -> None:
-    done = environment("[search]").run("python", "-m", "dop_search", *SMALL)
+    search = environment("[search]")
+    (search.work / "without_pictures.py").write_text(WITHOUT_PICTURES)
+    done = search.run("python", "-m", "dop_search", *SMALL, "imports=[without_pictures]")
     assert done.returncode == 0, done.stderr
-    record = json.loads((environment("[search]").work / "run" / "record.json").read_text())
-    assert record["results"]
-    assert environment("[search]").run("dop-report", "run").returncode == 0
+    assert json.loads((search.work / "run" / "record.json").read_text())["results"]
+    picture = search.work / "run" / "plots" / "layer_map.png"
+    assert picture.stat().st_size == 0
+    assert search.run("dop-report", "run").returncode == 0
+    assert picture.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -293,7 +305,7 @@ def test_with_search_another_extra_is_named_before_the_model_is_loaded(
 
 
 def test_with_eval_a_benchmark_is_scored(environment: Callable[[str], Environment]) -> None:
-    scored = ("eval.benchmarks=[gqa]", "eval.limit=2", "num_threads=1", "hydra.run.dir=scored")
+    scored = ("eval.benchmarks=[gqa]", "eval.limit=2", "num_threads=1", "hydra.run.dir=scored", "tracking=none")
     done = environment("[search,eval]").run("dop-eval", *scored)
     assert done.returncode == 0, done.stderr
     scores = json.loads((environment("[search,eval]").work / "scored" / "scores.json").read_text())

@@ -79,7 +79,9 @@ def test_missing_and_left_over_weights_of_every_family_are_named(family, saved, 
     folder = Path(shutil.copytree(saved(family), tmp_path / family))
     own = json.loads((folder / "config.json").read_text())["text_config"].get("layer_types", ["full_attention"] * 4)
     depths = ((5, r"are missing: .*layers\.4\."), (3, r"are left over: .*layers\.3\."))
-    for layers, match in () if family == "gemma4" else depths:  # whose configuration has sizes for each layer
+    if family != "llava":
+        depths = () if family == "gemma4" else depths[1:]  # whose configuration has sizes for each layer
+    for layers, match in depths:
         edit_config(folder, "text_config", num_hidden_layers=layers, layer_types=[*own, own[-1]][:layers])
         refused(folder, rf"do not fit its config.json: \d+ {match}")
     shutil.copy(saved(family) / "config.json", folder)

@@ -102,7 +102,7 @@ def test_placement_by_accelerate_on_one_device(loaded_of):
 def test_deepstack_survives_the_teachers_cache(loaded_of, tmp_path):
     from dop_search.divergence import make_teacher
 
-    loaded, data = loaded_of("qwen3_vl"), drawn_samples()
+    loaded, data = loaded_of("qwen3_vl"), drawn_samples(4)
     first, second = (
         make_teacher(loaded, data, make_selector("random"), max_new_tokens=3, cache_dir=tmp_path) for _ in range(2)
     )

@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_families import FIRST_OF_ADAPTERS
 from support.tiny_inputs import tiny_inputs, tiny_sample
-from support.tiny_models import TINY_MODELS, tiny_llava, tiny_model
+from support.tiny_models import tiny_llava, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dop_search.models.families import TEXT_MODELS
 from dop_search.strategy import Strategy
 from dop_search.strategy.operations import MODULES
 from dop_search.testing.inputs import Inputs, collate
@@ -36,7 +38,7 @@ from dop_search.utils.errors import DopError, StrategyError, UnsupportedModelErr
 NUM_LAYERS = 4
 TOLERANCE = 2e-5
 
-families = pytest.mark.parametrize("family", TINY_MODELS)
+families = pytest.mark.parametrize("family", [*FIRST_OF_ADAPTERS, *TEXT_MODELS])
 PROPERTY = settings(max_examples=20, derandomize=True, database=None, deadline=None)
 
 
@@ -158,7 +160,7 @@ def test_equals_a_decoder_written_out(strategy: Strategy, text_before: int, text
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in TINY_MODELS if not name.startswith("gemma")]
+    "family", [name for name in (*FIRST_OF_ADAPTERS, *TEXT_MODELS) if not name.startswith("gemma")]
 )  # windows count what left
 @pytest.mark.parametrize("num_kept", [0, 1, 6])
 def test_dropped_tokens_might_as_well_be_removed(family: str, num_kept: int) -> None:

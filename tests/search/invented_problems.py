@@ -65,7 +65,7 @@ def random_table(num_layers: int, counts: Sequence[TokenCounts], rng: np.random.
 
 
 @st.composite
-def problems(draw: st.DrawFn, max_points: int = 1500) -> Problem:
+def problems(draw: st.DrawFn, max_points: int = 600) -> Problem:
     kind = draw(st.sampled_from(KINDS))
     num_layers = draw(st.integers(1, 6 if kind in ("dop", "uniform") else 4))
     num_tokens = draw(st.integers(1, 9))

@@ -62,7 +62,7 @@ def test_every_budget_is_solved_to_the_optimum(problem: Problem) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
-@given(problems(max_points=800))
+@given(problems(max_points=400))
 def test_k_best_equal_brute_force(problem: Problem) -> None:
     """Of distinct canonical strategies, with and without the spread over cells."""
     best: dict[str, tuple[float, int]] = {}

@@ -71,7 +71,7 @@ def search_worker(location: str, folder: Path, number: int, delay_s: float) -> N
 def study_worker(location: str, folder: Path, number: int, delay_s: float) -> None:
     problem = pocket_problem("dop", num_tokens=12, num_samples=NUM_SAMPLES)
     store = SharedEvaluationStore(logged(problem, folder / "log", delay_s), NUM_SAMPLES, location, "kl", {"data": 1})
-    options = {"num_trials": 16, "num_warm_start": 3, "sampler": "random", "pruner": "median", "num_chunks": 2}
+    options = {"num_trials": 10, "num_warm_start": 3, "sampler": "random", "pruner": "median", "num_chunks": 2}
     found = solve("exact_optuna", replace(problem, store=store), BUDGET, storage=location, **options)
     result = {"key": found.strategy.key(), "nats": found.kl_search, "trials": len(found.history)}
     (folder / f"result-{number}.json").write_text(json.dumps(result))
@@ -148,13 +148,13 @@ def test_a_killed_worker_loses_at_most_what_it_had_claimed(location: str, tmp_pa
 @pytest.mark.parametrize("kill", [False, True], ids=["all live", "one is killed"])
 def test_workers_share_a_study(location: str, tmp_path: Path, kill: bool) -> None:
     processes = start(study_worker, location, tmp_path, 0.05)
-    victim = kill_in_the_middle(processes, tmp_path, after=8 * NUM_SAMPLES) if kill else None
+    victim = kill_in_the_middle(processes, tmp_path, after=4 * NUM_SAMPLES) if kill else None
     found = results(processes, tmp_path)
     assert len(found) == (2 if kill else 3)
     assert all(result == found[0] for result in found), "every worker returns the same"
-    assert found[0]["trials"] == 16
+    assert found[0]["trials"] == 10
     study = optuna.load_study(study_name="dop_search", storage=open_storage(location))
-    assert len(study.get_trials(states=FINISHED)) == 16
+    assert len(study.get_trials(states=FINISHED)) == 10
     assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
     warm = [trial for trial in study.get_trials(states=FINISHED) if "warm_start" in trial.user_attrs]
     assert len({str(trial.params) for trial in warm}) == len(warm) == len(study.user_attrs["warm_start"]), (

@@ -14,9 +14,9 @@ from dop_search.utils.conf import CONFIG_NAME, config_dir
 
 SMALL = (
     "budget=[0.3]",
-    "data.num_samples=4",
-    "data.num_heldout=4",
-    "data.num_test=6",
+    "data.num_samples=2",
+    "data.num_heldout=3",
+    "data.num_test=4",
     "space.num_depth_levels=3",
     "space.num_token_levels=3",
     "++study.workers=1",

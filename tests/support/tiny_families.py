@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers as hf
 
+from dop_search.models.families import FAMILIES
 from dop_search.testing.sizes import (
     ANYRES_TILE_SIZE,
     IMAGE_TOKEN_ID,
@@ -774,6 +775,9 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         takes_videos=True,
     ),
 }
+
+FIRST_OF_ADAPTERS = tuple({FAMILIES[name]: name for name in reversed(TINY_FAMILIES)}.values())[::-1]
+"""Of families that share an adapter, and with it a decoder, the first."""
 """By ``model_type``."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from support.command_line import exit_status
+from support.pictures import unrendered
 
 from dop_search.app import study_run
 from dop_search.app.cli.bench import main as bench
@@ -24,6 +25,8 @@ from dop_search.search import SOLVERS
 from dop_search.selectors import SELECTORS
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
+
+__all__ = ["unrendered"]  # no test here looks at pictures
 
 MODULE = """
 from dataclasses import dataclass, replace
@@ -58,6 +61,7 @@ SOLVERS["dearest"] = dearest
 TINY = (
     *("experiment=smoke", "eval=none", "data.num_samples=2", "data.num_heldout=2", "data.num_test=0"),
     *("space.num_depth_levels=2", "space.num_token_levels=2", "search.num_rerank=1", "num_threads=1"),
+    "tracking=none",
 )
 
 
@@ -127,7 +131,7 @@ def test_a_worker_of_a_study_imports_too(module: str, tmp_path: Path) -> None:
         "data.num_test=0",
         "budget=0.3",
     )
-    chosen = config("experiment=selectors", *TINY[2:-2], *options, *places, f"imports={module}", "tracking=none")
+    chosen = config("experiment=selectors", *TINY[2:-3], *options, *places, f"imports={module}", "tracking=none")
     assert chosen.imports == (module,)
     process = multiprocessing.get_context("spawn").Process(target=study_run._work, args=(chosen,))
     process.start()

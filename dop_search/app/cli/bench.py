@@ -26,7 +26,6 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
 from dop_search.utils.extensions import import_modules
-from dop_search.utils.extras import check_extras
 from dop_search.utils.files import check_writable
 from dop_search.utils.versioned import Format, write_json
 
@@ -222,7 +221,7 @@ def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inp
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse values out of range, a missing extra and a folder that cannot be written; set the threads."""
+    """Refuse values out of range and a folder that cannot be written; set the threads."""
     for name in ("rounds", "tokens", "batch", "passes", "image_size", "num_threads", "validate_table"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -236,8 +235,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--table needs --validate-table, e.g. `--table small.json --validate-table 24`")
     if options.shape is not None and options.weights == "pretrained":
         raise ConfigError("a --shape has no pretrained weights; give a checkpoint with --model")
-    if options.mlflow is not None:
-        check_extras("--mlflow", "search")
     if options.out is not None:
         check_writable(options.out.parent, "--out")
     if options.num_threads is not None:

@@ -32,6 +32,8 @@ def track() -> None:
 
 def bench() -> None:
     """``dop-bench``."""
+    if any(argument.partition("=")[0] == "--mlflow" for argument in sys.argv[1:]):
+        _require("dop-bench: --mlflow", "search")
     _start("dop-bench", "bench", extras=())
 
 
@@ -44,8 +46,12 @@ def _start(command: str, module: str, extras: tuple[str, ...], function: str = "
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")
         return
+    _require(command, *extras)
+    sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())
+
+
+def _require(what: str, *extras: str) -> None:
     try:
-        check_extras(command, *extras)
+        check_extras(what, *extras)
     except MissingExtraError as error:
         sys.exit(str(error))
-    sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())

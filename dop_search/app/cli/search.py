@@ -11,6 +11,7 @@ from dop_search.app.cli.hydra_command import print_end, run_command
 from dop_search.app.config import SearchConfig, parse_config
 from dop_search.app.config.schema import StudyConfig
 from dop_search.utils.conf import CONFIG_NAME
+from dop_search.utils.extras import check_extras
 from dop_search.utils.progress import default_progress
 
 
@@ -38,6 +39,12 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     if config.study is not None:
         run_study_job(config, config.study)
         return
+    if config.eval.benchmarks:
+        check_extras(f"eval={config.eval.name}", "eval")
+    if config.storage is not None:
+        from dop_search.search.optuna_study import open_storage
+
+        open_storage(config.storage)  # a database that cannot be opened is an error now
     from dop_search.app.report import summary
     from dop_search.app.report.scores import score_summary
     from dop_search.app.search import run

@@ -51,7 +51,7 @@ def drawn_prompts(processor: Any, media: str) -> Inputs:
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
-def drawn_samples(count: int = 4) -> ValidationSet:
+def drawn_samples(count: int) -> ValidationSet:
     """Questions about drawn images of different sizes."""
     samples = tuple(
         Sample(f"drawn/{n}", drawn_image(*SIZES[n], n), QUESTIONS[n % 3], ("yes",), "drawn") for n in range(count)
@@ -117,10 +117,10 @@ class ProcessingConformance(ConformanceBase):
 
     @media_kinds
     def test_real_inputs_equal_the_masked_reference(self, models: Models, media: str) -> None:
-        """Whatever the processor makes of images and videos: three strategies with random rankings."""
+        """Whatever the processor makes of images and videos: two strategies with random rankings."""
         model, inputs = models("sdpa"), self.drawn(media)
         assert visual_positions(model, inputs["input_ids"]).any(dim=1).all()
-        for seed, corner in enumerate(("layer_sets", "half_of_the_tokens", "half_depth")):
+        for seed, corner in enumerate(("layer_sets", "half_of_the_tokens")):
             self.check_forward(model, inputs, self.corner(corner, model, inputs), self.rankings(model, inputs, seed))
 
     def test_counts_per_image_equal_the_masked_reference(self, models: Models) -> None:
@@ -224,15 +224,9 @@ class ProcessingConformance(ConformanceBase):
             pytest.importorskip(package)
         from dop_search.search import CurveGrid
 
-        model, data = loaded(), drawn_samples()
-        profile = dop.profile(
-            model,
-            data,
-            self.selector,
-            space="dop",
-            grid=CurveGrid(max_all_depths=0, num_depths=3, num_token_levels=3),
-            max_new_tokens=4,
-        )
+        model, data = loaded(), drawn_samples(2)
+        grid = CurveGrid(max_all_depths=0, num_depths=2, num_token_levels=2)
+        profile = dop.profile(model, data, self.selector, space="dop", grid=grid, max_new_tokens=2)
         strategy = profile.solve(budget=dop.Budget(flops_ratio=0.8))
         assert 0.0 < strategy.provenance["cost_ratio"] <= 0.8
         inputs = drawn_prompts(model.processor, "sizes")
@@ -242,7 +236,7 @@ class ProcessingConformance(ConformanceBase):
 
     def test_engine_equals_plain_pruned_forwards(self, loaded: Callable[[], dop.LoadedModel]) -> None:
         """From images, with early start and shared prefixes, with states kept and without."""
-        model, data = loaded(), drawn_samples()
+        model, data = loaded(), drawn_samples(3)
         teacher = make_teacher(model, data, make_selector("uniform_grid"), max_new_tokens=4)
         strategies = [
             dop.Strategy.depthwise(4, 2, 3, 1, selector="uniform_grid"),

@@ -27,7 +27,10 @@ class ScoringConformance(ConformanceBase):
     """KL of strategies on prompts of every kind, by the engine and by whole forwards of the reference."""
 
     def test_engine_equals_the_reference(self, models: Models) -> None:
-        """Early starts, shared prefixes, cached states and packed chunks change no number."""
+        """Early starts, shared prefixes, cached states and packed chunks change no number.
+
+        The reference scores each strategy on every other prompt, and each prompt under every other strategy.
+        """
         model = models("sdpa")
         samples = [
             self.make_sample(model, *lengths, seed=seed, num_images=num_images)
@@ -43,11 +46,13 @@ class ScoringConformance(ConformanceBase):
             known.append(TeacherSample(str(number), encoded, tuple(answer[0].tolist()), log_probs))
         strategies = [self.corner(name, model, *samples, selector=SELECTOR) for name in CORNERS]
         rows = list(zip(samples, answers, known, strict=True))
-        expected = np.array([[self.divergence(model, *row, chosen) for row in rows] for chosen in strategies])
+        pairs = [(i, j) for i in range(len(strategies)) for j in range(i % 2, len(rows), 2)]
+        expected = np.array([self.divergence(model, *rows[j], strategies[i]) for i, j in pairs])
         assert expected.min() >= 0.0
-        assert expected.max(axis=1).min() > 1e-3
+        assert min(max(expected[n] for n, (i, _) in enumerate(pairs) if i == k) for k in range(len(strategies))) > 1e-3
         engine = DivergenceEngine(adapter, Teacher(tuple(known), "conformance", selector), batch_size=4)
-        np.testing.assert_allclose(engine.evaluate(strategies), expected, rtol=2e-3, atol=2e-5)
+        found = engine.evaluate(strategies)
+        np.testing.assert_allclose([found[pair] for pair in pairs], expected, rtol=2e-3, atol=2e-5)
 
     def divergence(
         self, model: PreTrainedModel, sample: Inputs, answer: torch.Tensor, known: TeacherSample, strategy: Strategy

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import forked
 from support.pictures import WITH_SUPPORT
 from support.records import example_curves, example_record
 
@@ -309,17 +310,12 @@ def test_a_study_that_was_logged_halfway_is_logged_again_and_a_whole_one_is_not(
 
 @pytest.mark.slow
 def test_processes_that_end_together_on_a_new_store_all_log(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from dop_search.app.config import TrackingConfig;"
-        "from support.records import example_record; from dop_search.app.tracking.store import log_search;"
-        "time.sleep(max(0.0, float(sys.argv[3]) - time.time()));"
-        "log_search(TrackingConfig(uri=sys.argv[1]), example_record(), Path(sys.argv[2]))"
-    )
-    uri, start = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", str(time.time() + 8)
-    command = [sys.executable, "-c", code, uri, str(tmp_path), start]
-    processes = [subprocess.Popen(command, env=WITH_SUPPORT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    config, record = TrackingConfig(uri=uri), example_record()
+    processes = [forked(log_search, config, record, tmp_path) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)

@@ -4,57 +4,52 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import forked
 from support.records import example_record
-from support.score_records import FULL, example_evaluation, example_scores
+from support.score_records import FULL, example_evaluation, example_scores, scored
 
 from dop_search.app.config import TrackingConfig
-from dop_search.app.tracking.store import log_evaluation
-from dop_search.app.tracking.values import score_columns, score_metrics, strategy_key
-
-LOG = """
-import json, sys
-from dataclasses import replace
-from pathlib import Path
-from dop_search.app.config import TrackingConfig
-from dop_search.app.record import SCORES_FILE
-from dop_search.app.record import RECORD_FILE
-from dop_search.strategy import Strategy
-from support.records import example_record
-from support.score_records import example_evaluation, scored
+from dop_search.app.record import RECORD_FILE, SCORES_FILE
 from dop_search.app.tracking.store import log_evaluation, log_search
+from dop_search.app.tracking.values import score_columns, score_metrics, strategy_key
+from dop_search.strategy import Strategy
 
-config, run_dir = TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2])
-record = scored(example_record())
-record = record.model_copy(
-    update={"provenance": record.provenance.model_copy(update={"search_id": "0123456789ab"})}
-)
-record.save(run_dir / RECORD_FILE)
-parent = log_search(config, record, run_dir)
-(run_dir / "samples" / "cheap").mkdir(parents=True)
-(run_dir / "samples" / "cheap" / "gqa.parquet").write_bytes(b"PAR1")
-made = replace(record.results[2].strategy, provenance={"search_id": "0123456789ab"})
-plain = Strategy.depthwise(12, 9, 9, 4)
-evaluations = [
-    {"cheap": (made, 0.15, 0.93), "good": (plain, 0.29, 0.97)},
-    {"best_but_dear": (Strategy.depthwise(12, 11, 11, 9), 0.61, 0.999)},
-    {"bad": (Strategy.depthwise(12, 2, 2, 2), 0.2, 0.71)},
-]
-runs = {}
-for strategies in evaluations:
-    evaluation = example_evaluation(strategies)
-    evaluation.save(run_dir / SCORES_FILE)
-    runs |= dict(zip(strategies, log_evaluation(config, evaluation, run_dir), strict=True))
-runs["full"] = log_evaluation(config, example_evaluation({}), run_dir)[0]
-(run_dir / "runs.json").write_text(json.dumps({"parent": parent, **runs}))
-"""
-"""A search with scores and four evaluations, in a process where nothing was imported before."""
+
+def log(config: TrackingConfig, run_dir: Path) -> None:
+    """A search with scores and four evaluations; what is said meanwhile goes to a file."""
+    with (run_dir.parent / "said").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        sys.stdout = sys.stderr = said
+        record = scored(example_record())
+        assert record.provenance is not None
+        record = record.model_copy(
+            update={"provenance": record.provenance.model_copy(update={"search_id": "0123456789ab"})}
+        )
+        record.save(run_dir / RECORD_FILE)
+        parent = log_search(config, record, run_dir)
+        (run_dir / "samples" / "cheap").mkdir(parents=True)
+        (run_dir / "samples" / "cheap" / "gqa.parquet").write_bytes(b"PAR1")
+        made = replace(record.results[2].strategy, provenance={"search_id": "0123456789ab"})
+        plain = Strategy.depthwise(12, 9, 9, 4)
+        evaluations = (
+            {"cheap": (made, 0.15, 0.93), "good": (plain, 0.29, 0.97)},
+            {"best_but_dear": (Strategy.depthwise(12, 11, 11, 9), 0.61, 0.999)},
+            {"bad": (Strategy.depthwise(12, 2, 2, 2), 0.2, 0.71)},
+        )
+        runs = {}
+        for strategies in evaluations:
+            evaluation = example_evaluation(strategies)
+            evaluation.save(run_dir / SCORES_FILE)
+            runs |= dict(zip(strategies, log_evaluation(config, evaluation, run_dir), strict=True))
+        runs["full"] = log_evaluation(config, example_evaluation({}), run_dir)[0]
+        (run_dir / "runs.json").write_text(json.dumps({"parent": parent, **runs}))
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,9 @@ class Logged:
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
     folder = tmp_path_factory.mktemp("scores")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(
-        [sys.executable, "-c", LOG, uri, str(folder / "run")],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.stdout + result.stderr == ""
+    process = forked(log, TrackingConfig(uri=uri), folder / "run")
+    process.join()
+    assert (process.exitcode, (folder / "said").read_text()) == (0, "")
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
