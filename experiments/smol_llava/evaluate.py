@@ -1,6 +1,6 @@
 """Accuracy of Smol-LLaVA by greedy generation with the Hugging Face model, and the gate that it has to pass.
 
-    python -m experiments.smollm2.evaluate --num-samples 100 --split test --out experiments/smollm2/smol_llava.json
+    python -m experiments.smol_llava.evaluate --num-samples 100 --split test --out experiments/smol_llava/accuracy.json
 
 The gate: with its image a mean of .7 or more over the nine families that it was taught (whole answers, formats of the
 benchmarks), and on a grey image a mean at chance.
@@ -23,7 +23,7 @@ from dop_search.models.loading import checkpoint_source
 from dop_search.utils.files import write_text_atomic
 from dop_search.utils.progress import default_progress
 from experiments.pocket.evaluate import IMAGES, SEED, chance, predict, with_image
-from experiments.smollm2.words import FAMILIES
+from experiments.smol_llava.words import FAMILIES
 
 
 def main() -> None:
