@@ -22,8 +22,8 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.progress import Progress
+from dop_search.utils.registry import import_modules
 
 METHODS_FOLDER = "methods"
 

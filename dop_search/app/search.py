@@ -54,10 +54,10 @@ from dop_search.search import (
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from dop_search.utils.progress import Notify, Progress
+from dop_search.utils.registry import import_modules
 
 MAX_FRONT_POINTS = 200
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from dop_search.app.tracking.store import log_study
 from dop_search.app.workbench import Workbench
 from dop_search.models.fast_linear import fast_linear
 from dop_search.utils.conf import config_dir
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.files import write_text_atomic
-from dop_search.utils.progress import Progress, SilentProgress
+from dop_search.utils.progress import Progress
+from dop_search.utils.registry import import_modules
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _workers(config: SearchConfig, count: int) -> Iterator[None]:
 def _work(config: SearchConfig) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import_modules(config.imports)
-    _measure(open_study(config), config, SilentProgress())
+    _measure(open_study(config), config, Progress())
 
 
 def _end_with_parent() -> None:

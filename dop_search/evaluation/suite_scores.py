@@ -109,7 +109,7 @@ class _Run:
         But not the batch size, whose rounding can change an answer in half precision: who runs out of memory goes on
         with a smaller one.
         """
-        from dop_search.data.benchmarks.parquet import rendered_version
+        from dop_search.data.benchmarks.rows import rendered_version
 
         suite = self.suite
         return fingerprint(

@@ -20,7 +20,7 @@ from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
 from dop_search.app.search import run
 from dop_search.search.optuna_study import open_storage
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +39,9 @@ import support.without_pictures
 from dop_search.app.config import SearchConfig
 from dop_search.app.search import run
 from dop_search.models import fast_linear
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 fast_linear.MIN_SPEEDUP = float("inf")
-run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), SilentProgress())
+run(SearchConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Progress())
 """
 
 
@@ -70,7 +70,7 @@ def claims(where: Path, state: TrialState) -> list[dict[str, Any]]:
 def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_path: Path) -> None:
     where = tmp_path / "shared.journal"
     small = {**SMALL, "cache_dir": str(tmp_path / "cache"), "num_threads": torch.get_num_threads()}
-    lone = run(SearchConfig.model_validate(small), tmp_path / "lone", SilentProgress())
+    lone = run(SearchConfig.model_validate(small), tmp_path / "lone", Progress())
     shared = SearchConfig.model_validate({**small, "storage": str(where)})
     workers = {}
     for name in ("one", "two"):

@@ -17,7 +17,7 @@ from dop_search.evaluation.accuracy import correct_answers, relative_family_mean
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 from experiments.compare import page
 from experiments.compare.study import Compare, summarize
 
@@ -67,7 +67,7 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
 @pytest.mark.slow
 def test_accuracy_of_what_changed_is_the_accuracy_of_all(tmp_path: Path) -> None:
     config = study_config("compare", tmp_path, "data.num_heldout=24")
-    bench = Workbench(config, load("pocket"), SilentProgress())
+    bench = Workbench(config, load("pocket"), Progress())
     strategy = Strategy.full(bench.num_layers, num_visual_tokens=12, selector="uniform_grid")
     outcome = bench.outcome(strategy)
     samples = bench.data("heldout").samples

@@ -25,9 +25,9 @@ from dop_search.models.prompts import chat_prompt
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError, DopError
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.extras import check_extras
 from dop_search.utils.files import check_writable
+from dop_search.utils.registry import import_modules
 from dop_search.utils.versioned import Format, write_json
 
 VALIDATION = Format("a latency validation", "dop_search.latency_validation", 1, "run dop-bench again")

@@ -16,8 +16,7 @@ from pydantic_core import ErrorDetails
 from dop_search.app.config.schema import Imports, SearchConfig
 from dop_search.app.config.solvers import OWN
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.extensions import import_modules
-from dop_search.utils.registry import did_you_mean
+from dop_search.utils.registry import did_you_mean, import_modules
 
 Root = TypeVar("Root", bound=BaseModel)
 

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import os
-import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from dop_search.app.config import TrackingConfig
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.network import reach
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -92,9 +92,8 @@ def check_tracking(config: TrackingConfig) -> None:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"tracking.uri={config.uri!r} cannot be written: {error}; {remedy}") from error
     elif parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+            reach(uri)
         except OSError as error:
             raise ConfigError(f"tracking.uri={config.uri!r} cannot be reached: {error}; {remedy}") from error
 

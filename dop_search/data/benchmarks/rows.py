@@ -1,5 +1,5 @@
-"""Rendered questions as rows of the benchmarks: the columns that their lmms-eval tasks read, and the questions that the
-bundled model knows.
+"""Rendered questions as rows of the benchmarks, in memory and as Parquet files that ``datasets`` reads: the columns
+that their lmms-eval tasks read, and the questions that the bundled model knows.
 
 Scenes are of the ``test`` split, which shares no scene with training, search or held-out data, and from a seed of their
 own.
@@ -8,18 +8,19 @@ own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from pathlib import Path
 
 from PIL import Image
 
-from dop_search.data.benchmarks.grouped import hallusionbench_rows, mme_rows
+from dop_search.data.benchmarks.grouped import Row, hallusionbench_rows, mme_rows
 from dop_search.data.rendered.drawing import draw_scene
 from dop_search.data.rendered.sampling import RenderedQuestion, rendered_questions
-from dop_search.data.rendered.scenes import Scene
+from dop_search.data.tables import quiet
 from dop_search.utils.errors import DataError
+from dop_search.utils.files import write_atomic
 
-Row: TypeAlias = dict[str, Any]
-
+VERSION = 1
+"""Raise it whenever rows change: the number is part of the files' folder."""
 SEED = 1300
 """The first of as many seeds as there are benchmarks, so that no two of them ask the same questions."""
 NUM_ROWS = 100
@@ -27,12 +28,30 @@ _NUM_ANNOTATORS = 10
 _HINT = "The picture shows several things."
 
 
-def benchmark_rows(benchmark: str, num_rows: int = NUM_ROWS) -> list[Row]:
-    """Rows with a PIL image each; the same on every machine. A longer request starts with the shorter one.
+def benchmark_file(benchmark: str, folder: Path) -> Path:
+    """The Parquet file of a benchmark's rendered rows below ``folder``, made on first use; DataError if unknown."""
+    path = folder / rendered_version() / f"{benchmark}.parquet"
+    if not path.exists():
+        rows = benchmark_rows(benchmark, NUM_ROWS)
+        write_atomic(path, lambda temporary: _write(rows, temporary))
+    return path
 
-    Args:
-        benchmark: one of :data:`RENDERED_BENCHMARKS`.
-        num_rows: at least so many; rows that are scored together are never cut apart.
+
+def rendered_version() -> str:
+    """Names the rows: another name, other rows."""
+    return f"rendered-{VERSION}-{SEED}-{NUM_ROWS}"
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    import datasets
+
+    with quiet():
+        datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def benchmark_rows(benchmark: str, num_rows: int = NUM_ROWS) -> list[Row]:
+    """At least so many rows with a PIL image each; the same on every machine. A longer request starts with the shorter
+    one, and rows that are scored together are never cut apart.
 
     Raises:
         DataError: an unknown benchmark, or fewer than one row.
@@ -42,11 +61,7 @@ def benchmark_rows(benchmark: str, num_rows: int = NUM_ROWS) -> list[Row]:
     if num_rows < 1:
         raise DataError(f"`num_rows >= 1` must hold, but got (num_rows={num_rows})")
     rows = _ROWS[benchmark](num_rows, SEED + list(_ROWS).index(benchmark))
-    return [{**row, "image": _image(row["image"])} for row in rows]
-
-
-def _image(scene: Scene) -> Image.Image:
-    return Image.fromarray(draw_scene(scene))
+    return [{**row, "image": Image.fromarray(draw_scene(row["image"]))} for row in rows]
 
 
 def _asked(families: Sequence[str], convert: Callable[[int, RenderedQuestion], Row]) -> Callable[[int, int], list[Row]]:

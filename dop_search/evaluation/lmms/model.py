@@ -23,7 +23,7 @@ from dop_search.evaluation.runnable import Runnable
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError
-from dop_search.utils.extensions import import_modules
+from dop_search.utils.registry import import_modules
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """For tasks that say nothing (TextVQA, VizWiz, OK-VQA)."""

@@ -114,7 +114,7 @@ class Comparison:
 
     def _row_json(self, row: Row) -> dict[str, Any]:
         def plain(value: Spread | None) -> dict[str, Any] | None:
-            return None if value is None else value.to_json()
+            return None if value is None else asdict(value)
 
         return {
             **row.variant.to_json(),
