@@ -38,11 +38,7 @@ def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged
 
 
 def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
-    """Refuse a search on what the suite scores.
-
-    Raises:
-        DataError: naming the source, the benchmark and the split.
-    """
+    """Refuse a search on what the suite scores; DataError naming the source, the benchmark and the split."""
     if suite.benchmarks and suite.source == "hub":
         data = {b.name: b.dataset for b in suite.benchmarks}
         scored = {name: Origin.of(Location(its.path, its.name), its.split) for name, its in data.items()}

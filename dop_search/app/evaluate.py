@@ -34,9 +34,6 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     Writes ``scores.json`` and per-sample outputs to ``run_dir``, and logs to MLflow. Every finished benchmark is kept
     in ``config.cache_dir`` by the content of model, strategy and benchmark: a killed run continues, and the full
     model's scores come from an earlier run if there was one.
-
-    Raises:
-        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
@@ -48,8 +45,12 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     loaded = begin(config, run_dir, "hydra.run.dir", progress)
     judge = SuiteJudge(loaded, config.eval, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
     items = []
+    judged: list[_Judged] = []
+    for (name, strategy), file in zip(strategies.items(), config.strategy, strict=True):
+        ratio = strategy.provenance.get("flops_ratio")
+        known = ratio if isinstance(ratio, float) else None
+        judged.append((strategy, {"name": name, "file": file, "strategy": strategy, "flops_ratio": known}))
     with fast_linear(loaded.model):
-        judged = [_from_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]
         judged += _fit(config, loaded, run_dir, progress)
         full = judge.scores(None)
         full.save(run_dir / SAMPLES_FOLDER / FULL_FOLDER)
@@ -77,13 +78,6 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
 
 _Judged = tuple[Strategy | FittedMethod, dict[str, Any]]
 """What is scored, and what the record says of it, see :class:`StrategyScores`."""
-
-
-def _from_file(named: tuple[str, Strategy], file: str) -> _Judged:
-    name, strategy = named
-    ratio = strategy.provenance.get("flops_ratio")
-    known = ratio if isinstance(ratio, float) else None
-    return strategy, {"name": name, "file": file, "strategy": strategy, "flops_ratio": known}
 
 
 def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Progress) -> list[_Judged]:

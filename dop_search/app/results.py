@@ -241,11 +241,7 @@ class ResultFile:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What a study wrote.
-
-    Raises:
-        ConfigError: if the file is no study's result of this version.
-    """
+    """What a study wrote; ConfigError if the file is no study's result of this version."""
     return FORMAT.read(path)
 
 

@@ -69,9 +69,6 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     Writes ``strategy-<budget>.json``, ``curves.parquet``, ``record.json`` and the report to ``run_dir``, and logs to
     MLflow. What is measured is kept in ``config.cache_dir`` by content, so that the same configuration continues where
     it stopped.
-
-    Raises:
-        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
@@ -174,7 +171,7 @@ def _solve_budget(
     config = bench.config
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         place = _place(bench, profile, budget, notify)
-        ranked = config.search.candidates(profile.problem(budget), budget, place, notify)
+        ranked = config.search.candidates(place)
         studies += place.studies
     best = ranked[0]
     if best.strategy.selector != config.selector.name:  # uniform reduction by the same selector
@@ -184,7 +181,8 @@ def _solve_budget(
     if config.search.solver == "joint":  # which pays for what the selector computes
         prices = bench.context().pricing
         left = without_selection(prices, profile, budget)
-    uniform = _uniform_strategy(profile.problem(left), left)
+    assignment = uniform_assignment(profile.problem(left), left)
+    uniform = None if assignment is None else profile.space.strategy(assignment)
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with bench.stage("confirm"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         heldout = bench.store("heldout", best.strategy.selector).evaluate(
@@ -270,9 +268,11 @@ def _candidate(solution: MeasuredSolution, prices: Pricing | CostModel, uniform:
 def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify: Notify) -> SearchPlace:
     """What a solver has beside its problem."""
     return SearchPlace(
+        problem=profile.problem(budget),
+        budget=budget,
+        on_progress=notify,
         model=bench.loaded.name,
         teacher=str(profile.facts["teacher"]),
-        shares=profile.space.shares,
         averaging=bench.config.data.averaging,
         storage=bench.config.storage,
         cache_dir=bench.cache,
@@ -295,12 +295,6 @@ def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify:
     for note in left_out:
         log.warning(note)
     return options
-
-
-def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:
-    """Uniform token reduction under the budget; ``None`` if not even one visual token fits."""
-    assignment = uniform_assignment(problem, budget)
-    return None if assignment is None else problem.space.strategy(assignment)
 
 
 # -- the record -----------------------------------------------------------------------------------

@@ -75,11 +75,7 @@ class Study(Section, ABC):
     # -- what there is to measure ---------------------------------------------------------------
 
     def check(self, config: SearchConfig) -> None:
-        """Refuse, before a model is loaded, what this study cannot do.
-
-        Raises:
-            ConfigError: naming the key and the remedy.
-        """
+        """Refuse, before a model is loaded, what this study cannot do; ConfigError naming the key and the remedy."""
 
     def settings(self, config: SearchConfig) -> dict[str, Any]:
         """What the rows depend on beside the model and the samples: selector, space, options, a file's content."""
@@ -174,11 +170,7 @@ def open_study(config: SearchConfig) -> Study:
 
 
 def study_config(config: SearchConfig) -> StudyConfig:
-    """The section of a study.
-
-    Raises:
-        ConfigError: if the configuration is that of a search.
-    """
+    """The section of a study; ConfigError if the configuration is that of a search."""
     if config.study is None:
         raise ConfigError("no study is chosen; set one, as in experiment=compare")
     return config.study

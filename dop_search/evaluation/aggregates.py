@@ -75,11 +75,7 @@ class Aggregate:
     wrong: tuple[float, ...] = ()
 
     def __call__(self, samples: Sequence[SampleScore]) -> float:
-        """The score of ``samples``.
-
-        Raises:
-            DopError: without samples, or if one lacks a key.
-        """
+        """The score of ``samples``; DopError without samples, or if one lacks a key."""
         return float(self.combine(self.checked_units(samples).statistics.sum(axis=0)))
 
     def checked_units(self, samples: Sequence[SampleScore]) -> Units:

@@ -145,11 +145,7 @@ class SuiteScores:
 
     @classmethod
     def load(cls, folder: str | Path) -> SuiteScores:
-        """What :meth:`save` wrote, with the samples.
-
-        Raises:
-            CacheError: if a file is missing, corrupt or of another version.
-        """
+        """What :meth:`save` wrote, with the samples; CacheError if a file is missing, corrupt or of another version."""
         folder = Path(folder)
         data = FORMAT.read(folder / "scores.json")
         scores = {name: BenchmarkScore.load(folder, name)[0] for name in data["scores"]}

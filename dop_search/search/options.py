@@ -47,11 +47,7 @@ class Option:
 
     @property
     def limit(self) -> float:
-        """The budget as a ratio.
-
-        Raises:
-            BudgetError: if nothing fits.
-        """
+        """The budget as a ratio; BudgetError if nothing fits."""
         return feasible_limit(self.problem, self.budget)
 
     def price(self, strategy: Strategy) -> float:

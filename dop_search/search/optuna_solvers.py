@@ -114,11 +114,7 @@ _OLD_NAMES = {"divergence_additive": "kl_additive", "divergence_exact": "kl_sear
 
 
 def best_record(history: list[dict[str, Any]], objective: str, sampler: str) -> dict[str, Any]:
-    """The record with the least objective within the budget, the cheaper one on a tie.
-
-    Raises:
-        ConfigError: if no trial fits.
-    """
+    """The record with the least objective within the budget, the cheaper one on a tie; ConfigError if no trial fits."""
     fitting = [record for record in history if record.get("fits") and objective in record]
     if not fitting:
         raise ConfigError(

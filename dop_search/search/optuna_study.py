@@ -55,11 +55,7 @@ def make_sampler(name: str, *seed: int) -> optuna.samplers.BaseSampler:
 
 
 def make_pruner(name: str) -> optuna.pruners.BasePruner:
-    """A pruner over chunks of validation samples by name.
-
-    Raises:
-        ConfigError: on an unknown name, naming a near one.
-    """
+    """A pruner over chunks of validation samples by name; ConfigError on an unknown name, naming a near one."""
     _check(name, PRUNERS, "pruner")
     with _quiet():
         return _PRUNERS[name]()

@@ -133,11 +133,7 @@ def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | Non
 
 
 def uniform_strategy(problem: Problem, budget: Budget) -> Strategy:
-    """Uniform token reduction as a strategy.
-
-    Raises:
-        BudgetError: if not even the smallest number of visual tokens fits.
-    """
+    """Uniform token reduction as a strategy; BudgetError if not even the smallest number of visual tokens fits."""
     assignment = uniform_assignment(problem, budget)
     if assignment is None:
         raise BudgetError(

@@ -145,11 +145,7 @@ class Space:
         return total
 
     def parameter(self, name: str) -> Parameter:
-        """Look a parameter up.
-
-        Raises:
-            ConfigError: if the space has none of that name; the message names a near one.
-        """
+        """Look a parameter up; ConfigError if the space has none of that name; the message names a near one."""
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter

@@ -283,11 +283,7 @@ def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(line: Any, num_samples: int) -> dict[str, Any]:
-    """The record of a line.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """The record of a line; ValueError saying what is wrong with it."""
     if not isinstance(line, dict):
         raise ValueError("a record must be an object")
     record = {name: value for name, value in line.items() if name != "crc32"}

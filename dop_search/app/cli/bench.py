@@ -143,11 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> Comparison:
-    """Make the variants, time them, write what was asked for.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Make the variants, time them, write what was asked for."""
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):
         raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
@@ -191,11 +187,7 @@ def run(options: argparse.Namespace) -> Comparison:
 
 
 def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
-    """Read or measure the latency table, and compare what it predicts with what random strategies take; in words.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Read or measure the latency table, and compare what it predicts with what random strategies take; in words."""
     adapter = adapter_for(model)
     counts, where = Prompt.of(adapter, inputs).counts, environment(model, adapter, options.clock)
     how: Any = {"clock": options.clock, "seed": options.seed, "on_progress": None if options.quiet else _show}

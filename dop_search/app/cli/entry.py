@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 from dop_search import __version__
 from dop_search.utils.errors import MissingExtraError
 from dop_search.utils.extras import check_extras
 
 
-def search() -> None:
-    """``dop-search``, and ``python -m dop_search``."""
-    _start("dop-search", "search", extras=("search",))
-
-
-def evaluate() -> None:
-    """``dop-eval``."""
-    _start("dop-eval", "evaluate", extras=("search", "eval"))
-
-
-def report() -> None:
-    """``dop-report``."""
-    _start("dop-report", "finished", extras=("search",), function="report")
-
-
-def track() -> None:
-    """``dop-track``."""
-    _start("dop-track", "finished", extras=("search",), function="track")
-
-
-def bench() -> None:
-    """``dop-bench``."""
-    _start("dop-bench", "bench", extras=())
-
-
-def serve() -> None:
-    """``dop-serve``."""
-    _start("dop-serve", "serve", extras=())
-
-
-def _start(command: str, module: str, extras: tuple[str, ...], function: str = "main") -> None:
+def _start(command: str, module: str, *extras: str, function: str = "main") -> None:
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")
         return
@@ -49,3 +20,11 @@ def _start(command: str, module: str, extras: tuple[str, ...], function: str = "
     except MissingExtraError as error:
         sys.exit(str(error))
     sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())
+
+
+search = partial(_start, "dop-search", "search", "search")  # and ``python -m dop_search``
+evaluate = partial(_start, "dop-eval", "evaluate", "search", "eval")
+report = partial(_start, "dop-report", "finished", "search", function="report")
+track = partial(_start, "dop-track", "finished", "search", function="track")
+bench = partial(_start, "dop-bench", "bench")
+serve = partial(_start, "dop-serve", "serve")

@@ -93,11 +93,7 @@ class Plan:
 
 
 def make_plan(config: SearchConfig) -> Plan:
-    """Plan a search by configurations alone.
-
-    Raises:
-        DopError: if the sizes of the model or of the device are not known.
-    """
+    """Plan a search by configurations alone; DopError if the sizes of the model or of the device are not known."""
     make_selector(config.selector.name, config.selector.options)  # or an error: a search would end with it
     return _Stages(config).plan()
 

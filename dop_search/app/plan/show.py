@@ -21,11 +21,7 @@ BENCHMARK_SECONDS = 0.5
 
 
 def show_plan(config: SearchConfig) -> Plan:
-    """Print the plan of a search.
-
-    Raises:
-        MemoryLimitError: if it does not fit, with what would.
-    """
+    """Print the plan of a search; MemoryLimitError if it does not fit, with what would."""
     plan = make_plan(config)
     flops_per_second = matmul_speed(plan) if plan.is_here else None
     console = Console()

@@ -57,10 +57,6 @@ def write_report(record: Record, curves: Curves | None, run_dir: Path, output: P
 
 
 def load_curves(run_dir: Path) -> Curves | None:
-    """The curves beside a record, or ``None`` if the run has none.
-
-    Raises:
-        CacheError: if the file holds no curves.
-    """
+    """The curves beside a record, or ``None`` if the run has none; CacheError if the file holds no curves."""
     path = run_dir / CURVES_FILE
     return Curves.load(path) if path.exists() else None

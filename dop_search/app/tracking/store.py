@@ -72,9 +72,6 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
 
     Returns:
         The id of the parent run, or ``None`` without tracking.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
     """
     if config.backend == "none":
         return None
@@ -112,9 +109,6 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
 
     Returns:
         The ids of the runs, none without tracking.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
     """
     if config.backend == "none":
         return []
@@ -152,9 +146,6 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
 
     Returns:
         The id of the parent run, or ``None`` if nothing was logged.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
     """
     if config.backend == "none":
         return None
@@ -179,11 +170,7 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
 
 
 def log_benchmark(config: TrackingConfig, data: Mapping[str, Any]) -> str | None:
-    """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
-    """
+    """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id."""
     if config.backend == "none":
         return None
     params, metrics = benchmark_values(data)

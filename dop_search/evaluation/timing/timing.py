@@ -59,11 +59,7 @@ class PrefillTimer:
 
     @property
     def first_call(self) -> tuple[float, float]:
-        """When the first call began and ended, in milliseconds.
-
-        Raises:
-            DopError: if the decoder was not called.
-        """
+        """When the first call began and ended, in milliseconds; DopError if the decoder was not called."""
         if self._first_call is None:
             raise DopError("the decoder did not run while it was timed; time a forward of the model itself")
         return self._first_call
