@@ -98,12 +98,7 @@ def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Pr
 
 
 def read_strategies(files: tuple[str, ...]) -> dict[str, Strategy]:
-    """Strategies by a name of their own: the file's, with its folder where two files are called alike.
-
-    Raises:
-        StrategyError: if a file is no strategy.
-        ConfigError: if no name tells two files apart.
-    """
+    """Strategies by a name of their own: the file's, with its folder where two files are called alike."""
     stems = [Path(file).stem for file in files]
     names = []
     for file, stem in zip(files, stems, strict=True):

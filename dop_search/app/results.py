@@ -48,14 +48,8 @@ Key = Mapping[str, Any]
 class ResultFile:
     """``result.json``: what the rows depend on, the rows, and a summary. Beside it ``per_sample.json`` for arrays.
 
-    Args:
-        folder: where the files are; made if it does not exist.
-        study: name of the study.
-        setup: what every row depends on (model, data, objective): a file with another setup is refused.
-        published: a folder with a result that a new one begins with, if its setup is the same.
-
-    Raises:
-        ConfigError: if the folder has another study or setup; says what differs, and the remedy.
+    ``setup`` is what every row depends on (model, data, objective): a file with another setup is refused by
+    ConfigError. A new file begins with the result in ``published``, if its setup is the same.
     """
 
     def __init__(self, folder: Path, study: str, setup: Mapping[str, Any], published: Path | None = None) -> None:
@@ -136,14 +130,7 @@ class ResultFile:
         ``measure(**key)`` returns the row's values, or these and an array per sample. What this model cannot have,
         such as a budget out of reach, makes a row with the reason under ``infeasible``. An error of the machinery makes
         one under ``failed``, which the next run tries again. A mistake in the configuration or the data ends the study.
-        None of these loses the rows of others.
-
-        Args:
-            keys: what the rows are about.
-            measure: measures one.
-            notify: told how far it is.
-            what: named to the user.
-            group: the parts of the key whose rows one process should measure, as they share work; default: none do.
+        None of these loses the rows of others. ``group``: the parts of the key whose rows one process should measure.
         """
         mine: set[str] = set()
         while True:

@@ -62,15 +62,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages, and what there is.
+    """All stages, in order, and what there is.
 
     Attributes:
-        facts: the model.
         device: where it would run; ``is_here``: whether this machine has it.
         num_devices: over which the weights are spread.
-        limit_bytes: of each device.
-        stages: in order.
-        needed_bytes: the least limit that would do.
+        limit_bytes: of each device; ``needed_bytes``: the least that would do.
     """
 
     facts: ModelFacts
@@ -106,10 +103,6 @@ def least_bytes(config: SearchConfig, limit: int) -> int:
     return _Stages(config, limit).least_bytes()
 
 
-def _num_devices(config: SearchConfig) -> int:
-    return max(2, torch.cuda.device_count()) if config.model.device_map in DEVICE_MAPS else 1
-
-
 def _device(config: SearchConfig) -> tuple[torch.device, bool]:
     has_cuda, place = torch.cuda.is_available(), config.model.device_map
     if place in DEVICE_MAPS:
@@ -142,7 +135,7 @@ class _Stages:
         self.facts = model_facts(config.model, config.data, self.device.type)
         self.footprint, self.layers = self.facts.footprint, self.facts.footprint.dims.num_layers
         self.limit = _limit(config, self.device, self.is_here) if limit is None else limit
-        self.num_devices = _num_devices(config)
+        self.num_devices = max(2, torch.cuda.device_count()) if config.model.device_map in DEVICE_MAPS else 1
         self.weights = -(-self.facts.weight_bytes // self.num_devices)
         self.on_cpu = self.device.type == "cpu"
         self.sizes = self.facts.prompts
@@ -186,10 +179,11 @@ class _Stages:
     ) -> Stage:
         """A stage that holds, beside what it works with, the weights, the answers, and the states that are kept."""
         held = {"weights": self.weights, "hidden states": self.kept_on["device"], **working}
-        held |= {"answers and embeddings": self.answers} if self.on_cpu else {}
         host = {"answers and embeddings": self.answers, "hidden states": self.kept_on["host"]}
+        if self.on_cpu:
+            held, host = {**held, "answers and embeddings": self.answers}, {}
         device = {what: size for what, size in held.items() if size}
-        return Stage(name, device, {} if self.on_cpu else host, num_layer_forwards, flops, at_most)
+        return Stage(name, device, host, num_layer_forwards, flops, at_most)
 
     def _repeated(self, count: int) -> list[SampleSize]:
         return [self.sizes[index % len(self.sizes)] for index in range(count)]

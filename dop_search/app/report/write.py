@@ -37,14 +37,7 @@ def figures(record: Record, curves: Curves | None, run_dir: Path | None = None) 
 def write_report(record: Record, curves: Curves | None, run_dir: Path, output: Path | None = None) -> list[Path]:
     """Write ``plots/*.png``, ``plots/*.pdf`` and ``report.html`` into the run directory, or into ``output``.
 
-    Args:
-        record: the search.
-        curves: what the surrogate was built from; ``None`` leaves their figure out.
-        run_dir: of the search; has its studies, if there are any.
-        output: where to write instead; existing files are replaced.
-
-    Returns:
-        The files written, the page first.
+    Without ``curves`` their figure is left out. Returns the files written, the page first.
     """
     drawn = figures(record, curves, run_dir)
     folder, paths = output or run_dir, []

@@ -70,11 +70,7 @@ def ui_command(config: TrackingConfig) -> str | None:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Find out before a search, and quickly, whether it can be logged after it.
-
-    Raises:
-        ConfigError: if mlflow is missing, or the store cannot be written or reached.
-    """
+    """Find out before a search, and quickly, whether it can be logged after it; else ConfigError."""
     if config.backend == "none":
         return
     remedy = "set another tracking.uri, or tracking=none"
@@ -102,13 +98,9 @@ def check_tracking(config: TrackingConfig) -> None:
 def connected(config: TrackingConfig, run_dir: Path | None = None) -> Iterator[tuple[MlflowClient, str]]:
     """A client for the store, which exists and is migrated, and the id of the experiment.
 
-    Args:
-        config: where to.
-        run_dir: where what is logged lies, for the message.
-
     Raises:
-        ConfigError: if mlflow is missing, or the store cannot be used, now or while it is written; says where the
-            results are and how to log them later.
+        ConfigError: if mlflow is missing, or the store cannot be used, now or while it is written; says that the
+            results are in ``run_dir``, and how to log them later.
     """
     check_tracking(config)
     from alembic.util.exc import CommandError
@@ -178,12 +170,11 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the chatter of a new store's migrations."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("mlflow", "alembic"))}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -47,9 +47,7 @@ from dop_search.app.tracking.values import (
     shared_params,
     started_ms,
     strategy_key,
-    strategy_name,
     study_row_values,
-    version_tags,
 )
 from dop_search.strategy import Strategy
 
@@ -65,13 +63,10 @@ _MAX_METRICS = 1000
 
 
 def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | None:
-    """Log a finished search with the files of its run directory.
+    """Log a finished search with the files of its run directory; the id of the parent run, ``None`` without tracking.
 
-    The parent run holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each
-    nested run has the same names whatever the space or solver, so that runs can be compared in the UI.
-
-    Returns:
-        The id of the parent run, or ``None`` without tracking.
+    That holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each nested run has
+    the same names whatever the space or solver, so that runs can be compared in the UI.
     """
     if config.backend == "none":
         return None
@@ -92,23 +87,14 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
                 with store.run(run_name(record, result), its, params, result_metrics(result)) as run:
                     client.log_inputs(run, data_sets(record))
                     store.log_strategy(run, result.strategy, result.scores)
-                    register(
-                        client,
-                        run,
-                        strategy_name(record, result),
-                        result.strategy.describe(),
-                        version_tags(record, result),
-                    )
+                    register(client, run, record, result)
     return parent
 
 
 def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -> list[str]:
     """Log an evaluation: a run per strategy, tagged with the search run that made it where the store has that.
 
-    Without strategies there is one run with the full model's scores.
-
-    Returns:
-        The ids of the runs, none without tracking.
+    Without strategies there is one run with the full model's scores. Returns the runs' ids, none without tracking.
     """
     if config.backend == "none":
         return []
@@ -137,15 +123,8 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
 def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -> str | None:
     """Log a study: a run with its files, and a nested run per row with the same names of metrics for all rows.
 
-    A result that the store has already is not logged again.
-
-    Args:
-        config: where to.
-        result: the content of the study's ``result.json``.
-        folder: where that and the figures are.
-
-    Returns:
-        The id of the parent run, or ``None`` if nothing was logged.
+    ``result`` is the content of ``result.json`` in ``folder``; one that the store has already is not logged again.
+    Returns the id of the parent run, or ``None`` if nothing was logged.
     """
     if config.backend == "none":
         return None
