@@ -22,13 +22,8 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers, one per sample, through ``generate()`` of the model as it is now, whatever prunes it.
 
-    Args:
-        loaded: the model.
-        samples: questions with their images.
-        batch_size: most samples per call.
-        max_new_tokens: longest answer.
-        on_progress: called with (done, total) samples.
-        memory: GiB on the model's device, weights included, or ``auto``; a call takes fewer samples where need be.
+    A call takes ``batch_size`` samples at most, fewer where ``memory`` (GiB on the model's device, weights included)
+    needs it; ``on_progress`` is called with (done, total) samples.
     """
     answers: dict[int, str] = {}
     for batch in alike_batches(samples, batch_size):

@@ -107,9 +107,7 @@ class SuiteScores:
     """One model's scores on a suite.
 
     Attributes:
-        suite: e.g. ``"pocket13"``.
         scores: benchmark → score, in the suite's order.
-        model: what the user calls the model.
         strategy: ``Strategy.key()``, or ``None`` for the full model.
         limit: most samples per benchmark, or ``None``.
         fingerprint: of model, strategy, suite and limit; equal for runs that must give equal scores.
@@ -159,11 +157,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def relative(pruned: SuiteScores, full: SuiteScores) -> dict[str, float]:
-    """Per cent of the full model's score that is left, per benchmark; NaN where the full model has 0.
-
-    Raises:
-        DopError: if the two were not measured on the same benchmarks.
-    """
+    """Per cent of the full model's score that is left, per benchmark, NaN where that is 0; DopError on others."""
     if set(pruned.scores) != set(full.scores):
         raise DopError(
             f"scores can be compared on the same benchmarks only, but one side has {list(pruned.scores)} and the other "

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +45,7 @@ LONG_MS, LONG_ROUNDS = 1000.0, 3
 Key = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One thing to time: a prefill of a model under a strategy."""
 
     key: Key
@@ -76,9 +74,6 @@ def measure_table(
         clock: wall clock, or the time that this process computed.
         seed: of the order.
         on_progress: called with (done, total, what).
-
-    Raises:
-        DataError: without samples.
     """
     if not counts:
         raise DataError("a latency table needs the token counts of at least one sample, but got none")

@@ -133,11 +133,7 @@ def random_model(
 
 
 def prompt(shape: Shape, model: PreTrainedModel, num_text: int = 60, batch: int = 1) -> Inputs:
-    """One prompt, ``batch`` times: half of the text, the images, the other half of the text.
-
-    Raises:
-        ConfigError: if ``num_text`` leaves no text before or after the images.
-    """
+    """One prompt, ``batch`` times: half of the text (two tokens at least), the images, the other half of the text."""
     if num_text < 2:
         raise ConfigError(f"`text_tokens >= 2` must hold (one before the images, one after), but got ({num_text})")
     before, after = num_text // 2, num_text - num_text // 2
