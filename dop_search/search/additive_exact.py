@@ -14,7 +14,7 @@ every ``n`` of the block, is beaten by points that the pool gives elsewhere. At 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -186,22 +186,13 @@ def _hull_slopes(cost: FloatArray, nats: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Front:
-    """Every assignment that no other beats in both cost and estimated divergence.
-
-    Attributes:
-        space: what was searched.
-        cost_model: what it costs.
-        total_cost: summed over samples, exact, ascending ``[P]``.
-        divergence_nats: the surrogate's estimate, strictly descending ``[P]``.
-        indices: level index of every parameter ``[P, params]``.
-        seconds: what building it took.
-    """
+    """Every assignment that no other beats in both cost and estimated divergence."""
 
     space: Space
     cost_model: CostModel
-    total_cost: IntArray
-    divergence_nats: FloatArray
-    indices: IntArray
+    total_cost: IntArray  # [P], summed over samples, exact, ascending
+    divergence_nats: FloatArray  # [P], the surrogate's estimate, strictly descending
+    indices: IntArray  # [P, params], level index of every parameter
     seconds: float
 
     @property
@@ -287,4 +278,4 @@ def additive_exact(problem: Problem, budget: Budget, on_progress: OnProgress | N
     """
     start = time.perf_counter()
     solution = pareto_front(problem, on_progress).solve(budget)
-    return Solution(**{**vars(solution), "seconds": time.perf_counter() - start})
+    return replace(solution, seconds=time.perf_counter() - start)

@@ -99,22 +99,10 @@ class _BestSearch:
         self.token_nats = enumeration.token_nats[enumeration.ends] - enumeration.token_sag[enumeration.end_block]
         every = np.arange(len(enumeration.ends))
         typical = x / np.median(enumeration.scale)
-        left = [
-            min(
-                map(
-                    float,
-                    (
-                        self.token_nats
-                        + [
-                            np.interp(price * s, x, column)
-                            for s, column in zip(enumeration.scale, least.T, strict=True)
-                        ]
-                    ),
-                )
-            )
-            - price * limit
-            for price in typical
-        ]
+        left = []
+        for price in typical:
+            ends = [np.interp(price * s, x, column) for s, column in zip(enumeration.scale, least.T, strict=True)]
+            left.append(float((self.token_nats + ends).min()) - price * limit)
         self.prices = typical[int(np.argmax(left))] * np.array(PRICES)
         bounds = np.stack(
             [

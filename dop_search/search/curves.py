@@ -73,19 +73,12 @@ class CurveGrid:
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured divergence of one parameter.
-
-    Attributes:
-        parameter: its name.
-        role: its role; ``tokens`` are interpolated over ``log(1 + n)``, depths over the depth.
-        levels: measured levels ``[M]``, ascending; the last one is full.
-        per_sample_nats: divergence ``[M, num_samples]``; zero at full by definition.
-    """
+    """Measured divergence of one parameter; ``tokens`` are interpolated over ``log(1 + n)``, depths over the depth."""
 
     parameter: str
     role: str
-    levels: NDArray[np.int64]
-    per_sample_nats: FloatArray
+    levels: NDArray[np.int64]  # [M], ascending; the last one is full
+    per_sample_nats: FloatArray  # [M, num_samples]; zero at full by definition
 
     @property
     def mean_nats(self) -> FloatArray:
@@ -171,29 +164,19 @@ class Curves:
 
     def save(self, path: str | Path) -> None:
         """Write Parquet, atomically: one row per parameter, level and sample, in nats."""
-        names, roles, levels, samples, values = [], [], [], [], []
+        parts = []
         for curve in self.curves.values():
             count, num_samples = curve.per_sample_nats.shape
-            names += [curve.parameter] * (count * num_samples)
-            roles += [curve.role] * (count * num_samples)
-            levels.append(np.repeat(curve.levels, num_samples))
-            samples.append(np.tile(np.arange(num_samples), count))
-            values.append(curve.per_sample_nats.ravel())
-        table = pa.table(
-            {
-                "parameter": pa.array(names, pa.string()),
-                "role": pa.array(roles, pa.string()),
-                "level": pa.array(np.concatenate(levels), pa.int64()),
-                "sample": pa.array(np.concatenate(samples), pa.int64()),
-                "kl_nats": pa.array(np.concatenate(values), pa.float64()),
+            columns = {
+                "parameter": [curve.parameter] * (count * num_samples),
+                "role": [curve.role] * (count * num_samples),
+                "level": np.repeat(curve.levels, num_samples),
+                "sample": np.tile(np.arange(num_samples), count),
+                "kl_nats": curve.per_sample_nats.ravel(),
             }
-        )
-        facts = {
-            **FORMAT.stamp,
-            "space": self.space_name,
-            "num_validation_runs": self.num_validation_runs,
-        }
-        table = table.replace_schema_metadata({_METADATA: json.dumps(facts)})
+            parts.append(pa.table(columns))
+        facts = {**FORMAT.stamp, "space": self.space_name, "num_validation_runs": self.num_validation_runs}
+        table = pa.concat_tables(parts).replace_schema_metadata({_METADATA: json.dumps(facts)})
         write_atomic(Path(path), lambda temporary: pq.write_table(table, temporary))
 
     @classmethod

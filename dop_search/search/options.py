@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dop_search.search.candidates import best_candidates
-from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch, with_tokens
+from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch
 from dop_search.search.optuna_solvers import feasible_limit
 from dop_search.search.solution import Problem, uniform_assignment
 from dop_search.search.space import TOKENS, Assignment, Space
@@ -130,7 +130,8 @@ class TrajectorySpace(Space):
     def strategy(self, assignment: Assignment) -> Strategy:
         """See base class."""
         tokens = assignment.get(TOKENS, self.tokens.full)
-        return with_tokens(self.points[self.point(tokens)], None if tokens == self.tokens.full else tokens)
+        kept = None if tokens == self.tokens.full else tokens
+        return replace(self.points[self.point(tokens)], num_visual_tokens=kept)
 
     def proposals(self, surrogate: Surrogate) -> list[Mapping[str, int]]:
         """Each point with the most tokens: the best by estimate, GSOP's own, then the others by estimate.
@@ -153,14 +154,8 @@ def gsop_search(problem: Problem, on_progress: OnProgress | None = None) -> Gsop
 def gsop_option(option: Option, search: GsopSearch) -> Option:
     """The space of GSOP's trajectory to a budget.
 
-    A number of tokens is expected to lose what its point was measured to lose, and what the curve of tokens says.
-
-    Args:
-        option: a selector and a budget, with the selector's curve of tokens.
-        search: made by :func:`gsop_search`; goes on to this budget.
-
-    Raises:
-        BudgetError: if nothing fits.
+    A number of tokens is expected to lose what its point was measured to lose, and what the selector's curve of tokens
+    says. ``search``, made by :func:`gsop_search`, goes on to the option's budget; BudgetError if nothing fits.
     """
     problem, most_cost, tokens = option.problem, option.most, option.problem.space.tokens
     points = search.trajectory(lambda strategy: option.price(strategy) <= most_cost)
@@ -168,7 +163,7 @@ def gsop_option(option: Option, search: GsopSearch) -> Option:
     for point in points:  # costs fall, so more and more tokens fit
 
         def cost(level: int, point: GsopPoint = point) -> float:
-            return option.price(with_tokens(point, level))
+            return option.price(point.with_tokens(level))
 
         least = tokens.levels.index(most[-1]) + 1 if most and most[-1] else 0
         low = bisect_right(tokens.levels, most_cost, lo=least, key=cost)

@@ -26,7 +26,7 @@ from dop_search.divergence import DivergenceEngine, kl_divergence
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.search import Problem
 from dop_search.search.candidates import best_candidates
-from dop_search.search.solution import fill_tokens
+from dop_search.search.solution import uniform_assignment
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.statistics import spearman
@@ -206,7 +206,7 @@ def _random_strategies(problem: Problem, limit: Budget, count: int, rng: np.rand
     for _ in range(1000 * max(count, 1)):
         if len(found) == count:
             break
-        filled = fill_tokens(problem, limit, {item.name: int(rng.choice(item.levels)) for item in depths})
+        filled = uniform_assignment(problem, limit, {item.name: int(rng.choice(item.levels)) for item in depths})
         if filled is not None:
             strategy = problem.space.strategy(filled)
             found[strategy.key()] = strategy
