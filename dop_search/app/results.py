@@ -75,8 +75,6 @@ class ResultFile:
         self.data, self._samples = data, _read_json(published / SAMPLES_FILE)
         self._save()
 
-    # -- rows -----------------------------------------------------------------------------------
-
     @property
     def rows(self) -> list[Row]:
         """The rows so far; each is its key and what was measured."""
@@ -199,8 +197,6 @@ class ResultFile:
             log.exception("%s %s failed", what, dict(key))
             values = {FAILED: f"{type(error).__name__}: {error}"}
         self.add(key, values, samples)
-
-    # -- files ----------------------------------------------------------------------------------
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

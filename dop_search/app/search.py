@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +45,7 @@ from dop_search.divergence.profiling import MeasuredProfile, make_space
 from dop_search.evaluation.timing.layer_times import SHARES, table_for
 from dop_search.evaluation.timing.timing import Clock
 from dop_search.models.fast_linear import fast_linear
-from dop_search.search import (
-    MeasuredSolution,
-    Option,
-    Problem,
-    pareto_front,
-    uniform_assignment,
-)
+from dop_search.search import MeasuredSolution, Option, Problem, pareto_front, uniform_assignment
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
@@ -123,9 +118,6 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     return record
 
 
-# -- model, data, curves --------------------------------------------------------------------------
-
-
 def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
     """The disjoint sets that a search needs; the test set only for ``eval=accuracy``."""
     judged: tuple[Split, ...] = ("test",) if config.eval.name == "accuracy" and config.data.num_test else ()
@@ -158,9 +150,6 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
             bench.loaded.model, profile.counts, bench.cache, shares=shares, clock=clock, on_progress=notify
         )
     return replace(profile, latency=table)
-
-
-# -- one budget -----------------------------------------------------------------------------------
 
 
 def _solve_budget(
@@ -196,6 +185,19 @@ def _solve_budget(
     tested = uniform is not None and len(between) > 1
     cache = profile.prices("kv_cache")
     times = None if profile.latency is None else profile.prices("latency")
+
+    def measured(place: int) -> dict[str, Any]:
+        its = strategies[place]
+        return {
+            "flops_ratio": prices.ratio(its),
+            "kv_ratio": cache.ratio(its),
+            "latency_ratio": None if times is None else times.ratio(its),
+            "kl_search": float(search[place].mean()),
+            "kl_heldout": float(heldout[place].mean()),
+            "kl_heldout_ci95": mean_ci95(heldout[place], config.seed),
+        }
+
+    found = measured(0)
     strategy = replace(
         best.strategy,
         provenance={
@@ -204,21 +206,17 @@ def _solve_budget(
             "space": "|".join([config.space.name, *(config.space.also if config.search.solver == "joint" else ())]),
             "solver": config.search.solver,
             "search_id": search_id,
-            "flops_ratio": prices.ratio(best.strategy),
-            "kl_search_nats": float(search[0].mean()),
-            "kl_heldout_nats": float(heldout[0].mean()),
+            "flops_ratio": found["flops_ratio"],
+            "kl_search_nats": found["kl_search"],
+            "kl_heldout_nats": found["kl_heldout"],
         },
     )
     return Result(
         budget=budget,
         strategy=strategy,
-        flops_ratio=prices.ratio(strategy),
-        kv_ratio=cache.ratio(strategy),
+        **found,
         kl_additive=best.kl_additive,
-        kl_search=float(search[0].mean()),
         kl_search_ci95=mean_ci95(search[0], config.seed),
-        kl_heldout=float(heldout[0].mean()),
-        kl_heldout_ci95=mean_ci95(heldout[0], config.seed),
         num_dominant=num_dominant(heldout[0]),
         accuracy_full=accuracies[0],
         accuracy_pruned=accuracies[1],
@@ -226,15 +224,9 @@ def _solve_budget(
         if uniform is None
         else UniformResult(
             num_visual_tokens=uniform.num_kept(profile.space.tokens.full),
-            flops_ratio=prices.ratio(uniform),
-            kv_ratio=cache.ratio(uniform),
-            kl_heldout=float(heldout[1].mean()),
-            kl_heldout_ci95=mean_ci95(heldout[1], config.seed),
-            kl_search=float(search[1].mean()),
+            **measured(1),
             accuracy=accuracies[2],
-            latency_ratio=None if times is None else times.ratio(uniform),
         ),
-        latency_ratio=None if times is None else times.ratio(strategy),
         latency_ms=None if times is None else times.absolute(strategy) / 1e6,
         kl_heldout_difference_ci95=mean_ci95(between, config.seed) if tested else None,
         kl_heldout_difference_p=sign_flip_p(between, config.seed) if tested else None,
@@ -295,9 +287,6 @@ def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify:
     for note in left_out:
         log.warning(note)
     return options
-
-
-# -- the record -----------------------------------------------------------------------------------
 
 
 def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], provenance: Provenance) -> Record:

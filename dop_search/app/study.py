@@ -72,8 +72,6 @@ class Study(Section, ABC):
     uses: ClassVar[frozenset[str]] = frozenset()
     adds_rows: ClassVar[frozenset[str]] = frozenset()
 
-    # -- what there is to measure ---------------------------------------------------------------
-
     def check(self, config: SearchConfig) -> None:
         """Refuse, before a model is loaded, what this study cannot do; ConfigError naming the key and the remedy."""
 
@@ -110,8 +108,6 @@ class Study(Section, ABC):
         results.sort(keys)
         if summary := self.summarize(bench, results):
             results.summarize(summary)
-
-    # -- what it says ---------------------------------------------------------------------------
 
     @staticmethod
     def figures(result: Result) -> dict[str, Figure]:

@@ -90,9 +90,6 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return read_result(path)["rows"] if path.is_file() else []
 
 
-# -- workers ---------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _workers(config: SearchConfig, count: int) -> Iterator[None]:
     """Processes that measure rows of the same study and end with the context; what a dead one left, another takes."""

@@ -118,11 +118,7 @@ class Curves:
 
     @classmethod
     def measure(
-        cls,
-        space: Space,
-        store: EvaluationStore,
-        grid: CurveGrid | None = None,
-        on_progress: OnProgress | None = None,
+        cls, space: Space, store: EvaluationStore, grid: CurveGrid | None = None, on_progress: OnProgress | None = None
     ) -> Curves:
         """Measure the curve of every parameter, one validation run per level and none where nothing is skipped.
 
@@ -159,8 +155,6 @@ class Curves:
         if missing:
             raise ConfigError(f"no curves for {missing} of space {space.name!r}; measured: {sorted(self.curves)}")
         return Surrogate(space, {p.name: self.curves[p.name](p.levels) for p in space.parameters})
-
-    # -- files ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write Parquet, atomically: one row per parameter, level and sample, in nats."""

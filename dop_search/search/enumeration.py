@@ -64,8 +64,6 @@ class Enumeration(Blocks):
             )
         ]
 
-    # -- bounds ---------------------------------------------------------------------------------
-
     @cached_property
     def _base(self) -> FloatArray:
         """Lowered cost of the kv depths alone, divided by the scale ``[E, S]``."""
@@ -115,8 +113,6 @@ class Enumeration(Blocks):
         """The least cost / scale of any depths ``[E, S]``."""
         every = np.arange(len(self.ends))
         return self.bound(0.0, np.ones(len(every)), every)
-
-    # -- enumeration ----------------------------------------------------------------------------
 
     def _until(self, role: Role, chosen: int, end: IntArray, kv: IntArray) -> FloatArray:
         """Lowered cost that the set ``chosen`` adds in the layers before each depth ``[n, L]``."""

@@ -111,8 +111,6 @@ class GsopSearch:
                 return self.points[: index + 1]
         return list(self.points)
 
-    # -- the three steps --------------------------------------------------------------------------
-
     def _start(self) -> None:
         free = self._runs
         for group in (KEY, REST):
@@ -181,8 +179,6 @@ class GsopSearch:
             self._queue = [cell for cell in self._queue if runs[cell]]
             self._record(runs)
         return True
-
-    # -- operations -------------------------------------------------------------------------------
 
     def _without(self, runs: np.ndarray, cell: Cell) -> np.ndarray:
         result = runs.copy()

@@ -107,9 +107,6 @@ def filled(option: Option, assignment: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-# -- GSOP --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrajectorySpace(Space):
     """GSOP's operations beside a number of visual tokens, the one parameter: each number has the first point of the

@@ -78,8 +78,6 @@ class Space:
                     f"{'all visual tokens' if top is None else f'num_layers={top}'}, but got {list(levels)}"
                 )
 
-    # -- the five spaces ------------------------------------------------------------------------
-
     @classmethod
     def dop(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """The paper's space (arXiv 2507.02909): ``D_A`` (q and kv tied), ``D_P`` and ``n_v``."""
@@ -118,8 +116,6 @@ class Space:
     def uniform(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """Token reduction alone: ``n_v`` visual tokens that run everything."""
         return cls("uniform", num_layers, (_tokens(num_visual_tokens, min_visual_tokens),), (1.0,), fields)
-
-    # -- views ----------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -171,8 +167,6 @@ class Space:
                 )
             chosen[name] = replace(parameter, levels=tuple(sorted({*map(int, values), parameter.full})))
         return replace(self, parameters=tuple(chosen.get(p.name, p) for p in self.parameters))
-
-    # -- strategies -----------------------------------------------------------------------------
 
     def strategy(self, assignment: Assignment) -> Strategy:
         """The canonical strategy of an assignment; parameters that are not named are full.

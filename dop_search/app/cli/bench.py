@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+from dop_search.app.cli.entry import answer
 from dop_search.evaluation.timing.comparison import Comparison, compare, environment
 from dop_search.evaluation.timing.layer_times import measure_table
 from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model
@@ -24,7 +25,7 @@ from dop_search.models.loading import DTYPES, checkpoint_source, load, named_dev
 from dop_search.models.prompts import chat_prompt
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
-from dop_search.utils.errors import ConfigError, DopError
+from dop_search.utils.errors import ConfigError
 from dop_search.utils.extras import check_extras
 from dop_search.utils.files import check_writable
 from dop_search.utils.registry import import_modules
@@ -128,18 +129,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        _check(options)
-        import_modules(options.imports)
-        if options.validate_table:
-            print(validate(options, *_subject(options)))
-        else:
-            print(comparison_text(run(options)))
-    except DopError as error:
-        print(f"dop-bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(parser(), arguments, _bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _check(options)
+    import_modules(options.imports)
+    print(validate(options, *_subject(options)) if options.validate_table else comparison_text(run(options)))
 
 
 def run(options: argparse.Namespace) -> Comparison:

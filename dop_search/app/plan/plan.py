@@ -172,8 +172,6 @@ class _Stages:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
         return self.one + self.weights + (self.answers if self.on_cpu else 0)
 
-    # -- what is held ---------------------------------------------------------------------------
-
     def _stage(
         self, name: str, working: dict[str, int], num_layer_forwards: int, flops: int, at_most: bool = False
     ) -> Stage:
@@ -199,8 +197,6 @@ class _Stages:
     def _generation_bytes(self, batch: int) -> int:
         prompt = self.longest.length - self.longest.answer + 1
         return max(self.footprint.generation(batch, prompt, self.longest.answer), batch * self.facts.tower_bytes)
-
-    # -- stages ---------------------------------------------------------------------------------
 
     def _generate(self, count: int, repeats: int = 1) -> tuple[int, int, int]:
         """Bytes, layer forwards and FLOPs of generating answers to so many prompts."""

@@ -16,12 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten: Any = torch.ops.aten
-FUSED = {
-    aten.linear.default,
-    aten.rms_norm.default,
-    aten.layer_norm.default,
-    aten.scaled_dot_product_attention.default,
-}
+FUSED = {aten.linear.default, aten.rms_norm.default, aten.layer_norm.default, aten.scaled_dot_product_attention.default}
 """One kernel each on an accelerator."""
 NO_KERNEL = (
     "detach_",
