@@ -78,11 +78,7 @@ class SuiteJudge:
 def compare(
     full: SuiteScores, pruned: SuiteScores, uniform: SuiteScores | None = None, seed: int = 0
 ) -> tuple[dict[str, ScoreComparison], RelativeMean]:
-    """Benchmark by benchmark, with paired bootstrap intervals, and the relative means.
-
-    Raises:
-        DopError: if the sides were not measured on the same samples.
-    """
+    """Benchmark by benchmark with paired intervals, and relative means; DopError if the sides had different samples."""
     means = [None if side is None else relative_mean(side, full) for side in (pruned, uniform)]
     scores = {}
     for name, theirs in full.scores.items():

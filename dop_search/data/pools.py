@@ -23,11 +23,7 @@ def open_pool(source: Source) -> Pool:
 
 
 def location_of(source: Source) -> Location:
-    """The data set that a source reads, its task's own where it names none. Needs neither that nor lmms-eval's code.
-
-    Raises:
-        DataError: if neither names one.
-    """
+    """The data set that a source reads, its task's own where it names none; DataError if neither names one."""
     if isinstance(source, DatasetSource):
         return Location(source.path, source.name, source.data_files, source.revision)
     file = task_file(source.task)

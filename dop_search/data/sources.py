@@ -124,11 +124,7 @@ _KINDS: dict[str, type[TaskSource | DatasetSource]] = {"task": TaskSource, "data
 
 
 def named_sources(name: str) -> tuple[Source, ...] | None:
-    """The sources of ``data=NAME``, or ``None`` if there is no such option or it has no sources.
-
-    Raises:
-        DataError: if the file lists something that is no source.
-    """
+    """The sources of ``data=NAME``, ``None`` without any; DataError if the file lists something that is no source."""
     file = config_dir() / "data" / f"{name}.yaml"
     if not file.is_file():
         return None

@@ -20,11 +20,7 @@ _OF_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
 def load_table(where: Location, split: str) -> Dataset:
-    """One split of a data set; of a single local file, any name will do.
-
-    Raises:
-        DataError: if there is no such data set, configuration or split, or no way to reach it.
-    """
+    """One split of a data set; of a single local file, any name will do. DataError if it cannot be had."""
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that the hub uses

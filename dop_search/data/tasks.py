@@ -24,11 +24,7 @@ _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.-]+)[\"']?\s*(?:#.*)?$", re.MULTIL
 
 
 def tasks_root() -> Path:
-    """The folder of lmms-eval's own tasks, found without importing it.
-
-    Raises:
-        MissingExtraError: if lmms-eval is not installed.
-    """
+    """The folder of lmms-eval's own tasks, found without importing it; MissingExtraError if it is not installed."""
     check_extras("a benchmark of lmms-eval", "eval")
     found = importlib.util.find_spec("lmms_eval")
     if found is None or found.origin is None:

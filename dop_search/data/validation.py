@@ -45,7 +45,6 @@ def validation_set(
         name: ``"pocket"`` (rendered by this project), ``"passages"`` (text, for models without images), ``"jsonl"`` (a
             file, see ``dop_search.data.jsonl``), a file in ``conf/data`` with ``sources`` (``"gqa"``, ``"textvqa"``,
             ``"mixed"``, …), or any name with ``sources``.
-        num_samples: how many.
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
         path: the file of ``"jsonl"``, see :func:`file_rows`.

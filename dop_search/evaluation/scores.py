@@ -24,19 +24,8 @@ _AS_JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One model's score on one benchmark.
-
-    Attributes:
-        benchmark: e.g. ``"gqa"``.
-        score: in the benchmark's usual unit.
-        unit: ``"%"`` or ``"points"``.
-        num_samples: questions answered.
-        samples: what each one was worth, ordered by ``doc_id``.
-        aggregate: name in ``AGGREGATES``; ``AGGREGATES[aggregate](samples) == score``.
-
-    Raises:
-        DopError: if score, count and samples contradict each other.
-    """
+    """One model's score on one benchmark, in its usual unit (``"%"`` or ``"points"``), with what each sample was worth,
+    ordered by ``doc_id``; DopError unless ``AGGREGATES[aggregate](samples) == score``."""
 
     benchmark: str
     score: float

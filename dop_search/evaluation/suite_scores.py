@@ -36,7 +36,6 @@ def score_suite(
     *,
     work_dir: str | Path,
     limit: int | None = None,
-    batch_size: int | None = None,
     resume: bool = True,
     on_progress: OnProgress | None = None,
     revisions: Mapping[str, str] | None = None,
@@ -53,7 +52,6 @@ def score_suite(
         strategy: what runs, also a fitted method; ``None``: the full model.
         work_dir: generated tasks, rendered rows, scores and the log.
         limit: most samples per benchmark instead of the suite's; see :func:`scored_rows`.
-        batch_size: samples per generation call instead of the suite's.
         resume: read back what is there; ``False`` measures anew.
         on_progress: called with (done, total, title of the benchmark).
         revisions: data set → commit, for several calls that are to score the same data; found out if not given.
@@ -65,8 +63,7 @@ def score_suite(
         DopError: if our score of the samples differs from lmms-eval's own.
     """
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    given: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
-    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    chosen = chosen if limit is None else dataclasses.replace(chosen, limit=limit)
     run = _Run(loaded, chosen, strategy_of(strategy), Path(work_dir), on_progress)
     scores, marks = run.all(resume, revisions)
     return SuiteScores(

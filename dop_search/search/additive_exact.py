@@ -204,11 +204,7 @@ class Front:
         return len(self.total_cost)
 
     def solve(self, budget: Budget) -> Solution:
-        """The least divergent strategy within the budget.
-
-        Raises:
-            BudgetError: if nothing fits; it names the smallest feasible value.
-        """
+        """The least divergent strategy within the budget; BudgetError, with the smallest feasible, if nothing fits."""
         start = time.perf_counter()
         ratio = budget.resolve(self.cost_model)
         # Compared as ratios, so that the ratio of a strategy is itself a budget that the strategy fits.
@@ -271,11 +267,7 @@ def pareto_front(problem: Problem, on_progress: OnProgress | None = None) -> Fro
 
 
 def additive_exact(problem: Problem, budget: Budget, on_progress: OnProgress | None = None) -> Solution:
-    """Solve one budget on the front, which is built once per surrogate and cost model.
-
-    Raises:
-        BudgetError: if nothing fits; it names the smallest feasible value.
-    """
+    """Solve one budget on the front, which is built once per surrogate and cost model; BudgetError as with it."""
     start = time.perf_counter()
     solution = pareto_front(problem, on_progress).solve(budget)
     return replace(solution, seconds=time.perf_counter() - start)

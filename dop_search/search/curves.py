@@ -88,10 +88,8 @@ class Curve:
     def __call__(self, levels: Sequence[int] | NDArray[Any]) -> FloatArray:
         """Mean divergence at any levels: the measured values, PCHIP between them (no overshoot, no new extrema).
 
-        Rounding may leave a measured value a hair below zero; a divergence is not, so it is cut at 0.
-
-        Raises:
-            ConfigError: for levels outside the measured range.
+        Rounding may leave a measured value a hair below zero; a divergence is not, so it is cut at 0. ConfigError for
+        levels outside the measured range.
         """
         wanted = np.asarray(levels, dtype=np.int64)
         if wanted.min() < self.levels[0] or wanted.max() > self.levels[-1]:
@@ -146,11 +144,7 @@ class Curves:
         return cls(space.name, curves, len({strategy.key() for strategy in measured.values()}))
 
     def surrogate(self, space: Space) -> Surrogate:
-        """The additive surrogate on ``space`` (also one with fewer levels than the curves were measured for).
-
-        Raises:
-            ConfigError: if a curve is missing or does not reach a level.
-        """
+        """The additive surrogate on ``space``, also with fewer levels; ConfigError if a curve misses a level."""
         missing = sorted(set(space.names) - set(self.curves))
         if missing:
             raise ConfigError(f"no curves for {missing} of space {space.name!r}; measured: {sorted(self.curves)}")
@@ -175,11 +169,7 @@ class Curves:
 
     @classmethod
     def load(cls, path: str | Path) -> Curves:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            CacheError: if the file is missing, is not a curves file, or has another version.
-        """
+        """Read what :meth:`save` wrote; CacheError if the file is missing, no curves file, or of another version."""
         try:
             table = pq.read_table(Path(path))
         except (OSError, pa.ArrowInvalid) as error:

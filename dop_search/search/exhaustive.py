@@ -28,11 +28,7 @@ class EvaluatedGrid:
     seconds: float
 
     def best(self, budget: Budget) -> MeasuredSolution:
-        """The least divergent point within the budget.
-
-        Raises:
-            BudgetError: if nothing fits; it names the smallest feasible value.
-        """
+        """The least divergent point within the budget; BudgetError, with the smallest feasible, if nothing fits."""
         cost_model, surrogate = self.problem.cost_model, self.problem.surrogate
         ratio = budget.resolve(cost_model)
         fits = np.flatnonzero(self.cost_ratio <= ratio)

@@ -63,7 +63,6 @@ class GsopSearch:
 
     Args:
         evaluate: mean KL of strategies with two groups.
-        num_layers: decoder layers.
         fields: further fields of the strategies, such as the selector.
         free_nats, stride_nats, growth: see the module; ``growth=0`` are the paper's equal strides.
         num_strides: after so many the search ends; ``None``: never.
@@ -71,9 +70,7 @@ class GsopSearch:
 
     Attributes:
         points: the trajectory so far, from the full model on.
-        num_evaluations: strategies scored so far.
         num_free_points: points up to the one that leaves out all that is free.
-        num_sorts: how often the operations were sorted.
     """
 
     evaluate: Evaluate

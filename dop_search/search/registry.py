@@ -42,9 +42,7 @@ def check_solver_options(name: str, options: Iterable[str]) -> None:
 def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Solution:
     """Run the solver ``name``; ``on_progress`` is left out for one that does not take it.
 
-    Raises:
-        ConfigError: on an unknown solver or option; the message names a near one.
-        BudgetError: if nothing fits; it names the smallest feasible value.
+    Raises ConfigError on an unknown solver or option, BudgetError, naming the smallest feasible value, if nothing fits.
     """
     solver = SOLVERS.find(name)
     if "on_progress" not in inspect.signature(solver).parameters:

@@ -35,12 +35,8 @@ class Worker:
     """This process among those that share a study; while entered, it counts up an attribute of the study.
 
     Its name is its own: host and process number are there for the reader, the rest is random. On this machine it holds
-    a file of that name, by which others that see the file know at once when its process has ended.
-
-    Args:
-        study: where the workers can see each other.
-        heartbeat_s: seconds between two counts.
-        grace_s: seconds without a new count after which a worker is taken for dead.
+    a file of that name, by which others that see the file know at once when its process has ended. It counts every
+    ``heartbeat_s``; without a new count for ``grace_s`` it is taken for dead.
     """
 
     def __init__(self, study: optuna.Study, heartbeat_s: float = HEARTBEAT_S, grace_s: float = GRACE_S) -> None:

@@ -152,11 +152,7 @@ class Space:
         return next((p for p in self.parameters if p.role == role and p.group == group), None)
 
     def with_levels(self, levels: Mapping[str, Sequence[int]]) -> Space:
-        """The same space with fewer levels for the named parameters; "full" always stays.
-
-        Raises:
-            ConfigError: on an unknown parameter or a level that it does not have.
-        """
+        """With fewer levels for the named parameters, "full" always among them; ConfigError on any other."""
         chosen = {}
         for name, values in levels.items():
             parameter = self.parameter(name)
@@ -169,11 +165,7 @@ class Space:
         return replace(self, parameters=tuple(chosen.get(p.name, p) for p in self.parameters))
 
     def strategy(self, assignment: Assignment) -> Strategy:
-        """The canonical strategy of an assignment; parameters that are not named are full.
-
-        Raises:
-            ConfigError: on an unknown parameter or a value that is not one of its levels.
-        """
+        """The canonical strategy of an assignment, what is not named full; ConfigError on a wrong name or level."""
         values = self.full
         for name, value in assignment.items():
             parameter = self.parameter(name)

@@ -22,11 +22,7 @@ Root = TypeVar("Root", bound=BaseModel)
 
 
 def parse_config(config: DictConfig) -> SearchConfig:
-    """Validate a composed configuration of a search.
-
-    Raises:
-        ConfigError: listing every error with its dotted path, the value that was given and near names.
-    """
+    """A search's validated configuration; ConfigError listing every error with its path, what was given, near names."""
     return parse_as(config, SearchConfig)
 
 

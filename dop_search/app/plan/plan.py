@@ -44,12 +44,10 @@ class Stage:
     """One stage of a search.
 
     Attributes:
-        name: what it does.
-        device_bytes: what is held on each device at the peak, by what it is.
-        host_bytes: the same in host memory.
-        num_layer_forwards: forwards of a decoder layer on a chunk of samples; an upper bound where ``at_most``.
+        device_bytes, host_bytes: what is held on each device, and in host memory, at the peak, by what it is.
+        num_layer_forwards: forwards of a decoder layer on a chunk of samples.
         flops: of all of them, and of the vision tower.
-        at_most: whether the strategies are not known yet.
+        at_most: whether these are upper bounds, as the strategies are not known yet.
     """
 
     name: str
