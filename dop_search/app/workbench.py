@@ -93,16 +93,6 @@ class Workbench:
             self._data[key] = replace(drawn, split=split, samples=others[: config.sizes[split]])
         return self._data[key]
 
-    def check_other_seed(self, seed: int) -> None:
-        """Refuse, by ConfigError, a seed of whose search samples some are held out, as in a file that is shuffled."""
-        shared = {*self.data("search", seed=seed).ids} & {*self.data("heldout").ids}
-        if shared:
-            raise ConfigError(
-                f"{len(shared)} search samples of seed {seed} are held-out samples of seed {self.config.data.seed}, "
-                f"e.g. {min(shared)!r}; leave that seed out (study.options.seeds), or use experiment=validation_size, "
-                "whose subsets are of one search set"
-            )
-
     def teacher(self, split: Split, selector: str | Selector | None = None, **changes: Any) -> Teacher:
         """The full model's answers on a split, with its tokens ranked by ``selector`` (default: the configured)."""
         ranker = self.selector(selector)

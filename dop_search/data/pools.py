@@ -33,13 +33,10 @@ def location_of(source: Source) -> Location:
     if not fields.get("dataset_path"):
         raise DataError(f"the task {source.task!r} names no data set; give dataset_path")
     own = task_location(fields, file)
-    return Location(
-        own.path,
-        source.dataset_name or own.name,
-        source.data_files or own.data_files,
-        source.revision or own.revision,
-        own.base if source.data_files is None else None,
-    )
+    name, revision = source.dataset_name or own.name, source.revision or own.revision
+    if source.data_files:
+        return Location(own.path, name, source.data_files, revision)
+    return Location(own.path, name, own.data_files, revision, own.base)
 
 
 def check_sources(sources: Sequence[Source]) -> None:

@@ -35,22 +35,6 @@ def generate_answers(
     return [answers[index] for index in range(len(samples))]
 
 
-def relative_family_mean(correct: np.ndarray, correct_full: np.ndarray, families: Sequence[str]) -> float:
-    """Accuracy in per cent of the full model's, mean over families of questions (as over benchmarks).
-
-    Args:
-        correct, correct_full: boolean ``[num_samples]``, of the pruned and of the full model.
-        families: each sample's; those that the full model never answers are left out. NaN if that is all.
-    """
-    names = np.array(families)
-    ratios = [
-        correct[names == name].mean() / correct_full[names == name].mean()
-        for name in dict.fromkeys(families)
-        if correct_full[names == name].any()
-    ]
-    return float(100.0 * np.mean(ratios)) if ratios else float("nan")
-
-
 def correct_answers(answers: Sequence[str], samples: Sequence[Sample]) -> np.ndarray:
     """Boolean ``[num_samples]``: whether each answer is accepted; its mean is the accuracy."""
     return np.array([score_answer(text, sample) for text, sample in zip(answers, samples, strict=True)], dtype=np.bool_)

@@ -144,7 +144,7 @@ class _FrontSearch:
             np.concatenate([cost[place] * (1 + TOLERANCE), top[cheap_end]]),
         )
         found = []
-        for depths, row, cost in enumeration.complete(rows):
+        for depths, cost, row in enumeration.complete(rows):
             its = np.flatnonzero(self._of_use(corners, depths, rows.end[row], cost))
             if share < 1.0:  # a better pool needs no more than the best at either end
                 its = its[undominated(cost[its], depths.divergence[its], rows.end[row][its])]

@@ -152,15 +152,14 @@ class Claims:
 
 
 class Pause:
-    """Sleeps, each time a little longer, up to ``longest_s``."""
+    """Sleeps, each time a little longer, from 20 ms up to two seconds."""
 
-    def __init__(self, shortest_s: float = 0.02, longest_s: float = 2.0) -> None:
-        self._next_s, self._longest_s = shortest_s, longest_s
+    _next_s = 0.02
 
     def __call__(self) -> None:
         """Sleep once."""
         time.sleep(self._next_s)
-        self._next_s = min(1.5 * self._next_s, self._longest_s)
+        self._next_s = min(1.5 * self._next_s, 2.0)
 
 
 def end_trial(study: optuna.Study, number: int, value: float | None = None) -> bool:

@@ -13,13 +13,13 @@ from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothi
 from dop_search.app.results import ResultFile
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import plain_answers
-from dop_search.evaluation.accuracy import correct_answers, relative_family_mean
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.progress import Progress
 from experiments.compare import page
-from experiments.compare.study import Compare, summarize
+from experiments.compare.study import Compare, relative_family_mean, summarize
 
 METHODS = ("dop_split@divprune", "gsop@uniform_grid", "divprune", "fastv", "trim")
 GIVEN = ("budget=[0.3,0.12]", f"study.options.methods=[{','.join(METHODS)}]", "study.options.num_timing_rounds=1")

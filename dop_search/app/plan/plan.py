@@ -9,14 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dop_search.app.config import SearchConfig
-from dop_search.app.config.solvers import (
-    AdditiveExactConfig,
-    AdditiveOptunaConfig,
-    ExactOptunaConfig,
-    ExhaustiveConfig,
-    JointConfig,
-)
+from dop_search.app.config import SearchConfig, solvers
 from dop_search.app.plan.facts import ModelFacts, model_facts
 from dop_search.divergence.footprint import SampleSize
 from dop_search.divergence.forecast import ChunkForecast, Work
@@ -139,7 +132,7 @@ class _Stages:
         self.sizes = self.facts.prompts
         self.longest = max(self.sizes, key=lambda size: size.length)
         self.heldout = self._repeated(config.data.num_heldout)
-        joint = config.search if isinstance(config.search, JointConfig) else None
+        joint = config.search if isinstance(config.search, solvers.JointConfig) else None
         self.deciding = self._repeated(0 if joint is None else config.data.num_decision)
         self.num_selectors = 1 if joint is None else len({config.selector.name, *config.selector.also})
         self.spaces = dict.fromkeys([config.space.name, *([] if joint is None else config.space.also)])
@@ -157,12 +150,15 @@ class _Stages:
             Stage("load", {"weights": self.weights}, shard),
             self._teacher(),
             self._curves(),
-            *([self._trajectories()] if GSOP in self.spaces else []),
-            self._candidates(),
-            self._confirmation(),
         ]
+        if GSOP in self.spaces:
+            number = TRAJECTORY_PER_LAYER * self.layers * self.num_selectors
+            stages.append(self._score(f"GSOP's trajectories: {number} strategies", self.sizes, [number], [1.0]))
+        stages += [self._candidates(), self._score("held-out samples", self.heldout, [2] * len(self.config.budget))]
         if self.config.eval.name == "accuracy" and self.config.data.num_test:
-            stages.append(self._accuracy())
+            working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
+            held = {"keys, values, activations": working}
+            stages.append(self._stage("accuracy", held, forwards, flops, at_most=True))
         place = (self.facts, self.device, self.is_here, self.num_devices, self.limit)
         return Plan(*place, tuple(stages), self.least_bytes())
 
@@ -263,10 +259,6 @@ class _Stages:
             points += [space.single(p.name, level) for p in space.parameters for level in grid.for_parameter(p)]
         return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
 
-    def _trajectories(self) -> Stage:
-        number = TRAJECTORY_PER_LAYER * self.layers * self.num_selectors
-        return self._score(f"GSOP's trajectories: {number} strategies", self.sizes, [number], [1.0])
-
     def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
         chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.device.type))
         return [[sizes[index] for index in members] for members in chunks]
@@ -288,21 +280,14 @@ class _Stages:
 
     def _candidates(self) -> Stage:
         match self.config.search:
-            case AdditiveExactConfig() | AdditiveOptunaConfig() as search:
+            case solvers.AdditiveExactConfig() | solvers.AdditiveOptunaConfig() as search:
                 number = search.num_rerank + 1
-            case ExactOptunaConfig() as search:
+            case solvers.ExactOptunaConfig() as search:
                 number = search.num_trials
-            case JointConfig() as search:
+            case solvers.JointConfig() as search:
                 number = search.num_proposals + search.num_sampled
-            case ExhaustiveConfig() as search:
+            case solvers.ExhaustiveConfig() as search:
                 number = search.max_strategies
             case _:
                 number = UNKNOWN_CANDIDATES
         return self._score(f"candidates: {number} per budget", self.sizes, [number] * len(self.config.budget))
-
-    def _confirmation(self) -> Stage:
-        return self._score("held-out samples", self.heldout, [2] * len(self.config.budget))
-
-    def _accuracy(self) -> Stage:
-        working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
-        return self._stage("accuracy", {"keys, values, activations": working}, forwards, flops, at_most=True)

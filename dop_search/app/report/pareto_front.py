@@ -72,11 +72,9 @@ def _candidates(axis: Axes, candidates: list[Candidate]) -> None:
 
 def _results(axis: Axes, record: Record) -> None:
     """The held-out KLs with 95 % intervals; budgets as thin lines."""
-    found: list[Measured] = []
-    uniform: list[Measured] = []
+    found: list[Measured] = [*record.results]
+    uniform: list[Measured] = [result.uniform for result in record.results if result.uniform is not None]
     for result in record.results:
-        found.append(result)
-        uniform += [] if result.uniform is None else [result.uniform]
         axis.axvline(result.flops_ratio, color=FAINT, linewidth=0.6, linestyle=":", zorder=0)
     for points, color, marker, label in (
         (found, FOUND, "o", "found, held-out (95 % CI)"),

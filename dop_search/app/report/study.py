@@ -80,7 +80,8 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
     if len({*values}) < 2:
         return {}
     what = "KL on the search samples (nats)"
-    log10 = {"target": _log10, "target_name": "log10 of the KL (nats)"}
+    log10: dict[str, Any] = {"target": lambda trial: math.log10(max(trial.value, SMALLEST_KL))}
+    log10["target_name"] = "log10 of the KL (nats)"
     everything = optuna.create_study()
     everything.add_trials([trial for trial in priced if trial.state.name == "COMPLETE"])
     limit = max(trial.user_attrs["candidate"]["cost_ratio"] for trial in measured.trials)
@@ -113,10 +114,6 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
         drawn[kind] = axis.figure
         plt.close(axis.figure)
     return drawn
-
-
-def _log10(trial: Any) -> float:
-    return math.log10(max(trial.value, SMALLEST_KL))
 
 
 def study_alt_text(kind: str, result: Result) -> str:

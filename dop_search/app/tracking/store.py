@@ -28,27 +28,10 @@ from dop_search.app.record import (
     StrategyScores,
 )
 from dop_search.app.report.write import PAGE_FILE, PLOTS_FOLDER, load_curves
+from dop_search.app.tracking import values
 from dop_search.app.tracking.artifacts import STRATEGY_FILE, register
 from dop_search.app.tracking.connection import connected
 from dop_search.app.tracking.system import read_system_metrics
-from dop_search.app.tracking.values import (
-    Point,
-    benchmark_values,
-    curve_points,
-    evaluated_metrics,
-    evaluated_params,
-    provenance_tags,
-    result_metrics,
-    result_params,
-    run_name,
-    score_columns,
-    search_tags,
-    shared_metrics,
-    shared_params,
-    started_ms,
-    strategy_key,
-    study_row_values,
-)
 from dop_search.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -70,21 +53,23 @@ def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | N
     """
     if config.backend == "none":
         return None
-    tags, shared = search_tags(record), shared_params(record)
-    start = started_ms(record.provenance)
+    tags, shared = values.search_tags(record), values.shared_params(record)
+    start = values.started_ms(record.provenance)
     times = (start, start + int(1000 * record.seconds))  # what is logged later has its own times
     with connected(config, run_dir) as (client, experiment):
         store = _Store(client, experiment, times)
-        with store.run(config.run_name or run_name(record), tags, shared, shared_metrics(record)) as parent:
+        with store.run(
+            config.run_name or values.run_name(record), tags, shared, values.shared_metrics(record)
+        ) as parent:
             curves = load_curves(run_dir)
-            store.log_metrics(parent, [] if curves is None else curve_points(curves))
+            store.log_metrics(parent, [] if curves is None else values.curve_points(curves))
             store.log_metrics(parent, read_system_metrics(run_dir))
             client.log_inputs(parent, data_sets(record))
             store.log_files(parent, run_dir, (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER))
             for result in record.results:
-                its = {**tags, "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
-                params = {**shared, **result_params(result)}
-                with store.run(run_name(record, result), its, params, result_metrics(result)) as run:
+                its = {**tags, "mlflow.parentRunId": parent, "strategy_key": values.strategy_key(result.strategy)}
+                params = {**shared, **values.result_params(result)}
+                with store.run(values.run_name(record, result), its, params, values.result_metrics(result)) as run:
                     client.log_inputs(run, data_sets(record))
                     store.log_strategy(run, result.strategy, result.scores)
                     register(client, run, record, result)
@@ -99,9 +84,13 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
     if config.backend == "none":
         return []
     shared = {"model": record.model.name, "suite": record.suite.suite, "limit": str(record.suite.limit)}
-    tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **provenance_tags(record.provenance)}
+    tags = {
+        "kind": "evaluation",
+        "model_fingerprint": record.model.fingerprint,
+        **values.provenance_tags(record.provenance),
+    }
     full = {f"score_full/{name}": value for name, value in record.full.items()}
-    made, start = [], started_ms(record.provenance)
+    made, start = [], values.started_ms(record.provenance)
     with connected(config, run_dir) as (client, experiment):
         store = _Store(client, experiment, (start, start + int(1000 * record.seconds)))
         scored: list[StrategyScores | None] = [*record.strategies]
@@ -109,7 +98,7 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
             name, link = FULL_FOLDER if item is None else item.name, {}
             params, metrics = {"strategy": FULL_FOLDER}, full
             if item is not None:
-                params, metrics = evaluated_params(item), {**full, **evaluated_metrics(item)}
+                params, metrics = values.evaluated_params(item), {**full, **values.evaluated_metrics(item)}
                 link = {} if item.strategy is None else _search_tags(client, experiment, item.strategy)
             title = config.run_name or f"{record.model.name} {record.suite.suite} {name}"
             with store.run(title, {**tags, **link}, {**shared, **params}, metrics) as run:
@@ -141,7 +130,7 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
             )
             tags = {**shared, "kind": "study_row", "mlflow.parentRunId": parent}
             for row in result["rows"]:
-                params, metrics = study_row_values(row)
+                params, metrics = values.study_row_values(row)
                 with store.run(" ".join(params.values())[:200], tags, {**shared, **params}, metrics):
                     pass
             client.set_tag(parent, "digest", digest)  # at the end: what was interrupted is logged anew
@@ -152,7 +141,7 @@ def log_benchmark(config: TrackingConfig, data: Mapping[str, Any]) -> str | None
     """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id."""
     if config.backend == "none":
         return None
-    params, metrics = benchmark_values(data)
+    params, metrics = values.benchmark_values(data)
     with (
         connected(config) as (client, experiment),
         _Store(client, experiment).run(config.run_name or "dop-bench", {}, params, metrics) as run,
@@ -183,7 +172,7 @@ class _Store:
         yield run
         self.client.set_terminated(run, end_time=self.times[1])
 
-    def log_metrics(self, run: str, points: Iterable[Point]) -> None:
+    def log_metrics(self, run: str, points: Iterable[values.Point]) -> None:
         """Numbers with their steps and times, default: now."""
         from mlflow.entities import Metric
 
@@ -205,12 +194,12 @@ class _Store:
         if strategy is not None:
             self.client.log_dict(run, strategy.to_json(), STRATEGY_FILE)
         if scores:
-            self.client.log_table(run, score_columns(scores), SCORE_TABLE)
+            self.client.log_table(run, values.score_columns(scores), SCORE_TABLE)
 
 
 def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> dict[str, str]:
     """Which search made a strategy: its id, and its run where this experiment has it."""
-    tags = {"strategy_key": strategy_key(strategy)}
+    tags = {"strategy_key": values.strategy_key(strategy)}
     search = strategy.provenance.get("search_id")
     if not isinstance(search, str) or not search.isalnum():
         return tags

@@ -122,13 +122,9 @@ def provenance_tags(provenance: Provenance | None) -> dict[str, str]:
         return {}
     tags = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "dop-search", "mlflow.source.type": "LOCAL"}
     tags |= {f"version.{name}": version for name, version in provenance.versions.items()}
-    if provenance.search_id is not None:
-        tags["search_id"] = provenance.search_id
-    if provenance.git_commit is not None:
-        tags["mlflow.source.git.commit"] = provenance.git_commit
-    if provenance.command is not None:
-        tags["command"] = provenance.command
-    return tags
+    known = provenance.search_id, provenance.git_commit, provenance.command
+    names = "search_id", "mlflow.source.git.commit", "command"
+    return tags | {name: value for name, value in zip(names, known, strict=True) if value is not None}
 
 
 def started_ms(provenance: Provenance | None) -> int:
