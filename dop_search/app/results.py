@@ -174,7 +174,6 @@ class ResultFile:
         return row is None or (FAILED in row and _name(key) not in mine)
 
     def _take(self, claim: str) -> bool:
-        """Claim rows, unless another process has."""
         try:
             fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(claim))
         except (BlockingIOError, PermissionError):
@@ -239,7 +238,6 @@ def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> str:
 
 
 def _is_close(old: Any, new: Any) -> bool:
-    """Whether two plain values are the same up to rounding."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() == new.keys() and all(_is_close(old[name], new[name]) for name in old)
     if isinstance(old, list) and isinstance(new, list):

@@ -126,7 +126,6 @@ def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
 
 
 def _prepare(bench: Workbench) -> MeasuredProfile:
-    """Load the data, ask the full model, measure the curves."""
     with bench.stage("data"), bench.progress.task(f"data: {bench.config.data.name}"):
         for split in needed_splits(bench.config):
             bench.data(split)
@@ -155,7 +154,6 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
 def _solve_budget(
     bench: Workbench, profile: MeasuredProfile, budget: Budget, search_id: str, studies: list[tuple[str, str]]
 ) -> Result:
-    """The best strategy within a budget, confirmed on samples that the search never saw."""
     start = time.perf_counter()
     config = bench.config
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
@@ -258,7 +256,6 @@ def _candidate(solution: MeasuredSolution, prices: Pricing | CostModel, uniform:
 
 
 def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify: Notify) -> SearchPlace:
-    """What a solver has beside its problem."""
     return SearchPlace(
         problem=profile.problem(budget),
         budget=budget,

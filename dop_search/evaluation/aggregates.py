@@ -138,7 +138,6 @@ def _pairs(samples: Sequence[SampleScore]) -> Units:
 
 
 def _categories(samples: Sequence[SampleScore]) -> Units:
-    """One stratum per category."""
     return _stratified([str(s.doc_id) for s in samples], [s.keys[0] for s in samples], [s.value for s in samples])
 
 

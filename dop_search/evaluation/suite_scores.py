@@ -137,7 +137,6 @@ class _Run:
         return score
 
     def _measure(self, benchmarks: list[Benchmark], revisions: dict[str, str]) -> Any:
-        """Yield each benchmark with its score."""
         log = self.work_dir / "lmms_eval.log"
         with silenced(log):
             import lmms_eval.evaluator  # noqa: F401  (seconds, and some noise)

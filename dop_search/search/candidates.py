@@ -171,7 +171,6 @@ class _BestSearch:
         return Depths.concatenate([enumeration.tangents[2].take(slice(0, 1)), *found])
 
     def _points(self, depths: Depths, per_cell: int) -> _Points:
-        """The depths beside every number of tokens of their blocks within the cost."""
         enumeration, features, parts = self.enumeration, self.enumeration.features(depths), []
         for its, levels, cost, _ in enumeration.by_block(depths, features):
             row, column = np.nonzero(cost <= self.limit * (1 + TOLERANCE))

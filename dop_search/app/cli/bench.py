@@ -233,7 +233,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
-    """What is timed, in words, and its prompt."""
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = named_device(name, "`--device` must be auto, cpu or cuda[:index]")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")

@@ -52,7 +52,6 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
 
 
 def _run_study(config: SearchConfig) -> None:
-    """Measure a study, and print its table and where everything lies."""
     from dop_search.app.study_run import run_study
     from dop_search.app.tracking.connection import ui_command
 

@@ -109,14 +109,12 @@ def _tag(section: type) -> str | None:
 
 
 def _fields(section: type) -> dict[str, Any]:
-    """Field → annotation, of a pydantic model or a dataclass."""
     if issubclass(section, BaseModel):
         return {name: field.annotation for name, field in section.model_fields.items()}
     return {name: hint for name, hint in typing.get_type_hints(section).items() if not name.startswith("_")}
 
 
 def _sections(annotation: Any) -> list[type]:
-    """The pydantic models and dataclasses that an annotation mentions."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return [annotation]
     return [section for argument in typing.get_args(annotation) for section in _sections(argument)]

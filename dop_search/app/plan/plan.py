@@ -118,8 +118,6 @@ def _limit(config: SearchConfig, device: torch.device, is_here: bool) -> int:
 
 
 class _Stages:
-    """What a plan is made of."""
-
     def __init__(self, config: SearchConfig, limit: int | None = None) -> None:
         self.config = config
         self.device, self.is_here = _device(config)

@@ -108,7 +108,6 @@ def _svg(figure: Figure) -> str:
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """Where the numbers come from."""
     facts = {
         "Model": f"{record.model.name} ({record.model.fingerprint})",
         "Data": f"{record.data.name}; " + ", ".join(f"{k} {v}" for k, v in record.data.fingerprints.items()),

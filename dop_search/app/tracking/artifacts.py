@@ -57,7 +57,6 @@ def register(client: MlflowClient, run: str, record: Record, result: Result) -> 
 
 
 def _run_of(client: MlflowClient, address: str) -> tuple[str, str]:
-    """The run, and the path of the artifact in it."""
     model = _MODEL.fullmatch(address)
     if model is None:
         run, _, file = address.partition(":/")[2].strip("/").partition("/")

@@ -169,7 +169,6 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the chatter of a new store's migrations."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("mlflow", "alembic"))}
     for logger in levels:
         logger.setLevel(logging.ERROR)

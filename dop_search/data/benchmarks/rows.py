@@ -65,8 +65,6 @@ def benchmark_rows(benchmark: str, num_rows: int = NUM_ROWS) -> list[Row]:
 
 
 def _asked(families: Sequence[str], convert: Callable[[int, RenderedQuestion], Row]) -> Callable[[int, int], list[Row]]:
-    """Rows of independent questions, families in turn."""
-
     def rows(num_rows: int, seed: int) -> list[Row]:
         questions = rendered_questions("test", num_rows, seed, families)
         return [{"image": q.scene, **convert(index, q)} for index, q in enumerate(questions)]

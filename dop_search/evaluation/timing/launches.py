@@ -51,7 +51,6 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count and compute."""
         kwargs = kwargs or {}
         if func not in FUSED:
             with self:
@@ -78,7 +77,6 @@ class HostWaits(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Count and compute."""
         name = getattr(func, "__name__", "")
         by_mask = name == "__getitem__" and any(
             isinstance(item, Tensor) and item.dtype == torch.bool

@@ -205,8 +205,6 @@ def _strategy(layers: int, q: Any, kv: Any, mlp: Any, tokens: int, **fields: Any
 def _time(
     jobs: Sequence[_Job], rounds: int, clock: Clock, seed: int, on_progress: OnProgress | None
 ) -> dict[Key, list[float]]:
-    """Measurements of every job."""
-
     def measure(index: int, before: list[float]) -> float | None:
         if len(before) >= LONG_ROUNDS and min(before) > LONG_MS:
             return None

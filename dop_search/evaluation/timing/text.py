@@ -57,7 +57,6 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def _name(row: Row) -> str:
-    """The variant and what it was solved for."""
     target = row.variant.target_ratio
     return row.variant.name if target is None else f"{target:g} {row.variant.name}"
 
