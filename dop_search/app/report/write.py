@@ -7,11 +7,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dop_search.app.record import CURVES_FILE, Record
-from dop_search.app.report.additive_vs_exact import additive_vs_exact
 from dop_search.app.report.divergence_curves import divergence_curves
+from dop_search.app.report.kl_plots import additive_vs_exact, pareto_front
 from dop_search.app.report.layer_map import layer_map
 from dop_search.app.report.page import page
-from dop_search.app.report.pareto_front import pareto_front
 from dop_search.app.report.scores import relative_scores
 from dop_search.app.report.study import study_figures
 from dop_search.app.report.style import save_figure
