@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -185,14 +185,11 @@ class _BestSearch:
         level, cost, divergence = (
             np.concatenate([getattr(its, name) for its in found]) for name in ("level", "cost", "divergence")
         )
-        block, kv, inner, nats = (
-            np.concatenate([getattr(its.depths, name) for its in found])
-            for name in ("block", "kv", "inner", "divergence")
-        )
-        points = _Points(Depths(block, kv, inner, nats), level, cost, divergence)
+        depths = Depths(*(np.concatenate([getattr(its.depths, f.name) for its in found]) for f in fields(Depths)))
+        points = _Points(depths, level, cost, divergence)
         order = np.lexsort((cost, divergence))
         if per_cell == 1:
-            cell = block[order] * self.cell_bound.shape[1] + kv[order]
+            cell = depths.block[order] * self.cell_bound.shape[1] + depths.kv[order]
             order = order[np.sort(np.unique(cell, return_index=True)[1])]
         return points.take(order)
 

@@ -218,16 +218,9 @@ def data_sets(record: Record) -> list[DatasetInput]:
     data = record.data
     source = json.dumps({"name": data.name, "seed": data.seed, "sources": data.sources})
     sizes = {"search": data.num_samples, "heldout": data.num_heldout, "test": data.num_test}
-    return [
-        DatasetInput(
-            Dataset(
-                f"{data.name} {split}",
-                digest[:36],
-                "dop-search",
-                source,
-                profile=json.dumps({"num_samples": sizes.get(split)}),
-            ),
-            [InputTag("mlflow.data.context", split)],
-        )
-        for split, digest in data.fingerprints.items()
-    ]
+    sets = []
+    for split, digest in data.fingerprints.items():
+        profile = json.dumps({"num_samples": sizes.get(split)})
+        samples = Dataset(f"{data.name} {split}", digest[:36], "dop-search", source, profile=profile)
+        sets.append(DatasetInput(samples, [InputTag("mlflow.data.context", split)]))
+    return sets
