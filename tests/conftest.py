@@ -111,9 +111,9 @@ def run_small_study(tmp_path):
     from support.small_studies import study_config
 
     from dop_search.app.study_run import run_study
-    from dop_search.utils.progress import SilentProgress
+    from dop_search.utils.progress import Progress
 
     def run(name, *overrides):
-        return run_study(study_config(name, tmp_path, *overrides), SilentProgress()).data
+        return run_study(study_config(name, tmp_path, *overrides), Progress()).data
 
     return run

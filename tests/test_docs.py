@@ -21,7 +21,7 @@ from dop_search.search import SOLVERS, Problem, Solution, additive_exact, solve
 from dop_search.selectors import SELECTORS
 from dop_search.strategy.cost import Budget
 from dop_search.utils.conf import CONFIG_NAME, config_dir
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -170,7 +170,7 @@ def test_the_sample_study_runs(tmp_path: Path, registries_kept: None) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         study = f"study={{name: few_tokens, folder: {tmp_path / 'out'}, options: {{counts: [8, 200]}}}}"
         config = parse_as(compose(CONFIG_NAME, overrides=[*few, study]), SearchConfig)
-    result = run_study(config, SilentProgress()).data
+    result = run_study(config, Progress()).data
     few_, many = result["rows"]
     assert few_["kl_heldout"] == result["summary"]["largest"] > many["kl_heldout"]
     assert (tmp_path / "out" / "few_tokens.png").exists()

@@ -14,15 +14,7 @@ from dop_search.evaluation.suites import Suite
 
 def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged: Sequence[Split] = ("test",)) -> None:
     """Find out before a model is loaded whether the samples can be had, and that no benchmark scores them.
-
-    Args:
-        config: which samples.
-        suite: the benchmarks that judge, if any.
-        splits: those that are needed.
-        judged: splits whose answers are compared with the annotation.
-
-    Raises:
-        DataError: saying what to do.
+    Answers are needed on the ``judged`` ones of ``splits``, and with ``answers=ground_truth`` on all. Else DataError.
     """
     refuse_scored_data(config, suite)
     check_sources(sources_of(config.name, config.sources))
@@ -38,11 +30,7 @@ def check_data(config: DataConfig, suite: Suite, splits: Sequence[Split], judged
 
 
 def refuse_scored_data(config: DataConfig, suite: Suite) -> None:
-    """Refuse a search on what the suite scores.
-
-    Raises:
-        DataError: naming the source, the benchmark and the split.
-    """
+    """Refuse a search on what the suite scores; DataError naming the source, the benchmark and the split."""
     if suite.benchmarks and suite.source == "hub":
         data = {b.name: b.dataset for b in suite.benchmarks}
         scored = {name: Origin.of(Location(its.path, its.name), its.split) for name, its in data.items()}

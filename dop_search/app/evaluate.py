@@ -22,8 +22,8 @@ from dop_search.models.fast_linear import fast_linear
 from dop_search.models.loading import LoadedModel
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.progress import Progress
+from dop_search.utils.registry import import_modules
 
 METHODS_FOLDER = "methods"
 
@@ -34,9 +34,6 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     Writes ``scores.json`` and per-sample outputs to ``run_dir``, and logs to MLflow. Every finished benchmark is kept
     in ``config.cache_dir`` by the content of model, strategy and benchmark: a killed run continues, and the full
     model's scores come from an earlier run if there was one.
-
-    Raises:
-        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
@@ -48,8 +45,12 @@ def evaluate(config: EvalRunConfig, run_dir: Path, progress: Progress) -> EvalRe
     loaded = begin(config, run_dir, "hydra.run.dir", progress)
     judge = SuiteJudge(loaded, config.eval, Path(config.cache_dir) / EVALUATION_FOLDER, progress)
     items = []
+    judged: list[_Judged] = []
+    for (name, strategy), file in zip(strategies.items(), config.strategy, strict=True):
+        ratio = strategy.provenance.get("flops_ratio")
+        known = ratio if isinstance(ratio, float) else None
+        judged.append((strategy, {"name": name, "file": file, "strategy": strategy, "flops_ratio": known}))
     with fast_linear(loaded.model):
-        judged = [_from_file(*item) for item in zip(strategies.items(), config.strategy, strict=True)]
         judged += _fit(config, loaded, run_dir, progress)
         full = judge.scores(None)
         full.save(run_dir / SAMPLES_FOLDER / FULL_FOLDER)
@@ -79,13 +80,6 @@ _Judged = tuple[Strategy | FittedMethod, dict[str, Any]]
 """What is scored, and what the record says of it, see :class:`StrategyScores`."""
 
 
-def _from_file(named: tuple[str, Strategy], file: str) -> _Judged:
-    name, strategy = named
-    ratio = strategy.provenance.get("flops_ratio")
-    known = ratio if isinstance(ratio, float) else None
-    return strategy, {"name": name, "file": file, "strategy": strategy, "flops_ratio": known}
-
-
 def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Progress) -> list[_Judged]:
     """Every method at every ratio, fitted on the search samples; what a strategy expresses is saved."""
     if not config.method:
@@ -104,12 +98,7 @@ def _fit(config: EvalRunConfig, loaded: LoadedModel, run_dir: Path, progress: Pr
 
 
 def read_strategies(files: tuple[str, ...]) -> dict[str, Strategy]:
-    """Strategies by a name of their own: the file's, with its folder where two files are called alike.
-
-    Raises:
-        StrategyError: if a file is no strategy.
-        ConfigError: if no name tells two files apart.
-    """
+    """Strategies by a name of their own: the file's, with its folder where two files are called alike."""
     stems = [Path(file).stem for file in files]
     names = []
     for file, stem in zip(files, stems, strict=True):

@@ -19,12 +19,7 @@ PACKAGES = ("dop-search", "torch", "transformers", "optuna", "numpy", "lmms-eval
 """Whose versions are noted, where they are installed."""
 
 
-def provenance(
-    program: str,
-    started: datetime,
-    config: dict[str, Any],
-    search_id: str | None = None,
-) -> Provenance:
+def provenance(program: str, started: datetime, config: dict[str, Any], search_id: str | None = None) -> Provenance:
     """Where the numbers of this process come from; ``started`` is in UTC."""
     installed = {item.name: item.version for name in PACKAGES for item in distributions(name=name)}
     return Provenance(

@@ -242,11 +242,7 @@ class Saved(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a record, from its file or from the run directory that holds it.
-
-        Raises:
-            CacheError: if there is none, or it is of another version or malformed; the message says where.
-        """
+        """Read a record, from its file or its run directory; CacheError if there is none, or it is malformed."""
         file = Path(path) / cls.FILE if Path(path).is_dir() else Path(path)
         data = cls.KIND.read(file)
         try:

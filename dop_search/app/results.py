@@ -48,14 +48,8 @@ Key = Mapping[str, Any]
 class ResultFile:
     """``result.json``: what the rows depend on, the rows, and a summary. Beside it ``per_sample.json`` for arrays.
 
-    Args:
-        folder: where the files are; made if it does not exist.
-        study: name of the study.
-        setup: what every row depends on (model, data, objective): a file with another setup is refused.
-        published: a folder with a result that a new one begins with, if its setup is the same.
-
-    Raises:
-        ConfigError: if the folder has another study or setup; says what differs, and the remedy.
+    ``setup`` is what every row depends on (model, data, objective): a file with another setup is refused by
+    ConfigError. A new file begins with the result in ``published``, if its setup is the same.
     """
 
     def __init__(self, folder: Path, study: str, setup: Mapping[str, Any], published: Path | None = None) -> None:
@@ -80,8 +74,6 @@ class ResultFile:
             return
         self.data, self._samples = data, _read_json(published / SAMPLES_FILE)
         self._save()
-
-    # -- rows -----------------------------------------------------------------------------------
 
     @property
     def rows(self) -> list[Row]:
@@ -136,14 +128,7 @@ class ResultFile:
         ``measure(**key)`` returns the row's values, or these and an array per sample. What this model cannot have,
         such as a budget out of reach, makes a row with the reason under ``infeasible``. An error of the machinery makes
         one under ``failed``, which the next run tries again. A mistake in the configuration or the data ends the study.
-        None of these loses the rows of others.
-
-        Args:
-            keys: what the rows are about.
-            measure: measures one.
-            notify: told how far it is.
-            what: named to the user.
-            group: the parts of the key whose rows one process should measure, as they share work; default: none do.
+        None of these loses the rows of others. ``group``: the parts of the key whose rows one process should measure.
         """
         mine: set[str] = set()
         while True:
@@ -189,7 +174,6 @@ class ResultFile:
         return row is None or (FAILED in row and _name(key) not in mine)
 
     def _take(self, claim: str) -> bool:
-        """Claim rows, unless another process has."""
         try:
             fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(claim))
         except (BlockingIOError, PermissionError):
@@ -212,8 +196,6 @@ class ResultFile:
             log.exception("%s %s failed", what, dict(key))
             values = {FAILED: f"{type(error).__name__}: {error}"}
         self.add(key, values, samples)
-
-    # -- files ----------------------------------------------------------------------------------
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -241,11 +223,7 @@ class ResultFile:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What a study wrote.
-
-    Raises:
-        ConfigError: if the file is no study's result of this version.
-    """
+    """What a study wrote; ConfigError if the file is no study's result of this version."""
     return FORMAT.read(path)
 
 
@@ -260,7 +238,6 @@ def _differences(data: Mapping[str, Any], fresh: Mapping[str, Any]) -> str:
 
 
 def _is_close(old: Any, new: Any) -> bool:
-    """Whether two plain values are the same up to rounding."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() == new.keys() and all(_is_close(old[name], new[name]) for name in old)
     if isinstance(old, list) and isinstance(new, list):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dop_search.app.record import RelativeMean, Result, ScoreComparison, SuiteInfo
 from dop_search.evaluation.runnable import Runnable, strategy_of
-from dop_search.evaluation.scores import SuiteScores, difference_ci95, relative, relative_mean
+from dop_search.evaluation.scores import SuiteScores, difference_ci95, relative_mean
 from dop_search.evaluation.suites import Suite
 from dop_search.models.loading import LoadedModel
 from dop_search.utils.progress import Progress, watch
@@ -22,11 +22,7 @@ EVALUATION_FOLDER = "evaluation"
 class SuiteJudge:
     """The benchmarks of a suite; each strategy is judged once, and a finished benchmark is read back.
 
-    Attributes:
-        loaded: the model.
-        suite: the benchmarks, with the limit and the batch size.
-        work_dir: keeps scores and per-sample outputs by fingerprint.
-        progress: where it is shown how far things are.
+    ``work_dir`` keeps scores and per-sample outputs by fingerprint.
     """
 
     loaded: LoadedModel
@@ -73,12 +69,8 @@ class SuiteJudge:
         judged = []
         for result in results:
             uniform = result.uniform_strategy
-            scores, mean = compare(
-                self.scores(None),
-                self.scores(result.strategy),
-                None if uniform is None else self.scores(uniform),
-                seed,
-            )
+            other = None if uniform is None else self.scores(uniform)
+            scores, mean = compare(self.scores(None), self.scores(result.strategy), other, seed)
             judged.append(result.model_copy(update={"scores": scores, "relative_mean": mean}))
         return judged
 
@@ -86,14 +78,8 @@ class SuiteJudge:
 def compare(
     full: SuiteScores, pruned: SuiteScores, uniform: SuiteScores | None = None, seed: int = 0
 ) -> tuple[dict[str, ScoreComparison], RelativeMean]:
-    """Benchmark by benchmark, with paired bootstrap intervals, and the relative means.
-
-    Raises:
-        DopError: if the sides were not measured on the same samples.
-    """
-    for side in (pruned, uniform):
-        if side is not None:
-            relative(side, full)  # refuses different benchmarks
+    """Benchmark by benchmark with paired intervals, and relative means; DopError if the sides had different samples."""
+    means = [None if side is None else relative_mean(side, full) for side in (pruned, uniform)]
     scores = {}
     for name, theirs in full.scores.items():
         ours = pruned.scores[name]
@@ -107,7 +93,6 @@ def compare(
             unit=theirs.unit,
             num_samples=theirs.num_samples,
         )
-    means = [None if side is None else relative_mean(side, full) for side in (pruned, uniform)]
     return scores, RelativeMean(pruned=_finite(means[0]), uniform=_finite(means[1]))
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,19 +45,13 @@ from dop_search.divergence.profiling import MeasuredProfile, make_space
 from dop_search.evaluation.timing.layer_times import SHARES, table_for
 from dop_search.evaluation.timing.timing import Clock
 from dop_search.models.fast_linear import fast_linear
-from dop_search.search import (
-    MeasuredSolution,
-    Option,
-    Problem,
-    pareto_front,
-    uniform_assignment,
-)
+from dop_search.search import MeasuredSolution, Option, Problem, pareto_front, uniform_assignment
 from dop_search.selectors import make_selector
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget, CostModel
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from dop_search.utils.progress import Notify, Progress
+from dop_search.utils.registry import import_modules
 
 MAX_FRONT_POINTS = 200
 log = logging.getLogger(__name__)
@@ -68,9 +63,6 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     Writes ``strategy-<budget>.json``, ``curves.parquet``, ``record.json`` and the report to ``run_dir``, and logs to
     MLflow. What is measured is kept in ``config.cache_dir`` by content, so that the same configuration continues where
     it stopped.
-
-    Raises:
-        DopError: on anything a user can fix; the message says how.
     """
     started, start = datetime.now(UTC), time.perf_counter()
     import_modules(config.imports)
@@ -119,9 +111,6 @@ def run(config: SearchConfig, run_dir: Path, progress: Progress) -> Record:
     return record
 
 
-# -- model, data, curves --------------------------------------------------------------------------
-
-
 def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
     """The disjoint sets that a search needs; the test set only for ``eval=accuracy``."""
     judged: tuple[Split, ...] = ("test",) if config.eval.name == "accuracy" and config.data.num_test else ()
@@ -130,7 +119,6 @@ def needed_splits(config: SearchConfig) -> tuple[Split, ...]:
 
 
 def _prepare(bench: Workbench) -> MeasuredProfile:
-    """Load the data, ask the full model, measure the curves."""
     with bench.stage("data"), bench.progress.task(f"data: {bench.config.data.name}"):
         for split in needed_splits(bench.config):
             bench.data(split)
@@ -156,18 +144,14 @@ def _with_latency(bench: Workbench, profile: MeasuredProfile) -> MeasuredProfile
     return replace(profile, latency=table)
 
 
-# -- one budget -----------------------------------------------------------------------------------
-
-
 def _solve_budget(
     bench: Workbench, profile: MeasuredProfile, budget: Budget, search_id: str, studies: list[tuple[str, str]]
 ) -> Result:
-    """The best strategy within a budget, confirmed on samples that the search never saw."""
     start = time.perf_counter()
     config = bench.config
     with bench.stage("solve"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         place = _place(bench, profile, budget, notify)
-        ranked = config.search.candidates(profile.problem(budget), budget, place, notify)
+        ranked = config.search.candidates(place)
         studies += place.studies
     best = ranked[0]
     if best.strategy.selector != config.selector.name:  # uniform reduction by the same selector
@@ -177,7 +161,8 @@ def _solve_budget(
     if config.search.solver == "joint":  # which pays for what the selector computes
         prices = bench.context().pricing
         left = without_selection(prices, profile, budget)
-    uniform = _uniform_strategy(profile.problem(left), left)
+    assignment = uniform_assignment(profile.problem(left), left)
+    uniform = None if assignment is None else profile.space.strategy(assignment)
     strategies = [best.strategy] if uniform is None else [best.strategy, uniform]
     with bench.stage("confirm"), bench.watch(f"budget {budget.name}={budget.value:g}: ") as notify:
         heldout = bench.store("heldout", best.strategy.selector).evaluate(
@@ -191,6 +176,19 @@ def _solve_budget(
     tested = uniform is not None and len(between) > 1
     cache = profile.prices("kv_cache")
     times = None if profile.latency is None else profile.prices("latency")
+
+    def measured(place: int) -> dict[str, Any]:
+        its = strategies[place]
+        return {
+            "flops_ratio": prices.ratio(its),
+            "kv_ratio": cache.ratio(its),
+            "latency_ratio": None if times is None else times.ratio(its),
+            "kl_search": float(search[place].mean()),
+            "kl_heldout": float(heldout[place].mean()),
+            "kl_heldout_ci95": mean_ci95(heldout[place], config.seed),
+        }
+
+    found = measured(0)
     strategy = replace(
         best.strategy,
         provenance={
@@ -199,21 +197,17 @@ def _solve_budget(
             "space": "|".join([config.space.name, *(config.space.also if config.search.solver == "joint" else ())]),
             "solver": config.search.solver,
             "search_id": search_id,
-            "flops_ratio": prices.ratio(best.strategy),
-            "kl_search_nats": float(search[0].mean()),
-            "kl_heldout_nats": float(heldout[0].mean()),
+            "flops_ratio": found["flops_ratio"],
+            "kl_search_nats": found["kl_search"],
+            "kl_heldout_nats": found["kl_heldout"],
         },
     )
     return Result(
         budget=budget,
         strategy=strategy,
-        flops_ratio=prices.ratio(strategy),
-        kv_ratio=cache.ratio(strategy),
+        **found,
         kl_additive=best.kl_additive,
-        kl_search=float(search[0].mean()),
         kl_search_ci95=mean_ci95(search[0], config.seed),
-        kl_heldout=float(heldout[0].mean()),
-        kl_heldout_ci95=mean_ci95(heldout[0], config.seed),
         num_dominant=num_dominant(heldout[0]),
         accuracy_full=accuracies[0],
         accuracy_pruned=accuracies[1],
@@ -221,15 +215,9 @@ def _solve_budget(
         if uniform is None
         else UniformResult(
             num_visual_tokens=uniform.num_kept(profile.space.tokens.full),
-            flops_ratio=prices.ratio(uniform),
-            kv_ratio=cache.ratio(uniform),
-            kl_heldout=float(heldout[1].mean()),
-            kl_heldout_ci95=mean_ci95(heldout[1], config.seed),
-            kl_search=float(search[1].mean()),
+            **measured(1),
             accuracy=accuracies[2],
-            latency_ratio=None if times is None else times.ratio(uniform),
         ),
-        latency_ratio=None if times is None else times.ratio(strategy),
         latency_ms=None if times is None else times.absolute(strategy) / 1e6,
         kl_heldout_difference_ci95=mean_ci95(between, config.seed) if tested else None,
         kl_heldout_difference_p=sign_flip_p(between, config.seed) if tested else None,
@@ -261,11 +249,12 @@ def _candidate(solution: MeasuredSolution, prices: Pricing | CostModel, uniform:
 
 
 def _place(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify: Notify) -> SearchPlace:
-    """What a solver has beside its problem."""
     return SearchPlace(
+        problem=profile.problem(budget),
+        budget=budget,
+        on_progress=notify,
         model=bench.loaded.name,
         teacher=str(profile.facts["teacher"]),
-        shares=profile.space.shares,
         averaging=bench.config.data.averaging,
         storage=bench.config.storage,
         cache_dir=bench.cache,
@@ -288,15 +277,6 @@ def _options(bench: Workbench, profile: MeasuredProfile, budget: Budget, notify:
     for note in left_out:
         log.warning(note)
     return options
-
-
-def _uniform_strategy(problem: Problem, budget: Budget) -> Strategy | None:
-    """Uniform token reduction under the budget; ``None`` if not even one visual token fits."""
-    assignment = uniform_assignment(problem, budget)
-    return None if assignment is None else problem.space.strategy(assignment)
-
-
-# -- the record -----------------------------------------------------------------------------------
 
 
 def _record(bench: Workbench, profile: MeasuredProfile, results: list[Result], provenance: Provenance) -> Record:

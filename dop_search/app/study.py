@@ -72,14 +72,8 @@ class Study(Section, ABC):
     uses: ClassVar[frozenset[str]] = frozenset()
     adds_rows: ClassVar[frozenset[str]] = frozenset()
 
-    # -- what there is to measure ---------------------------------------------------------------
-
     def check(self, config: SearchConfig) -> None:
-        """Refuse, before a model is loaded, what this study cannot do.
-
-        Raises:
-            ConfigError: naming the key and the remedy.
-        """
+        """Refuse, before a model is loaded, what this study cannot do; ConfigError naming the key and the remedy."""
 
     def settings(self, config: SearchConfig) -> dict[str, Any]:
         """What the rows depend on beside the model and the samples: selector, space, options, a file's content."""
@@ -115,8 +109,6 @@ class Study(Section, ABC):
         if summary := self.summarize(bench, results):
             results.summarize(summary)
 
-    # -- what it says ---------------------------------------------------------------------------
-
     @staticmethod
     def figures(result: Result) -> dict[str, Figure]:
         """Figures by name, drawn from ``result.json`` alone."""
@@ -138,11 +130,7 @@ STUDIES: Registry[type[Study]] = Registry("study", {})
 
 
 def find_study(name: str) -> type[Study]:
-    """The study of that name.
-
-    Raises:
-        ConfigError: if there is none; names a near one, and says what an installed package lacks.
-    """
+    """The study of that name; ConfigError, with a near name, if there is none."""
     folder = _folder()
     if folder is not None and (folder / name / "study.py").is_file():
         STUDIES[name] = _load(folder, name)
@@ -164,21 +152,13 @@ def study_names() -> list[str]:
 
 
 def open_study(config: SearchConfig) -> Study:
-    """The study that ``config.study`` names, with its options.
-
-    Raises:
-        ConfigError: on an unknown study or option, or a wrong value.
-    """
+    """The study that ``config.study`` names, with its options; ConfigError if there is no such study or option."""
     chosen = study_config(config)
     return parse_section(dict(chosen.options), find_study(chosen.name), "study.options")
 
 
 def study_config(config: SearchConfig) -> StudyConfig:
-    """The section of a study.
-
-    Raises:
-        ConfigError: if the configuration is that of a search.
-    """
+    """The section of a study; ConfigError if the configuration is that of a search."""
     if config.study is None:
         raise ConfigError("no study is chosen; set one, as in experiment=compare")
     return config.study
@@ -191,12 +171,7 @@ def save_strategy(config: SearchConfig, name: str, fitted: FittedMethod) -> None
 
 
 def check_study(study: Study, config: SearchConfig) -> None:
-    """Refuse, before a model is loaded, what a study does not read, and what it cannot do.
-
-    Raises:
-        ConfigError: naming the key, or the budget, that has no effect.
-        DopError: on an unknown selector, or samples that cannot be had.
-    """
+    """Refuse, before a model is loaded, what a study does not read, what it cannot do, and what cannot be had."""
     name = study_config(config).name
     values, usual = (item.model_dump(mode="json", include=set(UNUSED)) for item in (config, SearchConfig()))
     for key, instead in UNUSED.items():

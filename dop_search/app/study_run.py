@@ -23,21 +23,14 @@ from dop_search.app.tracking.store import log_study
 from dop_search.app.workbench import Workbench
 from dop_search.models.fast_linear import fast_linear
 from dop_search.utils.conf import config_dir
-from dop_search.utils.extensions import import_modules
 from dop_search.utils.files import write_text_atomic
-from dop_search.utils.progress import Progress, SilentProgress
+from dop_search.utils.progress import Progress
+from dop_search.utils.registry import import_modules
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """What a study came to.
-
-    Attributes:
-        data: the content of ``result.json``.
-        folder: where it is, with the figures.
-        table: for a terminal, if the study has one.
-        num_published: rows that are those of the published result.
-    """
+    """What a study came to: ``result.json`` and its folder, a table for a terminal, and how many rows are published."""
 
     data: dict[str, Any]
     folder: Path
@@ -50,11 +43,6 @@ def run_study(config: SearchConfig, progress: Progress) -> StudyRun:
 
     Rows that were published with the repository are taken from there, if they are of the same model, samples and
     options.
-
-    Raises:
-        ConfigError: on an unknown study or option, a setting that studies do not read, or a folder with a result of
-            another setup.
-        DopError: on anything else that a user can fix.
     """
     import_modules(config.imports)
     study = open_study(config)
@@ -65,7 +53,7 @@ def run_study(config: SearchConfig, progress: Progress) -> StudyRun:
     with _workers(config, place.workers - 1):
         results = _measure(study, config, progress)
     results.refresh()  # a worker may have been the last to write
-    draw_study(study, results.data, results.folder)
+    _draw(study, results.data, results.folder)
     log_study(config.tracking, results.data, results.folder)
     published = _published(place)
     known = [] if published is None or published == results.folder.resolve() else _rows(published)
@@ -73,20 +61,13 @@ def run_study(config: SearchConfig, progress: Progress) -> StudyRun:
     return StudyRun(results.data, results.folder, study.table(results.data), num_published)
 
 
-def draw_study(study: Study | type[Study], result: Result, folder: Path) -> list[Path]:
-    """Write a study's figures as PNG, and its other files, into its folder; a study without rows has none.
-
-    Returns:
-        The files written.
-    """
-    paths = []
-    for name, figure in study.figures(result).items() if result["rows"] else ():
-        paths.append(folder / f"{name}.png")
-        save_figure(figure, paths[-1])
-    for name, text in study.texts(result).items() if result["rows"] else ():
-        paths.append(folder / name)
-        write_text_atomic(paths[-1], text)
-    return paths
+def _draw(study: Study, result: Result, folder: Path) -> None:
+    """Write a study's figures as PNG, and its other files, into its folder; a study without rows has none."""
+    if result["rows"]:
+        for name, figure in study.figures(result).items():
+            save_figure(figure, folder / f"{name}.png")
+        for name, text in study.texts(result).items():
+            write_text_atomic(folder / name, text)
 
 
 def _measure(study: Study, config: SearchConfig, progress: Progress) -> ResultFile:
@@ -109,9 +90,6 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return read_result(path)["rows"] if path.is_file() else []
 
 
-# -- workers ---------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _workers(config: SearchConfig, count: int) -> Iterator[None]:
     """Processes that measure rows of the same study and end with the context; what a dead one left, another takes."""
@@ -131,7 +109,7 @@ def _workers(config: SearchConfig, count: int) -> Iterator[None]:
 def _work(config: SearchConfig) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import_modules(config.imports)
-    _measure(open_study(config), config, SilentProgress())
+    _measure(open_study(config), config, Progress())
 
 
 def _end_with_parent() -> None:

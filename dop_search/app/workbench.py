@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from dop_search.app.config import DataConfig, SearchConfig, SpaceConfig
 from dop_search.baselines import FitContext, FittedMethod, Method, Outcome, parse_method, plain_answers, plain_outcome
 from dop_search.data.samples import Sample, ValidationSet
 from dop_search.data.validation import SPLITS, Split, validation_set
-from dop_search.divergence import Divergence, DivergenceEngine, Teacher, make_teacher
+from dop_search.divergence import Teacher, make_teacher
 from dop_search.divergence.profiling import MeasuredProfile, default_shares, evaluation_store, profile
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import LoadedModel
@@ -30,13 +30,7 @@ from dop_search.utils.progress import Notify, Progress, watch
 class Workbench:
     """A model with its samples; asks the full model once per set of samples and selector.
 
-    Args:
-        config: model, data, selector, space, budgets: the groups of ``dop-search``.
-        loaded: the model.
-        progress: shows how far things are.
-
-    Attributes:
-        timings: seconds by :meth:`stage`.
+    ``config``: the groups of ``dop-search``; ``timings``: seconds by :meth:`stage`.
     """
 
     def __init__(self, config: SearchConfig, loaded: LoadedModel, progress: Progress) -> None:
@@ -98,20 +92,6 @@ class Workbench:
             others = tuple(sample for sample in drawn if sample.id not in beside)
             self._data[key] = replace(drawn, split=split, samples=others[: config.sizes[split]])
         return self._data[key]
-
-    def check_other_seed(self, seed: int) -> None:
-        """Refuse a seed whose search samples would be scored on.
-
-        Raises:
-            ConfigError: if some are among the held-out ones, as in a file that is shuffled before it is cut.
-        """
-        shared = {*self.data("search", seed=seed).ids} & {*self.data("heldout").ids}
-        if shared:
-            raise ConfigError(
-                f"{len(shared)} search samples of seed {seed} are held-out samples of seed {self.config.data.seed}, "
-                f"e.g. {min(shared)!r}; leave that seed out (study.options.seeds), or use experiment=validation_size, "
-                "whose subsets are of one search set"
-            )
 
     def teacher(self, split: Split, selector: str | Selector | None = None, **changes: Any) -> Teacher:
         """The full model's answers on a split, with its tokens ranked by ``selector`` (default: the configured)."""
@@ -184,21 +164,6 @@ class Workbench:
             return None
         return partial(self.divergence, split="decision", what="the last few strategies on samples that decide")
 
-    def distances(
-        self, strategies: Sequence[Strategy], split: Split, divergence: Divergence, **changes: Any
-    ) -> np.ndarray:
-        """Other divergences than KL, ``[num_strategies, num_samples, K]``, under the configured selector; not kept."""
-        engine = DivergenceEngine(
-            self.loaded.adapter,
-            self.teacher(split, **changes),
-            averaging=self.config.data.averaging,
-            memory=self.config.memory,
-            divergence=divergence,
-        )
-        with watch(self.progress) as notify:
-            what = f"{len(strategies)} strategies ({split})"
-            return engine.evaluate(strategies, on_progress=partial(notify, what=what))
-
     def profile(
         self,
         space: str | None = None,
@@ -252,22 +217,19 @@ class Workbench:
         """What published methods are fitted with; divergences come from the store of the search samples."""
         ranker = self.selector(selector)
         if ranker not in self._contexts:
-            self._contexts[ranker] = self._context(ranker)
+            store = self.store("search", ranker)
+            self._contexts[ranker] = FitContext.from_teacher(
+                self.loaded,
+                self.teacher("search", ranker),
+                ranker.name,
+                ranker.options(),
+                evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
+                samples=self.data("search").samples,
+                profile=lambda space, other: self.profile(space, other or ranker),
+                store=lambda other: self.store("search", other),
+                decide=self.decide,
+            )
         return self._contexts[ranker]
-
-    def _context(self, ranker: Selector) -> FitContext:
-        store = self.store("search", ranker)
-        return FitContext.from_teacher(
-            self.loaded,
-            self.teacher("search", ranker),
-            ranker.name,
-            ranker.options(),
-            evaluate=lambda strategies: store.evaluate(strategies).mean(axis=1),
-            samples=self.data("search").samples,
-            profile=lambda space, other: self.profile(space, other or ranker),
-            store=lambda other: self.store("search", other),
-            decide=self.decide,
-        )
 
     def fit(self, method: str | Method, flops_ratio: float, selector: str | Selector | None = None) -> FittedMethod:
         """A method by name, also ``NAME@SELECTOR``, or any other, solved on the search samples for a FLOPs ratio.
@@ -313,19 +275,17 @@ class Workbench:
         self, method: Strategy | FittedMethod | None = None, split: Split = "test", notify: Notify | None = None
     ) -> list[str]:
         """Greedy answers, one per sample, each method asked once; ``None``: the full model's."""
-        of = (
-            "the full model" if method is None else method.describe() if isinstance(method, Strategy) else method.method
-        )
+        of = "the full model" if method is None else method.describe()
+        if isinstance(method, FittedMethod):
+            of = method.method
         told = None if notify is None else partial(notify, what=f"answers of {of}")
-        if method is None:
-            method = Strategy.full(self.num_layers)
+        method = method or Strategy.full(self.num_layers)
         strategy = method.strategy if isinstance(method, FittedMethod) else method
-        key = None if strategy is None else split + strategy.key()
-        if key is None or key not in self._answers:
-            answers = self._generate(method, self.data(split).samples, told)
-            if key is None:
-                return answers
-            self._answers[key] = answers
+        if strategy is None:
+            return self._generate(method, self.data(split).samples, told)
+        key = split + strategy.key()
+        if key not in self._answers:
+            self._answers[key] = self._generate(method, self.data(split).samples, told)
         return self._answers[key]
 
     def _generate(
@@ -353,11 +313,9 @@ class Workbench:
 
     # -- time and progress ----------------------------------------------------------------------
 
-    @contextmanager
-    def watch(self, prefix: str = "") -> Iterator[Notify]:
+    def watch(self, prefix: str = "") -> AbstractContextManager[Notify]:
         """Progress of a search's or a study's own loop."""
-        with watch(self.progress, prefix) as notify:
-            yield notify
+        return watch(self.progress, prefix)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -373,15 +331,8 @@ def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in changes.items()))
 
 
-# -- before a model is loaded --------------------------------------------------------------------------
-
-
 def flops_ratios(config: SearchConfig) -> list[float]:
-    """The budgets of a study.
-
-    Raises:
-        ConfigError: naming a budget that is none of FLOPs by ratio.
-    """
+    """The budgets of a study; ConfigError naming a budget that is none of FLOPs by ratio."""
     for budget in config.budget:
         if budget.name != "flops_ratio":
             raise ConfigError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dop_search.baselines.base import FitContext, FittedMethod, Method
 from dop_search.baselines.equal_flops import solve_integer
-from dop_search.search.gsop_search import GsopPoint, GsopSearch, with_tokens
+from dop_search.search.gsop_search import GsopPoint, GsopSearch
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Gsop(Method):
         points = search.trajectory(lambda strategy: context.pricing.ratio(strategy) <= flops_ratio)
         point, visual = _last_above(points, context, flops_ratio), context.num_visual
         kept = solve_integer(
-            lambda n: context.pricing.ratio(with_tokens(point, n)), 0, visual, flops_ratio, "GSOP with fewer tokens"
+            lambda n: context.pricing.ratio(point.with_tokens(n)), 0, visual, flops_ratio, "GSOP with fewer tokens"
         )
         facts = {
             "operations_skipped": len(point.strategy.skipped()),
@@ -40,7 +40,7 @@ class Gsop(Method):
             "kl_search_nats": point.divergence,
         }
         notes = [] if kept == visual else [f"{kept} of {visual} tokens enter, to meet the budget exactly"]
-        strategy = with_tokens(point, None if kept == visual else kept)
+        strategy = point.with_tokens(None if kept == visual else kept)
         return self.fitted(context, flops_ratio, strategy, facts, notes)
 
 

@@ -22,15 +22,8 @@ def draw(
 ) -> tuple[Sample, ...]:
     """Samples from each pool in proportion to its weight, the pools in turn.
 
-    An image's content decides which split may use it, so that splits share no image whatever their sizes and seeds.
-
-    Args:
-        pools: each with its weight.
-        num_samples: how many in all.
-        seed: of the order in which rows are looked at.
-        split: number of the split, ``0..num_splits-1``.
-        num_splits: how many splits there are.
-        families: kinds of question to use; all by default.
+    An image's content decides which split (``0..num_splits-1``) may use it, so that splits share no image whatever
+    their sizes and seeds. ``seed``: of the order in which rows are looked at; ``families``: kinds of question to use.
 
     Raises:
         DataError: if a pool runs out, saying how many there are.
@@ -62,11 +55,7 @@ def split_of(content: bytes, num_splits: int) -> int:
 
 
 def joined(images: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each sample, the same for those that share an image, directly or by way of others.
-
-    Args:
-        images: per sample the names of its images; the name of a sample that shares none is its first image's.
-    """
+    """A name for each sample, given by its images', the same for those that share one, directly or by way of others."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:

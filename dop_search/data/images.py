@@ -48,11 +48,7 @@ def read_image(source: Any, where: str) -> Image.Image:
 
 
 def check_image(path: Path, where: str) -> None:
-    """Read no more than the header: cheap for many files, and before anything expensive.
-
-    Raises:
-        DataError: if there is no such file, it is no image, or decoding it would take too much memory.
-    """
+    """Read no more than the header: DataError if there is no such file, it is no image, or a decompression bomb."""
     try:
         Image.open(_regular(path)).close()
     except Exception as error:  # as above

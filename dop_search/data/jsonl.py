@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,15 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dop_search.data.images import check_image, read_image
-from dop_search.data.samples import (
-    CONTEXT_END,
-    CONTEXT_START,
-    Sample,
-    check_context,
-    check_places,
-    with_context,
-    without_places,
-)
+from dop_search.data.samples import Sample, check_context, check_places, with_context, without_places
 from dop_search.utils.errors import DataError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -48,19 +39,10 @@ class JsonlRow:
     system: str = ""
 
     def sample(self) -> Sample:
-        """The line with its images.
-
-        Raises:
-            DataError: if an image cannot be decoded.
-        """
+        """The line with its images; DataError if one cannot be decoded."""
         images = [read_image(path, self.where) for path in self.images]
         first, others = (images[0], tuple(images[1:])) if images else (None, ())
         return Sample(self.id, first, self.question, self.answers, self.family, others, self.system)
-
-    @property
-    def passage(self) -> str:
-        """What stands in the question's context, which tells apart samples without images."""
-        return self.question.partition(CONTEXT_START)[2].partition(CONTEXT_END)[0]
 
 
 def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
@@ -107,12 +89,6 @@ def read_jsonl(path: str | Path) -> tuple[JsonlRow, ...]:
             )
         first[row.id] = row
     return tuple(rows)
-
-
-def image_contents(rows: tuple[JsonlRow, ...]) -> dict[Path, str]:
-    """A hash of each image file's bytes: copies of an image under several names are the same image."""
-    paths = {path for row in rows for path in row.images}
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,34 +17,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Pool(ABC):
-    """All samples of one source."""
-
-    label: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def sample(self, row: int) -> Sample:
-        """The sample of a row; the id names source, split and row."""
-
-
 def open_pool(source: Source) -> Pool:
-    """Load what a source names.
-
-    Raises:
-        DataError: if it cannot be loaded, lacks a column, or is what its own task scores.
-    """
+    """Load what a source names; DataError if it cannot be loaded, lacks a column, or is what its own task scores."""
     return TaskPool(source) if isinstance(source, TaskSource) else DatasetPool(source)
 
 
 def location_of(source: Source) -> Location:
-    """The data set that a source reads, its task's own where it names none. Needs neither that nor lmms-eval's code.
-
-    Raises:
-        DataError: if neither names one.
-    """
+    """The data set that a source reads, its task's own where it names none; DataError if neither names one."""
     if isinstance(source, DatasetSource):
         return Location(source.path, source.name, source.data_files, source.revision)
     file = task_file(source.task)
@@ -55,35 +33,20 @@ def location_of(source: Source) -> Location:
     if not fields.get("dataset_path"):
         raise DataError(f"the task {source.task!r} names no data set; give dataset_path")
     own = task_location(fields, file)
-    return Location(
-        own.path,
-        source.dataset_name or own.name,
-        source.data_files or own.data_files,
-        source.revision or own.revision,
-        own.base if source.data_files is None else None,
-    )
+    name, revision = source.dataset_name or own.name, source.revision or own.revision
+    if source.data_files:
+        return Location(own.path, name, source.data_files, revision)
+    return Location(own.path, name, own.data_files, revision, own.base)
 
 
 def check_sources(sources: Sequence[Source]) -> None:
-    """Find out before a model is loaded whether the sources' data sets can be had.
-
-    Raises:
-        DataError: naming the cache variables and the data that needs no network.
-    """
+    """Find out before a model is loaded whether the sources' data sets can be had; else DataError, with remedies."""
     for source in sources:
         check_reachable(location_of(source))
 
 
 def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> None:
-    """Refuse search data that a benchmark scores.
-
-    Args:
-        sources: where search samples come from.
-        scored: benchmark → the data that it scores.
-
-    Raises:
-        DataError: naming source, benchmark and split.
-    """
+    """Refuse, by DataError, search data that a benchmark scores; ``scored``: benchmark → the data that it scores."""
     for source in sources:
         ours = Origin.of(location_of(source), source.split)
         for benchmark, theirs in scored.items():
@@ -95,8 +58,8 @@ def refuse_overlap(sources: Sequence[Source], scored: Mapping[str, Origin]) -> N
                 )
 
 
-class DatasetPool(Pool):
-    """A split of a Hugging Face data set, by columns."""
+class DatasetPool:
+    """A split of a Hugging Face data set, by columns; samples by row number, whose ids name source, split and row."""
 
     def __init__(self, source: DatasetSource) -> None:
         self.label, self._source = source.label, source
@@ -136,8 +99,8 @@ class DatasetPool(Pool):
         )
 
 
-class TaskPool(Pool):
-    """A split of an lmms-eval task's data set, through the task's own code."""
+class TaskPool:
+    """A split of an lmms-eval task's data set, through the task's own code; else as :class:`DatasetPool`."""
 
     def __init__(self, source: TaskSource) -> None:
         self.label, self._source = source.label, source
@@ -199,12 +162,11 @@ class TaskPool(Pool):
         return target
 
 
-def accepted_answers(value: Any, where: str) -> tuple[str, ...]:
-    """Accepted answers, each once and the most frequent first, from a text, a number, or a list of answers.
+Pool = DatasetPool | TaskPool
 
-    Raises:
-        DataError: if there is none.
-    """
+
+def accepted_answers(value: Any, where: str) -> tuple[str, ...]:
+    """Accepted answers, each once and the most frequent first, from a text, number or list; DataError without any."""
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     texts = [str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in items]
     answers = tuple(text for text, _ in Counter(text for text in texts if text.strip()).most_common())

@@ -68,16 +68,12 @@ class Sample:
         """What samples of different splits must not share: the (first) image, or the passage."""
         if self.image is not None:
             return repr(self.image.size).encode() + self.image.tobytes()
-        return self.question.partition(CONTEXT_START)[2].partition(CONTEXT_END)[0].encode()
+        return context_of(self.question).encode()
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A named, ordered, non-empty set of samples.
-
-    Raises:
-        ValueError: no samples, or sample ids that are not unique.
-    """
+    """A named, ordered, non-empty set of samples; ValueError without any, or if two have the same id."""
 
     name: str
     split: str
@@ -125,11 +121,7 @@ class ValidationSet:
 
 
 def check_places(question: str, num_images: int, where: str) -> None:
-    """Refuse a question with places for some of its images.
-
-    Raises:
-        DataError: naming both counts.
-    """
+    """Refuse, by DataError, a question with places for some of its images."""
     places = question.count(IMAGE_PLACE)
     if places not in (0, num_images):
         raise DataError(
@@ -139,11 +131,7 @@ def check_places(question: str, num_images: int, where: str) -> None:
 
 
 def check_context(question: str, where: str) -> None:
-    """Refuse a question without a context, or with one that does not end before the next begins.
-
-    Raises:
-        DataError: saying how one is marked.
-    """
+    """Refuse, by DataError, a question without a context, or with one that does not end before the next begins."""
     parts = question.split(CONTEXT_START)
     ends = [part.count(CONTEXT_END) for part in parts]
     if len(parts) == 1 or ends[0] or any(count != 1 for count in ends[1:]):
@@ -158,6 +146,11 @@ def with_context(passage: str, question: str) -> str:
     return f"{CONTEXT_START}\n{passage}\n{CONTEXT_END}\n{question}"
 
 
+def context_of(question: str) -> str:
+    """What stands in a question's (first) context; empty without one."""
+    return question.partition(CONTEXT_START)[2].partition(CONTEXT_END)[0]
+
+
 def without_places(question: str) -> str:
     """The question about one image without its ``<image>``: the image comes first, as in LLaVA's training."""
     return question.replace(IMAGE_PLACE, "").strip() if question.count(IMAGE_PLACE) == 1 else question
@@ -170,11 +163,7 @@ def alike_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]
 
 
 def score_answer(prediction: str, sample: Sample) -> bool:
-    """Whether ``prediction`` equals an accepted answer, after stripping, lower-casing and dropping final dots.
-
-    Raises:
-        DataError: if no answer is known.
-    """
+    """Whether ``prediction`` equals an accepted answer, but for case, spaces and final dots; DataError without any."""
     if not sample.answers:
         raise no_answer(f"the sample {sample.id!r}")
     return _normalized(prediction) in {_normalized(answer) for answer in sample.answers}

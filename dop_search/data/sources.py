@@ -1,4 +1,5 @@
-"""Where samples come from: splits of lmms-eval tasks and of Hugging Face data sets. Plain data, no library needed."""
+"""Where samples come from: splits of lmms-eval tasks and of Hugging Face data sets, plain data; those of a name are the
+``sources`` of ``conf/data/NAME.yaml``."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from dop_search.utils.conf import config_dir
 from dop_search.utils.errors import DataError
 
 DataFiles = str | Sequence[str] | Mapping[str, Any]
@@ -114,6 +118,38 @@ class DatasetSource:
 
 
 Source = TaskSource | DatasetSource
+
+
+_KINDS: dict[str, type[TaskSource | DatasetSource]] = {"task": TaskSource, "dataset": DatasetSource}
+
+
+def named_sources(name: str) -> tuple[Source, ...] | None:
+    """The sources of ``data=NAME``, ``None`` without any; DataError if the file lists something that is no source."""
+    file = config_dir() / "data" / f"{name}.yaml"
+    if not file.is_file():
+        return None
+    items = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("sources") or ()
+    return tuple(parse_source(item, str(file)) for item in items) or None
+
+
+def known_names() -> tuple[str, ...]:
+    """The options with sources."""
+    names = sorted(path.stem for path in (config_dir() / "data").glob("*.yaml"))
+    return tuple(name for name in names if named_sources(name))
+
+
+def parse_source(item: Any, where: str) -> Source:
+    """A source from its mapping; DataError saying what is unknown or missing."""
+    kind = item.get("kind") if isinstance(item, dict) else None
+    if kind not in _KINDS:
+        raise DataError(f"{where}: a source needs `kind: task` or `kind: dataset`, but got {item!r}")
+    fields = dict(item)
+    try:
+        if fields.get("images") is not None:
+            fields["images"] = ImageTable(**fields["images"])
+        return _KINDS[kind](**fields)
+    except TypeError as error:
+        raise DataError(f"{where}: {error} in {item!r}") from error
 
 
 @dataclass(frozen=True)

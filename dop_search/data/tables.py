@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_OF_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""One of them is in a folder that ``save_to_disk`` wrote."""
 
 
 def load_table(where: Location, split: str) -> Dataset:
-    """One split of a data set; of a single local file, any name will do.
-
-    Raises:
-        DataError: if there is no such data set, configuration or split, or no way to reach it.
-    """
+    """One split of a data set; of a single local file, any name will do. DataError if it cannot be had."""
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that the hub uses
@@ -35,7 +33,7 @@ def load_table(where: Location, split: str) -> Dataset:
                 return load_dataset(_BUILDERS[Path(path).suffix], data_files={split: path}, split=split)
             if not where.is_local and where.data_files is not None:
                 return _chosen_files(where, split, without_network)
-            if not (Path(path).is_dir() and _is_saved(Path(path))):
+            if not any((Path(path) / name).is_file() for name in _OF_SAVED):
                 files = _absolute(where.data_files, where.base) if path in LOCAL_BUILDERS else where.data_files
                 return load_dataset(path, where.name, split=split, revision=where.revision, data_files=files)
             saved = load_from_disk(path)
@@ -75,11 +73,7 @@ def _chosen_files(where: Location, split: str, without_network: bool) -> Dataset
 
 
 def check_reachable(where: Location) -> None:
-    """A hub data set that is neither cached nor reachable is an error now, not after a minute of retries.
-
-    Raises:
-        DataError: naming the cache variables and the data that needs no network.
-    """
+    """A hub data set that is neither cached nor reachable is a DataError now, not after a minute of retries."""
     if where.is_local or where.is_file:
         return
     import datasets
@@ -98,18 +92,10 @@ def check_reachable(where: Location) -> None:
 
 
 def need_columns(table: Dataset, columns: Mapping[str, str | None], where: str) -> None:
-    """Check that the columns of a mapping ``field -> column`` are there.
-
-    Raises:
-        DataError: naming what is missing and what is there.
-    """
+    """Check that the columns of a mapping ``field -> column`` are there; DataError naming what is missing."""
     missing = {field: column for field, column in columns.items() if column and column not in table.column_names}
     if missing:
         raise DataError(f"{where} has no columns for {missing}; it has {table.column_names}")
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
 def _unreachable(where: Location) -> DataError:

@@ -24,11 +24,7 @@ _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.-]+)[\"']?\s*(?:#.*)?$", re.MULTIL
 
 
 def tasks_root() -> Path:
-    """The folder of lmms-eval's own tasks, found without importing it.
-
-    Raises:
-        MissingExtraError: if lmms-eval is not installed.
-    """
+    """The folder of lmms-eval's own tasks, found without importing it; MissingExtraError if it is not installed."""
     check_extras("a benchmark of lmms-eval", "eval")
     found = importlib.util.find_spec("lmms_eval")
     if found is None or found.origin is None:
@@ -68,11 +64,7 @@ def task_fields(file: Path) -> dict[str, Any]:
 
 
 def scored_origin(task: str) -> Origin:
-    """The data that a task scores.
-
-    Raises:
-        DataError: if the task cannot be found, or names no data.
-    """
+    """The data that a task scores; DataError if the task cannot be found, or names no data."""
     file = task_file(task)
     fields = task_fields(file)
     split = fields.get("test_split") or fields.get("validation_split")
@@ -89,14 +81,8 @@ def task_location(fields: Mapping[str, Any], file: Path) -> Location:
 
 
 def task_on(task: str, table: Dataset, split: str, *, run_process_docs: bool) -> Any:
-    """lmms-eval's own task object with its prompts and targets, reading ``table`` instead of its data.
-
-    Args:
-        task: name or path, see :func:`task_file`.
-        table: the rows; ``task.task_docs`` are these.
-        split: what they are called.
-        run_process_docs: apply the task's own ``process_docs``.
-    """
+    """lmms-eval's own task object with its prompts and targets, whose ``task_docs`` are the rows of ``table``, after
+    the task's own ``process_docs`` if that is to run; the rows are called ``split``."""
     file = task_file(task)
     with _silent():
         from datasets import DatasetDict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,13 +10,12 @@ from typing import Literal
 import numpy as np
 
 from dop_search.data.disjoint import draw, joined
-from dop_search.data.jsonl import JsonlRow, image_contents, read_jsonl
-from dop_search.data.named import known_names, named_sources
+from dop_search.data.jsonl import JsonlRow, read_jsonl
 from dop_search.data.passages import passage_samples
 from dop_search.data.pools import open_pool
 from dop_search.data.rendered import FAMILIES, LONG_FAMILIES, rendered_samples
-from dop_search.data.samples import Sample, ValidationSet
-from dop_search.data.sources import Source
+from dop_search.data.samples import Sample, ValidationSet, context_of
+from dop_search.data.sources import Source, known_names, named_sources
 from dop_search.utils.errors import DataError
 
 Split = Literal["search", "heldout", "test", "decision"]
@@ -45,7 +45,6 @@ def validation_set(
         name: ``"pocket"`` (rendered by this project), ``"passages"`` (text, for models without images), ``"jsonl"`` (a
             file, see ``dop_search.data.jsonl``), a file in ``conf/data`` with ``sources`` (``"gqa"``, ``"textvqa"``,
             ``"mixed"``, …), or any name with ``sources``.
-        num_samples: how many.
         seed: of rendering, or of the shuffle of a file.
         split: ``"search"`` (curves and re-ranking), ``"heldout"`` (confirmation) or ``"test"`` (task accuracy).
         path: the file of ``"jsonl"``, see :func:`file_rows`.
@@ -77,11 +76,7 @@ def validation_set(
 
 
 def sources_of(name: str, sources: Sequence[Source] | None = None) -> tuple[Source, ...]:
-    """The splits that samples are drawn from; none for rendered samples and files.
-
-    Raises:
-        DataError: on an unknown name without ``sources``.
-    """
+    """The splits that samples are drawn from, none for rendered samples and files; DataError on an unknown name."""
     if sources or name in OWN:
         return tuple(sources or ())
     known = named_sources(name)
@@ -97,22 +92,17 @@ def file_rows(
 
     The lines are shuffled. The images, in the order in which they first come, belong to search, held-out and test set
     in turn, with all their questions and the images beside them there, whatever ``families`` are asked for: no two
-    splits of one seed share an image. Each split uses the first of its lines.
-
-    Args:
-        path: the file, see :func:`dop_search.data.jsonl.read_jsonl`.
-        sizes: samples per split that is needed.
-        seed: of the shuffle.
-        families: kinds of question to use; all by default.
+    splits of one seed share an image. Each split uses the first of its lines, as many as ``sizes`` says.
 
     Raises:
         DataError: on a line that cannot be used, or too few of them; says how many are needed.
     """
     rows = read_jsonl(path)
-    contents = image_contents(rows)
+    paths = {path for row in rows for path in row.images}  # copies under several names are the same image
+    contents = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     split_of: dict[str, Split] = {}
     parts: dict[Split, list[JsonlRow]] = {split: [] for split in SPLITS}
-    groups = joined([[contents[path] for path in row.images] or [row.passage] for row in rows])
+    groups = joined([[contents[path] for path in row.images] or [context_of(row.question)] for row in rows])
     for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
         split = split_of.setdefault(groups[index], SPLITS[len(split_of) % len(SPLITS)])

@@ -22,13 +22,8 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers, one per sample, through ``generate()`` of the model as it is now, whatever prunes it.
 
-    Args:
-        loaded: the model.
-        samples: questions with their images.
-        batch_size: most samples per call.
-        max_new_tokens: longest answer.
-        on_progress: called with (done, total) samples.
-        memory: GiB on the model's device, weights included, or ``auto``; a call takes fewer samples where need be.
+    A call takes ``batch_size`` samples at most, fewer where ``memory`` (GiB on the model's device, weights included)
+    needs it; ``on_progress`` is called with (done, total) samples.
     """
     answers: dict[int, str] = {}
     for batch in alike_batches(samples, batch_size):
@@ -38,22 +33,6 @@ def generate_answers(
         if on_progress is not None:
             on_progress(len(answers), len(samples))
     return [answers[index] for index in range(len(samples))]
-
-
-def relative_family_mean(correct: np.ndarray, correct_full: np.ndarray, families: Sequence[str]) -> float:
-    """Accuracy in per cent of the full model's, mean over families of questions (as over benchmarks).
-
-    Args:
-        correct, correct_full: boolean ``[num_samples]``, of the pruned and of the full model.
-        families: each sample's; those that the full model never answers are left out. NaN if that is all.
-    """
-    names = np.array(families)
-    ratios = [
-        correct[names == name].mean() / correct_full[names == name].mean()
-        for name in dict.fromkeys(families)
-        if correct_full[names == name].any()
-    ]
-    return float(100.0 * np.mean(ratios)) if ratios else float("nan")
 
 
 def correct_answers(answers: Sequence[str], samples: Sequence[Sample]) -> np.ndarray:

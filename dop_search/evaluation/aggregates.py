@@ -40,17 +40,11 @@ class SampleScore:
 
 @dataclass(frozen=True)
 class Units:
-    """What a bootstrap draws from.
+    """What a bootstrap draws from, each within its stratum; names are equal for two models on the same rows."""
 
-    Attributes:
-        names: ``[num_units]``; equal for two models on the same rows.
-        strata: ``[num_units]`` indices; units are drawn within their stratum, so that each keeps its size.
-        statistics: ``[num_units, num_statistics]``, to be summed.
-    """
-
-    names: tuple[str, ...]
-    strata: NDArray[np.int64]
-    statistics: FloatArray
+    names: tuple[str, ...]  # [num_units]
+    strata: NDArray[np.int64]  # [num_units], indices
+    statistics: FloatArray  # [num_units, num_statistics], to be summed
 
 
 @dataclass(frozen=True)
@@ -75,11 +69,7 @@ class Aggregate:
     wrong: tuple[float, ...] = ()
 
     def __call__(self, samples: Sequence[SampleScore]) -> float:
-        """The score of ``samples``.
-
-        Raises:
-            DopError: without samples, or if one lacks a key.
-        """
+        """The score of ``samples``; DopError without samples, or if one lacks a key."""
         return float(self.combine(self.checked_units(samples).statistics.sum(axis=0)))
 
     def checked_units(self, samples: Sequence[SampleScore]) -> Units:
@@ -97,8 +87,7 @@ class Aggregate:
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
     """``numerator / denominator``, and 0 where there is nothing to divide."""
-    out: FloatArray = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
-    return out
+    return np.asarray(np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0))
 
 
 def _grouped(samples: Sequence[SampleScore], name: Callable[[SampleScore], str]) -> dict[str, list[SampleScore]]:
@@ -139,36 +128,35 @@ def _f1(sums: FloatArray) -> FloatArray:
 def _pairs(samples: Sequence[SampleScore]) -> Units:
     """MME: a pair earns its accuracy and once more everything if both are right; one stratum per category."""
     groups = _grouped(samples, lambda s: "/".join(s.keys))
-    categories = sorted({s.keys[0] for s in samples})
-    strata = [categories.index(members[0].keys[0]) for members in groups.values()]
+    values = []
     for name, members in groups.items():
         if len(members) != 2:
             raise DopError(f"MME is scored in pairs, but {name!r} has {len(members)} questions")
-    statistics = np.zeros((len(groups), 2 * len(categories)))
-    for row, (stratum, members) in enumerate(zip(strata, groups.values(), strict=True)):
         right = sum(member.value for member in members)
-        statistics[row, 2 * stratum : 2 * stratum + 2] = 100.0 * right / 2 + 100.0 * (right == 2), 1.0
-    return _units(list(groups), statistics, strata)
+        values.append(100.0 * right / 2 + 100.0 * (right == 2))
+    return _stratified(list(groups), [members[0].keys[0] for members in groups.values()], values)
 
 
 def _categories(samples: Sequence[SampleScore]) -> Units:
-    """One stratum per category."""
-    categories = sorted({s.keys[0] for s in samples})
-    strata = [categories.index(s.keys[0]) for s in samples]
-    statistics = np.zeros((len(samples), 2 * len(categories)))
-    for row, (stratum, sample) in enumerate(zip(strata, samples, strict=True)):
-        statistics[row, 2 * stratum : 2 * stratum + 2] = sample.value, 1.0
-    return _units([str(s.doc_id) for s in samples], statistics, strata)
+    return _stratified([str(s.doc_id) for s in samples], [s.keys[0] for s in samples], [s.value for s in samples])
+
+
+def _stratified(names: Sequence[str], categories: Sequence[str], values: Sequence[float]) -> Units:
+    """Per category the sum of the values and their number."""
+    known = sorted(set(categories))
+    strata = [known.index(category) for category in categories]
+    statistics = np.zeros((len(names), 2 * len(known)))
+    for row, (stratum, value) in enumerate(zip(strata, values, strict=True)):
+        statistics[row, 2 * stratum : 2 * stratum + 2] = value, 1.0
+    return _units(names, statistics, strata)
 
 
 def _sum_of_means(sums: FloatArray) -> FloatArray:
-    total: FloatArray = _ratio(sums[..., 0::2], sums[..., 1::2]).sum(axis=-1)
-    return total
+    return np.asarray(_ratio(sums[..., 0::2], sums[..., 1::2]).sum(axis=-1))
 
 
 def _mean_of_means(sums: FloatArray) -> FloatArray:
-    mean: FloatArray = 100.0 * _ratio(sums[..., 0::2], sums[..., 1::2]).mean(axis=-1)
-    return mean
+    return np.asarray(100.0 * _ratio(sums[..., 0::2], sums[..., 1::2]).mean(axis=-1))
 
 
 def _all_right(samples: Sequence[SampleScore]) -> Units:

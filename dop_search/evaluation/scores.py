@@ -24,19 +24,8 @@ _AS_JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One model's score on one benchmark.
-
-    Attributes:
-        benchmark: e.g. ``"gqa"``.
-        score: in the benchmark's usual unit.
-        unit: ``"%"`` or ``"points"``.
-        num_samples: questions answered.
-        samples: what each one was worth, ordered by ``doc_id``.
-        aggregate: name in ``AGGREGATES``; ``AGGREGATES[aggregate](samples) == score``.
-
-    Raises:
-        DopError: if score, count and samples contradict each other.
-    """
+    """One model's score on one benchmark, in its usual unit (``"%"`` or ``"points"``), with what each sample was worth,
+    ordered by ``doc_id``; DopError unless ``AGGREGATES[aggregate](samples) == score``."""
 
     benchmark: str
     score: float
@@ -107,9 +96,7 @@ class SuiteScores:
     """One model's scores on a suite.
 
     Attributes:
-        suite: e.g. ``"pocket13"``.
         scores: benchmark → score, in the suite's order.
-        model: what the user calls the model.
         strategy: ``Strategy.key()``, or ``None`` for the full model.
         limit: most samples per benchmark, or ``None``.
         fingerprint: of model, strategy, suite and limit; equal for runs that must give equal scores.
@@ -145,11 +132,7 @@ class SuiteScores:
 
     @classmethod
     def load(cls, folder: str | Path) -> SuiteScores:
-        """What :meth:`save` wrote, with the samples.
-
-        Raises:
-            CacheError: if a file is missing, corrupt or of another version.
-        """
+        """What :meth:`save` wrote, with the samples; CacheError if a file is missing, corrupt or of another version."""
         folder = Path(folder)
         data = FORMAT.read(folder / "scores.json")
         scores = {name: BenchmarkScore.load(folder, name)[0] for name in data["scores"]}
@@ -163,11 +146,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def relative(pruned: SuiteScores, full: SuiteScores) -> dict[str, float]:
-    """Per cent of the full model's score that is left, per benchmark; NaN where the full model has 0.
-
-    Raises:
-        DopError: if the two were not measured on the same benchmarks.
-    """
+    """Per cent of the full model's score that is left, per benchmark, NaN where that is 0; DopError on others."""
     if set(pruned.scores) != set(full.scores):
         raise DopError(
             f"scores can be compared on the same benchmarks only, but one side has {list(pruned.scores)} and the other "

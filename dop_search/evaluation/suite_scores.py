@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dop_search.evaluation.lmms.hub import check_suite, revisions_of
-from dop_search.evaluation.lmms.quiet import Silenced, silenced
+from dop_search.evaluation.lmms.quiet import silenced
 from dop_search.evaluation.lmms.tasks import task_manager, write_tasks
 from dop_search.evaluation.runnable import Runnable, strategy_of
 from dop_search.evaluation.scores import BenchmarkScore, SuiteScores, fingerprint
@@ -36,7 +36,6 @@ def score_suite(
     *,
     work_dir: str | Path,
     limit: int | None = None,
-    batch_size: int | None = None,
     resume: bool = True,
     on_progress: OnProgress | None = None,
     revisions: Mapping[str, str] | None = None,
@@ -53,7 +52,6 @@ def score_suite(
         strategy: what runs, also a fitted method; ``None``: the full model.
         work_dir: generated tasks, rendered rows, scores and the log.
         limit: most samples per benchmark instead of the suite's; see :func:`scored_rows`.
-        batch_size: samples per generation call instead of the suite's.
         resume: read back what is there; ``False`` measures anew.
         on_progress: called with (done, total, title of the benchmark).
         revisions: data set → commit, for several calls that are to score the same data; found out if not given.
@@ -65,8 +63,7 @@ def score_suite(
         DopError: if our score of the samples differs from lmms-eval's own.
     """
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    given: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
-    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    chosen = chosen if limit is None else dataclasses.replace(chosen, limit=limit)
     run = _Run(loaded, chosen, strategy_of(strategy), Path(work_dir), on_progress)
     scores, marks = run.all(resume, revisions)
     return SuiteScores(
@@ -99,7 +96,7 @@ class _Run:
         found = {name: score for name, score in known.items() if score is not None}
         missing = [benchmark for benchmark in self.suite.benchmarks if benchmark.name not in found]
         for benchmark, score in self._measure(missing, revisions) if missing else ():
-            score.save(self._folder(marks[benchmark.name]), marks[benchmark.name])
+            score.save(self.work_dir / "scores" / marks[benchmark.name], marks[benchmark.name])
             found[benchmark.name] = score
         return {name: found[name] for name in marks}, list(marks.values())
 
@@ -109,12 +106,15 @@ class _Run:
         But not the batch size, whose rounding can change an answer in half precision: who runs out of memory goes on
         with a smaller one.
         """
-        from dop_search.data.benchmarks.parquet import rendered_version
+        from dop_search.data.benchmarks.rows import rendered_version
 
         suite = self.suite
+        method: list[Any] | None = None if self.strategy is None else [self.strategy.key()]
+        if isinstance(self.strategy, Strategy):
+            method = [self.strategy.key(), ranking_version(self.strategy)]
         return fingerprint(
             model,
-            self._method_mark(),
+            method,
             dataclasses.asdict(benchmark),
             rendered_version() if suite.source == "rendered" else revisions.get(benchmark.dataset.path),
             {name: os.environ.get(name) for name in JUDGE_SETTINGS} if suite.judge and benchmark.judge else None,
@@ -125,17 +125,8 @@ class _Run:
             [version(name).split("+")[0] for name in ("lmms-eval", "torch", "transformers")],
         )
 
-    def _method_mark(self) -> list[str | int] | None:
-        if self.strategy is None:
-            return None
-        version = [ranking_version(self.strategy)] if isinstance(self.strategy, Strategy) else []
-        return [self.strategy.key(), *version]
-
-    def _folder(self, mark: str) -> Path:
-        return self.work_dir / "scores" / mark
-
     def _known(self, benchmark: Benchmark, mark: str) -> BenchmarkScore | None:
-        folder = self._folder(mark)
+        folder = self.work_dir / "scores" / mark
         if not (folder / f"{benchmark.name}.json").exists():
             return None
         score, saved = BenchmarkScore.load(folder, benchmark.name)
@@ -146,7 +137,6 @@ class _Run:
         return score
 
     def _measure(self, benchmarks: list[Benchmark], revisions: dict[str, str]) -> Any:
-        """Yield each benchmark with its score."""
         log = self.work_dir / "lmms_eval.log"
         with silenced(log):
             import lmms_eval.evaluator  # noqa: F401  (seconds, and some noise)
@@ -155,19 +145,18 @@ class _Run:
             manager = task_manager(tasks)
         without_network = self.suite.source == "hub" and not hub_is_reachable()
         for benchmark in benchmarks:
-            with silenced(log) as before, offline(without_network):
-                score = self._score(benchmark, manager, before)
+            with silenced(log) as seen, offline(without_network):
+                score = self._score(benchmark, manager, seen)
             yield benchmark, score
 
-    def _score(self, benchmark: Benchmark, manager: Any, before: Silenced) -> BenchmarkScore:
+    def _score(self, benchmark: Benchmark, manager: Any, seen: Callable[..., None]) -> BenchmarkScore:
         from dop_search.evaluation.lmms.model import DopLmms
         from dop_search.evaluation.lmms.run import run_benchmark
 
-        report = None
-        if self.on_progress is not None:
-            tell = before.with_output(self.on_progress)
-            report = lambda done, total: tell(done, total, benchmark.title)  # noqa: E731
-        model = DopLmms(
-            loaded=self.loaded, strategy=self.strategy, batch_size=self.suite.batch_size, on_progress=report
-        )
+        def report(done: int, total: int) -> None:
+            if self.on_progress is not None:
+                seen(self.on_progress, done, total, benchmark.title)
+
+        size = self.suite.batch_size
+        model = DopLmms(loaded=self.loaded, strategy=self.strategy, batch_size=size, on_progress=report)
         return run_benchmark(model, self.suite, benchmark, manager)

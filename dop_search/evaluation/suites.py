@@ -104,11 +104,7 @@ class Suite:
 
 
 def load_suite(name_or_path: str | Path, **changes: Any) -> Suite:
-    """A suite by name (a file in ``conf/eval``) or from a YAML file of the same form; ``changes`` replace its fields.
-
-    Raises:
-        ConfigError: if it does not exist or is malformed.
-    """
+    """A suite by name or YAML file, with ``changes`` of its fields; ConfigError if there is none or it is malformed."""
     return make_suite(**suite_fields(name_or_path) | changes)
 
 
@@ -129,15 +125,9 @@ def suite_fields(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def make_suite(name: str, benchmarks: Sequence[str | Mapping[str, Any] | Benchmark], **fields: Any) -> Suite:
-    """A suite from the fields of its YAML file.
+    """A suite from the fields of its YAML file; ConfigError on an unknown benchmark or field, or a bad value.
 
-    Args:
-        name: of the suite.
-        benchmarks: names from ``conf/benchmarks.yaml``, or mappings of the same form with ``name`` beside the fields.
-        fields: of :class:`Suite`.
-
-    Raises:
-        ConfigError: on an unknown benchmark or field, or a bad value.
+    Benchmarks are names from ``conf/benchmarks.yaml``, or mappings of the same form with ``name`` beside the fields.
     """
     known = {field.name for field in dataclasses.fields(Suite)}
     for field in fields:

@@ -14,7 +14,7 @@ every ``n`` of the block, is beaten by points that the pool gives elsewhere. At 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -144,7 +144,7 @@ class _FrontSearch:
             np.concatenate([cost[place] * (1 + TOLERANCE), top[cheap_end]]),
         )
         found = []
-        for depths, row, cost in enumeration.complete(rows):
+        for depths, cost, row in enumeration.complete(rows):
             its = np.flatnonzero(self._of_use(corners, depths, rows.end[row], cost))
             if share < 1.0:  # a better pool needs no more than the best at either end
                 its = its[undominated(cost[its], depths.divergence[its], rows.end[row][its])]
@@ -186,22 +186,13 @@ def _hull_slopes(cost: FloatArray, nats: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Front:
-    """Every assignment that no other beats in both cost and estimated divergence.
-
-    Attributes:
-        space: what was searched.
-        cost_model: what it costs.
-        total_cost: summed over samples, exact, ascending ``[P]``.
-        divergence_nats: the surrogate's estimate, strictly descending ``[P]``.
-        indices: level index of every parameter ``[P, params]``.
-        seconds: what building it took.
-    """
+    """Every assignment that no other beats in both cost and estimated divergence."""
 
     space: Space
     cost_model: CostModel
-    total_cost: IntArray
-    divergence_nats: FloatArray
-    indices: IntArray
+    total_cost: IntArray  # [P], summed over samples, exact, ascending
+    divergence_nats: FloatArray  # [P], the surrogate's estimate, strictly descending
+    indices: IntArray  # [P, params], level index of every parameter
     seconds: float
 
     @property
@@ -213,11 +204,7 @@ class Front:
         return len(self.total_cost)
 
     def solve(self, budget: Budget) -> Solution:
-        """The least divergent strategy within the budget.
-
-        Raises:
-            BudgetError: if nothing fits; it names the smallest feasible value.
-        """
+        """The least divergent strategy within the budget; BudgetError, with the smallest feasible, if nothing fits."""
         start = time.perf_counter()
         ratio = budget.resolve(self.cost_model)
         # Compared as ratios, so that the ratio of a strategy is itself a budget that the strategy fits.
@@ -280,11 +267,7 @@ def pareto_front(problem: Problem, on_progress: OnProgress | None = None) -> Fro
 
 
 def additive_exact(problem: Problem, budget: Budget, on_progress: OnProgress | None = None) -> Solution:
-    """Solve one budget on the front, which is built once per surrogate and cost model.
-
-    Raises:
-        BudgetError: if nothing fits; it names the smallest feasible value.
-    """
+    """Solve one budget on the front, which is built once per surrogate and cost model; BudgetError as with it."""
     start = time.perf_counter()
     solution = pareto_front(problem, on_progress).solve(budget)
-    return Solution(**{**vars(solution), "seconds": time.perf_counter() - start})
+    return replace(solution, seconds=time.perf_counter() - start)

@@ -94,8 +94,6 @@ class Blocks:
         self._make_blocks()
         self.options = {(role, g): self._options_of(role, g) for role in ROLES for g in range(self.num_groups)}
 
-    # -- what there is --------------------------------------------------------------------------
-
     def _make_kv(self) -> None:
         """Every combination of kv depths, the sets of keys that they give, and their divergence."""
         outer = [p for p in self.space.parameters if p.role in ("kv", "attention")]
@@ -171,8 +169,6 @@ class Blocks:
             nats[row, levels[live]], index[row, levels[live]] = curve[live], np.flatnonzero(live)
             nats[row, last], index[row, last] = curve[~live].min(), len(levels) - 1  # "full" stands for all the dead
         return nats, index
-
-    # -- results --------------------------------------------------------------------------------
 
     def features(self, depths: Depths) -> IntArray:
         """In how many layers each price is paid ``[n, F]``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -99,22 +99,10 @@ class _BestSearch:
         self.token_nats = enumeration.token_nats[enumeration.ends] - enumeration.token_sag[enumeration.end_block]
         every = np.arange(len(enumeration.ends))
         typical = x / np.median(enumeration.scale)
-        left = [
-            min(
-                map(
-                    float,
-                    (
-                        self.token_nats
-                        + [
-                            np.interp(price * s, x, column)
-                            for s, column in zip(enumeration.scale, least.T, strict=True)
-                        ]
-                    ),
-                )
-            )
-            - price * limit
-            for price in typical
-        ]
+        left = []
+        for price in typical:
+            ends = [np.interp(price * s, x, column) for s, column in zip(enumeration.scale, least.T, strict=True)]
+            left.append(float((self.token_nats + ends).min()) - price * limit)
         self.prices = typical[int(np.argmax(left))] * np.array(PRICES)
         bounds = np.stack(
             [
@@ -183,7 +171,6 @@ class _BestSearch:
         return Depths.concatenate([enumeration.tangents[2].take(slice(0, 1)), *found])
 
     def _points(self, depths: Depths, per_cell: int) -> _Points:
-        """The depths beside every number of tokens of their blocks within the cost."""
         enumeration, features, parts = self.enumeration, self.enumeration.features(depths), []
         for its, levels, cost, _ in enumeration.by_block(depths, features):
             row, column = np.nonzero(cost <= self.limit * (1 + TOLERANCE))
@@ -198,14 +185,11 @@ class _BestSearch:
         level, cost, divergence = (
             np.concatenate([getattr(its, name) for its in found]) for name in ("level", "cost", "divergence")
         )
-        block, kv, inner, nats = (
-            np.concatenate([getattr(its.depths, name) for its in found])
-            for name in ("block", "kv", "inner", "divergence")
-        )
-        points = _Points(Depths(block, kv, inner, nats), level, cost, divergence)
+        depths = Depths(*(np.concatenate([getattr(its.depths, f.name) for its in found]) for f in fields(Depths)))
+        points = _Points(depths, level, cost, divergence)
         order = np.lexsort((cost, divergence))
         if per_cell == 1:
-            cell = block[order] * self.cell_bound.shape[1] + kv[order]
+            cell = depths.block[order] * self.cell_bound.shape[1] + depths.kv[order]
             order = order[np.sort(np.unique(cell, return_index=True)[1])]
         return points.take(order)
 

@@ -73,19 +73,12 @@ class CurveGrid:
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured divergence of one parameter.
-
-    Attributes:
-        parameter: its name.
-        role: its role; ``tokens`` are interpolated over ``log(1 + n)``, depths over the depth.
-        levels: measured levels ``[M]``, ascending; the last one is full.
-        per_sample_nats: divergence ``[M, num_samples]``; zero at full by definition.
-    """
+    """Measured divergence of one parameter; ``tokens`` are interpolated over ``log(1 + n)``, depths over the depth."""
 
     parameter: str
     role: str
-    levels: NDArray[np.int64]
-    per_sample_nats: FloatArray
+    levels: NDArray[np.int64]  # [M], ascending; the last one is full
+    per_sample_nats: FloatArray  # [M, num_samples]; zero at full by definition
 
     @property
     def mean_nats(self) -> FloatArray:
@@ -95,10 +88,8 @@ class Curve:
     def __call__(self, levels: Sequence[int] | NDArray[Any]) -> FloatArray:
         """Mean divergence at any levels: the measured values, PCHIP between them (no overshoot, no new extrema).
 
-        Rounding may leave a measured value a hair below zero; a divergence is not, so it is cut at 0.
-
-        Raises:
-            ConfigError: for levels outside the measured range.
+        Rounding may leave a measured value a hair below zero; a divergence is not, so it is cut at 0. ConfigError for
+        levels outside the measured range.
         """
         wanted = np.asarray(levels, dtype=np.int64)
         if wanted.min() < self.levels[0] or wanted.max() > self.levels[-1]:
@@ -125,11 +116,7 @@ class Curves:
 
     @classmethod
     def measure(
-        cls,
-        space: Space,
-        store: EvaluationStore,
-        grid: CurveGrid | None = None,
-        on_progress: OnProgress | None = None,
+        cls, space: Space, store: EvaluationStore, grid: CurveGrid | None = None, on_progress: OnProgress | None = None
     ) -> Curves:
         """Measure the curve of every parameter, one validation run per level and none where nothing is skipped.
 
@@ -157,52 +144,32 @@ class Curves:
         return cls(space.name, curves, len({strategy.key() for strategy in measured.values()}))
 
     def surrogate(self, space: Space) -> Surrogate:
-        """The additive surrogate on ``space`` (also one with fewer levels than the curves were measured for).
-
-        Raises:
-            ConfigError: if a curve is missing or does not reach a level.
-        """
+        """The additive surrogate on ``space``, also with fewer levels; ConfigError if a curve misses a level."""
         missing = sorted(set(space.names) - set(self.curves))
         if missing:
             raise ConfigError(f"no curves for {missing} of space {space.name!r}; measured: {sorted(self.curves)}")
         return Surrogate(space, {p.name: self.curves[p.name](p.levels) for p in space.parameters})
 
-    # -- files ----------------------------------------------------------------------------------
-
     def save(self, path: str | Path) -> None:
         """Write Parquet, atomically: one row per parameter, level and sample, in nats."""
-        names, roles, levels, samples, values = [], [], [], [], []
+        parts = []
         for curve in self.curves.values():
             count, num_samples = curve.per_sample_nats.shape
-            names += [curve.parameter] * (count * num_samples)
-            roles += [curve.role] * (count * num_samples)
-            levels.append(np.repeat(curve.levels, num_samples))
-            samples.append(np.tile(np.arange(num_samples), count))
-            values.append(curve.per_sample_nats.ravel())
-        table = pa.table(
-            {
-                "parameter": pa.array(names, pa.string()),
-                "role": pa.array(roles, pa.string()),
-                "level": pa.array(np.concatenate(levels), pa.int64()),
-                "sample": pa.array(np.concatenate(samples), pa.int64()),
-                "kl_nats": pa.array(np.concatenate(values), pa.float64()),
+            columns = {
+                "parameter": [curve.parameter] * (count * num_samples),
+                "role": [curve.role] * (count * num_samples),
+                "level": np.repeat(curve.levels, num_samples),
+                "sample": np.tile(np.arange(num_samples), count),
+                "kl_nats": curve.per_sample_nats.ravel(),
             }
-        )
-        facts = {
-            **FORMAT.stamp,
-            "space": self.space_name,
-            "num_validation_runs": self.num_validation_runs,
-        }
-        table = table.replace_schema_metadata({_METADATA: json.dumps(facts)})
+            parts.append(pa.table(columns))
+        facts = {**FORMAT.stamp, "space": self.space_name, "num_validation_runs": self.num_validation_runs}
+        table = pa.concat_tables(parts).replace_schema_metadata({_METADATA: json.dumps(facts)})
         write_atomic(Path(path), lambda temporary: pq.write_table(table, temporary))
 
     @classmethod
     def load(cls, path: str | Path) -> Curves:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            CacheError: if the file is missing, is not a curves file, or has another version.
-        """
+        """Read what :meth:`save` wrote; CacheError if the file is missing, no curves file, or of another version."""
         try:
             table = pq.read_table(Path(path))
         except (OSError, pa.ArrowInvalid) as error:

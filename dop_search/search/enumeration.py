@@ -38,6 +38,9 @@ NUM_TANGENTS = 32
 
 UNLIMITED = 1e300
 
+Parts = list[tuple[FloatArray, FloatArray, list[IntArray]]]
+"""Of each component cost and divergence of every option ``[n, W]``, and the depths of its groups."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -63,8 +66,6 @@ class Enumeration(Blocks):
                 [(g,) for g in range(self.num_groups)] if self.is_additive(role) else [tuple(range(self.num_groups))]
             )
         ]
-
-    # -- bounds ---------------------------------------------------------------------------------
 
     @cached_property
     def _base(self) -> FloatArray:
@@ -115,8 +116,6 @@ class Enumeration(Blocks):
         """The least cost / scale of any depths ``[E, S]``."""
         every = np.arange(len(self.ends))
         return self.bound(0.0, np.ones(len(every)), every)
-
-    # -- enumeration ----------------------------------------------------------------------------
 
     def _until(self, role: Role, chosen: int, end: IntArray, kv: IntArray) -> FloatArray:
         """Lowered cost that the set ``chosen`` adds in the layers before each depth ``[n, L]``."""
@@ -171,8 +170,8 @@ class Enumeration(Blocks):
             result[role, group] = (least >= 0, (least == 0) & (most == 0))
         return result
 
-    def complete(self, rows: Rows, beaten: bool = False) -> Iterator[tuple[Depths, IntArray, FloatArray]]:
-        """All depths below the limits, in pieces: with the number of the row and the lowered cost / scale of each.
+    def complete(self, rows: Rows, beaten: bool = False) -> Iterator[tuple[Depths, FloatArray, IntArray]]:
+        """All depths below the limits, in pieces: with the lowered cost / scale and the number of the row of each.
 
         ``beaten``: also with options that another one of the same group equals or beats in the whole block.
         """
@@ -187,26 +186,13 @@ class Enumeration(Blocks):
 
     def best(self, end: IntArray, kv: IntArray, x: FloatArray) -> Depths:
         """The depths of least ``D + x cost / scale`` of each row ``[n]``."""
-        inner = np.zeros((len(end), 2, self.num_groups), dtype=np.int64)
-        nats = self.kv_nats[kv].copy()
-        rows = np.arange(len(end))
-        for role, groups in self._components:
-            cost, divergence, depth = self._component(role, groups, end, kv)
-            chosen = (divergence + x[:, None] * cost).argmin(axis=1)
-            nats += divergence[rows, chosen]
-            for g, its in zip(groups, depth, strict=True):
-                inner[:, ROLES.index(role), g] = its[rows, chosen]
-        return Depths(self.end_block[end], kv, inner, nats)
+        parts = [self._component(role, groups, end, kv) for role, groups in self._components]
+        chosen = np.array([(nats + x[:, None] * cost).argmin(axis=1) for cost, nats, _ in parts])
+        return self._chosen(end, kv, np.arange(len(end)), np.zeros(len(end)), chosen, parts)[0]
 
     def _expand(
-        self,
-        rows: Rows,
-        which: IntArray,
-        place: IntArray,
-        end: IntArray,
-        kv: IntArray,
-        parts: list[tuple[FloatArray, FloatArray, list[IntArray]]],
-    ) -> Iterator[tuple[Depths, IntArray, FloatArray]]:
+        self, rows: Rows, which: IntArray, place: IntArray, end: IntArray, kv: IntArray, parts: Parts
+    ) -> Iterator[tuple[Depths, FloatArray, IntArray]]:
         """Component by component, nothing kept that the best of the others would not bring below the limits."""
         least_nats = self.kv_nats[kv] + sum(nats.min(axis=1) for _, nats, _ in parts)
         costs = [np.where(np.isfinite(nats), cost, np.inf) for cost, nats, _ in parts]
@@ -236,7 +222,8 @@ class Enumeration(Blocks):
             row, left, chosen = pending.pop()
             stage = chosen.shape[1]
             if stage == len(parts):
-                yield self._completed(which[row], end[place[row]], kv[place[row]], place[row], base[row], chosen, parts)
+                its = place[row]
+                yield *self._chosen(end[its], kv[its], its, base[row], chosen.T, parts), which[row]
                 continue
             piece = max(1, MAX_CELLS // excess[stage].shape[1])
             if len(row) > piece:
@@ -251,24 +238,18 @@ class Enumeration(Blocks):
                 again, option = again[its], option[its]
                 pending.append((row[again], rest[:, its], np.concatenate([chosen[again], option[:, None]], axis=1)))
 
-    def _completed(
-        self,
-        which: IntArray,
-        end: IntArray,
-        kv: IntArray,
-        place: IntArray,
-        cost: FloatArray,
-        chosen: IntArray,
-        parts: list[tuple[FloatArray, FloatArray, list[IntArray]]],
-    ) -> tuple[Depths, IntArray, FloatArray]:
+    def _chosen(
+        self, end: IntArray, kv: IntArray, place: IntArray, cost: FloatArray, chosen: IntArray, parts: Parts
+    ) -> tuple[Depths, FloatArray]:
+        """The depths of the chosen options ``[components, n]``, and their cost on top of ``cost``."""
         inner = np.zeros((len(kv), 2, self.num_groups), dtype=np.int64)
         nats = self.kv_nats[kv].copy()
-        for (role, groups), (costs, divergence, depth), option in zip(self._components, parts, chosen.T, strict=True):
+        for (role, groups), (costs, divergence, depth), option in zip(self._components, parts, chosen, strict=True):
             nats += divergence[place, option]
             cost = cost + costs[place, option]
             for g, its in zip(groups, depth, strict=True):
                 inner[:, ROLES.index(role), g] = its[place, option]
-        return Depths(self.end_block[end], kv, inner, nats), which, cost
+        return Depths(self.end_block[end], kv, inner, nats), cost
 
 
 def _weighted(alpha: float, nats: FloatArray) -> FloatArray:

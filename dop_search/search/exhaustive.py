@@ -18,30 +18,17 @@ from dop_search.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvaluatedGrid:
-    """Every distinct strategy of a grid with its exact divergence.
-
-    Attributes:
-        problem: what the grid belongs to.
-        assignments: one per distinct strategy ``[P]``; of equal strategies the one with the higher levels.
-        strategies: the canonical strategies ``[P]``.
-        cost_ratio: relative to the full model ``[P]``.
-        per_sample_nats: exact divergence ``[P, num_samples]``.
-        seconds: what evaluating took.
-    """
+    """Every distinct strategy of a grid with its exact divergence; of equal ones that of the higher levels."""
 
     problem: Problem
-    assignments: Sequence[Mapping[str, int]]
-    strategies: Sequence[Strategy]
-    cost_ratio: FloatArray
-    per_sample_nats: FloatArray
+    assignments: Sequence[Mapping[str, int]]  # [P]
+    strategies: Sequence[Strategy]  # [P], canonical
+    cost_ratio: FloatArray  # [P], relative to the full model
+    per_sample_nats: FloatArray  # [P, num_samples]
     seconds: float
 
     def best(self, budget: Budget) -> MeasuredSolution:
-        """The least divergent point within the budget.
-
-        Raises:
-            BudgetError: if nothing fits; it names the smallest feasible value.
-        """
+        """The least divergent point within the budget; BudgetError, with the smallest feasible, if nothing fits."""
         cost_model, surrogate = self.problem.cost_model, self.problem.surrogate
         ratio = budget.resolve(cost_model)
         fits = np.flatnonzero(self.cost_ratio <= ratio)
@@ -69,17 +56,11 @@ def evaluate_grid(
     max_cost_ratio: float = 1.0,
     on_progress: OnProgress | None = None,
 ) -> EvaluatedGrid:
-    """Evaluate every distinct strategy of the space, or of a grid of it.
-
-    Args:
-        problem: needs a store.
-        levels: levels per parameter (see :meth:`Space.with_levels`); parameters not named keep theirs.
-        max_strategies: refuse larger grids, dead operations merged.
-        max_cost_ratio: leave out strategies that cost more.
-        on_progress: called as strategies are evaluated.
+    """Evaluate every distinct strategy of the space, or of a grid of it: ``levels`` per parameter, see
+    :meth:`Space.with_levels`. Strategies that cost more than ``max_cost_ratio`` are left out.
 
     Raises:
-        ConfigError: if the grid is larger than ``max_strategies``.
+        ConfigError: if the grid is larger than ``max_strategies``, dead operations merged.
     """
     start = time.perf_counter()
     store = problem.need_store("exhaustive")

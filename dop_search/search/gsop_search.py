@@ -52,6 +52,10 @@ class GsopPoint:
     strategy: Strategy
     divergence: float
 
+    def with_tokens(self, num_visual_tokens: int | None) -> Strategy:
+        """The same operations with fewer tokens entering the decoder."""
+        return replace(self.strategy, num_visual_tokens=num_visual_tokens)
+
 
 @dataclass
 class GsopSearch:
@@ -59,7 +63,6 @@ class GsopSearch:
 
     Args:
         evaluate: mean KL of strategies with two groups.
-        num_layers: decoder layers.
         fields: further fields of the strategies, such as the selector.
         free_nats, stride_nats, growth: see the module; ``growth=0`` are the paper's equal strides.
         num_strides: after so many the search ends; ``None``: never.
@@ -67,9 +70,7 @@ class GsopSearch:
 
     Attributes:
         points: the trajectory so far, from the full model on.
-        num_evaluations: strategies scored so far.
         num_free_points: points up to the one that leaves out all that is free.
-        num_sorts: how often the operations were sorted.
     """
 
     evaluate: Evaluate
@@ -96,11 +97,6 @@ class GsopSearch:
         if self.first_prunable is None:
             self.first_prunable = round(6 * self.num_layers / 32)
 
-    @property
-    def first_free(self) -> int:
-        """Below this layer nothing is left out for free."""
-        return max(0, self.num_layers // 2 - 1)
-
     def trajectory(self, enough: Callable[[Strategy], bool]) -> list[GsopPoint]:
         """The points up to the first that is ``enough``, or all there are."""
         if not self.points:
@@ -111,8 +107,6 @@ class GsopSearch:
             if enough(point.strategy):
                 return self.points[: index + 1]
         return list(self.points)
-
-    # -- the three steps --------------------------------------------------------------------------
 
     def _start(self) -> None:
         free = self._runs
@@ -139,7 +133,7 @@ class GsopSearch:
             return self._scores([without(depth)])[0] <= self.free_nats
 
         gone = np.flatnonzero(~runs[group, :, modules[0]])
-        low, high = self.first_free, int(gone[0]) if len(gone) else self.num_layers - 1
+        low, high = max(0, self.num_layers // 2 - 1), int(gone[0]) if len(gone) else self.num_layers - 1
         if low >= high and len(gone):
             return runs
         if not is_free(high):
@@ -183,8 +177,6 @@ class GsopSearch:
             self._record(runs)
         return True
 
-    # -- operations -------------------------------------------------------------------------------
-
     def _without(self, runs: np.ndarray, cell: Cell) -> np.ndarray:
         result = runs.copy()
         result[cell] = False
@@ -215,9 +207,3 @@ class GsopSearch:
             self.points.append(GsopPoint(self._strategy(np.ones_like(runs)), 0.0))
         if strategy != self.points[-1].strategy:
             self.points.append(GsopPoint(strategy, float(self._scores([runs])[0])))
-
-
-def with_tokens(point: GsopPoint | Strategy, num_visual_tokens: int | None) -> Strategy:
-    """The same operations with fewer tokens entering the decoder."""
-    strategy = point.strategy if isinstance(point, GsopPoint) else point
-    return replace(strategy, num_visual_tokens=num_visual_tokens)

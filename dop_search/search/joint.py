@@ -175,7 +175,6 @@ def exact_optuna(
 
 
 def _feasible(options: Sequence[Option]) -> list[Option]:
-    """Those in which something fits."""
     found: list[Option] = []
     errors: list[BudgetError] = []
     for option in options:
@@ -305,7 +304,6 @@ class _ChunkedEvaluation:
 def _solutions(
     choice: _Choice, history: list[dict[str, Any]], num_samples: int, solver: str, seconds: float
 ) -> list[MeasuredSolution]:
-    """What fits and was measured on all samples, each strategy once."""
     runs = _num_validation_runs(choice, history, num_samples) + sum(option.num_runs for option in choice.options)
     found: dict[str, MeasuredSolution] = {}
     for record in sorted(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dop_search.search.candidates import best_candidates
-from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch, with_tokens
+from dop_search.search.gsop_search import SHARES, GsopPoint, GsopSearch
 from dop_search.search.optuna_solvers import feasible_limit
 from dop_search.search.solution import Problem, uniform_assignment
 from dop_search.search.space import TOKENS, Assignment, Space
@@ -47,11 +47,7 @@ class Option:
 
     @property
     def limit(self) -> float:
-        """The budget as a ratio.
-
-        Raises:
-            BudgetError: if nothing fits.
-        """
+        """The budget as a ratio; BudgetError if nothing fits."""
         return feasible_limit(self.problem, self.budget)
 
     def price(self, strategy: Strategy) -> float:
@@ -111,9 +107,6 @@ def filled(option: Option, assignment: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-# -- GSOP --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrajectorySpace(Space):
     """GSOP's operations beside a number of visual tokens, the one parameter: each number has the first point of the
@@ -134,7 +127,8 @@ class TrajectorySpace(Space):
     def strategy(self, assignment: Assignment) -> Strategy:
         """See base class."""
         tokens = assignment.get(TOKENS, self.tokens.full)
-        return with_tokens(self.points[self.point(tokens)], None if tokens == self.tokens.full else tokens)
+        kept = None if tokens == self.tokens.full else tokens
+        return replace(self.points[self.point(tokens)], num_visual_tokens=kept)
 
     def proposals(self, surrogate: Surrogate) -> list[Mapping[str, int]]:
         """Each point with the most tokens: the best by estimate, GSOP's own, then the others by estimate.
@@ -167,7 +161,7 @@ def gsop_option(option: Option, search: GsopSearch, on_progress: OnProgress | No
     for point in points:  # costs fall, so more and more tokens fit
 
         def cost(level: int, point: GsopPoint = point) -> float:
-            return option.price(with_tokens(point, level))
+            return option.price(point.with_tokens(level))
 
         least = tokens.levels.index(most[-1]) + 1 if most and most[-1] else 0
         low = bisect_right(tokens.levels, most_cost, lo=least, key=cost)

@@ -102,23 +102,11 @@ def feasible_limit(problem: Problem, budget: Budget) -> float:
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
     """A finished trial as a JSON-ready dictionary."""
     known = {**trial.user_attrs.get("candidate", {}), **trial.user_attrs.get("measured", {})}
-    return {
-        "trial": trial.number,
-        "state": trial.state.name,
-        **{_OLD_NAMES.get(name, name): value for name, value in known.items()},
-    }
-
-
-_OLD_NAMES = {"divergence_additive": "kl_additive", "divergence_exact": "kl_search"}
-"""As storages from before these names were the record's have them."""
+    return {"trial": trial.number, "state": trial.state.name, **known}
 
 
 def best_record(history: list[dict[str, Any]], objective: str, sampler: str) -> dict[str, Any]:
-    """The record with the least objective within the budget, the cheaper one on a tie.
-
-    Raises:
-        ConfigError: if no trial fits.
-    """
+    """The record with the least objective within the budget, the cheaper one on a tie; ConfigError if no trial fits."""
     fitting = [record for record in history if record.get("fits") and objective in record]
     if not fitting:
         raise ConfigError(

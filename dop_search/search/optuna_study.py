@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from dop_search.search.sharing import Pause, Worker, end_trial
 from dop_search.search.space import Assignment, Parameter, Space
 from dop_search.utils.errors import CacheError, ConfigError
-from dop_search.utils.registry import unknown
+from dop_search.utils.registry import Registry
 
 _SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -37,32 +37,15 @@ _PRUNERS: Mapping[str, Callable[[], optuna.pruners.BasePruner]] = {
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
     "none": lambda: optuna.pruners.NopPruner(),
 }
-SAMPLERS = tuple(_SAMPLERS)
-PRUNERS = tuple(_PRUNERS)
+SAMPLERS, PRUNERS = Registry("sampler", _SAMPLERS), Registry("pruner", _PRUNERS)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def make_sampler(name: str, *seed: int) -> optuna.samplers.BaseSampler:
-    """A sampler by name, its random numbers given by all of ``seed``.
-
-    Raises:
-        ConfigError: on an unknown name, naming a near one.
-    """
-    _check(name, SAMPLERS, "sampler")
+    """A sampler by name (ConfigError if there is none), its random numbers given by all of ``seed``."""
     with _quiet():
-        return _SAMPLERS[name](int(np.random.SeedSequence(seed).generate_state(1)[0]))
-
-
-def make_pruner(name: str) -> optuna.pruners.BasePruner:
-    """A pruner over chunks of validation samples by name.
-
-    Raises:
-        ConfigError: on an unknown name, naming a near one.
-    """
-    _check(name, PRUNERS, "pruner")
-    with _quiet():
-        return _PRUNERS[name]()
+        return SAMPLERS.find(name)(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def uses_constraints(sampler: str) -> bool:
@@ -101,12 +84,9 @@ class _FileLock(JournalFileOpenLock):  # type: ignore[misc, unused-ignore]
 def open_storage(location: str | Path | None, bookkeeping: bool = False) -> BaseStorage:
     """``None``: in memory; a URL (``sqlite:///…``, ``postgresql+psycopg://…``): a database; a path: a journal file.
 
-    Processes can share a journal file on one machine or over NFS, and a database server from anywhere.
-
-    Args:
-        location: where to.
-        bookkeeping: open what holds who does what, and evaluations, apart from the studies that a person looks at:
-            beside a journal file another one; a database has everything, under names that begin with ``bookkeeping/``.
+    Processes can share a journal file on one machine or over NFS, and a database server from anywhere. ``bookkeeping``:
+    what holds who does what, and evaluations, apart from the studies that a person looks at: beside a journal file
+    another one; a database has everything, under names that begin with ``bookkeeping/``.
 
     Raises:
         ConfigError: if the database cannot be reached, or its driver is not installed.
@@ -150,13 +130,11 @@ def _unusable(url: str, error: Exception) -> ConfigError:
 def open_study(
     storage: BaseStorage, name: str, pruner: str, facts: Mapping[str, Any], location: str | Path | None
 ) -> optuna.Study:
-    """Create or continue a study; ``facts`` say what its numbers depend on.
-
-    Raises:
-        CacheError: if the study in the storage depends on other facts.
-    """
+    """Create a study, or continue it: CacheError if its numbers depend on other ``facts``."""
     facts = json.loads(json.dumps(facts))  # as a storage gives them back
-    study = optuna.create_study(storage=storage, study_name=name, pruner=make_pruner(pruner), load_if_exists=True)
+    with _quiet():
+        made = PRUNERS.find(pruner)()  # over chunks of validation samples
+    study = optuna.create_study(storage=storage, study_name=name, pruner=made, load_if_exists=True)
     known = study.user_attrs
     begun = bool(study.get_trials(deepcopy=False))  # a study without trials may still be receiving its facts
     other = {
@@ -210,14 +188,8 @@ def run_trials(
 ) -> None:
     """Run trials, in turn with other processes, until the study has finished so many.
 
-    Args:
-        study, storage: where.
-        worker: this process.
-        num_trials: places for trials, also those of other processes.
-        draw: the sampler of a place.
-        starts: parameters of the first places, the warm start.
-        objective: judges a trial.
-        notify: told how many are finished.
+    ``draw`` makes the sampler of a place; ``starts`` are the parameters of the first places, the warm start; ``notify``
+    is told how many trials are finished.
     """
     pause = Pause()
     while (num_done := len(finished(study))) < num_trials:
@@ -339,8 +311,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
-
-
-def _check(name: str, known: tuple[str, ...], what: str) -> None:
-    if name not in known:
-        raise ConfigError(unknown(what, name, known))

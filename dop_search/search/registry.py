@@ -30,35 +30,19 @@ SOLVERS: Registry[Callable[..., Solution]] = Registry(
 adds to it, ``SOLVERS["mine"] = mine``."""
 
 
-def solver_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a solver by name, ``on_progress`` left out.
-
-    Raises:
-        ConfigError: if there is no such solver; names a near one.
-    """
-    parameters = list(inspect.signature(SOLVERS.find(name)).parameters.values())[2:]
-    return {parameter.name: parameter for parameter in parameters if parameter.name != "on_progress"}
-
-
 def check_solver_options(name: str, options: Iterable[str]) -> None:
-    """Refuse an unknown solver, or an option that it does not have.
-
-    Raises:
-        ConfigError: naming a near one, and all that there are.
-    """
-    known = solver_options(name)
+    """Refuse, by ConfigError, an unknown solver, or an option that it does not have; names a near one."""
+    known = [option for option in list(inspect.signature(SOLVERS.find(name)).parameters)[2:] if option != "on_progress"]
     for option in options:
         if option not in known:
             near = did_you_mean(option, known)
-            raise ConfigError(f"solver {name!r} has no option {option!r}; {near}it has {[*known]}")
+            raise ConfigError(f"solver {name!r} has no option {option!r}; {near}it has {known}")
 
 
 def solve(name: str, problem: Problem, budget: Budget, **options: Any) -> Solution:
     """Run the solver ``name``; ``on_progress`` is left out for one that does not take it.
 
-    Raises:
-        ConfigError: on an unknown solver or option; the message names a near one.
-        BudgetError: if nothing fits; it names the smallest feasible value.
+    Raises ConfigError on an unknown solver or option, BudgetError, naming the smallest feasible value, if nothing fits.
     """
     solver = SOLVERS.find(name)
     if "on_progress" not in inspect.signature(solver).parameters:

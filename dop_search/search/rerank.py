@@ -14,11 +14,7 @@ from dop_search.strategy.cost.budget import Budget
 
 
 def rerank_all(
-    problem: Problem,
-    budget: Budget,
-    k: int = 16,
-    mode: CandidateMode = "slices",
-    on_progress: OnProgress | None = None,
+    problem: Problem, budget: Budget, k: int = 16, mode: CandidateMode = "slices", on_progress: OnProgress | None = None
 ) -> list[MeasuredSolution]:
     """The ``k`` best candidates and uniform token reduction, evaluated, the one with the least mean KL first.
 
@@ -76,11 +72,7 @@ def with_exact(problem: Problem, found: Solution, others: Sequence[MeasuredSolut
 
 
 def rerank(
-    problem: Problem,
-    budget: Budget,
-    k: int = 16,
-    mode: CandidateMode = "slices",
-    on_progress: OnProgress | None = None,
+    problem: Problem, budget: Budget, k: int = 16, mode: CandidateMode = "slices", on_progress: OnProgress | None = None
 ) -> MeasuredSolution:
     """The best of :func:`rerank_all`."""
     return rerank_all(problem, budget, k, mode, on_progress)[0]

@@ -27,14 +27,8 @@ class SharedEvaluationStore(EvaluationStore):
     loses at most that. Strategies are evaluated in the same company whoever does it, so the numbers do not depend on
     how many processes take part, as long as they compute on the same kind of device.
 
-    Args:
-        evaluator: computes what nobody has computed yet.
-        num_samples: samples of the validation set.
-        location: of the storage: a journal file, or a database URL.
-        name: of the study; the same for all processes.
-        header: what the numbers depend on; a study with another header is refused.
-        batch_size: most strategies that are claimed, evaluated and saved together.
-        heartbeat_s, grace_s: how a dead process on another machine is noticed, see :class:`Worker`.
+    Beside the base's arguments ``location`` is that of the storage, a journal file or a database URL, ``name`` that of
+    the study, the same for all processes; ``heartbeat_s``, ``grace_s``: see :class:`Worker`.
 
     Raises:
         CacheError: if the study belongs to another ``header``.

@@ -35,12 +35,8 @@ class Worker:
     """This process among those that share a study; while entered, it counts up an attribute of the study.
 
     Its name is its own: host and process number are there for the reader, the rest is random. On this machine it holds
-    a file of that name, by which others that see the file know at once when its process has ended.
-
-    Args:
-        study: where the workers can see each other.
-        heartbeat_s: seconds between two counts.
-        grace_s: seconds without a new count after which a worker is taken for dead.
+    a file of that name, by which others that see the file know at once when its process has ended. It counts every
+    ``heartbeat_s``; without a new count for ``grace_s`` it is taken for dead.
     """
 
     def __init__(self, study: optuna.Study, heartbeat_s: float = HEARTBEAT_S, grace_s: float = GRACE_S) -> None:
@@ -156,15 +152,14 @@ class Claims:
 
 
 class Pause:
-    """Sleeps, each time a little longer, up to ``longest_s``."""
+    """Sleeps, each time a little longer, from 20 ms up to two seconds."""
 
-    def __init__(self, shortest_s: float = 0.02, longest_s: float = 2.0) -> None:
-        self._next_s, self._longest_s = shortest_s, longest_s
+    _next_s = 0.02
 
     def __call__(self) -> None:
         """Sleep once."""
         time.sleep(self._next_s)
-        self._next_s = min(1.5 * self._next_s, self._longest_s)
+        self._next_s = min(1.5 * self._next_s, 2.0)
 
 
 def end_trial(study: optuna.Study, number: int, value: float | None = None) -> bool:

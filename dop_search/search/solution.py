@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +20,7 @@ from dop_search.utils.errors import BudgetError, ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """A space with its price and what is known of its divergence.
-
-    Attributes:
-        space: what is searched.
-        cost_model: what it costs.
-        surrogate: additive estimate, for the solvers that use it.
-        store: exact evaluations, for the solvers that use them.
-    """
+    """A space with its price and what is known of its divergence: the additive estimate, and exact evaluations."""
 
     space: Space
     cost_model: CostModel
@@ -80,25 +72,8 @@ class Solution:
 
     def measured(self, per_sample_nats: FloatArray) -> MeasuredSolution:
         """This solution with what was measured of it on every search sample (``[num_samples]``)."""
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return MeasuredSolution(
-            **fields | {"kl_search": float(per_sample_nats.mean()), "per_sample_nats": per_sample_nats}
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {
-            "strategy": self.strategy.to_json(),
-            "assignment": dict(self.assignment),
-            "cost_ratio": self.cost_ratio,
-            "kl_additive": self.kl_additive,
-            "kl_search": self.kl_search,
-            "num_validation_runs": self.num_validation_runs,
-            "seconds": self.seconds,
-            "solver": self.solver,
-            "per_sample_nats": None if self.per_sample_nats is None else self.per_sample_nats.tolist(),
-            "history": [dict(item) for item in self.history],
-        }
+        measured = {"kl_search": float(per_sample_nats.mean()), "per_sample_nats": per_sample_nats}
+        return MeasuredSolution(**vars(self) | measured)
 
 
 @dataclass(frozen=True)
@@ -109,8 +84,10 @@ class MeasuredSolution(Solution):
     per_sample_nats: FloatArray = field(compare=False, repr=False)
 
 
-def fill_tokens(problem: Problem, budget: Budget, depths: Mapping[str, int] | None = None) -> dict[str, int] | None:
-    """The largest number of visual tokens that fits beside given depths (those not named are full).
+def uniform_assignment(
+    problem: Problem, budget: Budget, depths: Mapping[str, int] | None = None
+) -> dict[str, int] | None:
+    """Uniform token reduction: the largest number of visual tokens that fits beside ``depths``, everything else full.
 
     ``None`` if not even the smallest number of the space fits.
     """
@@ -124,20 +101,8 @@ def fill_tokens(problem: Problem, budget: Budget, depths: Mapping[str, int] | No
     return None if low == 0 else {**space.full, **(depths or {}), space.tokens.name: int(levels[low - 1])}
 
 
-def uniform_assignment(problem: Problem, budget: Budget) -> dict[str, int] | None:
-    """Uniform token reduction: the largest number of visual tokens that fits, everything else full.
-
-    ``None`` if not even the smallest number of the space fits.
-    """
-    return fill_tokens(problem, budget)
-
-
 def uniform_strategy(problem: Problem, budget: Budget) -> Strategy:
-    """Uniform token reduction as a strategy.
-
-    Raises:
-        BudgetError: if not even the smallest number of visual tokens fits.
-    """
+    """Uniform token reduction as a strategy; BudgetError if not even the smallest number of visual tokens fits."""
     assignment = uniform_assignment(problem, budget)
     if assignment is None:
         raise BudgetError(

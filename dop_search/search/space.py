@@ -78,25 +78,20 @@ class Space:
                     f"{'all visual tokens' if top is None else f'num_layers={top}'}, but got {list(levels)}"
                 )
 
-    # -- the five spaces ------------------------------------------------------------------------
-
     @classmethod
     def dop(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """The paper's space (arXiv 2507.02909): ``D_A`` (q and kv tied), ``D_P`` and ``n_v``."""
-        depths = _depths(num_layers, ("attention", "mlp"), 1)
-        return cls("dop", num_layers, (*depths, _tokens(num_visual_tokens, min_visual_tokens)), (1.0,), fields)
+        return cls._of("dop", num_layers, ("attention", "mlp"), num_visual_tokens, min_visual_tokens, fields)
 
     @classmethod
     def dop_split(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """Queries and keys/values get exit depths of their own."""
-        depths = _depths(num_layers, ("q", "kv", "mlp"), 1)
-        return cls("dop_split", num_layers, (*depths, _tokens(num_visual_tokens, min_visual_tokens)), (1.0,), fields)
+        return cls._of("dop_split", num_layers, ("q", "kv", "mlp"), num_visual_tokens, min_visual_tokens, fields)
 
     @classmethod
     def dop_full_kv(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """Queries and MLP; kept tokens stay keys in every layer, so that a server may share cached prefixes."""
-        depths = _depths(num_layers, ("q", "mlp"), 1)
-        return cls("dop_full_kv", num_layers, (*depths, _tokens(num_visual_tokens, min_visual_tokens)), (1.0,), fields)
+        return cls._of("dop_full_kv", num_layers, ("q", "mlp"), num_visual_tokens, min_visual_tokens, fields)
 
     @classmethod
     def dop_groups(
@@ -110,16 +105,38 @@ class Space:
     ) -> Space:
         """Kept tokens in groups by rank, each with depths of its own; ``split``: q and kv apart."""
         roles: tuple[Role, ...] = ("q", "kv", "mlp") if split else ("attention", "mlp")
-        depths = _depths(num_layers, roles, len(shares))
-        tokens = _tokens(num_visual_tokens, min_visual_tokens)
-        return cls("dop_groups", num_layers, (*depths, tokens), tuple(shares), fields)
+        return cls._of("dop_groups", num_layers, roles, num_visual_tokens, min_visual_tokens, fields, tuple(shares))
 
     @classmethod
     def uniform(cls, num_layers: int, num_visual_tokens: int, min_visual_tokens: int = 1, **fields: Any) -> Space:
         """Token reduction alone: ``n_v`` visual tokens that run everything."""
-        return cls("uniform", num_layers, (_tokens(num_visual_tokens, min_visual_tokens),), (1.0,), fields)
+        return cls._of("uniform", num_layers, (), num_visual_tokens, min_visual_tokens, fields)
 
-    # -- views ----------------------------------------------------------------------------------
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        num_layers: int,
+        roles: tuple[Role, ...],
+        most: int,
+        least: int,
+        fields: Mapping[str, Any],
+        shares: tuple[float, ...] = (1.0,),
+    ) -> Space:
+        """Every exit depth of each role and group, and ``least`` to ``most`` visual tokens."""
+        if not 0 <= least <= most or most < 1:
+            raise ConfigError(
+                "`0 <= min_visual_tokens <= num_visual_tokens` must hold and there must be a visual token, but got "
+                f"(min_visual_tokens={least}, num_visual_tokens={most})"
+            )
+        levels = tuple(range(num_layers + 1))
+        depths = [
+            Parameter(f"{f'g{group}_' if len(shares) > 1 else ''}{role}_depth", role, levels, group)
+            for group in range(len(shares))
+            for role in roles
+        ]
+        tokens = Parameter(TOKENS, "tokens", tuple(range(least, most + 1)))
+        return cls(name, num_layers, (*depths, tokens), shares, fields)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,11 +162,7 @@ class Space:
         return total
 
     def parameter(self, name: str) -> Parameter:
-        """Look a parameter up.
-
-        Raises:
-            ConfigError: if the space has none of that name; the message names a near one.
-        """
+        """Look a parameter up; ConfigError if the space has none of that name; the message names a near one."""
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
@@ -160,11 +173,7 @@ class Space:
         return next((p for p in self.parameters if p.role == role and p.group == group), None)
 
     def with_levels(self, levels: Mapping[str, Sequence[int]]) -> Space:
-        """The same space with fewer levels for the named parameters; "full" always stays.
-
-        Raises:
-            ConfigError: on an unknown parameter or a level that it does not have.
-        """
+        """With fewer levels for the named parameters, "full" always among them; ConfigError on any other."""
         chosen = {}
         for name, values in levels.items():
             parameter = self.parameter(name)
@@ -176,14 +185,8 @@ class Space:
             chosen[name] = replace(parameter, levels=tuple(sorted({*map(int, values), parameter.full})))
         return replace(self, parameters=tuple(chosen.get(p.name, p) for p in self.parameters))
 
-    # -- strategies -----------------------------------------------------------------------------
-
     def strategy(self, assignment: Assignment) -> Strategy:
-        """The canonical strategy of an assignment; parameters that are not named are full.
-
-        Raises:
-            ConfigError: on an unknown parameter or a value that is not one of its levels.
-        """
+        """The canonical strategy of an assignment, what is not named full; ConfigError on a wrong name or level."""
         values = self.full
         for name, value in assignment.items():
             parameter = self.parameter(name)
@@ -211,21 +214,3 @@ class Space:
     def single(self, name: str, level: int) -> Strategy:
         """One parameter at ``level``, all others full: a point of that parameter's divergence curve."""
         return self.strategy({name: level})
-
-
-def _depths(num_layers: int, roles: Sequence[Role], num_groups: int) -> list[Parameter]:
-    levels = tuple(range(num_layers + 1))
-    return [
-        Parameter(f"{f'g{group}_' if num_groups > 1 else ''}{role}_depth", role, levels, group)
-        for group in range(num_groups)
-        for role in roles
-    ]
-
-
-def _tokens(maximum: int, minimum: int) -> Parameter:
-    if not 0 <= minimum <= maximum or maximum < 1:
-        raise ConfigError(
-            "`0 <= min_visual_tokens <= num_visual_tokens` must hold and there must be a visual token, but got "
-            f"(min_visual_tokens={minimum}, num_visual_tokens={maximum})"
-        )
-    return Parameter(TOKENS, "tokens", tuple(range(minimum, maximum + 1)))

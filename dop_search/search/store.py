@@ -221,7 +221,7 @@ class EvaluationStore:
 
     def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Under a lock: drop a torn tail, take in what is new in the file, append ``records``."""
-        lines = [_sealed(record) for record in records]
+        lines = [{**record, "crc32": zlib.crc32(json.dumps(record).encode())} for record in records]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a+b") as file:
@@ -251,7 +251,10 @@ class EvaluationStore:
             if self._offset == 0:
                 self._check_header(line)
             else:
-                self._take_in(line)
+                try:
+                    self._remember(_checked(json.loads(line), self.num_samples))
+                except (ValueError, RecursionError) as error:
+                    raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
             self._offset += len(line) + 1
         return self._offset
 
@@ -267,27 +270,12 @@ class EvaluationStore:
             listed = ", ".join(f"{n}: file {a!r}, now {b!r}" for n, (a, b) in other.items())
             raise self._error(f"belongs to another search ({listed})")
 
-    def _take_in(self, line: bytes) -> None:
-        try:
-            self._remember(_checked(json.loads(line), self.num_samples))
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"is corrupt at byte {self._offset} ({error})") from error
-
     def _error(self, problem: str) -> CacheError:
         return CacheError(f"{str(self.path)!r} {problem}; {FORMAT.remedy}")
 
 
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with the checksum of its line."""
-    return {**record, "crc32": zlib.crc32(json.dumps(record).encode())}
-
-
 def _checked(line: Any, num_samples: int) -> dict[str, Any]:
-    """The record of a line.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """The record of a line; ValueError saying what is wrong with it."""
     if not isinstance(line, dict):
         raise ValueError("a record must be an object")
     record = {name: value for name, value in line.items() if name != "crc32"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dop_search.search.space import Assignment, Parameter, Space
+from dop_search.search.space import Assignment, Space
 from dop_search.search.store import FloatArray
 from dop_search.utils.errors import ConfigError
 
@@ -48,44 +48,18 @@ class Surrogate:
                 )
             self.curves[parameter.name] = np.round(values / RESOLUTION_NATS) * RESOLUTION_NATS
 
-    def last_useful_depth(self, parameter: Parameter) -> tuple[Parameter | None, IntArray]:
-        """For a ``q`` or ``mlp`` parameter: what bounds it, and the depth beyond which it is dead.
-
-        Returns:
-            The parameter that holds the group's kv depth (``None``: always full) and the largest depth that
-            is not dead for each of its levels ``[K]`` (``[1]`` without a parameter).
-        """
-        assert parameter.role in ("q", "mlp"), parameter
-        bound = self.space.find("kv", parameter.group) or self.space.find("attention", parameter.group)
-        levels = np.array([self.space.num_layers] if bound is None else bound.levels, dtype=np.int64)
-        return bound, np.maximum(levels - 1, 0)
-
-    def effective(self, parameter: Parameter) -> FloatArray:
-        """Curve of a ``q`` or ``mlp`` parameter under each level of its bound, dead levels merged ``[K, W]``."""
-        _, last = self.last_useful_depth(parameter)
-        levels = np.array(parameter.levels, dtype=np.int64)
-        values = np.broadcast_to(self.curves[parameter.name], (len(last), len(levels)))
-        dead = levels[None, :] >= last[:, None]
-        merged = np.where(dead, values, np.inf).min(axis=1, keepdims=True)
-        return np.where(dead, merged, values)
-
-    def divergence(self, indices: NDArray[Any]) -> FloatArray:
-        """Estimated divergence in nats ``[P]`` of assignments given as *indices* into the levels ``[P, params]``."""
-        indices = np.asarray(indices, dtype=np.int64)
-        column = {name: indices[:, i] for i, name in enumerate(self.space.names)}
-        total = np.zeros(len(indices))
-        for parameter in self.space.parameters:
-            if parameter.role in ("q", "mlp"):
-                bound, _ = self.last_useful_depth(parameter)
-                row = np.zeros(len(indices), dtype=np.int64) if bound is None else column[bound.name]
-                total += self.effective(parameter)[row, column[parameter.name]]
-            else:
-                total += self.curves[parameter.name][column[parameter.name]]
-        return total
-
     def __call__(self, assignment: Assignment) -> float:
         """Estimated divergence in nats of one assignment; parameters that are not named are full."""
         values = {**self.space.full, **assignment}
         self.space.strategy(values)  # raises on unknown names and levels
-        row = [p.levels.index(values[p.name]) for p in self.space.parameters]
-        return float(self.divergence(np.array([row]))[0])
+        total = 0.0
+        for parameter in self.space.parameters:
+            curve, level = self.curves[parameter.name], values[parameter.name]
+            if parameter.role in ("q", "mlp"):
+                bound = self.space.find("kv", parameter.group) or self.space.find("attention", parameter.group)
+                last = max(0, (self.space.num_layers if bound is None else values[bound.name]) - 1)
+                if level >= last:
+                    total += float(curve[np.array(parameter.levels) >= last].min())
+                    continue
+            total += float(curve[parameter.levels.index(level)])
+        return total

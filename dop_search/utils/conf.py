@@ -13,11 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def config_dir() -> Path:
-    """The folder with the Hydra groups.
-
-    Raises:
-        ConfigError: if it is in neither place.
-    """
+    """The folder with the Hydra groups; ConfigError if it is in neither place."""
     candidates = (_PACKAGE / "conf", _PACKAGE.parent / "conf")
     for path in candidates:
         if (path / f"{CONFIG_NAME}.yaml").is_file():

@@ -11,18 +11,25 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 
+_TIMEOUT_S = 5.0
 
-def hub_is_reachable(timeout_s: float = 5.0) -> bool:
+
+def hub_is_reachable() -> bool:
     """Whether the Hugging Face hub answers; taken for granted behind a proxy."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
-    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
-    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
     try:
-        socket.create_connection((endpoint.hostname or "", port), timeout_s).close()
+        reach(huggingface_hub.constants.ENDPOINT)
     except OSError:
         return False
     return True
+
+
+def reach(url: str) -> None:
+    """Connect to the server of a URL, for five seconds at most; OSError if it does not answer."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname or "", port), _TIMEOUT_S).close()
 
 
 @contextmanager

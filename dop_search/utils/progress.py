@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Protocol
@@ -17,8 +16,12 @@ Advance = Callable[..., None]
 """``advance()`` or ``advance(n)``: so many more steps are done."""
 
 
-class Progress(ABC):
-    """Reports tasks; tasks can be nested.
+def _nothing(steps: int = 1) -> None:
+    """An advance that nobody sees."""
+
+
+class Progress:
+    """Reports tasks, which can be nested; this one says nothing.
 
     ::
 
@@ -28,24 +31,9 @@ class Progress(ABC):
                 advance()
     """
 
-    @abstractmethod
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
         """Something that takes a while, in ``total`` steps if their number is known."""
-        raise NotImplementedError
-        yield
-
-
-def _nothing(steps: int = 1) -> None:
-    """An advance that nobody sees."""
-
-
-class SilentProgress(Progress):
-    """Says nothing."""
-
-    @contextmanager
-    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
-        """Nothing."""
         yield _nothing
 
 

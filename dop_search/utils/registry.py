@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import UserDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -26,25 +27,33 @@ class Registry(UserDict[str, T]):
         super().__init__(entries)
 
     def find(self, name: str) -> T:
-        """The entry of that name.
-
-        Raises:
-            DopError: of the registry's kind, with a near name and all that there are.
-        """
+        """The entry of that name; a DopError of the registry's kind, with a near name and all that there are."""
         if name not in self:
             raise self._error(unknown(self.what, name, self))
         return self[name]
 
     def __setitem__(self, name: str, entry: T) -> None:
-        """Add an entry; what was defined in a notebook's cell may be defined again.
-
-        Raises:
-            ConfigError: if the name is taken.
-        """
+        """Add an entry, ConfigError if its name is taken; what a notebook's cell defined may be defined again."""
         known = self.get(name, entry)
         if known != entry and _origin(known) != _origin(entry):
             raise ConfigError(f"there is a {self.what} {name!r} ({_origin(known)}); give yours another name")
         super().__setitem__(name, entry)
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules of one's own, in order, before anything is looked up by name; what they register can be chosen.
+
+    Raises:
+        ConfigError: naming a module that cannot be imported, and what to do.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"`imports` names {name!r}, which cannot be imported: {error}; install it into this environment, "
+                "or put its folder on the path: PYTHONPATH=FOLDER"
+            ) from error
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

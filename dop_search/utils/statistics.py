@@ -6,7 +6,7 @@ SciPy is imported by the functions that use it: ``dop-bench`` runs where there i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,6 @@ class Spread:
     ci95: tuple[float, float]
     quartiles: tuple[float, float]
     num_readings: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
 
 
 def spread(values: Sequence[float], seed: int = 0, num_resamples: int = 2000) -> Spread:

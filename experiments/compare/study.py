@@ -26,7 +26,6 @@ from dop_search.app.results import FAILED, ResultFile, Row
 from dop_search.app.study import Measured, Result, Study, save_strategy
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import BASELINES, OWN, FittedMethod, known_methods
-from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.utils.intervals import holm, mean_ci95, num_dominant, sign_flip_p
 from experiments.compare.overhead import counted_over_closed_form, prefill_times
 
@@ -242,3 +241,19 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if "kl_heldout" not in row:
         return "failed" if "failed" in row else "–"
     return f"{row['kl_heldout']:.3f} {row['relative_mean']:.0f}"
+
+
+def relative_family_mean(correct: np.ndarray, correct_full: np.ndarray, families: Sequence[str]) -> float:
+    """Accuracy in per cent of the full model's, mean over families of questions (as over benchmarks).
+
+    Args:
+        correct, correct_full: boolean ``[num_samples]``, of the pruned and of the full model.
+        families: each sample's; those that the full model never answers are left out. NaN if that is all.
+    """
+    names = np.array(families)
+    ratios = [
+        correct[names == name].mean() / correct_full[names == name].mean()
+        for name in dict.fromkeys(families)
+        if correct_full[names == name].any()
+    ]
+    return float(100.0 * np.mean(ratios)) if ratios else float("nan")

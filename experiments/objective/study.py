@@ -7,6 +7,7 @@ rank correlation, and by the strategy that each objective would choose within a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
 from dop_search.data.validation import Split
-from dop_search.divergence import kl_divergence
+from dop_search.divergence import DivergenceEngine, kl_divergence
 from dop_search.evaluation.accuracy import correct_answers
 from dop_search.search import Problem
 from dop_search.search.candidates import best_candidates
-from dop_search.search.solution import fill_tokens
+from dop_search.search.solution import uniform_assignment
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 
@@ -205,7 +206,7 @@ def _random_strategies(problem: Problem, limit: Budget, count: int, rng: np.rand
     for _ in range(1000 * max(count, 1)):
         if len(found) == count:
             break
-        filled = fill_tokens(problem, limit, {item.name: int(rng.choice(item.levels)) for item in depths})
+        filled = uniform_assignment(problem, limit, {item.name: int(rng.choice(item.levels)) for item in depths})
         if filled is not None:
             strategy = problem.space.strategy(filled)
             found[strategy.key()] = strategy
@@ -214,7 +215,13 @@ def _random_strategies(problem: Problem, limit: Budget, count: int, rng: np.rand
 
 def _parts(bench: Workbench, strategies: Sequence[Strategy], split: Split) -> np.ndarray:
     """``[strategies, samples, len(PARTS)]``."""
-    values = bench.distances(strategies, split, distances)
+    teacher, data = bench.teacher(split), bench.config.data
+    engine = DivergenceEngine(
+        bench.loaded.adapter, teacher, averaging=data.averaging, memory=bench.config.memory, divergence=distances
+    )
+    with bench.watch() as notify:
+        what = f"{len(strategies)} strategies ({split})"
+        values = engine.evaluate(strategies, on_progress=partial(notify, what=what))
     right = correct_answers(bench.full_answers(split), bench.data(split).samples)
     wrong = (values[:, :, MEASURED.index("changed")] > 0.0) | ~right
     return np.concatenate([values, wrong[..., None]], axis=2)

@@ -29,12 +29,12 @@ from dop_search.app.results import ResultFile, Row
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import FittedMethod
-from dop_search.evaluation.accuracy import relative_family_mean
 from dop_search.search import Solution, rerank_all, solve
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import BudgetError
 from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
+from experiments.compare.study import relative_family_mean
 
 CURVE, SEARCH = "curve", "search"
 """Parts of the result: one parameter varied alone, and what a search found."""

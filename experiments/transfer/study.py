@@ -30,6 +30,7 @@ from dop_search.strategy import Strategy
 from dop_search.strategy.cost import Budget
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.intervals import holm, mean_ci95, sign_flip_p
+from experiments.validation_seed.study import check_other_seed
 
 TARGET, UNIFORM = "target", "uniform"
 """Sources of the rows that the others are compared with: the search on the target itself, and uniform reduction."""
@@ -64,7 +65,7 @@ class Transfer(Study):
         if own in self.models:
             raise ConfigError(f"study.options.models names the configured model {own!r}; name others, or []")
         for seed in self.seeds:
-            bench.check_other_seed(seed)
+            check_other_seed(bench, seed)
         return _keys(own, self.models, self.seeds, bench.budgets)
 
     def row(self, bench: Workbench, target: str, budget: float, axis: str, source: str) -> Measured:

@@ -13,6 +13,7 @@ from dop_search.app.report.style import LOOKS, SMALLEST_KL, plain_decades, style
 from dop_search.app.results import ResultFile
 from dop_search.app.study import Measured, Result, Study
 from dop_search.app.workbench import Workbench
+from dop_search.utils.errors import ConfigError
 from experiments.validation_size.rules import RULE_NAMES, compare_rules, measured_budgets, measured_rows, search_each
 
 
@@ -40,7 +41,7 @@ class ValidationSeed(Study):
 
     def row(self, bench: Workbench, seed: int, budget: float) -> Measured:
         """See base class; a seed whose search samples are among the held-out ones is refused."""
-        bench.check_other_seed(seed)
+        check_other_seed(bench, seed)
         return search_each(bench, [bench.profile(seed=seed)], budget)
 
     def summarize(self, bench: Workbench, results: ResultFile) -> dict[str, Any]:
@@ -73,3 +74,14 @@ class ValidationSeed(Study):
             handles, labels = axis.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return {"validation_seed": figure}
+
+
+def check_other_seed(bench: Workbench, seed: int) -> None:
+    """Refuse, by ConfigError, a seed of whose search samples some are held out, as in a file that is shuffled."""
+    shared = {*bench.data("search", seed=seed).ids} & {*bench.data("heldout").ids}
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} search samples of seed {seed} are held-out samples of seed {bench.config.data.seed}, "
+            f"e.g. {min(shared)!r}; leave that seed out (study.options.seeds), or use experiment=validation_size, "
+            "whose subsets are of one search set"
+        )

@@ -6,7 +6,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from dop_search.app import devices
+from dop_search.app import begin as devices
 
 FOUR = ["gpu-a", "gpu-b", "gpu-c", "gpu-d"]
 FORK = multiprocessing.get_context("fork")

@@ -22,7 +22,7 @@ from dop_search.evaluation.scores import BenchmarkScore, SuiteScores
 from dop_search.evaluation.suites import Suite, load_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_all_states_are_scored_on_one_commit_of_the_data(monkeypatch: pytest.Mon
     monkeypatch.setattr("dop_search.evaluation.suite_scores.score_suite", score_suite)
     monkeypatch.setattr("dop_search.evaluation.lmms.hub.check_suite", lambda suite: None)
     monkeypatch.setattr("dop_search.evaluation.lmms.hub.revisions_of", lambda suite: {"lmms-lab/GQA": next(commits)})
-    judge = SuiteJudge(SimpleNamespace(), load_suite("dop13"), tmp_path, SilentProgress())
+    judge = SuiteJudge(SimpleNamespace(), load_suite("dop13"), tmp_path, Progress())
     judge.scores(None)
     judge.scores(Strategy.full(4, num_visual_tokens=3))
     assert given == [{"lmms-lab/GQA": "first"}] * 2
@@ -95,7 +95,7 @@ def test_all_states_are_scored_on_one_commit_of_the_data(monkeypatch: pytest.Mon
 
 def test_every_state_of_the_model_is_measured_once(measured: list[str], tmp_path: Path) -> None:
     record = example_record()
-    judge = SuiteJudge(SimpleNamespace(), load_suite("pocket13"), tmp_path, SilentProgress())
+    judge = SuiteJudge(SimpleNamespace(), load_suite("pocket13"), tmp_path, Progress())
     twice = [*record.results, *record.results]
     judged = judge.judge(twice, seed=0)
     states = {result.strategy.key() for result in twice} | {result.uniform_strategy.key() for result in twice}
@@ -153,7 +153,7 @@ def test_a_search_on_what_the_suite_scores_is_refused_before_anything_is_loaded(
         }
     )
     with pytest.raises(DataError, match=r"'vqav2_val' \(lmms-lab/VQAv2, split 'validation'\).*'vqav2' scores"):
-        run(config, tmp_path / "out", SilentProgress())
+        run(config, tmp_path / "out", Progress())
     assert list(tmp_path.iterdir()) == []
     for name in ("gqa", "textvqa", "scienceqa", "chartqa", "mixed"):
         data = SearchConfig.model_validate({"data": {"name": name}}).data
@@ -189,7 +189,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
-        return path, run(config, path / "out", SilentProgress())
+        return path, run(config, path / "out", Progress())
 
 
 def test_a_search_ends_with_real_scores(searched: tuple[Path, Record]) -> None:
@@ -239,7 +239,7 @@ def test_dop_eval_finds_the_scores_of_the_search_again(
             "cache_dir": str(path / "cache"),
         }
     )
-    found = evaluate(config, path / "again", SilentProgress())
+    found = evaluate(config, path / "again", Progress())
     assert EvalRecord.load(path / "again") == found
     (item,) = found.strategies
     assert (item.name, item.flops_ratio) == ("strategy-0.3", pytest.approx(record.results[0].flops_ratio))

@@ -18,7 +18,7 @@ from dop_search.app.search import run
 from dop_search.search.optuna_study import open_storage
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import BudgetError, CacheError, DopError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 SMALL = {
     "data": {"num_samples": 6, "num_heldout": 6, "num_test": 6},
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
-        record = run(small(path, budget=[0.5, 0.25]), path / "out", SilentProgress())
+        record = run(small(path, budget=[0.5, 0.25]), path / "out", Progress())
     return path, record
 
 
@@ -108,7 +108,7 @@ def test_same_command_again_repeats_no_validation_run(finished, monkeypatch):
 
     monkeypatch.setattr(DivergenceEngine, "evaluate", forbidden)
     monkeypatch.setattr(DivergenceEngine, "__call__", forbidden)
-    again = run(small(path, budget=[0.5, 0.25]), path / "again", SilentProgress())
+    again = run(small(path, budget=[0.5, 0.25]), path / "again", Progress())
     assert [item.kl_heldout for item in again.results] == [item.kl_heldout for item in record.results]
     assert again.num_validation_runs == record.num_validation_runs
 
@@ -118,7 +118,7 @@ def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
     """``kill -9`` while the curves are measured; the next run starts from what was saved."""
     _, record = finished
     config = small(tmp_path, budget=[0.5, 0.25])
-    process = forked(run, config, tmp_path / "out", SilentProgress())
+    process = forked(run, config, tmp_path / "out", Progress())
     cache = tmp_path / "cache"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.is_alive():
@@ -128,7 +128,7 @@ def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
     process.kill()
     process.join()
     assert not (tmp_path / "out" / "record.json").exists(), "killed before the end"
-    again = run(config, tmp_path / "out", SilentProgress())
+    again = run(config, tmp_path / "out", Progress())
     for ours, theirs in zip(again.results, record.results, strict=True):
         assert ours.strategy == theirs.strategy
         assert ours.kl_heldout == pytest.approx(theirs.kl_heldout, rel=1e-3)
@@ -138,7 +138,7 @@ def test_a_killed_run_continues_and_ends_the_same(finished, tmp_path):
 def test_an_infeasible_budget_names_the_smallest_feasible(finished, tmp_path):
     path, _ = finished
     with pytest.raises(BudgetError, match=r"0\.01.*smallest") as caught:
-        run(small(path, budget=[0.01]), tmp_path / "out", SilentProgress())
+        run(small(path, budget=[0.01]), tmp_path / "out", Progress())
     assert 0.01 < caught.value.smallest_feasible < 0.3
     assert not list((tmp_path / "out").iterdir()), "nothing half-written"
 
@@ -151,7 +151,7 @@ def test_a_corrupt_cache_is_named(finished, tmp_path):
         copy.parent.mkdir(exist_ok=True)
         copy.write_text("garbage\n" + file.read_text())
     with pytest.raises(CacheError, match=r"evaluations-.*not an evaluation file.*delete that file"):
-        run(small(tmp_path), tmp_path / "out", SilentProgress())
+        run(small(tmp_path), tmp_path / "out", Progress())
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_corrupt_cache_is_named(finished, tmp_path):
 )
 def test_every_solver_runs_through_the_pipeline(finished, tmp_path, search):
     path, _ = finished
-    record = run(small(path, budget=[0.5], search=search, eval={"name": "none"}), tmp_path, SilentProgress())
+    record = run(small(path, budget=[0.5], search=search, eval={"name": "none"}), tmp_path, Progress())
     (result,) = record.results
     assert result.flops_ratio <= 0.5
     assert result.kl_search <= result.uniform.kl_search + 1e-9, "never worse than uniform reduction on the search set"
@@ -188,7 +188,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(tmp_path):
     search = {"solver": "joint", "num_proposals": 8, "num_sampled": 4, "num_finalists": 3}
     data = {"num_samples": 3, "num_decision": 3, "num_heldout": 3, "num_test": 0}
     config = small(tmp_path, search=search, data=data, **choice)
-    record = run(config, tmp_path / "out", SilentProgress())
+    record = run(config, tmp_path / "out", Progress())
     (result,) = record.results
     assert result.flops_ratio <= 0.3
     finalists = result.candidates[:3]
@@ -216,9 +216,7 @@ def test_one_study_chooses_selector_and_space_and_is_kept(tmp_path):
 def test_kv_budget_and_groups(finished, tmp_path):
     path, _ = finished
     space = {"name": "dop_groups", "shares": [0.25, 0.75], "num_depth_levels": 2, "num_token_levels": 3}
-    record = run(
-        small(path, budget=[{"kv_ratio": 0.4}], space=space, eval={"name": "none"}), tmp_path, SilentProgress()
-    )
+    record = run(small(path, budget=[{"kv_ratio": 0.4}], space=space, eval={"name": "none"}), tmp_path, Progress())
     assert record.results[0].kv_ratio <= 0.4
     assert len(record.results[0].strategy.groups) == 2
     assert Path(tmp_path / "strategy-KV-0.4.json").exists()
@@ -265,7 +263,7 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
     data = {"num_samples": 3, "num_heldout": 3, "num_test": 0}
     changes = {"space": {"name": "dop", **SMALL["space"]}, "eval": {"name": "none"}, "data": data}
     config = small(tmp_path, budget=[{"latency_ratio": 0.6}, {"latency_ms": 24.0}], **changes)
-    record = run(config, tmp_path / "out", SilentProgress())
+    record = run(config, tmp_path / "out", Progress())
     for result in record.results:
         depths = {name: values[0] for name, values in result.strategy.depths().items()}
         visual = result.strategy.num_kept(256) / 256
@@ -278,7 +276,7 @@ def test_a_latency_budget_is_kept_by_the_layer_times_which_are_measured_once(tmp
     assert record.results[1].latency_ms <= 24.0
     assert record.results[0].budget.text == "time 0.6"
     assert Record.load(tmp_path / "out") == record
-    again = run(config, tmp_path / "again", SilentProgress())
+    again = run(config, tmp_path / "again", Progress())
     assert [result.strategy for result in again.results] == [result.strategy for result in record.results]
     assert len(calls) == 1
 
@@ -313,11 +311,11 @@ def test_what_cannot_be_had_is_an_error_before_a_model_is_loaded(tmp_path, monke
     if not {"selector", "data"} & set(changes):
         changes = {"data": {**own_file(tmp_path, 6, answer=False), **changes}}
     with pytest.raises(DopError, match=message):
-        run(small(tmp_path, **changes), tmp_path / "out", SilentProgress())
+        run(small(tmp_path, **changes), tmp_path / "out", Progress())
 
 
 @pytest.mark.slow
 def test_a_file_without_answers_is_enough_for_a_search(tmp_path):
-    record = run(small(tmp_path, data=own_file(tmp_path, 6, answer=False)), tmp_path / "out", SilentProgress())
+    record = run(small(tmp_path, data=own_file(tmp_path, 6, answer=False)), tmp_path / "out", Progress())
     assert (record.data.num_samples, record.data.num_heldout, record.data.num_test) == (2, 2, 0)
     assert record.results[0].accuracy_full is None

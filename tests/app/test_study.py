@@ -20,7 +20,7 @@ from dop_search.app.study import STUDIES, Study, find_study, study_names
 from dop_search.app.study_run import run_study
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 MODULE = """
 from dop_search.app.study import STUDIES, Study
@@ -86,7 +86,7 @@ def test_a_name_that_is_taken_is_refused(module: str) -> None:
 
 def test_a_misspelt_study_gets_a_near_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown study 'comparee'; did you mean 'compare'.*there are additive_vs"):
-        run_study(study_config("compare", tmp_path, "study.name=comparee"), SilentProgress())
+        run_study(study_config("compare", tmp_path, "study.name=comparee"), Progress())
 
 
 def test_an_installed_package_without_experiments_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def committed(experiment: str, *overrides: str) -> tuple[Path, list[str]]:
 def run_composed(overrides: list[str]) -> Path:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = parse_config(compose(CONFIG_NAME, overrides))
-    return run_study(config, SilentProgress()).folder
+    return run_study(config, Progress()).folder
 
 
 @pytest.fixture(scope="module")

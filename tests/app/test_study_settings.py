@@ -17,7 +17,7 @@ from dop_search.app.study import check_study, find_study, open_study, study_name
 from dop_search.app.workbench import Workbench
 from dop_search.utils.conf import CONFIG_NAME, config_dir
 from dop_search.utils.errors import ConfigError, DataError, DopError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 
 def published(experiment: str) -> SearchConfig:
@@ -104,7 +104,7 @@ def test_every_study_has_an_experiment_that_writes_to_outputs() -> None:
 
 def test_a_workbench_takes_flops_ratios_only(tmp_path: Path, pocket) -> None:  # type: ignore[no-untyped-def]
     config = study_config("split_attention", tmp_path, "budget=[{kv_ratio: 0.3}]")
-    bench = Workbench(config, pocket, SilentProgress())
+    bench = Workbench(config, pocket, Progress())
     with pytest.raises(ConfigError, match="kv_ratio"):
         bench.budgets  # noqa: B018
 

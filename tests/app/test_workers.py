@@ -17,7 +17,7 @@ from dop_search.app.config import SearchConfig
 from dop_search.app.record import Record
 from dop_search.app.search import run
 from dop_search.search.optuna_study import open_storage
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +56,9 @@ def claims(where: Path, state: TrialState) -> list[dict[str, Any]]:
 def test_a_killed_worker_is_replaced_and_the_record_is_that_of_a_lone_run(tmp_path: Path) -> None:
     where = tmp_path / "shared.journal"
     small = {**SMALL, "cache_dir": str(tmp_path / "cache"), "num_threads": 1}
-    lone = run(SearchConfig.model_validate(small), tmp_path / "lone", SilentProgress())
+    lone = run(SearchConfig.model_validate(small), tmp_path / "lone", Progress())
     shared = SearchConfig.model_validate({**small, "storage": str(where)})
-    workers = {name: forked(run, shared, tmp_path / name, SilentProgress()) for name in ("one", "two")}
+    workers = {name: forked(run, shared, tmp_path / name, Progress()) for name in ("one", "two")}
     deadline = time.monotonic() + 120
     held: list[str] = []
     while not held:  # until somebody has claimed strategies and the search has got somewhere

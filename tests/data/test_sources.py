@@ -13,10 +13,18 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from dop_search.data.disjoint import shares, split_of
-from dop_search.data.named import known_names, named_sources, parse_source
 from dop_search.data.pools import check_sources, location_of, open_pool, refuse_overlap
 from dop_search.data.samples import Sample
-from dop_search.data.sources import DatasetSource, ImageTable, Location, Origin, TaskSource
+from dop_search.data.sources import (
+    DatasetSource,
+    ImageTable,
+    Location,
+    Origin,
+    TaskSource,
+    known_names,
+    named_sources,
+    parse_source,
+)
 from dop_search.data.tables import load_table
 from dop_search.data.tasks import scored_origin, task_file
 from dop_search.data.validation import SPLITS, validation_set
@@ -276,7 +284,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
 
 def test_reading_sources_imports_neither_lmms_eval_nor_datasets() -> None:
     code = (
-        "import sys, dop_search.app.config; from dop_search.data.named import named_sources;"
+        "import sys, dop_search.app.config; from dop_search.data.sources import named_sources;"
         "from dop_search.data.pools import location_of; from dop_search.data.tasks import scored_origin;"
         "[location_of(s) for s in named_sources('mixed')]; scored_origin('mme');"
         "sys.exit(str([m for m in ('lmms_eval', 'datasets', 'torch') if m in sys.modules] or ''))"

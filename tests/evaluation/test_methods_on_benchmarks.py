@@ -17,7 +17,7 @@ from dop_search.data.samples import Sample
 from dop_search.data.validation import validation_set
 from dop_search.evaluation.accuracy import generate_answers
 from dop_search.utils.errors import DopError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 
 METHODS = ("fastv", "uniform@divprune", "short_lvlm")
 LIMIT, NUM_SAMPLES, RATIO = 4, 3, 0.3
@@ -42,7 +42,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvalRunConfig, Pat
             "cache_dir": str(path / "cache"),
         }
     )
-    return config, path, evaluate(config, path / "run", SilentProgress())
+    return config, path, evaluate(config, path / "run", Progress())
 
 
 def _answers(path: Path, name: str) -> dict[int, str]:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from support.answers import answer_questions
 
-from dop_search.data.benchmarks import benchmark_rows, parquet
+from dop_search.data.benchmarks import benchmark_rows
+from dop_search.data.benchmarks import rows as rendered
 from dop_search.data.samples import Sample
 from dop_search.evaluation.lmms.answering import Generation, Prompt, answer_prompts, part
 from dop_search.evaluation.lmms.tasks import write_tasks
@@ -34,7 +35,7 @@ def few_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     suite = make_suite("few", ["gqa", "mme", "scienceqa"], source="rendered", judge=False, max_new_tokens=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "NUM_ROWS", 6)
+        patch.setattr(rendered, "NUM_ROWS", 6)
         write_tasks(suite, folder / "tasks", folder / "data")
         yield folder, suite
 

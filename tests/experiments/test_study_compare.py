@@ -13,13 +13,13 @@ from support.small_studies import StudyRunner, check_that_a_rerun_measures_nothi
 from dop_search.app.results import ResultFile
 from dop_search.app.workbench import Workbench
 from dop_search.baselines import plain_answers
-from dop_search.evaluation.accuracy import correct_answers, relative_family_mean
+from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 from experiments.compare import page
-from experiments.compare.study import Compare, summarize
+from experiments.compare.study import Compare, relative_family_mean, summarize
 
 METHODS = ("dop_split@divprune", "gsop@uniform_grid", "divprune", "fastv", "trim")
 GIVEN = ("budget=[0.3,0.12]", f"study.options.methods=[{','.join(METHODS)}]", "study.options.num_timing_rounds=1")
@@ -67,7 +67,7 @@ def test_rows_reasons_figure_tracking_and_a_rerun_that_measures_nothing(
 @pytest.mark.slow
 def test_accuracy_of_what_changed_is_the_accuracy_of_all(tmp_path: Path) -> None:
     config = study_config("compare", tmp_path, "data.num_heldout=12")
-    bench = Workbench(config, load("pocket"), SilentProgress())
+    bench = Workbench(config, load("pocket"), Progress())
     strategy = Strategy.full(bench.num_layers, num_visual_tokens=12, selector="uniform_grid")
     outcome = bench.outcome(strategy)
     samples = bench.data("heldout").samples

@@ -22,7 +22,7 @@ from dop_search.evaluation.suite_scores import score_suite
 from dop_search.evaluation.suites import load_suite
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 from experiments.main_table.study import summarize
 from experiments.main_table.tables import published, tables
 
@@ -39,7 +39,7 @@ GIVEN = (
 def killed_rows(folder: Path) -> list[Row]:
     """What a process of its own had written when it was killed with ``kill -9`` after its first row."""
     path = folder / "out" / "result.json"
-    child = forked(run_study, study_config("main_table", folder, *GIVEN), SilentProgress())
+    child = forked(run_study, study_config("main_table", folder, *GIVEN), Progress())
     while child.is_alive() and not (path.exists() and read_result(path)["rows"]):
         time.sleep(0.02)
     child.kill()

@@ -14,7 +14,7 @@ from dop_search.evaluation.accuracy import correct_answers
 from dop_search.models.loading import load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 from experiments.objective.study import MEASURED, PARTS, _parts, distances, score, summarize
 
 SMALL_GRID = ("space.num_depth_levels=2", "space.num_token_levels=2")
@@ -66,7 +66,7 @@ def test_a_perfect_objective_correlates_fully_and_noise_does_not() -> None:
 
 @pytest.mark.slow
 def test_kl_and_right_answers_are_those_measured_otherwise(tmp_path: Path) -> None:
-    bench = Workbench(study_config("objective", tmp_path, *SMALL_GRID), load("pocket"), SilentProgress())
+    bench = Workbench(study_config("objective", tmp_path, *SMALL_GRID), load("pocket"), Progress())
     strategies = [Strategy.full(12), Strategy.depthwise(12, 3, 8, 2, num_visual_tokens=8)]
     parts = _parts(bench, strategies, "test")
     kl = bench.divergence(strategies, "test")

@@ -15,7 +15,7 @@ from dop_search.search.solution import Solution
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import ConfigError
 from dop_search.utils.intervals import mean_ci95, sign_flip_p
-from dop_search.utils.progress import SilentProgress
+from dop_search.utils.progress import Progress
 from experiments.validation_size import study as validation_size
 from experiments.validation_size.crossed import crossed
 from experiments.validation_size.rules import RULES, adjust, choose, on_samples
@@ -44,7 +44,7 @@ def test_each_rule_takes_what_it_says() -> None:
 @pytest.mark.slow
 def test_a_profile_on_some_samples_is_the_profile_measured_on_them(tmp_path: Path) -> None:
     config = study_config("validation_size", tmp_path, *SMALL_GRID)
-    bench = Workbench(config, load("pocket"), SilentProgress())
+    bench = Workbench(config, load("pocket"), Progress())
     part, measured = on_samples(bench.profile(), [0, 1]), bench.profile(num_samples=2)
     for name, curve in measured.curves.curves.items():
         np.testing.assert_allclose(part.curves.curves[name].mean_nats, curve.mean_nats, rtol=2e-3, atol=2e-5)

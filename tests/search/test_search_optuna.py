@@ -138,20 +138,6 @@ def test_a_study_is_continued_as_if_it_had_never_stopped(tmp_path: Path, kind: s
     assert resumed.strategy == reference.strategy
 
 
-def test_a_study_from_before_the_names_of_the_record_is_continued(tmp_path: Path) -> None:
-    where, options = tmp_path / "study.journal", {"num_warm_start": 3, "seed": 5}
-    problem, _ = with_store(pocket_problem("dop", num_tokens=12))
-    solve("exact_optuna", problem, BUDGET, num_trials=8, storage=where, **options)
-    text = where.read_text()
-    assert "kl_additive" in text
-    assert "kl_search" in text
-    where.write_text(text.replace("kl_additive", "divergence_additive").replace("kl_search", "divergence_exact"))
-    resumed = solve("exact_optuna", problem, BUDGET, num_trials=16, storage=where, **options)
-    reference = solve("exact_optuna", problem, BUDGET, num_trials=16, **options)
-    assert list(resumed.history) == list(reference.history)
-    assert (resumed.strategy, resumed.kl_search) == (reference.strategy, reference.kl_search)
-
-
 def test_another_search_under_the_same_name_is_refused(tmp_path: Path) -> None:
     where = str(tmp_path / "study.journal")
     problem, _ = with_store(pocket_problem("dop", num_tokens=6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,14 +128,6 @@ def test_registry_names_near_names() -> None:
         best_candidates(problem, budget, k=0)
     with pytest.raises(ConfigError, match="'slice'"):
         best_candidates(problem, budget, mode="slice")  # type: ignore[arg-type]
-
-
-def test_solution_is_json_ready() -> None:
-    solution = solve("rerank", pocket_problem("dop", num_tokens=8), Budget(flops_ratio=0.5), k=3)
-    data = json.loads(json.dumps(solution.to_json()))
-    assert Strategy.from_json(data["strategy"]) == solution.strategy
-    assert np.mean(data["per_sample_nats"]) == pytest.approx(solution.kl_search)
-    assert [item["kl_search"] for item in data["history"]]
 
 
 def test_kv_budgets_are_solved_too() -> None:

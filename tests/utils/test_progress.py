@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dop_search.utils.progress import BarProgress, PlainProgress, Progress, SilentProgress, default_progress, watch
+from dop_search.utils.progress import BarProgress, PlainProgress, Progress, default_progress, watch
 
 
 def run_tasks(progress: Progress) -> None:
@@ -50,7 +50,7 @@ def test_bars_leave_one_line_per_task_and_can_be_reused() -> None:
 
 
 def test_silent_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    run_tasks(SilentProgress())
+    run_tasks(Progress())
     assert capfd.readouterr() == ("", "")
 
 

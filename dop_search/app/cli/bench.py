@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+from dop_search.app.cli.entry import answer
 from dop_search.evaluation.timing.comparison import Comparison, compare, environment
 from dop_search.evaluation.timing.layer_times import measure_table
 from dop_search.evaluation.timing.shapes import SHAPES, build, prompt, random_model
@@ -24,9 +25,9 @@ from dop_search.models.loading import DTYPES, checkpoint_source, load, named_dev
 from dop_search.models.prompts import chat_prompt
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
-from dop_search.utils.errors import ConfigError, DopError
-from dop_search.utils.extensions import import_modules
+from dop_search.utils.errors import ConfigError
 from dop_search.utils.files import check_writable
+from dop_search.utils.registry import import_modules
 from dop_search.utils.versioned import Format, write_json
 
 VALIDATION = Format("a latency validation", "dop_search.latency_validation", 1, "run dop-bench again")
@@ -127,26 +128,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        _check(options)
-        import_modules(options.imports)
-        if options.validate_table:
-            print(validate(options, *_subject(options)))
-        else:
-            print(comparison_text(run(options)))
-    except DopError as error:
-        print(f"dop-bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(parser(), arguments, _bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _check(options)
+    import_modules(options.imports)
+    print(validate(options, *_subject(options)) if options.validate_table else comparison_text(run(options)))
 
 
 def run(options: argparse.Namespace) -> Comparison:
-    """Make the variants, time them, write what was asked for.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Make the variants, time them, write what was asked for."""
     strategies = {Path(file).stem: Strategy.load(file) for file in options.strategy}
     if len(strategies) != len(options.strategy):
         raise ConfigError(f"the strategy files need different names, but got {options.strategy}")
@@ -190,11 +182,7 @@ def run(options: argparse.Namespace) -> Comparison:
 
 
 def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
-    """Read or measure the latency table, and compare what it predicts with what random strategies take; in words.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Read or measure the latency table, and compare what it predicts with what random strategies take; in words."""
     adapter = adapter_for(model)
     counts, where = Prompt.of(adapter, inputs).counts, environment(model, adapter, options.clock)
     how: Any = {"clock": options.clock, "seed": options.seed, "on_progress": None if options.quiet else _show}
@@ -242,7 +230,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _subject(options: argparse.Namespace) -> tuple[str, PreTrainedModel, dict[str, Tensor]]:
-    """What is timed, in words, and its prompt."""
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = named_device(name, "`--device` must be auto, cpu or cuda[:index]")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")

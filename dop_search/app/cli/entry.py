@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dop_search import __version__
-from dop_search.utils.errors import MissingExtraError
+from dop_search.utils.errors import DopError, MissingExtraError
 from dop_search.utils.extras import check_extras
 
 
-def search() -> None:
-    """``dop-search``, and ``python -m dop_search``."""
-    _start("dop-search", "search", extras=("search",))
-
-
-def evaluate() -> None:
-    """``dop-eval``."""
-    _start("dop-eval", "evaluate", extras=("search", "eval"))
-
-
-def report() -> None:
-    """``dop-report``."""
-    _start("dop-report", "finished", extras=("search",), function="report")
-
-
-def track() -> None:
-    """``dop-track``."""
-    _start("dop-track", "finished", extras=("search",), function="track")
-
-
-def bench() -> None:
-    """``dop-bench``."""
-    if any(argument.partition("=")[0] == "--mlflow" for argument in sys.argv[1:]):
-        _require("dop-bench: --mlflow", "search")
-    _start("dop-bench", "bench", extras=())
-
-
-def serve() -> None:
-    """``dop-serve``."""
-    _start("dop-serve", "serve", extras=())
-
-
-def _start(command: str, module: str, extras: tuple[str, ...], function: str = "main") -> None:
+def _start(command: str, module: str, *extras: str, function: str = "main") -> None:
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")
         return
@@ -55,3 +26,30 @@ def _require(what: str, *extras: str) -> None:
         check_extras(what, *extras)
     except MissingExtraError as error:
         sys.exit(str(error))
+
+
+def answer(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, job: Callable[[argparse.Namespace], None]
+) -> int:
+    """Do a job with the parsed arguments; the exit status, 1 on a user's error, which is shown without a traceback."""
+    options = parser.parse_args(arguments)
+    try:
+        job(options)
+    except DopError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def bench() -> None:
+    """``dop-bench``, which needs an extra for one option only."""
+    if any(argument.partition("=")[0] == "--mlflow" for argument in sys.argv[1:]):
+        _require("dop-bench: --mlflow", "search")
+    _start("dop-bench", "bench")
+
+
+search = partial(_start, "dop-search", "search", "search")  # and ``python -m dop_search``
+evaluate = partial(_start, "dop-eval", "evaluate", "search", "eval")
+report = partial(_start, "dop-report", "finished", "search", function="report")
+track = partial(_start, "dop-track", "finished", "search", function="track")
+serve = partial(_start, "dop-serve", "serve")

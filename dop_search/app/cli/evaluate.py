@@ -21,11 +21,7 @@ def main() -> None:
 
 
 def run_evaluation(composed: DictConfig, run_dir: Path) -> None:
-    """Validate the configuration, score, and print the tables and where everything lies.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Validate the configuration, score, and print the tables and where everything lies."""
     config = parse_as(composed, EvalRunConfig)
     from dop_search.app.tracking.connection import check_tracking, ui_command
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from dop_search.app.cli.entry import answer
 from dop_search.app.config import TrackingConfig
 from dop_search.app.record import RECORD_FILE, Record
 from dop_search.app.report.scores import score_summary
 from dop_search.app.report.table import summary
 from dop_search.app.report.write import load_curves, write_report
-from dop_search.utils.errors import DopError
 
 
 def report(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +21,7 @@ def report(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dop-report", description="Draw a finished run again, and print its table.")
     parser.add_argument("run_dir", type=Path, help="directory with record.json, e.g. outputs/2026-01-02/03-04-05")
     parser.add_argument("--output", type=Path, help="where to write instead of the run directory")
-    return _run(parser, arguments, _report)
+    return answer(parser, arguments, _report)
 
 
 def track(arguments: Sequence[str] | None = None) -> int:
@@ -34,19 +33,7 @@ def track(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, nargs="+", help="directory with record.json, as a search has left it")
     parser.add_argument("--uri", default=defaults.uri, help="the store (%(default)s)")
     parser.add_argument("--experiment", default=defaults.experiment, help="name of the experiment (%(default)s)")
-    return _run(parser, arguments, _track)
-
-
-def _run(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, job: Callable[[argparse.Namespace], None]
-) -> int:
-    options = parser.parse_args(arguments)
-    try:
-        job(options)
-    except DopError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(parser, arguments, _track)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -71,11 +71,7 @@ def run_command(name: str, config_name: str, job: Callable[[DictConfig, Path], N
 
 
 def check_choices(arguments: Sequence[str], directory: Path) -> None:
-    """Refuse ``model=null`` and the like, which end in a traceback of Hydra's or choose nothing without a word.
-
-    Raises:
-        ConfigError: naming the group and its options.
-    """
+    """Refuse, by ConfigError, ``model=null`` and the like, which end in a traceback of Hydra's or choose nothing."""
     groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in directory.iterdir()}
     for argument in arguments:
         group = argument.partition("=")[0]

@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 
 from dop_search.app.cli.hydra_command import print_end, run_command
 from dop_search.app.config import SearchConfig, parse_config
-from dop_search.app.config.schema import StudyConfig
 from dop_search.utils.conf import CONFIG_NAME
 from dop_search.utils.extras import check_extras
 from dop_search.utils.progress import default_progress
@@ -21,11 +20,7 @@ def main() -> None:
 
 
 def run_search(composed: DictConfig, run_dir: Path) -> None:
-    """Validate the configuration, search, and print the summary and where everything lies.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+    """Validate the configuration, search, and print the summary and where everything lies."""
     config = parse_config(composed)
     # Hydra's own `--help` and errors need neither torch nor mlflow, so those are imported only to run.
     from dop_search.app.tracking.connection import check_tracking, ui_command
@@ -37,7 +32,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
         return
     check_tracking(config.tracking)
     if config.study is not None:
-        run_study_job(config, config.study)
+        _run_study(config)
         return
     if config.eval.benchmarks:
         check_extras(f"eval={config.eval.name}", "eval")
@@ -63,12 +58,7 @@ def run_search(composed: DictConfig, run_dir: Path) -> None:
     )
 
 
-def run_study_job(config: SearchConfig, study: StudyConfig) -> None:
-    """Measure a study, and print its table and where everything lies.
-
-    Raises:
-        DopError: for anything the user can fix.
-    """
+def _run_study(config: SearchConfig) -> None:
     from dop_search.app.study_run import run_study
     from dop_search.app.tracking.connection import ui_command
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dop_search.app.cli.entry import answer
 from dop_search.models.loading import checkpoint_source
 from dop_search.serving.servable import serve_command
 from dop_search.strategy import Strategy
-from dop_search.utils.errors import DopError, StrategyError
+from dop_search.utils.errors import StrategyError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,14 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("strategy", help="a strategy's file, or the directory of a finished run for all of its own")
     parser.add_argument("--model", help="hub id or folder; by default the model that the strategy was searched on")
-    options = parser.parse_args(arguments)
-    try:
-        for file in _files(options.strategy):
-            print(serve_command(_model(file, options.model), file))
-    except DopError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(parser, arguments, _serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    for file in _files(options.strategy):
+        print(serve_command(_model(file, options.model), file))
 
 
 def _files(given: str) -> list[str]:

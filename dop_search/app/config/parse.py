@@ -16,18 +16,13 @@ from pydantic_core import ErrorDetails
 from dop_search.app.config.schema import Imports, SearchConfig
 from dop_search.app.config.solvers import OWN
 from dop_search.utils.errors import ConfigError
-from dop_search.utils.extensions import import_modules
-from dop_search.utils.registry import did_you_mean
+from dop_search.utils.registry import did_you_mean, import_modules
 
 Root = TypeVar("Root", bound=BaseModel)
 
 
 def parse_config(config: DictConfig) -> SearchConfig:
-    """Validate a composed configuration of a search.
-
-    Raises:
-        ConfigError: listing every error with its dotted path, the value that was given and near names.
-    """
+    """A search's validated configuration; ConfigError listing every error with its path, what was given, near names."""
     return parse_as(config, SearchConfig)
 
 
@@ -114,14 +109,12 @@ def _tag(section: type) -> str | None:
 
 
 def _fields(section: type) -> dict[str, Any]:
-    """Field → annotation, of a pydantic model or a dataclass."""
     if issubclass(section, BaseModel):
         return {name: field.annotation for name, field in section.model_fields.items()}
     return {name: hint for name, hint in typing.get_type_hints(section).items() if not name.startswith("_")}
 
 
 def _sections(annotation: Any) -> list[type]:
-    """The pydantic models and dataclasses that an annotation mentions."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return [annotation]
     return [section for argument in typing.get_args(annotation) for section in _sections(argument)]

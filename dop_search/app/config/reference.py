@@ -92,7 +92,6 @@ def _first_sentence(path: Path) -> str:
 
 
 def _section(path: str, schema: Schema, defs: Schema) -> Iterator[str]:
-    """The table of a section, then those of the sections in it, depth first."""
     if path:
         yield from (f"### `{path}`", "")
     if path and "description" in schema:
@@ -146,7 +145,6 @@ def _type(field: Schema) -> str:
 
 
 def _references(field: Any) -> list[str]:
-    """Names of the sections that a field mentions."""
     if isinstance(field, list):
         return [name for part in field for name in _references(part)]
     if not isinstance(field, dict):

@@ -31,7 +31,7 @@ from dop_search.utils.errors import ConfigError
 from dop_search.utils.registry import did_you_mean
 
 if TYPE_CHECKING:  # importing the configuration imports no SciPy
-    from dop_search.search import Decide, MeasuredSolution, OnProgress, Option, Problem
+    from dop_search.search import Decide, MeasuredSolution, OnProgress, Option, Problem, Solution
     from dop_search.strategy.cost import Budget
 
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random"]
@@ -53,12 +53,13 @@ Storage = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 
 @dataclass(frozen=True)
 class SearchPlace:
-    """What the trials of a search are kept under, beside its options.
+    """What a solver has beside its options, and what its trials are kept under.
 
     Attributes:
+        problem, budget: what to solve.
+        on_progress: told how far it is.
         model: its name.
         teacher: fingerprint of the full model's answers.
-        shares: of the kept tokens per group.
         averaging: of the KL over answer positions.
         storage: that several processes share, if any.
         cache_dir: where trials are kept otherwise.
@@ -68,16 +69,24 @@ class SearchPlace:
         studies: a search adds the storage and the name of its study.
     """
 
+    problem: Problem
+    budget: Budget
+    on_progress: OnProgress
     model: str
     teacher: str
-    shares: Sequence[float]
     averaging: str
     storage: str | None
     cache_dir: Path
-    options: Callable[[], list[Option]] | None = None
-    decide: Decide | None = None
-    also: Sequence[Sequence[str]] = ()
+    options: Callable[[], list[Option]]
+    decide: Decide | None
+    also: Sequence[Sequence[str]]
     studies: list[tuple[str, str]] = field(default_factory=list)
+
+    def solve(self, solver: str, **options: Any) -> Solution:
+        """The solution of a solver by name."""
+        from dop_search.search import solve
+
+        return solve(solver, self.problem, self.budget, on_progress=self.on_progress, **options)
 
 
 class SolverSection(Section):
@@ -85,14 +94,11 @@ class SolverSection(Section):
 
     solver: str
 
-    def candidates(
-        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
-    ) -> list[MeasuredSolution]:
+    def candidates(self, place: SearchPlace) -> list[MeasuredSolution]:
         """The solver's solution, with its exact KL, and what it was compared with; the best first."""
-        from dop_search.search import solve, with_exact
+        from dop_search.search import with_exact
 
-        options = self.model_dump(exclude={"solver"})
-        return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
+        return with_exact(place.problem, place.solve(self.solver, **self.model_dump(exclude={"solver"})))
 
 
 class AdditiveExactConfig(SolverSection):
@@ -102,13 +108,11 @@ class AdditiveExactConfig(SolverSection):
     num_rerank: PositiveInt = 16
     """Candidates near the additive optimum whose exact KL decides (uniform reduction is always among them)."""
 
-    def candidates(
-        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
-    ) -> list[MeasuredSolution]:
+    def candidates(self, place: SearchPlace) -> list[MeasuredSolution]:
         """See base class."""
         from dop_search.search import rerank_all
 
-        return rerank_all(problem, budget, self.num_rerank, on_progress=on_progress)
+        return rerank_all(place.problem, place.budget, self.num_rerank, on_progress=place.on_progress)
 
 
 class AdditiveOptunaConfig(SolverSection):
@@ -124,16 +128,13 @@ class AdditiveOptunaConfig(SolverSection):
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
-    def candidates(
-        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
-    ) -> list[MeasuredSolution]:
+    def candidates(self, place: SearchPlace) -> list[MeasuredSolution]:
         """See base class; the sampler's best is sorted among those of ``additive_exact``."""
-        from dop_search.search import rerank_all, solve, with_exact
+        from dop_search.search import with_exact
 
-        options = self.model_dump(include={"sampler", "num_trials", "seed"})
-        found = solve(self.solver, problem, budget, on_progress=on_progress, **options)
-        ranked = rerank_all(problem, budget, self.num_rerank, on_progress=on_progress)
-        return with_exact(problem, found, ranked)
+        found = place.solve(self.solver, **self.model_dump(include={"sampler", "num_trials", "seed"}))
+        ranked = AdditiveExactConfig(num_rerank=self.num_rerank).candidates(place)
+        return with_exact(place.problem, found, ranked)
 
 
 class ExactOptunaConfig(SolverSection):
@@ -154,26 +155,22 @@ class ExactOptunaConfig(SolverSection):
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
-    def candidates(
-        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
-    ) -> list[MeasuredSolution]:
+    def candidates(self, place: SearchPlace) -> list[MeasuredSolution]:
         """See base class."""
-        from dop_search.search import solve, with_exact
+        from dop_search.search import with_exact
 
-        where = _study(self, problem.space.name, place, budget, "num_trials")
-        options = self.model_dump(exclude={"solver"}) | where
-        return with_exact(problem, solve(self.solver, problem, budget, on_progress=on_progress, **options))
+        where = _study(self, place.problem.space.name, place, "num_trials")
+        return with_exact(place.problem, place.solve(self.solver, **self.model_dump(exclude={"solver"}) | where))
 
 
-def _study(
-    config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, budget: Budget, *more: str
-) -> dict[str, Any]:
+def _study(config: ExactOptunaConfig | JointConfig, what: str, place: SearchPlace, *more: str) -> dict[str, Any]:
     """Where a search's study is kept, and its name: for a reader, and a digest of what makes it another one.
 
     ``more``: options with which it is the same study: more trials, another choice among those that there are.
     """
+    budget, shares = place.budget, place.problem.space.shares
     readable = "-".join([re.sub(r"[^\w.]+", "-", place.model).strip("-"), what, config.sampler])
-    others = [place.teacher, config.model_dump(exclude={*more, "study_name"}), place.shares, place.averaging]
+    others = [place.teacher, config.model_dump(exclude={*more, "study_name"}), shares, place.averaging]
     others += [place.also] if what == "joint" else []
     digest = "-" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
     name, digest = (config.study_name, "") if config.study_name else (readable, digest)
@@ -205,22 +202,13 @@ class JointConfig(SolverSection):
     seed: NonNegativeInt = 0
     """Of the sampler."""
 
-    def candidates(
-        self, problem: Problem, budget: Budget, place: SearchPlace, on_progress: OnProgress
-    ) -> list[MeasuredSolution]:
+    def candidates(self, place: SearchPlace) -> list[MeasuredSolution]:
         """See base class."""
         from dop_search.search import joint_search
 
-        if place.options is None:
-            raise ConfigError("search=joint needs the curves of every selector and space; run it by `dop-search`")
-        options = self.model_dump(exclude={"solver", "study_name"})
-        return joint_search(
-            place.options(),
-            decide=place.decide,
-            on_progress=on_progress,
-            **_study(self, "joint", place, budget, "num_sampled", "num_finalists"),
-            **options,
-        )
+        where = _study(self, "joint", place, "num_sampled", "num_finalists")
+        options = self.model_dump(exclude={"solver", "study_name"}) | where
+        return joint_search(place.options(), decide=place.decide, on_progress=place.on_progress, **options)
 
 
 class ExhaustiveConfig(SolverSection):

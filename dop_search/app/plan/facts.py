@@ -36,7 +36,6 @@ class ModelFacts:
     """A model by its sizes.
 
     Attributes:
-        name: what the user asked for.
         source: where the sizes are from.
         footprint: what its activations take.
         weight_bytes: of all weights, as they would be loaded.
@@ -61,11 +60,7 @@ class ModelFacts:
 
 
 def model_facts(model: ModelConfig, data: DataConfig, device_type: str) -> ModelFacts:
-    """Sizes of a model and of the prompts that it would be given.
-
-    Raises:
-        DopError: if the checkpoint is neither here nor one whose sizes are known.
-    """
+    """Sizes of a model and of its prompts; DopError if the checkpoint is neither here nor one of known sizes."""
     place = Path(checkpoint_source(model.name_or_path))
     folder = place if place.is_dir() else None
     config, source = _config(model, folder)
@@ -171,8 +166,5 @@ def _prompts(
     inputs = [model_inputs(processor, [sample], torch.device("cpu")) for sample in samples]
     sizes = [SampleSize.of_prompt(adapter.visual_token_mask(item["input_ids"])[0], answer) for item in inputs]
     sizes = sizes if len(sizes) == count else sizes * count
-    return (
-        tuple(sizes),
-        max(num_patches(item["pixel_values"].numel(), adapter) for item in inputs) if adapter.has_tower else 0,
-        where,
-    )
+    patches = [num_patches(item["pixel_values"].numel(), adapter) for item in inputs] if adapter.has_tower else [0]
+    return tuple(sizes), max(patches), where

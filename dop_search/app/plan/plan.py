@@ -9,14 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dop_search.app.config import SearchConfig
-from dop_search.app.config.solvers import (
-    AdditiveExactConfig,
-    AdditiveOptunaConfig,
-    ExactOptunaConfig,
-    ExhaustiveConfig,
-    JointConfig,
-)
+from dop_search.app.config import SearchConfig, solvers
 from dop_search.app.plan.facts import ModelFacts, model_facts
 from dop_search.divergence.footprint import SampleSize
 from dop_search.divergence.forecast import ChunkForecast, Work
@@ -44,12 +37,10 @@ class Stage:
     """One stage of a search.
 
     Attributes:
-        name: what it does.
-        device_bytes: what is held on each device at the peak, by what it is.
-        host_bytes: the same in host memory.
-        num_layer_forwards: forwards of a decoder layer on a chunk of samples; an upper bound where ``at_most``.
+        device_bytes, host_bytes: what is held on each device, and in host memory, at the peak, by what it is.
+        num_layer_forwards: forwards of a decoder layer on a chunk of samples.
         flops: of all of them, and of the vision tower.
-        at_most: whether the strategies are not known yet.
+        at_most: whether these are upper bounds, as the strategies are not known yet.
     """
 
     name: str
@@ -62,15 +53,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages, and what there is.
+    """All stages, in order, and what there is.
 
     Attributes:
-        facts: the model.
         device: where it would run; ``is_here``: whether this machine has it.
         num_devices: over which the weights are spread.
-        limit_bytes: of each device.
-        stages: in order.
-        needed_bytes: the least limit that would do.
+        limit_bytes: of each device; ``needed_bytes``: the least that would do.
     """
 
     facts: ModelFacts
@@ -93,11 +81,7 @@ class Plan:
 
 
 def make_plan(config: SearchConfig) -> Plan:
-    """Plan a search by configurations alone.
-
-    Raises:
-        DopError: if the sizes of the model or of the device are not known.
-    """
+    """Plan a search by configurations alone; DopError if the sizes of the model or of the device are not known."""
     make_selector(config.selector.name, config.selector.options)  # or an error: a search would end with it
     return _Stages(config).plan()
 
@@ -108,10 +92,6 @@ def least_bytes(config: SearchConfig, limit: int) -> int:
     ``limit``: of each device, for how many devices a ``device_map`` has.
     """
     return _Stages(config, limit).least_bytes()
-
-
-def _num_devices(config: SearchConfig) -> int:
-    return max(2, torch.cuda.device_count()) if config.model.device_map in DEVICE_MAPS else 1
 
 
 def _device(config: SearchConfig) -> tuple[torch.device, bool]:
@@ -138,21 +118,19 @@ def _limit(config: SearchConfig, device: torch.device, is_here: bool) -> int:
 
 
 class _Stages:
-    """What a plan is made of."""
-
     def __init__(self, config: SearchConfig, limit: int | None = None) -> None:
         self.config = config
         self.device, self.is_here = _device(config)
         self.facts = model_facts(config.model, config.data, self.device.type)
         self.footprint, self.layers = self.facts.footprint, self.facts.footprint.dims.num_layers
         self.limit = _limit(config, self.device, self.is_here) if limit is None else limit
-        self.num_devices = _num_devices(config)
+        self.num_devices = max(2, torch.cuda.device_count()) if config.model.device_map in DEVICE_MAPS else 1
         self.weights = -(-self.facts.weight_bytes // self.num_devices)
         self.on_cpu = self.device.type == "cpu"
         self.sizes = self.facts.prompts
         self.longest = max(self.sizes, key=lambda size: size.length)
         self.heldout = self._repeated(config.data.num_heldout)
-        joint = config.search if isinstance(config.search, JointConfig) else None
+        joint = config.search if isinstance(config.search, solvers.JointConfig) else None
         self.deciding = self._repeated(0 if joint is None else config.data.num_decision)
         self.num_selectors = 1 if joint is None else len({config.selector.name, *config.selector.also})
         self.spaces = dict.fromkeys([config.space.name, *([] if joint is None else config.space.also)])
@@ -170,12 +148,15 @@ class _Stages:
             Stage("load", {"weights": self.weights}, shard),
             self._teacher(),
             self._curves(),
-            *([self._trajectories()] if GSOP in self.spaces else []),
-            self._candidates(),
-            self._confirmation(),
         ]
+        if GSOP in self.spaces:
+            number = TRAJECTORY_PER_LAYER * self.layers * self.num_selectors
+            stages.append(self._score(f"GSOP's trajectories: {number} strategies", self.sizes, [number], [1.0]))
+        stages += [self._candidates(), self._score("held-out samples", self.heldout, [2] * len(self.config.budget))]
         if self.config.eval.name == "accuracy" and self.config.data.num_test:
-            stages.append(self._accuracy())
+            working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
+            held = {"keys, values, activations": working}
+            stages.append(self._stage("accuracy", held, forwards, flops, at_most=True))
         place = (self.facts, self.device, self.is_here, self.num_devices, self.limit)
         return Plan(*place, tuple(stages), self.least_bytes())
 
@@ -183,17 +164,16 @@ class _Stages:
         """Weights, the teacher where it is on the same device, and one sample at a time."""
         return self.one + self.weights + (self.answers if self.on_cpu else 0)
 
-    # -- what is held ---------------------------------------------------------------------------
-
     def _stage(
         self, name: str, working: dict[str, int], num_layer_forwards: int, flops: int, at_most: bool = False
     ) -> Stage:
         """A stage that holds, beside what it works with, the weights, the answers, and the states that are kept."""
         held = {"weights": self.weights, "hidden states": self.kept_on["device"], **working}
-        held |= {"answers and embeddings": self.answers} if self.on_cpu else {}
         host = {"answers and embeddings": self.answers, "hidden states": self.kept_on["host"]}
+        if self.on_cpu:
+            held, host = {**held, "answers and embeddings": self.answers}, {}
         device = {what: size for what, size in held.items() if size}
-        return Stage(name, device, {} if self.on_cpu else host, num_layer_forwards, flops, at_most)
+        return Stage(name, device, host, num_layer_forwards, flops, at_most)
 
     def _repeated(self, count: int) -> list[SampleSize]:
         return [self.sizes[index % len(self.sizes)] for index in range(count)]
@@ -209,8 +189,6 @@ class _Stages:
     def _generation_bytes(self, batch: int) -> int:
         prompt = self.longest.length - self.longest.answer + 1
         return max(self.footprint.generation(batch, prompt, self.longest.answer), batch * self.facts.tower_bytes)
-
-    # -- stages ---------------------------------------------------------------------------------
 
     def _generate(self, count: int, repeats: int = 1) -> tuple[int, int, int]:
         """Bytes, layer forwards and FLOPs of generating answers to so many prompts."""
@@ -279,10 +257,6 @@ class _Stages:
             points += [space.single(p.name, level) for p in space.parameters for level in grid.for_parameter(p)]
         return list({strategy.key(): strategy for strategy in points if not strategy.is_empty}.values())
 
-    def _trajectories(self) -> Stage:
-        number = TRAJECTORY_PER_LAYER * self.layers * self.num_selectors
-        return self._score(f"GSOP's trajectories: {number} strategies", self.sizes, [number], [1.0])
-
     def _chunks(self, sizes: Sequence[SampleSize]) -> list[list[SampleSize]]:
         chunks = cut(sizes, self.footprint, self.allowance.work, chunk_tokens(self.device.type))
         return [[sizes[index] for index in members] for members in chunks]
@@ -304,21 +278,14 @@ class _Stages:
 
     def _candidates(self) -> Stage:
         match self.config.search:
-            case AdditiveExactConfig() | AdditiveOptunaConfig() as search:
+            case solvers.AdditiveExactConfig() | solvers.AdditiveOptunaConfig() as search:
                 number = search.num_rerank + 1
-            case ExactOptunaConfig() as search:
+            case solvers.ExactOptunaConfig() as search:
                 number = search.num_trials
-            case JointConfig() as search:
+            case solvers.JointConfig() as search:
                 number = search.num_proposals + search.num_sampled
-            case ExhaustiveConfig() as search:
+            case solvers.ExhaustiveConfig() as search:
                 number = search.max_strategies
             case _:
                 number = UNKNOWN_CANDIDATES
         return self._score(f"candidates: {number} per budget", self.sizes, [number] * len(self.config.budget))
-
-    def _confirmation(self) -> Stage:
-        return self._score("held-out samples", self.heldout, [2] * len(self.config.budget))
-
-    def _accuracy(self) -> Stage:
-        working, forwards, flops = self._generate(self.config.data.num_test, 1 + 2 * len(self.config.budget))
-        return self._stage("accuracy", {"keys, values, activations": working}, forwards, flops, at_most=True)

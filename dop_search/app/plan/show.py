@@ -21,24 +21,19 @@ BENCHMARK_SECONDS = 0.5
 
 
 def show_plan(config: SearchConfig) -> Plan:
-    """Print the plan of a search.
-
-    Raises:
-        MemoryLimitError: if it does not fit, with what would.
-    """
+    """Print the plan of a search; MemoryLimitError if it does not fit, with what would."""
     plan = make_plan(config)
     flops_per_second = matmul_speed(plan) if plan.is_here else None
     console = Console()
     console.print()
-    console.print(plan_table(plan, flops_per_second))
+    console.print(_table(plan, flops_per_second))
     console.print("\n".join(_notes(plan, flops_per_second)), markup=False, highlight=False)
     if not plan.is_feasible:
         raise MemoryLimitError("\n  ".join(_refusal(config, plan)))
     return plan
 
 
-def plan_table(plan: Plan, flops_per_second: float | None) -> Table:
-    """One row per stage."""
+def _table(plan: Plan, flops_per_second: float | None) -> Table:
     facts = plan.facts
     dims = facts.footprint.dims
     title = f"{facts.name}: {dims.num_layers} layers x {dims.hidden_size}, {str(facts.dtype).removeprefix('torch.')}"
@@ -69,14 +64,14 @@ def _notes(plan: Plan, flops_per_second: float | None) -> Iterator[str]:
     spread = f", over {plan.num_devices} of them" if plan.num_devices > 1 else ""
     limit = _gib(plan.limit_bytes)
     yield f"Peak: {_gib(plan.peak_bytes)} of {limit} GiB that tensors may fill on {plan.device}{spread}."
-    if flops_per_second is not None:
-        total = sum(stage.flops for stage in plan.stages) / flops_per_second
-        yield (
-            f"Time: {_duration(total)} at {flops_per_second / 1e12:.3g} TFLOP/s, the speed of a matrix product of this "
-            "model's sizes here and now; loading, images and small kernels come on top."
-        )
-    else:
+    if flops_per_second is None:
         yield f"Time: not estimated, as this machine has no {plan.device}."
+        return
+    total = sum(stage.flops for stage in plan.stages) / flops_per_second
+    yield (
+        f"Time: {_duration(total)} at {flops_per_second / 1e12:.3g} TFLOP/s, the speed of a matrix product of this "
+        "model's sizes here and now; loading, images and small kernels come on top."
+    )
 
 
 def _refusal(config: SearchConfig, plan: Plan) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """Tables, plots and one page from records and curves. Never imports torch."""
 
-from dop_search.app.report.additive_vs_exact import additive_vs_exact
 from dop_search.app.report.divergence_curves import divergence_curves
+from dop_search.app.report.kl_plots import additive_vs_exact, pareto_front
 from dop_search.app.report.layer_map import layer_map
-from dop_search.app.report.pareto_front import pareto_front
 from dop_search.app.report.table import summary
 from dop_search.app.report.write import write_report
 

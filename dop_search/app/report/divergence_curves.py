@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,10 @@ def divergence_curves(curves: Curves, num_layers: int) -> Figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             first = 0 if panel is depths else len(depths)
-            _draw_panel(axis, panel, [LOOKS[(first + index) % len(LOOKS)] for index in range(len(panel))])
+            for index, curve in enumerate(panel, start=first):
+                _draw_curve(axis, curve, LOOKS[index % len(LOOKS)])
+            axis.set_yscale("log", nonpositive="mask")
+            axis.legend(loc="lower left")
             if panel is depths:
                 axis.set_xlabel(f"exit depth (of {num_layers} layers; at full depth KL = 0)")
                 axis.set_xlim(-0.3, num_layers + 0.3)
@@ -48,13 +50,6 @@ def divergence_curves(curves: Curves, num_layers: int) -> Figure:
         axes[0].set_ylabel("KL to the full model (nats)")
         figure.suptitle("One parameter reduced, all others at full", x=0.01, ha="left", fontsize=10, weight="bold")
     return figure
-
-
-def _draw_panel(axis: Axes, panel: Sequence[Curve], looks: Sequence[Look]) -> None:
-    for curve, look in zip(panel, looks, strict=True):
-        _draw_curve(axis, curve, look)
-    axis.set_yscale("log", nonpositive="mask")
-    axis.legend(loc="lower left")
 
 
 def _draw_curve(axis: Axes, curve: Curve, look: Look) -> None:

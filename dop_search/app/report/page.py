@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dop_search.app.record import Record
 from dop_search.app.report.scores import HEAD, against_uniform, score_notes, score_rows
-from dop_search.app.report.study import KINDS, captions, study_alt_text, study_figure_name
+from dop_search.app.report.study import PICTURES, study_alt_text, study_figure_name
 from dop_search.app.report.style import styled
 from dop_search.app.report.table import result_rows
 from dop_search.app.report.text import NONE, alt_text, lead, notes, percent_text
@@ -95,9 +95,9 @@ def _pictures(record: Record) -> Iterator[tuple[tuple[str, str], list[tuple[str,
     """Heading and caption of each section, and its pictures: what one shows in words, and its name."""
     for name, about in _CAPTIONS.items():
         yield about, [(alt_text(name, record), name)]
-    for kind in KINDS:
-        studied = [item for item in record.results if item.study is not None]
-        yield captions(kind), [(study_alt_text(kind, item), study_figure_name(kind, item)) for item in studied]
+    studied = [item for item in record.results if item.study is not None]
+    for kind, (heading, caption, _) in PICTURES.items():
+        yield (heading, caption), [(study_alt_text(kind, item), study_figure_name(kind, item)) for item in studied]
 
 
 def _svg(figure: Figure) -> str:
@@ -108,7 +108,6 @@ def _svg(figure: Figure) -> str:
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """Where the numbers come from."""
     facts = {
         "Model": f"{record.model.name} ({record.model.fingerprint})",
         "Data": f"{record.data.name}; " + ", ".join(f"{k} {v}" for k, v in record.data.fingerprints.items()),

@@ -15,7 +15,29 @@ from dop_search.app.report.style import SMALLEST_KL, plain_decades, styled
 
 STUDIES_FILE = "studies.journal"
 """The studies of a run, in its directory; ``optuna-dashboard`` reads it."""
-KINDS = ("history", "parallel", "importances", "front")
+PICTURES = {
+    "history": (
+        "How the search went",
+        "Optuna's history of the study: the search KL of each trial that fits, in order, and the best so far.",
+        "Optimization history: {}; the line of the best so far falls step by step.",
+    ),
+    "parallel": (
+        "What was tried",
+        "Optuna's parallel coordinates: a line is a trial, darker with less KL; None: not in its space.",
+        "Parallel coordinates of objective and parameters: {}.",
+    ),
+    "importances": (
+        "What mattered",
+        "Optuna's importances of the parameters that all trials have, for the logarithm of the search KL.",
+        "Bars: importance of each parameter for the search KL; {}.",
+    ),
+    "front": (
+        "The trials under the constraint",
+        "Cost and search KL of every trial; grey are those above the budget, whose KL is the additive estimate.",
+        "Points: search KL over cost, trials that fit, above the budget, and the best; {}.",
+    ),
+}
+"""Kind → heading, caption, and what the picture shows, for those who do not see it."""
 SIZE_IN = (9.0, 4.6)
 
 
@@ -58,7 +80,8 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
     if len({*values}) < 2:
         return {}
     what = "KL on the search samples (nats)"
-    log10 = {"target": _log10, "target_name": "log10 of the KL (nats)"}
+    log10: dict[str, Any] = {"target": lambda trial: math.log10(max(trial.value, SMALLEST_KL))}
+    log10["target_name"] = "log10 of the KL (nats)"
     everything = optuna.create_study()
     everything.add_trials([trial for trial in priced if trial.state.name == "COMPLETE"])
     limit = max(trial.user_attrs["candidate"]["cost_ratio"] for trial in measured.trials)
@@ -73,7 +96,7 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
             constraints_func=lambda trial: [trial.user_attrs["candidate"]["cost_ratio"] - limit],
         ),
     }
-    drawn: dict[str, Figure] = {}
+    drawn = {}
     for kind, make in makers.items():
         axis = make()
         if kind in ("history", "front"):
@@ -82,7 +105,7 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
             plain_decades(axis.yaxis)
             axis.legend(loc="best")
         axis.set_title("", loc="center")
-        axis.set_title(f"{captions(kind)[0]}, budget {result.budget.text}", loc="left")
+        axis.set_title(f"{PICTURES[kind][0]}, budget {result.budget.text}", loc="left")
         axis.figure.set_size_inches(*SIZE_IN)
         if kind == "parallel":
             axis.grid(visible=False, axis="y")
@@ -93,39 +116,8 @@ def _draw(study: Any, result: Result) -> dict[str, Figure]:
     return drawn
 
 
-def _log10(trial: Any) -> float:
-    return math.log10(max(trial.value, SMALLEST_KL))
-
-
-def captions(kind: str) -> tuple[str, str]:
-    """Heading and caption of a picture."""
-    return {
-        "history": (
-            "How the search went",
-            "Optuna's history of the study: the search KL of each trial that fits, in order, and the best so far.",
-        ),
-        "parallel": (
-            "What was tried",
-            "Optuna's parallel coordinates: a line is a trial, darker with less KL; None: not in its space.",
-        ),
-        "importances": (
-            "What mattered",
-            "Optuna's importances of the parameters that all trials have, for the logarithm of the search KL.",
-        ),
-        "front": (
-            "The trials under the constraint",
-            "Cost and search KL of every trial; grey are those above the budget, whose KL is the additive estimate.",
-        ),
-    }[kind]
-
-
 def study_alt_text(kind: str, result: Result) -> str:
     """What a picture shows, for those who do not see it."""
     best = min(item.kl_search for item in result.candidates)
     what = f"{len(result.candidates)} measured strategies at {result.budget.text}, the least search KL {best:.2g} nats"
-    return {
-        "history": f"Optimization history: {what}; the line of the best so far falls step by step.",
-        "parallel": f"Parallel coordinates of objective and parameters: {what}.",
-        "importances": f"Bars: importance of each parameter for the search KL; {what}.",
-        "front": f"Points: search KL over cost, trials that fit, above the budget, and the best; {what}.",
-    }[kind]
+    return PICTURES[kind][2].format(what)

@@ -110,7 +110,6 @@ _SAID = {
 
 
 def _found(result: Result, num_heldout: int) -> str:
-    """One result in a sentence, with the interval of its difference."""
     start = (
         f"At {percent_text(result.flops_ratio)} % of the prefill FLOPs the found strategy is "
         f"{kl_text(result.kl_heldout)} nats from the full model on {num_heldout} held-out samples"

@@ -7,11 +7,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dop_search.app.record import CURVES_FILE, Record
-from dop_search.app.report.additive_vs_exact import additive_vs_exact
 from dop_search.app.report.divergence_curves import divergence_curves
+from dop_search.app.report.kl_plots import additive_vs_exact, pareto_front
 from dop_search.app.report.layer_map import layer_map
 from dop_search.app.report.page import page
-from dop_search.app.report.pareto_front import pareto_front
 from dop_search.app.report.scores import relative_scores
 from dop_search.app.report.study import study_figures
 from dop_search.app.report.style import save_figure
@@ -37,14 +36,7 @@ def figures(record: Record, curves: Curves | None, run_dir: Path | None = None) 
 def write_report(record: Record, curves: Curves | None, run_dir: Path, output: Path | None = None) -> list[Path]:
     """Write ``plots/*.png``, ``plots/*.pdf`` and ``report.html`` into the run directory, or into ``output``.
 
-    Args:
-        record: the search.
-        curves: what the surrogate was built from; ``None`` leaves their figure out.
-        run_dir: of the search; has its studies, if there are any.
-        output: where to write instead; existing files are replaced.
-
-    Returns:
-        The files written, the page first.
+    Without ``curves`` their figure is left out. Returns the files written, the page first.
     """
     drawn = figures(record, curves, run_dir)
     folder, paths = output or run_dir, []
@@ -57,10 +49,6 @@ def write_report(record: Record, curves: Curves | None, run_dir: Path, output: P
 
 
 def load_curves(run_dir: Path) -> Curves | None:
-    """The curves beside a record, or ``None`` if the run has none.
-
-    Raises:
-        CacheError: if the file holds no curves.
-    """
+    """The curves beside a record, or ``None`` if the run has none; CacheError if the file holds no curves."""
     path = run_dir / CURVES_FILE
     return Curves.load(path) if path.exists() else None

@@ -13,17 +13,15 @@ from dop_search.utils.extras import check_extras
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+    from dop_search.app.record import Record, Result
+
 STRATEGY_FILE = "strategy.json"
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+)|@(?P<alias>[^/]+))")
 
 
 def download(address: str, folder: Path) -> Path:
-    """Copy a strategy from MLflow's store, ``MLFLOW_TRACKING_URI`` or what MLflow takes without it, into a folder.
-
-    Raises:
-        MissingExtraError: without mlflow.
-        ConfigError: if the address names nothing there.
-    """
+    """Copy a strategy from MLflow's store, ``MLFLOW_TRACKING_URI`` or what MLflow takes without it, into a folder;
+    MissingExtraError without mlflow, ConfigError if the address names nothing there."""
     check_extras(f"the address {address!r}", "search")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -43,28 +41,22 @@ def download(address: str, folder: Path) -> Path:
         ) from error
 
 
-def register(client: MlflowClient, run: str, name: str, description: str, tags: dict[str, str]) -> None:
-    """Make the strategy of a run the next version of a registered one; a name that is not there yet is made.
-
-    Args:
-        client: of the store.
-        run: whose artifact it is.
-        name: of the registered strategy.
-        description, tags: of the version.
-    """
+def register(client: MlflowClient, run: str, record: Record, result: Result) -> None:
+    """Make the strategy of a run the next version of the registered one of its model and budget."""
     from mlflow.exceptions import MlflowException
 
+    name = re.sub(r"[^\w.]+", "-", f"{record.model.name}-{result.budget.name} {result.budget.value:g}").strip("-")
+    tags = {"space": record.space.name, "kl_heldout": f"{result.kl_heldout:.4g}", "flops": f"{result.flops_ratio:.4g}"}
     try:
         client.create_registered_model(name, tags={"kind": "strategy"})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    artifacts = client.get_run(run).info.artifact_uri
-    client.create_model_version(name, f"{artifacts}/{STRATEGY_FILE}", run, tags=tags, description=description)
+    source = f"{client.get_run(run).info.artifact_uri}/{STRATEGY_FILE}"
+    client.create_model_version(name, source, run, tags=tags, description=result.strategy.describe())
 
 
 def _run_of(client: MlflowClient, address: str) -> tuple[str, str]:
-    """The run, and the path of the artifact in it."""
     model = _MODEL.fullmatch(address)
     if model is None:
         run, _, file = address.partition(":/")[2].strip("/").partition("/")

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import os
-import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from dop_search.app.config import TrackingConfig
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.network import reach
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -70,11 +70,7 @@ def ui_command(config: TrackingConfig) -> str | None:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Find out before a search, and quickly, whether it can be logged after it.
-
-    Raises:
-        ConfigError: if mlflow is missing, or the store cannot be written or reached.
-    """
+    """Find out before a search, and quickly, whether it can be logged after it; else ConfigError."""
     if config.backend == "none":
         return
     remedy = "set another tracking.uri, or tracking=none"
@@ -92,9 +88,8 @@ def check_tracking(config: TrackingConfig) -> None:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"tracking.uri={config.uri!r} cannot be written: {error}; {remedy}") from error
     elif parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+            reach(uri)
         except OSError as error:
             raise ConfigError(f"tracking.uri={config.uri!r} cannot be reached: {error}; {remedy}") from error
 
@@ -103,13 +98,9 @@ def check_tracking(config: TrackingConfig) -> None:
 def connected(config: TrackingConfig, run_dir: Path | None = None) -> Iterator[tuple[MlflowClient, str]]:
     """A client for the store, which exists and is migrated, and the id of the experiment.
 
-    Args:
-        config: where to.
-        run_dir: where what is logged lies, for the message.
-
     Raises:
-        ConfigError: if mlflow is missing, or the store cannot be used, now or while it is written; says where the
-            results are and how to log them later.
+        ConfigError: if mlflow is missing, or the store cannot be used, now or while it is written; says that the
+            results are in ``run_dir``, and how to log them later.
     """
     check_tracking(config)
     from alembic.util.exc import CommandError
@@ -178,13 +169,11 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the chatter of a new store's migrations."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("mlflow", "alembic"))}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

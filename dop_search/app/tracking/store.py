@@ -28,29 +28,10 @@ from dop_search.app.record import (
     StrategyScores,
 )
 from dop_search.app.report.write import PAGE_FILE, PLOTS_FOLDER, load_curves
+from dop_search.app.tracking import values
 from dop_search.app.tracking.artifacts import STRATEGY_FILE, register
 from dop_search.app.tracking.connection import connected
 from dop_search.app.tracking.system import read_system_metrics
-from dop_search.app.tracking.values import (
-    Point,
-    benchmark_values,
-    curve_points,
-    evaluated_metrics,
-    evaluated_params,
-    provenance_tags,
-    result_metrics,
-    result_params,
-    run_name,
-    score_columns,
-    search_tags,
-    shared_metrics,
-    shared_params,
-    started_ms,
-    strategy_key,
-    strategy_name,
-    study_row_values,
-    version_tags,
-)
 from dop_search.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -65,63 +46,51 @@ _MAX_METRICS = 1000
 
 
 def log_search(config: TrackingConfig, record: Record, run_dir: Path) -> str | None:
-    """Log a finished search with the files of its run directory.
+    """Log a finished search with the files of its run directory; the id of the parent run, ``None`` without tracking.
 
-    The parent run holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each
-    nested run has the same names whatever the space or solver, so that runs can be compared in the UI.
-
-    Returns:
-        The id of the parent run, or ``None`` without tracking.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
+    That holds what all budgets share, the divergence curves as stepped metrics, and the artifacts; each nested run has
+    the same names whatever the space or solver, so that runs can be compared in the UI.
     """
     if config.backend == "none":
         return None
-    tags, shared = search_tags(record), shared_params(record)
-    start = started_ms(record.provenance)
+    tags, shared = values.search_tags(record), values.shared_params(record)
+    start = values.started_ms(record.provenance)
     times = (start, start + int(1000 * record.seconds))  # what is logged later has its own times
     with connected(config, run_dir) as (client, experiment):
         store = _Store(client, experiment, times)
-        with store.run(config.run_name or run_name(record), tags, shared, shared_metrics(record)) as parent:
+        with store.run(
+            config.run_name or values.run_name(record), tags, shared, values.shared_metrics(record)
+        ) as parent:
             curves = load_curves(run_dir)
-            store.log_metrics(parent, [] if curves is None else curve_points(curves))
+            store.log_metrics(parent, [] if curves is None else values.curve_points(curves))
             store.log_metrics(parent, read_system_metrics(run_dir))
             client.log_inputs(parent, data_sets(record))
             store.log_files(parent, run_dir, (RECORD_FILE, CURVES_FILE, SAMPLES_FILE, PAGE_FILE, PLOTS_FOLDER))
             for result in record.results:
-                its = {**tags, "mlflow.parentRunId": parent, "strategy_key": strategy_key(result.strategy)}
-                params = {**shared, **result_params(result)}
-                with store.run(run_name(record, result), its, params, result_metrics(result)) as run:
+                its = {**tags, "mlflow.parentRunId": parent, "strategy_key": values.strategy_key(result.strategy)}
+                params = {**shared, **values.result_params(result)}
+                with store.run(values.run_name(record, result), its, params, values.result_metrics(result)) as run:
                     client.log_inputs(run, data_sets(record))
                     store.log_strategy(run, result.strategy, result.scores)
-                    register(
-                        client,
-                        run,
-                        strategy_name(record, result),
-                        result.strategy.describe(),
-                        version_tags(record, result),
-                    )
+                    register(client, run, record, result)
     return parent
 
 
 def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) -> list[str]:
     """Log an evaluation: a run per strategy, tagged with the search run that made it where the store has that.
 
-    Without strategies there is one run with the full model's scores.
-
-    Returns:
-        The ids of the runs, none without tracking.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
+    Without strategies there is one run with the full model's scores. Returns the runs' ids, none without tracking.
     """
     if config.backend == "none":
         return []
     shared = {"model": record.model.name, "suite": record.suite.suite, "limit": str(record.suite.limit)}
-    tags = {"kind": "evaluation", "model_fingerprint": record.model.fingerprint, **provenance_tags(record.provenance)}
+    tags = {
+        "kind": "evaluation",
+        "model_fingerprint": record.model.fingerprint,
+        **values.provenance_tags(record.provenance),
+    }
     full = {f"score_full/{name}": value for name, value in record.full.items()}
-    made, start = [], started_ms(record.provenance)
+    made, start = [], values.started_ms(record.provenance)
     with connected(config, run_dir) as (client, experiment):
         store = _Store(client, experiment, (start, start + int(1000 * record.seconds)))
         scored: list[StrategyScores | None] = [*record.strategies]
@@ -129,7 +98,7 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
             name, link = FULL_FOLDER if item is None else item.name, {}
             params, metrics = {"strategy": FULL_FOLDER}, full
             if item is not None:
-                params, metrics = evaluated_params(item), {**full, **evaluated_metrics(item)}
+                params, metrics = values.evaluated_params(item), {**full, **values.evaluated_metrics(item)}
                 link = {} if item.strategy is None else _search_tags(client, experiment, item.strategy)
             title = config.run_name or f"{record.model.name} {record.suite.suite} {name}"
             with store.run(title, {**tags, **link}, {**shared, **params}, metrics) as run:
@@ -143,18 +112,8 @@ def log_evaluation(config: TrackingConfig, record: EvalRecord, run_dir: Path) ->
 def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -> str | None:
     """Log a study: a run with its files, and a nested run per row with the same names of metrics for all rows.
 
-    A result that the store has already is not logged again.
-
-    Args:
-        config: where to.
-        result: the content of the study's ``result.json``.
-        folder: where that and the figures are.
-
-    Returns:
-        The id of the parent run, or ``None`` if nothing was logged.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
+    ``result`` is the content of ``result.json`` in ``folder``; one that the store has already is not logged again.
+    Returns the id of the parent run, or ``None`` if nothing was logged.
     """
     if config.backend == "none":
         return None
@@ -171,7 +130,7 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
             )
             tags = {**shared, "kind": "study_row", "mlflow.parentRunId": parent}
             for row in result["rows"]:
-                params, metrics = study_row_values(row)
+                params, metrics = values.study_row_values(row)
                 with store.run(" ".join(params.values())[:200], tags, {**shared, **params}, metrics):
                     pass
             client.set_tag(parent, "digest", digest)  # at the end: what was interrupted is logged anew
@@ -179,14 +138,10 @@ def log_study(config: TrackingConfig, result: Mapping[str, Any], folder: Path) -
 
 
 def log_benchmark(config: TrackingConfig, data: Mapping[str, Any]) -> str | None:
-    """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id.
-
-    Raises:
-        ConfigError: if mlflow is missing or refuses the store.
-    """
+    """Log a comparison of ``dop-bench`` (its JSON): one run, metrics by variant; returns the run's id."""
     if config.backend == "none":
         return None
-    params, metrics = benchmark_values(data)
+    params, metrics = values.benchmark_values(data)
     with (
         connected(config) as (client, experiment),
         _Store(client, experiment).run(config.run_name or "dop-bench", {}, params, metrics) as run,
@@ -217,7 +172,7 @@ class _Store:
         yield run
         self.client.set_terminated(run, end_time=self.times[1])
 
-    def log_metrics(self, run: str, points: Iterable[Point]) -> None:
+    def log_metrics(self, run: str, points: Iterable[values.Point]) -> None:
         """Numbers with their steps and times, default: now."""
         from mlflow.entities import Metric
 
@@ -239,12 +194,12 @@ class _Store:
         if strategy is not None:
             self.client.log_dict(run, strategy.to_json(), STRATEGY_FILE)
         if scores:
-            self.client.log_table(run, score_columns(scores), SCORE_TABLE)
+            self.client.log_table(run, values.score_columns(scores), SCORE_TABLE)
 
 
 def _search_tags(client: MlflowClient, experiment: str, strategy: Strategy) -> dict[str, str]:
     """Which search made a strategy: its id, and its run where this experiment has it."""
-    tags = {"strategy_key": strategy_key(strategy)}
+    tags = {"strategy_key": values.strategy_key(strategy)}
     search = strategy.provenance.get("search_id")
     if not isinstance(search, str) or not search.isalnum():
         return tags
@@ -263,16 +218,9 @@ def data_sets(record: Record) -> list[DatasetInput]:
     data = record.data
     source = json.dumps({"name": data.name, "seed": data.seed, "sources": data.sources})
     sizes = {"search": data.num_samples, "heldout": data.num_heldout, "test": data.num_test}
-    return [
-        DatasetInput(
-            Dataset(
-                f"{data.name} {split}",
-                digest[:36],
-                "dop-search",
-                source,
-                profile=json.dumps({"num_samples": sizes.get(split)}),
-            ),
-            [InputTag("mlflow.data.context", split)],
-        )
-        for split, digest in data.fingerprints.items()
-    ]
+    sets = []
+    for split, digest in data.fingerprints.items():
+        profile = json.dumps({"num_samples": sizes.get(split)})
+        samples = Dataset(f"{data.name} {split}", digest[:36], "dop-search", source, profile=profile)
+        sets.append(DatasetInput(samples, [InputTag("mlflow.data.context", split)]))
+    return sets

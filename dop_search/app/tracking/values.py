@@ -56,7 +56,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
         else:
             found[name] = value
     return {
-        metric_name(name): float(number)
+        re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): float(number)  # data may name families with any character
         for name, number in found.items()
         if isinstance(number, (bool, int, float)) and math.isfinite(number)
     }
@@ -83,11 +83,6 @@ def run_name(record: Record, result: Result | None = None) -> str:
     """Model, space, budgets, seed, selector: what tells the runs of a sweep apart, first what a narrow column shows."""
     budgets = ",".join(item.budget.text for item in ([result] if result else record.results))
     return f"{record.model.name} {record.space.name} {budgets} seed{record.data.seed} {record.selector.name}"
-
-
-def strategy_name(record: Record, result: Result) -> str:
-    """Under which the strategies of a model and budget are registered, each a version: of any space and solver."""
-    return re.sub(r"[^\w.]+", "-", f"{record.model.name}-{result.budget.name} {result.budget.value:g}").strip("-")
 
 
 def shared_metrics(record: Record) -> dict[str, float]:
@@ -127,13 +122,9 @@ def provenance_tags(provenance: Provenance | None) -> dict[str, str]:
         return {}
     tags = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "dop-search", "mlflow.source.type": "LOCAL"}
     tags |= {f"version.{name}": version for name, version in provenance.versions.items()}
-    if provenance.search_id is not None:
-        tags["search_id"] = provenance.search_id
-    if provenance.git_commit is not None:
-        tags["mlflow.source.git.commit"] = provenance.git_commit
-    if provenance.command is not None:
-        tags["command"] = provenance.command
-    return tags
+    known = provenance.search_id, provenance.git_commit, provenance.command
+    names = "search_id", "mlflow.source.git.commit", "command"
+    return tags | {name: value for name, value in zip(names, known, strict=True) if value is not None}
 
 
 def started_ms(provenance: Provenance | None) -> int:
@@ -141,20 +132,6 @@ def started_ms(provenance: Provenance | None) -> int:
     if provenance is None:
         return int(time.time() * 1000)
     return int(datetime.fromisoformat(provenance.started_at).timestamp() * 1000)
-
-
-def metric_name(name: str) -> str:
-    """The name as stores take it: data may name families with any character."""
-    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
-
-
-def version_tags(record: Record, result: Result) -> dict[str, str]:
-    """What tells the versions of a registered strategy apart."""
-    return {
-        "space": record.space.name,
-        "kl_heldout": f"{result.kl_heldout:.4g}",
-        "flops": f"{result.flops_ratio:.4g}",
-    }
 
 
 def evaluated_params(item: StrategyScores) -> dict[str, str]:

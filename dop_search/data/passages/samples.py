@@ -66,7 +66,6 @@ def passage_samples(
 
 
 def _drawn(kind: str, split: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Passages of a kind with a question each, those of the split alone."""
     for passage, question in _stories(seed) if kind == "story" else _installed(kind, seed):
         if split_of(passage.encode(), _NUM_SPLITS) == split:
             yield passage, question

@@ -77,9 +77,6 @@ def answer_prompts(
         batch_size: most prompts per call; only prompts of one shape and one ``generation`` share a call.
         num_frames: frames taken of each video; ``None``: the processor's own rule.
         on_progress: called with (done, total) prompts.
-
-    Raises:
-        DataError: if a prompt has a video and the model's processor takes none.
     """
     loaded = reading(loaded, method)
     keys = lengths or [()] * len(prompts)

@@ -23,7 +23,7 @@ from dop_search.evaluation.runnable import Runnable
 from dop_search.models.loading import LoadedModel, load
 from dop_search.strategy import Strategy
 from dop_search.utils.errors import DataError, DopError
-from dop_search.utils.extensions import import_modules
+from dop_search.utils.registry import import_modules
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """For tasks that say nothing (TextVQA, VizWiz, OK-VQA)."""
@@ -43,15 +43,10 @@ class DopLmms(lmms):  # type: ignore[misc]
         strategy: a file by ``Strategy.save``, or what runs; nothing: the full model.
         delta: the same, by the name after which lmms-eval names the folder of its results.
         selector: another ranking of the visual tokens than the strategy's own.
-        dtype: see :func:`dop_search.load`.
-        device: see :func:`dop_search.load`.
-        batch_size: prompts per generation call.
-        max_batch_size: accepted and not used; ``batch_size`` is what you say.
+        dtype, device, attn_implementation, revision, trust_remote_code: see :func:`dop_search.load`.
+        batch_size: prompts per generation call; ``max_batch_size`` is accepted and not used.
         max_new_tokens: longest answer instead of what the task says.
         num_frames: frames taken of each video; nothing: the processor's own rule.
-        attn_implementation: see :func:`dop_search.load`.
-        revision: see :func:`dop_search.load`.
-        trust_remote_code: see :func:`dop_search.load`.
         imports: modules of your own that register selectors or model families; several are parted by ``:``.
         loaded: a model that is loaded already, instead of ``pretrained``.
         on_progress: called with (done, total) prompts; nothing: the first process shows a bar.
@@ -130,7 +125,7 @@ class DopLmms(lmms):  # type: ignore[misc]
                 self.loaded,
                 [lambda request=request: self._prompt(request.args) for request in requests],  # type: ignore[misc]
                 self.strategy,
-                lengths=[self._length(request.args) for request in requests],
+                lengths=[(request.args[4], len(request.args[0])) for request in requests],
                 batch_size=self.batch_size,
                 num_frames=self._num_frames,
                 on_progress=self.on_progress or (lambda done, total: bar.update(done - bar.n)),
@@ -148,9 +143,6 @@ class DopLmms(lmms):  # type: ignore[misc]
         context, options, doc_to_visual, doc_id, task, split = args
         media = tuple(_media(item) for item in _flat(doc_to_visual(self.task_dict[task][split][doc_id])))
         return Prompt.of_user([*media, part("text", context)], self._generation(options))
-
-    def _length(self, args: tuple[Any, ...]) -> tuple[str, int]:
-        return args[4], len(args[0])
 
     def _generation(self, options: Mapping[str, Any]) -> Generation:
         until = options.get("until") or ()

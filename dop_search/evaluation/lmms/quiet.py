@@ -6,35 +6,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import IO, Any
-
-
-class Silenced:
-    """The streams that were there before."""
-
-    def __init__(self, stdout: IO[str], stderr: IO[str]) -> None:
-        self._stdout, self._stderr = stdout, stderr
-
-    def with_output(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """``callback`` with the streams of before, so that what it prints is seen."""
-
-        def call(*args: object) -> None:
-            with redirect_stdout(self._stdout), redirect_stderr(self._stderr):
-                callback(*args)
-
-        return call
+from typing import Any
 
 
 @contextmanager
-def silenced(path: Path) -> Iterator[Silenced]:
+def silenced(path: Path) -> Iterator[Callable[..., None]]:
     """Within the context what Python code prints, logs by loguru or draws goes to ``path``, which is appended to.
 
     Loguru's default sink writes to the standard error of the time when it was imported: it is switched off meanwhile.
+    Yields what calls a function with the streams of before, so that what that prints is seen.
     """
     from loguru import logger
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = Silenced(sys.stdout, sys.stderr)
+    stdout, stderr = sys.stdout, sys.stderr
+
+    def seen(callback: Callable[..., None], *args: object) -> None:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            callback(*args)
+
     with ExitStack() as stack:
         for redirect, terminal in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             file: Any = stack.enter_context(open(path, "a", encoding="utf-8", buffering=1))
@@ -43,4 +33,4 @@ def silenced(path: Path) -> Iterator[Silenced]:
             stack.enter_context(redirect(file))
         logger.disable("")
         stack.callback(logger.enable, "")
-        yield before
+        yield seen

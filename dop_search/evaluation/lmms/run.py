@@ -23,13 +23,8 @@ _TOLERANCE = 1e-3
 def run_benchmark(model: lmms, suite: Suite, benchmark: Benchmark, manager: Any) -> BenchmarkScore:
     """Let lmms-eval ask ``model`` every row that ``suite.limit`` leaves, and score the answers.
 
-    Files that metrics write go to a folder that is deleted. Random number generators are left alone.
-
-    Args:
-        model: an instance that answers ``generate_until``.
-        suite: limit, judge and source.
-        benchmark: one of the suite's.
-        manager: of :func:`task_manager`, knowing what :func:`write_tasks` wrote for the suite.
+    Files that metrics write go to a folder that is deleted. Random number generators are left alone. ``manager`` is of
+    :func:`task_manager`, knowing what :func:`write_tasks` wrote for the suite.
 
     Raises:
         DataError: if a video is missing.

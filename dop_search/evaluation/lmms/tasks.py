@@ -56,13 +56,8 @@ def task_name(suite: Suite, benchmark: Benchmark) -> str:
 def write_tasks(suite: Suite, folder: Path, data_dir: Path, revisions: dict[str, str] | None = None) -> Path:
     """Write one YAML file per benchmark, and the group ``suite.name``, into ``folder / suite.name``.
 
-    ``lmms-eval --include_path FOLDER --tasks SUITE --model dop ...`` then runs the same tasks.
-
-    Args:
-        suite: what to write.
-        folder: anywhere.
-        data_dir: where rendered rows are kept; made on first use.
-        revisions: hub data set → commit.
+    ``lmms-eval --include_path FOLDER --tasks SUITE --model dop ...`` then runs the same tasks. Rendered rows are made
+    in ``data_dir`` on first use; ``revisions``: hub data set → commit.
 
     Raises:
         ConfigError: if a benchmark has no rendered rows, or no task file in lmms-eval.

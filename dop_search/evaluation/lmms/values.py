@@ -19,14 +19,7 @@ Reader: TypeAlias = Callable[[Suite, Any, Sequence[Any]], list[float]]
 def sample_scores(
     suite: Suite, benchmark: Benchmark, task: Any, logged: Sequence[Logged], rows: Sequence[int]
 ) -> tuple[SampleScore, ...]:
-    """What each answer was worth.
-
-    Args:
-        suite: says whether a judge may be asked.
-        benchmark: says how values, keys and targets are read.
-        task: the lmms-eval task that was run.
-        logged: its samples.
-        rows: for each of the task's rows, its place in the benchmark's split.
+    """What each logged answer of a task was worth; ``rows``: for each of its rows, the place in the benchmark's split.
 
     Raises:
         DopError: if a value is not a number between 0 and 1 (10 for captions).

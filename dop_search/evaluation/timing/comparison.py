@@ -80,9 +80,7 @@ class Comparison:
 
     Attributes:
         what: model or shape, in words.
-        environment: device, dtype, attention backend, versions.
-        counts: tokens of the prompt.
-        num_tokens: generated tokens.
+        counts, num_tokens: tokens of the prompt, and generated ones.
         rows: the full model first.
         notes: what could not be compared, and why.
     """
@@ -114,7 +112,7 @@ class Comparison:
 
     def _row_json(self, row: Row) -> dict[str, Any]:
         def plain(value: Spread | None) -> dict[str, Any] | None:
-            return None if value is None else value.to_json()
+            return None if value is None else asdict(value)
 
         return {
             **row.variant.to_json(),
@@ -140,20 +138,10 @@ def compare(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> list[Row]:
-    """Time all variants in turn, in another order every round.
+    """Time all variants in turn, in another order every round, see :func:`interleaved`.
 
-    Args:
-        model: what is timed.
-        adapter: its adapter.
-        inputs: the prompt.
-        variants: what to compare.
-        rounds: measurements per variant.
-        warmup: rounds before that which do not count.
-        passes: generations per visit of a variant, of which the last counts; 2 or more: in the steady state.
-        num_tokens: generated tokens.
-        clock: wall clock, or the time that this process computed.
-        seed: of the orders.
-        on_progress: called with (done, total, what).
+    ``passes``: generations of ``num_tokens`` per visit of a variant, of which the last counts; 2 or more: in the steady
+    state.
     """
 
     def measure(index: int, before: list[Reading]) -> Reading:

@@ -16,12 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten: Any = torch.ops.aten
-FUSED = {
-    aten.linear.default,
-    aten.rms_norm.default,
-    aten.layer_norm.default,
-    aten.scaled_dot_product_attention.default,
-}
+FUSED = {aten.linear.default, aten.rms_norm.default, aten.layer_norm.default, aten.scaled_dot_product_attention.default}
 """One kernel each on an accelerator."""
 NO_KERNEL = (
     "detach_",
@@ -56,7 +51,6 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count and compute."""
         kwargs = kwargs or {}
         if func not in FUSED:
             with self:
@@ -83,7 +77,6 @@ class HostWaits(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Count and compute."""
         name = getattr(func, "__name__", "")
         by_mask = name == "__getitem__" and any(
             isinstance(item, Tensor) and item.dtype == torch.bool

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel
 
 from dop_search.evaluation.timing.comparison import environment
 from dop_search.evaluation.timing.timing import Clock, OnProgress, interleaved, read_prefill
-from dop_search.models.adapter import ModelAdapter
 from dop_search.models.families import adapter_for
 from dop_search.models.text import TextAdapter
 from dop_search.pruning import pruned
@@ -46,8 +44,7 @@ LONG_MS, LONG_ROUNDS = 1000.0, 3
 Key = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One thing to time: a prefill of a model under a strategy."""
 
     key: Key
@@ -76,9 +73,6 @@ def measure_table(
         clock: wall clock, or the time that this process computed.
         seed: of the order.
         on_progress: called with (done, total, what).
-
-    Raises:
-        DataError: without samples.
     """
     if not counts:
         raise DataError("a latency table needs the token counts of at least one sample, but got none")
@@ -143,27 +137,23 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 
 def synthetic_prompt(model: PreTrainedModel, counts: TokenCounts) -> dict[str, Tensor]:
-    """A prompt of these token counts without images: the decoder gets the embedding of the image token instead."""
-    adapter = adapter_for(model)
+    """A prompt of these token counts without images: the decoder gets the embedding of the image token instead.
+
+    A model that reads text alone gets a context, between markers, which are among the text.
+    """
+    adapter, vocabulary = adapter_for(model), adapter_for(model).dims.vocab_size
+    opening: list[int] = []
+    closing: list[int] = []
     if isinstance(adapter, TextAdapter):
-        return _synthetic_context(adapter, counts)
-    image: int = model.config.image_token_id
-    text = image + 9 if image + 9 < adapter.dims.vocab_size else image - 1
-    before = counts.text // 2
-    return _unpadded(adapter, [text] * before + [image] * counts.visual + [text] * (counts.text - before))
-
-
-def _synthetic_context(adapter: TextAdapter, counts: TokenCounts) -> dict[str, Tensor]:
-    """As :func:`synthetic_prompt`, between markers, which are among the text."""
-    opening, closing = adapter.markers
-    word = next(token for token in range(adapter.dims.vocab_size) if token not in adapter.visual_token_ids)
+        opening, closing = adapter.markers
+        text = visual = next(token for token in range(vocabulary) if token not in adapter.visual_token_ids)
+    else:
+        visual = int(model.config.image_token_id)
+        text = visual + 9 if visual + 9 < vocabulary else visual - 1
     around = counts.text - len(opening) - len(closing)
-    inside = [*opening, *[word] * counts.visual, *closing]
-    return _unpadded(adapter, [*[word] * (around // 2), *inside, *[word] * (around - around // 2)])
-
-
-def _unpadded(adapter: ModelAdapter, ids: list[int]) -> dict[str, Tensor]:
-    input_ids = torch.tensor([ids], device=adapter.device)
+    before = around // 2
+    inside = [*opening, *[visual] * counts.visual, *closing]
+    input_ids = torch.tensor([[*[text] * before, *inside, *[text] * (around - before)]], device=adapter.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
@@ -215,8 +205,6 @@ def _strategy(layers: int, q: Any, kv: Any, mlp: Any, tokens: int, **fields: Any
 def _time(
     jobs: Sequence[_Job], rounds: int, clock: Clock, seed: int, on_progress: OnProgress | None
 ) -> dict[Key, list[float]]:
-    """Measurements of every job."""
-
     def measure(index: int, before: list[float]) -> float | None:
         if len(before) >= LONG_ROUNDS and min(before) > LONG_MS:
             return None
@@ -231,12 +219,7 @@ def _time(
 
 
 def _table(
-    ms: dict[Key, float],
-    where: dict[str, Any],
-    num_layers: int,
-    depth: int,
-    grid: Grid,
-    shares: Sequence[float],
+    ms: dict[Key, float], where: dict[str, Any], num_layers: int, depth: int, grid: Grid, shares: Sequence[float]
 ) -> LatencyTable:
     """From whole prefills to layers. Queries and MLP of the last layer of each are dead, its keys are not."""
     text, visual, lengths = grid

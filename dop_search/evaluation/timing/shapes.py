@@ -85,12 +85,7 @@ _SHAPES = (
     _published("llava_next_7b", _7B, 336, 5, 2880, f"LLaVA-NeXT-7B, {_NEXT}"),
     _published("llava_next_13b", _13B, 336, 5, 2880, f"LLaVA-NeXT-13B, {_NEXT}"),
     _published(
-        "qwen2_5_vl_7b",
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        1008,
-        1,
-        1296,
-        "Qwen2.5-VL-7B, one image of 1008 x 1008 pixels",
+        "qwen2_5_vl_7b", "Qwen/Qwen2.5-VL-7B-Instruct", 1008, 1, 1296, "Qwen2.5-VL-7B, one image of 1008 x 1008 pixels"
     ),
     _published("internvl3_8b", "OpenGVLab/InternVL3-8B-hf", 448, 5, 1280, "InternVL3-8B, five tiles"),
     _LLAVA.sized(
@@ -133,11 +128,7 @@ def random_model(
 
 
 def prompt(shape: Shape, model: PreTrainedModel, num_text: int = 60, batch: int = 1) -> Inputs:
-    """One prompt, ``batch`` times: half of the text, the images, the other half of the text.
-
-    Raises:
-        ConfigError: if ``num_text`` leaves no text before or after the images.
-    """
+    """One prompt, ``batch`` times: half of the text (two tokens at least), the images, the other half of the text."""
     if num_text < 2:
         raise ConfigError(f"`text_tokens >= 2` must hold (one before the images, one after), but got ({num_text})")
     before, after = num_text // 2, num_text - num_text // 2

@@ -10,16 +10,14 @@ from dop_search.utils.statistics import Spread
 NONE = "n/a"
 
 
-def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Rows of cells as aligned lines; the first ``left`` columns are aligned to the left."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as aligned lines, the first column to the left."""
+    first, *widths = (max(map(len, cells)) for cells in zip(*rows, strict=True))
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([name.ljust(first), *aligned]).rstrip())
+    return lines
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -58,8 +56,7 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def name_of(row: Row) -> str:
-    """The variant and what it was solved for."""
+def _name(row: Row) -> str:
     target = row.variant.target_ratio
     return row.variant.name if target is None else f"{target:g} {row.variant.name}"
 
@@ -67,24 +64,20 @@ def name_of(row: Row) -> str:
 def _times(row: Row) -> list[str]:
     prefill = row.prefill
     return [
-        name_of(row),
-        ms_text(row.spread("vision_ms")),
-        ms_text(prefill),
+        _name(row),
+        _ms(row.spread("vision_ms")),
+        _ms(prefill),
         f"{prefill.ci95[0]:.1f}…{prefill.ci95[1]:.1f}",
-        ms_text(row.spread("decode_ms")),
-        ms_text(row.spread("end_to_end_ms")),
-        bytes_text(row.spread("peak_bytes")),
-        bytes_text(row.spread("kv_bytes")),
+        *(_ms(row.spread(metric)) for metric in ("decode_ms", "end_to_end_ms")),
+        *(_bytes(row.spread(metric)) for metric in ("peak_bytes", "kv_bytes")),
     ]
 
 
 def _verdict(row: Row, full: Row) -> list[str]:
-    ratio, end_to_end = row.prefill_ratio(full), row.ratio(full, "end_to_end_ms")
-    what = (
-        row.variant.strategy.describe() if row.variant.strategy is not None else f"n_v={row.variant.num_visual_tokens}"
-    )
+    ratio, end_to_end, strategy = row.prefill_ratio(full), row.ratio(full, "end_to_end_ms"), row.variant.strategy
+    what = f"n_v={row.variant.num_visual_tokens}" if strategy is None else strategy.describe()
     return [
-        name_of(row),
+        _name(row),
         f"{row.variant.flops_ratio:.3f}",
         f"{ratio.median:.3f}",
         f"{ratio.ci95[0]:.3f}…{ratio.ci95[1]:.3f}",
@@ -95,15 +88,13 @@ def _verdict(row: Row, full: Row) -> list[str]:
     ]
 
 
-def ms_text(value: Spread | None) -> str:
-    """Milliseconds with a sensible number of digits."""
+def _ms(value: Spread | None) -> str:
     if value is None:
         return NONE
     return f"{value.median:.2f}" if value.median < 10 else f"{value.median:.1f}"
 
 
-def bytes_text(value: Spread | None) -> str:
-    """Bytes in MiB or GiB."""
+def _bytes(value: Spread | None) -> str:
     if value is None:
         return NONE
     mib = value.median / 2**20

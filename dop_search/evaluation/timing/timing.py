@@ -59,11 +59,7 @@ class PrefillTimer:
 
     @property
     def first_call(self) -> tuple[float, float]:
-        """When the first call began and ended, in milliseconds.
-
-        Raises:
-            DopError: if the decoder was not called.
-        """
+        """When the first call began and ended, in milliseconds; DopError if the decoder was not called."""
         if self._first_call is None:
             raise DopError("the decoder did not run while it was timed; time a forward of the model itself")
         return self._first_call
@@ -202,15 +198,9 @@ def interleaved(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> list[list[T]]:
-    """Each thing once a round, in another order every round.
+    """Each thing once a round, in another order every round; ``warmup``: rounds before that which do not count.
 
-    Args:
-        measure: called with the number of a thing and its measurements so far; ``None``: there are enough.
-        names: of the things, for ``on_progress``.
-        rounds: measurements of each.
-        warmup: rounds before that which do not count.
-        seed: of the orders.
-        on_progress: called with (done, total, what).
+    ``measure`` is called with the number of a thing and its measurements so far; ``None``: there are enough.
     """
     order = np.random.default_rng(seed)
     readings: list[list[T]] = [[] for _ in names]

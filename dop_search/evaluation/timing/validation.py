@@ -115,25 +115,14 @@ def validation_text(predictions: Sequence[Prediction]) -> str:
     """A line per strategy and the errors."""
     rows = [["", "FLOPs", "predicted ms", "measured ms", "error", "predicted ratio", "measured ratio", "error"]]
     for item in sorted(predictions, key=lambda item: item.measured_ms):
-        rows.append(
-            [
-                item.strategy.describe(),
-                f"{item.flops_ratio:.3f}",
-                f"{item.predicted_ms:.2f}",
-                f"{item.measured_ms:.2f}",
-                f"{item.error:+.1%}",
-                f"{item.predicted_ratio:.3f}",
-                f"{item.measured_ratio:.3f}",
-                f"{item.ratio_error:+.1%}",
-            ]
-        )
+        times = [f"{ms:.2f}" for ms in (item.predicted_ms, item.measured_ms)]
+        ratios = [f"{ratio:.3f}" for ratio in (item.flops_ratio, item.predicted_ratio, item.measured_ratio)]
+        name, errors = item.strategy.describe(), [f"{error:+.1%}" for error in (item.error, item.ratio_error)]
+        rows.append([name, ratios[0], *times, errors[0], *ratios[1:], errors[1]])
     found = summary(predictions)
-    return "\n".join(
-        [
-            *columns(rows),
-            "",
-            f"{len(predictions)} random strategies: median error {found['median_absolute_error']:.1%} of the time "
-            f"(largest {found['largest_absolute_error']:.1%}), {found['median_absolute_ratio_error']:.1%} of the ratio "
-            f"to the full model (largest {found['largest_absolute_ratio_error']:.1%}). Aim: 10 %.",
-        ]
+    said = (
+        f"{len(predictions)} random strategies: median error {found['median_absolute_error']:.1%} of the time "
+        f"(largest {found['largest_absolute_error']:.1%}), {found['median_absolute_ratio_error']:.1%} of the ratio "
+        f"to the full model (largest {found['largest_absolute_ratio_error']:.1%}). Aim: 10 %."
     )
+    return "\n".join([*columns(rows), "", said])

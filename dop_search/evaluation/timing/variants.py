@@ -22,11 +22,7 @@ from dop_search.strategy.operations import ModelDims, TokenCounts
 Kind = Literal["full", "empty", "strategy", "bound", "hooks"]
 
 DEPTH_RATIOS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {
-        "uniform": (1.0, 1.0, 1.0),
-        "tied": (0.75, 0.75, 0.5),
-        "split": (0.25, 0.75, 0.25),
-    }
+    {"uniform": (1.0, 1.0, 1.0), "tied": (0.75, 0.75, 0.5), "split": (0.25, 0.75, 0.25)}
 )
 """Built-in shapes of strategy: depth ratios of q, kv and mlp; the number of visual tokens is solved for."""
 
@@ -40,13 +36,11 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        name: for tables.
         kind: ``full`` and ``empty`` run everything, ``strategy`` is ours, ``bound`` and ``hooks`` are independent.
         flops_ratio: of the decoder's prefill, relative to the full model.
-        target_ratio: what it was solved for, ``None`` for what was given.
         enter: makes the context in which the model runs that way.
-        strategy: for ours.
-        num_visual_tokens: for the others.
+        target_ratio: what it was solved for, ``None`` for what was given.
+        strategy, num_visual_tokens: for ours, and for the others.
     """
 
     name: str
@@ -100,13 +94,8 @@ def make_variants(
     selector: str = "uniform_grid",
     compile: bool = False,
 ) -> tuple[list[Variant], list[str]]:
-    """The full model, the empty strategy, the given strategies, and at each ratio the built-in ones and two baselines.
-
-    ``compile`` is for ours: the pruned layers through ``torch.compile``.
-
-    Returns:
-        The variants, and a line for each that cannot reach its FLOPs.
-    """
+    """The full model, the empty strategy, the given strategies, and at each ratio the built-in ones and two baselines;
+    and a line for each that cannot reach its FLOPs. ``compile`` is for ours: the layers through ``torch.compile``."""
     dims, counts = adapter.dims, prompt.counts
     cost = CostModel(dims, [counts])
     variants = [

@@ -9,7 +9,7 @@ from support.records import example_curves, example_record
 
 from dop_search.app.record import Record
 from dop_search.app.report import additive_vs_exact, divergence_curves, layer_map, pareto_front
-from dop_search.app.report.additive_vs_exact import rank_correlation
+from dop_search.app.report.kl_plots import rank_correlation
 from dop_search.app.report.layer_map import DEAD, RUN, SKIPPED, operation_states
 from dop_search.app.report.style import LOOKS, SMALLEST_KL
 from dop_search.strategy import Strategy

@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from support.records import example_record
 
 from dop_search.app.report.page import page
-from dop_search.app.report.study import KINDS, STUDIES_FILE, study_figures
+from dop_search.app.report.study import PICTURES, STUDIES_FILE, study_figures
 from dop_search.search.optuna_study import copy_studies, open_storage
 
 
@@ -50,11 +50,11 @@ def test_each_study_has_its_pictures_and_the_front_has_what_does_not_fit(run_dir
     first, *others = example_record().results
     record = example_record().model_copy(update={"results": [first.model_copy(update={"study": "mine-0.5"}), *others]})
     drawn = study_figures(record, run_dir)
-    assert set(drawn) == {f"study_{kind}-{first.budget.text}" for kind in KINDS}
+    assert set(drawn) == {f"study_{kind}-{first.budget.text}" for kind in PICTURES}
     points = [len(part.get_offsets()) for part in drawn[f"study_front-{first.budget.text}"].axes[0].collections]
     assert sorted(points) == [1, 2, 5]  # the best, above the budget, the others that fit
     text = page(record, drawn)
-    assert text.count("<img ") == len(KINDS)
-    assert text.count(f"{len(first.candidates)} measured strategies at {first.budget.text}") == len(KINDS)
+    assert text.count("<img ") == len(PICTURES)
+    assert text.count(f"{len(first.candidates)} measured strategies at {first.budget.text}") == len(PICTURES)
     assert study_figures(example_record(), run_dir) == {}, "a result without a study has none"
     assert study_figures(record, run_dir / "elsewhere") == {}
