@@ -69,8 +69,9 @@ class SuiteJudge:
         judged = []
         for result in results:
             uniform = result.uniform_strategy
+            full, found = self.scores(None), self.scores(result.strategy)
             other = None if uniform is None else self.scores(uniform)
-            scores, mean = compare(self.scores(None), self.scores(result.strategy), other, seed)
+            scores, mean = compare(full, found, other, seed)
             judged.append(result.model_copy(update={"scores": scores, "relative_mean": mean}))
         return judged
 

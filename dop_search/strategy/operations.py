@@ -165,7 +165,8 @@ class ModelDims:
         kinds = [LayerKind.ATTENTION] * self.num_layers
         for part, kind in ((self.other_heads, LayerKind.OTHER_HEADS), (self.recurrent, LayerKind.RECURRENT)):
             for layer in () if part is None else part.layers:
-                kinds[layer] = kind
+                if layer < self.num_layers:  # a shortened decoder keeps the numbers of the full one
+                    kinds[layer] = kind
         return tuple(kinds)
 
     def of_kind(self, kind: LayerKind) -> ModelDims:

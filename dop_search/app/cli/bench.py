@@ -26,6 +26,7 @@ from dop_search.models.prompts import chat_prompt
 from dop_search.strategy import Strategy
 from dop_search.strategy.cost import LatencyTable
 from dop_search.utils.errors import ConfigError
+from dop_search.utils.extras import check_extras
 from dop_search.utils.files import check_writable
 from dop_search.utils.registry import import_modules
 from dop_search.utils.versioned import Format, write_json
@@ -209,7 +210,9 @@ def validate(options: argparse.Namespace, what: str, model: PreTrainedModel, inp
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse values out of range and a folder that cannot be written; set the threads."""
+    """Refuse values out of range, a missing extra and a folder that cannot be written; set the threads."""
+    if options.mlflow is not None:
+        check_extras("--mlflow", "search")
     for name in ("rounds", "tokens", "batch", "passes", "image_size", "num_threads", "validate_table"):
         value = getattr(options, name)
         if value is not None and value < 1:

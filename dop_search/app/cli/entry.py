@@ -17,15 +17,11 @@ def _start(command: str, module: str, *extras: str, function: str = "main") -> N
     if "--version" in sys.argv[1:]:
         print(f"{command} {__version__}")
         return
-    _require(command, *extras)
-    sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())
-
-
-def _require(what: str, *extras: str) -> None:
     try:
-        check_extras(what, *extras)
+        check_extras(command, *extras)
     except MissingExtraError as error:
         sys.exit(str(error))
+    sys.exit(getattr(importlib.import_module(f"dop_search.app.cli.{module}"), function)())
 
 
 def answer(
@@ -41,15 +37,9 @@ def answer(
     return 0
 
 
-def bench() -> None:
-    """``dop-bench``, which needs an extra for one option only."""
-    if any(argument.partition("=")[0] == "--mlflow" for argument in sys.argv[1:]):
-        _require("dop-bench: --mlflow", "search")
-    _start("dop-bench", "bench")
-
-
 search = partial(_start, "dop-search", "search", "search")  # and ``python -m dop_search``
 evaluate = partial(_start, "dop-eval", "evaluate", "search", "eval")
 report = partial(_start, "dop-report", "finished", "search", function="report")
 track = partial(_start, "dop-track", "finished", "search", function="track")
+bench = partial(_start, "dop-bench", "bench")
 serve = partial(_start, "dop-serve", "serve")

@@ -161,3 +161,9 @@ def test_kv_bytes() -> None:
 def test_foreign_strategy_is_refused() -> None:
     with pytest.raises(StrategyError, match="32 layers, but the model has 4"):
         strategy_flops(GQA, Strategy.full(32), TokenCounts(1, 1))
+
+
+def test_a_shortened_decoder_keeps_the_numbers_of_the_full_one() -> None:
+    sizes = RecurrentDims((0, 2, 5), in_width=26, out_width=20, state_size=30, window_size=64)
+    dims = ModelDims(6, 64, 128, num_heads=4, num_kv_heads=2, head_dim=16, recurrent=sizes)
+    assert replace(dims, num_layers=4).kinds == dims.kinds[:4]
