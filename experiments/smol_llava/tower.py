@@ -111,7 +111,7 @@ def main() -> None:
     """Train until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=900, help="CPU seconds")
+    parser.add_argument("--seconds", type=float, default=600, help="CPU seconds")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--eval-every-s", type=float, default=60)
     args = parser.parse_args()

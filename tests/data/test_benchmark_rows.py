@@ -32,7 +32,7 @@ def rows_fingerprint(rows: list[Row]) -> str:
 
 @pytest.mark.slow
 def test_rows_are_the_same_on_every_machine(rows):
-    """The digests were taken once; others mean that VERSION in parquet.py must be raised."""
+    """The digests were taken once; others mean that VERSION in rows.py must be raised."""
     digests = {name: rows_fingerprint(rows[name]) for name in ("gqa", "mme", "hallusionbench")}
     assert digests == DIGESTS
 

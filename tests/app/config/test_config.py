@@ -93,7 +93,7 @@ def test_every_experiment_composes_and_opens_with_its_command(path: Path) -> Non
 
 @pytest.mark.slow
 def test_models_without_a_cls_token_bring_a_selector_that_works_there() -> None:
-    with_cls = ("llava_1_5", "llava_next", "internvl", "vipllava", "pocket")
+    with_cls = ("llava_1_5", "llava_next", "internvl", "vipllava", "pocket", "smol_llava")
     for path in (config_dir() / "model").glob("*.yaml"):
         asked = ("vispruner",) if path.stem.startswith(with_cls) else ("received_attention",)
         assert composed(f"model={path.stem}").selector.also == asked, path.stem
