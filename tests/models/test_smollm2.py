@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,14 +45,20 @@ def assert_pruned_as_the_reference(loaded, sample, strategy, ranking):
     assert (logits[text] - expected[text]).abs().max() <= 5e-5 * expected.abs().max()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_ENV, str(tmp_path_factory.mktemp("models")))
+        yield Path(os.environ[CACHE_ENV])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_IT, reason="the extra smollm2 is not installed")
-def test_the_decoder_is_assembled_speaks_and_is_pruned_as_the_reference_is(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE_ENV, str(tmp_path))
+def test_the_decoder_is_assembled_speaks_and_is_pruned_as_the_reference_is(cache):
     loaded = dop.load("smollm2")
     made = smollm2_path()
-    assert made.is_relative_to(tmp_path)
-    assert {path.name for path in made.parent.iterdir()} == {made.name}, "nothing is left of the assembling"
+    assert made.is_relative_to(cache)
+    assert not list(made.parent.glob("tmp*")), "nothing is left of the assembling"
     dims = loaded.adapter.dims
     assert (dims.num_layers, dims.hidden_size, dims.num_heads, dims.num_kv_heads) == (30, 576, 9, 3)
     question = "<context>\nThe key of the shed is under the blue flower pot.\n</context>\nWhere is the key?"
@@ -67,17 +75,16 @@ def test_the_decoder_is_assembled_speaks_and_is_pruned_as_the_reference_is(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_IT, reason="the extra smollm2 is not installed")
-def test_smol_llava_sees_and_is_pruned_as_the_reference_is(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv(CACHE_ENV, str(tmp_path_factory.getbasetemp() / "models"))
+def test_smol_llava_sees_and_is_pruned_as_the_reference_is(cache):
     loaded = dop.load("smol_llava")
     families = ["color", "shape", "unanswerable", "attribute"]
-    samples = rendered_samples("heldout", 16, seed=1, families=families)
+    samples = rendered_samples("heldout", 8, seed=1, families=families)
     inputs = model_inputs(loaded.processor, samples, torch.device("cpu"))
     with torch.inference_mode():
         generated = loaded.model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
     answers = loaded.processor.batch_decode(generated, skip_special_tokens=True)
     right = [score_answer(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
-    assert sum(right) >= 12, answers
+    assert sum(right) >= 6, answers
     strategy = dop.Strategy.depthwise(30, q=15, kv=24, mlp=18, num_visual_tokens=100, selector="random")
     ranking = torch.randperm(256, generator=torch.Generator().manual_seed(0))
     assert_pruned_as_the_reference(loaded, samples[0], strategy, ranking)
