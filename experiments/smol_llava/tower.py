@@ -20,13 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from dop_search.data.rendered.drawing import draw_scene_with_ids
 from dop_search.data.rendered.sampling import derived_rng
-from dop_search.data.rendered.scenes import COLORS, SHAPES, Split, sample_scene
+from dop_search.data.rendered.scenes import Split, sample_scene
 from dop_search.models.pocket import pocket_path
 from dop_search.models.smollm2 import smollm2_path
-from experiments.pocket.shards import patch_labels
-from experiments.smol_llava.words import Words, pixels
+from experiments.smol_llava.words import VALUES, Words, patch_words, pixels
 
 BATCH = 8
 WIDTH = 576
@@ -77,10 +75,7 @@ def make_batch(words: Words, split: Split, index: int) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for scene_index in range(BATCH):
         scene = sample_scene(derived_rng("tower", split, index, scene_index), "objects", split)
-        classes = torch.from_numpy(patch_labels(scene, draw_scene_with_ids(scene)[1])).long()
-        odd = torch.arange(len(classes)) % 2 == 1
-        word = torch.where(odd, len(COLORS) + classes[:, 0] - 1, classes[:, 1] - 1)
-        labels.append(torch.where(classes[:, 0] == 0, len(COLORS) + len(SHAPES), word))
+        labels.append(patch_words(scene))
         images.append(pixels(scene))
     return torch.stack(images), torch.stack(labels)
 
@@ -119,7 +114,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     words = Words()
     decoder = LlamaForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32)
-    numbers = [*(words.word[w] for w in (*COLORS, *SHAPES)), words.background]
+    numbers = [*(words.word[w] for w in VALUES), words.background]
     table = decoder.model.embed_tokens.weight.detach()[numbers].clone()
     del decoder
     model = Namer()

@@ -23,6 +23,7 @@ FAMILIES = {
     **{"where": 2, "relation": 3, "count": 1, "compare": 1},
 }
 """Questions of a scene, by family, from stage 3 on; before, ``FEW``."""
+VALUES = (*COLORS, *SHAPES)
 BACKGROUND = " ."
 PREFIX = "<|im_start|>A picture:"
 
@@ -32,7 +33,7 @@ class Words:
 
     def __init__(self) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path())
-        self.word = {w: self.ids(f" {w}")[0] for w in (*COLORS, *SHAPES)}
+        self.word = {w: self.ids(f" {w}")[0] for w in VALUES}
         self.prefix = self.ids(PREFIX)
         self.background = self.ids(BACKGROUND)[0]
 
@@ -46,17 +47,15 @@ class Words:
         rng.shuffle(items)
         return list(enumerate(self.word[w] for item in items for w in (item.color, item.shape)))
 
-    def patches(self, rng: Random, scene: Scene, share: float, blank: bool = False) -> list[tuple[int, int]]:
+    def patches(self, rng: Random, scene: Scene, share: float) -> list[tuple[int, int]]:
         """Position and word of the patches in raster order; of the background's, a random share."""
-        labels = patch_labels(scene, draw_scene_with_ids(scene)[1])
+        ids = [self.word[word] for word in VALUES]
         found = []
-        for index in range(GRID * GRID):
-            shape, color = int(labels[index, 0]), int(labels[index, 1])
-            if shape == 0 or blank:
-                if rng.random() < share:
-                    found.append((index, self.background))
-            else:
-                found.append((index, self.word[SHAPES[shape - 1] if index % 2 else COLORS[color - 1]]))
+        for index, word in enumerate(patch_words(scene).tolist()):
+            if word < len(VALUES):
+                found.append((index, ids[word]))
+            elif rng.random() < share:
+                found.append((index, self.background))
         return found
 
     def questions(self, rng: Random, scene: Scene, stage: int) -> list[tuple[str, str, str]]:
@@ -99,7 +98,7 @@ class Words:
         }
 
 
-def make_row(words: Words, rng: Random, stage: int, share: float, split: Any, blank: bool = False) -> dict[str, Any]:
+def make_row(words: Words, rng: Random, stage: int, share: float, split: Any) -> dict[str, Any]:
     """A random scene of a stage with its questions."""
     scene = sample_scene(rng, "objects", split)
     items = [scene.items[i] for i in scene.shapes]
@@ -109,13 +108,22 @@ def make_row(words: Words, rng: Random, stage: int, share: float, split: Any, bl
     elif stage == 4:  # the tower's words take their place
         context = [(index, words.background) for index in range(GRID * GRID)]
     else:
-        context = words.patches(rng, scene, share, blank)
+        context = words.patches(rng, scene, share)
         items.sort(key=lambda item: (item.y, item.x))
     places = ["" if stage < 3 or (p := place_of(item)) is None else f" {PLACES[p]}" for item in items]
     named = [f" {item.color} {item.shape}{place}" for item, place in zip(items, places, strict=True)]
     listing = ",".join(named) if stage in (2, 3) and split == "train" else ""
     row = {**words.row(context, asked, listing), "asked": asked}
     return {**row, "pixels": pixels(scene)} if stage == 4 else row
+
+
+def patch_words(scene: Scene) -> Tensor:
+    """[256]: which of ``VALUES`` stands for each patch, colours in even columns, shapes in odd ones; after the last:
+    background."""
+    labels = torch.from_numpy(patch_labels(scene, draw_scene_with_ids(scene)[1])).long()
+    odd = torch.arange(len(labels)) % 2 == 1
+    word = torch.where(odd, len(COLORS) + labels[:, 0] - 1, labels[:, 1] - 1)
+    return torch.where(labels[:, 0] == 0, len(VALUES), word)
 
 
 def pixels(scene: Scene) -> Tensor:

